@@ -1,0 +1,257 @@
+package subnet
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"reflect"
+	"slices"
+	"strings"
+)
+
+// Config is the network's configuration, the same for all nodes.
+type Config struct {
+	IPv4, IPv6     Pool
+	EnableNFTables bool            // rules go to nftables instead of iptables
+	BackendType    string          // Backend's Type; "udp" where there is no Backend
+	Backend        json.RawMessage // the whole Backend object; nil where there is none
+
+	// Warnings are remarks on a configuration that works, such as keys that
+	// mean nothing, one line each.
+	Warnings []string
+}
+
+// Each returns the pools of the families that are on, IPv4 first.
+func (c *Config) Each() []Pool {
+	var on []Pool
+	for _, p := range []Pool{c.IPv4, c.IPv6} {
+		if p.Enabled() {
+			on = append(on, p)
+		}
+	}
+	return on
+}
+
+// Networks returns the network of each family.
+func (c *Config) Networks() Subnets { return Subnets{c.IPv4.Network, c.IPv6.Network} }
+
+// Fits tells whether a lease has a subnet of each family that is on, and of no
+// other, as the configuration would hand it out.
+func (c *Config) Fits(s Subnets) bool { return c.IPv4.Fits(s.IPv4) && c.IPv6.Fits(s.IPv6) }
+
+// configJSON is the document as operators write it.
+type configJSON struct {
+	Network, SubnetMin, SubnetMax             string
+	IPv6Network, IPv6SubnetMin, IPv6SubnetMax string
+	SubnetLen, IPv6SubnetLen                  int
+	EnableIPv4                                *bool
+	EnableIPv6, EnableNFTables                bool
+	Backend                                   json.RawMessage
+}
+
+// family is what the rules for IPv4 and IPv6 differ in.
+type family struct {
+	name       string
+	prefix     string // of the keys: "" or "IPv6"
+	is         func(netip.Addr) bool
+	defaultLen int // the usual length of a subnet
+	maxLen     int // the longest: two addresses for hosts must remain
+	example    string
+}
+
+var (
+	familyIPv4 = family{"IPv4", "", netip.Addr.Is4, 24, 30, "10.5.0.0/16"}
+	familyIPv6 = family{"IPv6", "IPv6", netip.Addr.Is6, 64, 126, "fd00:5::/48"}
+)
+
+// ParseConfig reads the configuration, a JSON object. Its errors name the key,
+// the value and what is allowed. How the networks are cut into subnets is left
+// to Divide.
+func ParseConfig(data []byte) (*Config, error) {
+	var doc configJSON
+	unknown, err := Decode(data, &doc)
+	if err != nil {
+		return nil, err
+	}
+	c := &Config{EnableNFTables: doc.EnableNFTables}
+	for _, key := range unknown {
+		c.Warnings = append(c.Warnings, fmt.Sprintf("unknown key %q is ignored: known are %s", key, strings.Join(keys(&doc), ", ")))
+	}
+	on4 := doc.EnableIPv4 == nil || *doc.EnableIPv4
+	if !on4 && !doc.EnableIPv6 {
+		return nil, errors.New("EnableIPv4 and EnableIPv6 are both false: at least one must be true")
+	}
+	for _, f := range []struct {
+		family
+		on                bool
+		network, min, max string
+		len               int
+		pool              *Pool
+	}{
+		{familyIPv4, on4, doc.Network, doc.SubnetMin, doc.SubnetMax, doc.SubnetLen, &c.IPv4},
+		{familyIPv6, doc.EnableIPv6, doc.IPv6Network, doc.IPv6SubnetMin, doc.IPv6SubnetMax, doc.IPv6SubnetLen, &c.IPv6},
+	} {
+		if !f.on {
+			if f.network != "" {
+				c.Warnings = append(c.Warnings, fmt.Sprintf("%sNetwork %s is ignored: Enable%s is false", f.prefix, f.network, f.name))
+			}
+			continue
+		}
+		if f.network == "" {
+			return nil, fmt.Errorf("%sNetwork is missing: an %s network such as %s", f.prefix, f.name, f.example)
+		}
+		n, err := netip.ParsePrefix(f.network)
+		if err != nil || !f.is(n.Addr()) || n.Bits() == 0 {
+			return nil, fmt.Errorf("%sNetwork %q is not an %s network such as %s", f.prefix, f.network, f.name, f.example)
+		}
+		if n != n.Masked() {
+			c.Warnings = append(c.Warnings, fmt.Sprintf("%sNetwork %s is taken as %s", f.prefix, n, n.Masked()))
+		}
+		f.pool.Network, f.pool.SubnetLen = n.Masked(), f.len
+		for _, bound := range []struct {
+			key, text string
+			addr      *netip.Addr
+		}{{"SubnetMin", f.min, &f.pool.Min}, {"SubnetMax", f.max, &f.pool.Max}} {
+			if bound.text == "" {
+				continue
+			}
+			a, err := netip.ParseAddr(bound.text)
+			if err != nil || !f.is(a) {
+				return nil, fmt.Errorf("%s%s %q is not an %s address", f.prefix, bound.key, bound.text, f.name)
+			}
+			if !a.IsUnspecified() { // which upstream takes for "not set"
+				*bound.addr = a
+			}
+		}
+	}
+	if c.BackendType, err = backendType(doc.Backend); err != nil {
+		return nil, err
+	}
+	c.Backend = present(doc.Backend)
+	return c, nil
+}
+
+func backendType(backend json.RawMessage) (string, error) {
+	if present(backend) == nil {
+		return "udp", nil
+	}
+	var b struct{ Type string }
+	if _, err := Decode(backend, &b); err != nil {
+		return "", fmt.Errorf("Backend: %w", err)
+	}
+	if b.Type == "" {
+		return "", errors.New(`Backend has no Type: {"Type": "vxlan"}, for example`)
+	}
+	return b.Type, nil
+}
+
+// Divide checks how the networks are cut into subnets, and fills in what the
+// configuration leaves open. It is for managers that hand out subnets
+// themselves; where somebody else does, SubnetLen and its friends mean nothing.
+func (c *Config) Divide() error {
+	if c.IPv4.Enabled() {
+		if err := c.IPv4.divide(familyIPv4); err != nil {
+			return err
+		}
+	}
+	if c.IPv6.Enabled() {
+		return c.IPv6.divide(familyIPv6)
+	}
+	return nil
+}
+
+func (p *Pool) divide(f family) error {
+	// The first subnet is not handed out, since its base is the network's own
+	// address: a network holds four subnets at least, hence two bits more.
+	shortest := p.Network.Bits() + 2
+	switch {
+	case shortest > f.maxLen:
+		return fmt.Errorf("%sNetwork %s is too small: /%d is the longest that can be divided", f.prefix, p.Network, f.maxLen-2)
+	case p.SubnetLen == 0:
+		p.SubnetLen = max(f.defaultLen, shortest)
+	case p.SubnetLen < shortest || p.SubnetLen > f.maxLen:
+		return fmt.Errorf("%sSubnetLen %d does not suit %sNetwork %s: %d to %d are allowed", f.prefix, p.SubnetLen, f.prefix, p.Network, shortest, f.maxLen)
+	}
+	if !p.Min.IsValid() {
+		p.Min = last(netip.PrefixFrom(p.Network.Addr(), p.SubnetLen)).Next()
+	}
+	if !p.Max.IsValid() {
+		p.Max = netip.PrefixFrom(last(p.Network), p.SubnetLen).Masked().Addr()
+	}
+	for _, bound := range []struct {
+		key  string
+		addr netip.Addr
+	}{{"SubnetMin", p.Min}, {"SubnetMax", p.Max}} {
+		if !p.Network.Contains(bound.addr) {
+			return fmt.Errorf("%s%s %s is outside %sNetwork %s", f.prefix, bound.key, bound.addr, f.prefix, p.Network)
+		}
+		if s := netip.PrefixFrom(bound.addr, p.SubnetLen).Masked(); s.Addr() != bound.addr {
+			return fmt.Errorf("%s%s %s is not the base of a /%d subnet: should it be %s?", f.prefix, bound.key, bound.addr, p.SubnetLen, s.Addr())
+		}
+	}
+	if p.Max.Less(p.Min) {
+		return fmt.Errorf("%sSubnetMin %s is above %sSubnetMax %s", f.prefix, p.Min, f.prefix, p.Max)
+	}
+	return nil
+}
+
+// Decode reads a JSON object into the struct that into points to. It returns
+// the object's keys that the struct does not have, sorted, and words its errors
+// for the person who wrote the document. As in encoding/json, the case of a
+// key does not matter.
+func Decode(data []byte, into any) (unknown []string, err error) {
+	if err := json.Unmarshal(data, into); err != nil {
+		var syntax *json.SyntaxError
+		var mismatch *json.UnmarshalTypeError
+		switch {
+		case errors.As(err, &syntax):
+			before := data[:min(syntax.Offset, int64(len(data)))]
+			line := 1 + bytes.Count(before, []byte("\n"))
+			column := len(before) - 1 - bytes.LastIndexByte(before, '\n')
+			return nil, fmt.Errorf("not valid JSON at line %d, column %d: %w", line, column, err)
+		case errors.As(err, &mismatch) && mismatch.Field != "":
+			return nil, fmt.Errorf("%s: got a %s, want %s", mismatch.Field, mismatch.Value, kind(mismatch.Type))
+		case errors.As(err, &mismatch):
+			return nil, fmt.Errorf("got a %s, want an object {…}", mismatch.Value)
+		}
+		return nil, err
+	}
+	var object map[string]json.RawMessage
+	if err := json.Unmarshal(data, &object); err != nil {
+		return nil, err
+	}
+	if object == nil {
+		return nil, errors.New("got null, want an object {…}")
+	}
+	known := keys(into)
+	for _, key := range slices.Sorted(maps.Keys(object)) {
+		if !slices.ContainsFunc(known, func(k string) bool { return strings.EqualFold(k, key) }) {
+			unknown = append(unknown, key)
+		}
+	}
+	return unknown, nil
+}
+
+// keys returns the names of the fields of the struct that v points to.
+func keys(v any) []string {
+	var names []string
+	for _, f := range reflect.VisibleFields(reflect.TypeOf(v).Elem()) {
+		names = append(names, f.Name)
+	}
+	return names
+}
+
+func kind(t reflect.Type) string {
+	switch t.Kind() {
+	case reflect.Bool:
+		return "true or false"
+	case reflect.String:
+		return "a text in quotes"
+	case reflect.Int:
+		return "a whole number"
+	}
+	return t.String()
+}

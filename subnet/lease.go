@@ -1,0 +1,215 @@
+// Package subnet holds what nodes agree on: the network's configuration, the
+// leases that give each node its subnet, and subnet.env, the file that tells
+// the rest of the node about them.
+package subnet
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/netip"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// Subnets are the subnets that one lease grants. They identify the lease; the
+// zero Prefix stands where an address family is off.
+type Subnets struct {
+	IPv4, IPv6 netip.Prefix
+}
+
+// Each returns the subnets of the families that are on, IPv4 first.
+func (s Subnets) Each() []netip.Prefix { return valid(s.IPv4, s.IPv6) }
+
+// String returns "10.5.34.0/24" or "10.5.34.0/24,fc00:0:0:22::/64".
+func (s Subnets) String() string {
+	var parts []string
+	for _, p := range s.Each() {
+		parts = append(parts, p.String())
+	}
+	return strings.Join(parts, ",")
+}
+
+// A Lease is a node's claim to its subnets, and what it tells its peers.
+type Lease struct {
+	Subnets
+	Attrs   Attrs
+	Expires time.Time // zero: never
+}
+
+// Attrs are what a node publishes with its lease. Their JSON is the value of
+// the lease's record in etcd, the same as upstream's.
+type Attrs struct {
+	PublicIP      netip.Addr // invalid where IPv4 is off; "0.0.0.0" in JSON
+	PublicIPv6    netip.Addr // invalid where IPv6 is off; null in JSON
+	BackendType   string
+	BackendData   json.RawMessage // the backend's own, for IPv4
+	BackendV6Data json.RawMessage // the same for IPv6
+}
+
+// PublicIPs returns the public addresses of the families that are on, IPv4 first.
+func (a Attrs) PublicIPs() []netip.Addr {
+	var ips []netip.Addr
+	for _, ip := range []netip.Addr{a.PublicIP, a.PublicIPv6} {
+		if ip.IsValid() {
+			ips = append(ips, ip)
+		}
+	}
+	return ips
+}
+
+// Equal tells whether two nodes publish the same. Backend data is compared
+// byte for byte.
+func (a Attrs) Equal(b Attrs) bool {
+	return a.PublicIP == b.PublicIP && a.PublicIPv6 == b.PublicIPv6 && a.BackendType == b.BackendType &&
+		string(a.BackendData) == string(b.BackendData) && string(a.BackendV6Data) == string(b.BackendV6Data)
+}
+
+// record is the wire form of Attrs.
+type record struct {
+	PublicIP      string
+	PublicIPv6    *string
+	BackendType   string          `json:",omitempty"`
+	BackendData   json.RawMessage `json:",omitempty"`
+	BackendV6Data json.RawMessage `json:",omitempty"`
+}
+
+// MarshalJSON writes the one-line record that upstream writes.
+func (a Attrs) MarshalJSON() ([]byte, error) {
+	r := record{
+		PublicIP:      netip.IPv4Unspecified().String(),
+		BackendType:   a.BackendType,
+		BackendData:   a.BackendData,
+		BackendV6Data: a.BackendV6Data,
+	}
+	if a.PublicIP.IsValid() {
+		r.PublicIP = a.PublicIP.String()
+	}
+	if a.PublicIPv6.IsValid() {
+		v6 := a.PublicIPv6.String()
+		r.PublicIPv6 = &v6
+	}
+	return json.Marshal(r)
+}
+
+// UnmarshalJSON reads a record. An address of the wrong family, or none at
+// all, is an error: such a record cannot be acted upon.
+func (a *Attrs) UnmarshalJSON(data []byte) error {
+	var r record
+	if err := json.Unmarshal(data, &r); err != nil {
+		return err
+	}
+	v6 := ""
+	if r.PublicIPv6 != nil {
+		v6 = *r.PublicIPv6
+	}
+	got := Attrs{BackendType: r.BackendType, BackendData: present(r.BackendData), BackendV6Data: present(r.BackendV6Data)}
+	var err error
+	if got.PublicIP, err = publicIP("PublicIP", r.PublicIP, netip.Addr.Is4); err != nil {
+		return err
+	}
+	if got.PublicIPv6, err = publicIP("PublicIPv6", v6, netip.Addr.Is6); err != nil {
+		return err
+	}
+	if len(got.PublicIPs()) == 0 {
+		return fmt.Errorf("neither PublicIP nor PublicIPv6 is set")
+	}
+	*a = got
+	return nil
+}
+
+// publicIP parses one address of a record; empty or unspecified means none.
+func publicIP(key, text string, family func(netip.Addr) bool) (netip.Addr, error) {
+	if text == "" {
+		return netip.Addr{}, nil
+	}
+	ip, err := netip.ParseAddr(text)
+	if err != nil || !family(ip) || ip.Is4In6() || ip.Zone() != "" {
+		return netip.Addr{}, fmt.Errorf("%s %q is not such an address", key, text)
+	}
+	if ip.IsUnspecified() {
+		return netip.Addr{}, nil
+	}
+	return ip, nil
+}
+
+// present maps JSON's null to nothing.
+func present(m json.RawMessage) json.RawMessage {
+	if string(m) == "null" {
+		return nil
+	}
+	return m
+}
+
+// noIPv4 stands for the absent IPv4 half of a key, as upstream writes it.
+const noIPv4 = "0.0.0.0-0"
+
+// Key returns the last element of the lease's etcd key: "10.5.34.0-24",
+// "10.5.34.0-24&fc00:0:0:22::-64" with both families, "0.0.0.0-0&fc00:0:0:22::-64"
+// with IPv6 alone.
+func (s Subnets) Key() string {
+	key := noIPv4
+	if s.IPv4.IsValid() {
+		key = dashed(s.IPv4)
+	}
+	if s.IPv6.IsValid() {
+		key += "&" + dashed(s.IPv6)
+	}
+	return key
+}
+
+func dashed(p netip.Prefix) string {
+	return p.Addr().String() + "-" + strconv.Itoa(p.Bits())
+}
+
+var keyForm = regexp.MustCompile(`^([0-9.]+)-([0-9]+)(?:&([0-9a-fA-F:]+)-([0-9]+))?$`)
+
+// ParseKey is the inverse of Key.
+func ParseKey(key string) (Subnets, error) {
+	m := keyForm.FindStringSubmatch(key)
+	if m == nil {
+		return Subnets{}, fmt.Errorf("%q is not of the form 10.5.34.0-24 or 10.5.34.0-24&fc00:0:0:22::-64", key)
+	}
+	var s Subnets
+	var err error
+	if m[1]+"-"+m[2] != noIPv4 {
+		if s.IPv4, err = subnetOf(m[1] + "/" + m[2]); err != nil {
+			return Subnets{}, err
+		}
+	}
+	if m[3] != "" {
+		if s.IPv6, err = subnetOf(m[3] + "/" + m[4]); err != nil {
+			return Subnets{}, err
+		}
+	}
+	if len(s.Each()) == 0 {
+		return Subnets{}, fmt.Errorf("%q names no subnet", key)
+	}
+	return s, nil
+}
+
+// subnetOf parses a prefix that can be a node's subnet.
+func subnetOf(text string) (netip.Prefix, error) {
+	p, err := netip.ParsePrefix(text)
+	switch {
+	case err != nil:
+		return p, fmt.Errorf("%q is not a subnet", text)
+	case p.Bits() == 0 || p.Addr().Is4In6():
+		return p, fmt.Errorf("%s cannot be a node's subnet", p)
+	case p != p.Masked():
+		return p, fmt.Errorf("%s has host bits set: should it be %s?", p, p.Masked())
+	}
+	return p, nil
+}
+
+// valid returns the prefixes that are not zero.
+func valid(prefixes ...netip.Prefix) []netip.Prefix {
+	var out []netip.Prefix
+	for _, p := range prefixes {
+		if p.IsValid() {
+			out = append(out, p)
+		}
+	}
+	return out
+}

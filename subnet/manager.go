@@ -1,0 +1,67 @@
+package subnet
+
+import (
+	"context"
+	"errors"
+)
+
+// A Manager hands out leases and tells of everyone's. Implementations wait out
+// whatever waiting can mend (the store is away, the network is not configured
+// yet), saying so once; the errors they return are final.
+type Manager interface {
+	// Config returns the network's configuration, waiting until there is one.
+	// One that is there but cannot work is an error.
+	Config(ctx context.Context) (*Config, error)
+
+	// Previous returns what this node, known by the given public addresses,
+	// published when it last held a lease; zero when there is nothing left of
+	// it. Backends keep what peers already know, such as a VTEP's MAC.
+	Previous(ctx context.Context, self Attrs) (Attrs, error)
+
+	// Acquire leases subnets of cfg's network for this node and publishes
+	// want.Attrs. A lease that the node already holds is taken up again; else
+	// want.Subnets, if they are set, free and fit; else free ones.
+	Acquire(ctx context.Context, cfg *Config, want Lease) (Lease, error)
+
+	// Keep renews the lease and restores it when somebody deletes or changes
+	// it, until ctx ends. It returns ErrLost when the subnets went to another
+	// node, and a new lease must be acquired.
+	Keep(ctx context.Context, lease Lease) error
+
+	// Watch tells of all leases, the node's own among them: first a snapshot,
+	// then changes, and a snapshot again after any gap. A slow reader gets
+	// the changes merged, never a backlog. The channel is closed when ctx ends.
+	Watch(ctx context.Context) <-chan Update
+}
+
+// ErrLost says that a lease's subnets now belong to another node.
+var ErrLost = errors.New("the lease went to another node")
+
+// An Update is news of leases. With Snapshot set, Leases is all there is;
+// otherwise it holds the new and changed ones, and Gone the removed.
+type Update struct {
+	Snapshot bool
+	Leases   map[Subnets]Lease
+	Gone     map[Subnets]bool // nil in a snapshot
+}
+
+// Put records a new or changed lease.
+func (u *Update) Put(l Lease) {
+	if u.Leases == nil {
+		u.Leases = map[Subnets]Lease{}
+	}
+	u.Leases[l.Subnets] = l
+	delete(u.Gone, l.Subnets)
+}
+
+// Delete records that a lease is gone.
+func (u *Update) Delete(s Subnets) {
+	delete(u.Leases, s)
+	if u.Snapshot {
+		return
+	}
+	if u.Gone == nil {
+		u.Gone = map[Subnets]bool{}
+	}
+	u.Gone[s] = true
+}

@@ -1,0 +1,358 @@
+package kernel
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+	"k8s.io/klog/v2"
+)
+
+// A Reconciler holds what the kernel of one network namespace is wanted to
+// hold, by owner, and what it does hold as far as is known. Set changes the
+// former, Handle and Compare learn the latter, Apply removes the difference.
+// It touches only what is ours:
+//
+//   - links that it was told to hold, or made in an earlier life;
+//   - what sits on these links, but for what the kernel put there itself;
+//   - routes that carry RouteProtocol;
+//   - gateway routes inside Networks that carry no protocol of their own
+//     (RTPROT_BOOT): upstream's daemon leaves these.
+//
+// It is for one goroutine.
+type Reconciler struct {
+	Networks []netip.Prefix
+
+	sock   *socket
+	links  *netlink.Handle
+	notify *os.File
+	events chan Event
+
+	entries map[Key]*entry
+	owners  map[string][]Key // the keys that an owner claims
+	dirty   []*entry         // may differ from the kernel
+	failed  []*entry         // the kernel refused; tried again by Retry
+
+	devices devices
+	uses    map[string]int // how many wanted objects need the device of this name
+	round   uint           // of comparisons
+	unknown bool           // the kernel must be read before anything is done
+}
+
+// An entry is what is wanted, and what there is, under one key.
+type entry struct {
+	claim
+	others []claim // that come to their turn when the claim is dropped
+	have   Object  // nil: nothing
+
+	round uint // the comparison that saw have
+	state state
+	drift bool // the kernel changed, not our wishes
+}
+
+// state tells which list an entry counts in.
+type state uint8
+
+const (
+	idle   state = iota
+	dirty        // in Reconciler.dirty
+	failed       // in Reconciler.failed
+)
+
+// key returns what the entry is filed under. An entry that stands for nothing
+// is not filed.
+func (e *entry) key() Key {
+	if e.want != nil {
+		return e.want.Key()
+	}
+	return e.have.Key()
+}
+
+// A claim is an owner's wish. A nil Object wishes for nothing.
+type claim struct {
+	owner string
+	want  Object
+}
+
+// New returns a Reconciler for the calling thread's network namespace. It
+// listens to the kernel from now on: Events must be received and handed to
+// Handle. Close ends it.
+func New() (*Reconciler, error) {
+	sock, err := newSocket()
+	if err != nil {
+		return nil, err
+	}
+	notify, err := listen(sock.pid, unix.RTNLGRP_LINK, unix.RTNLGRP_NEIGH,
+		unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE)
+	if err != nil {
+		sock.close()
+		return nil, err
+	}
+	links, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		sock.close()
+		notify.Close()
+		return nil, fmt.Errorf("netlink: %w", err)
+	}
+	r := &Reconciler{
+		sock: sock, links: links, notify: notify, events: make(chan Event),
+		entries: map[Key]*entry{}, owners: map[string][]Key{},
+		devices: newDevices(), uses: map[string]int{},
+		unknown: true,
+	}
+	go r.read()
+	return r, nil
+}
+
+// Close stops listening. The kernel keeps what it holds.
+func (r *Reconciler) Close() {
+	r.notify.Close()
+	for range r.events { // until read has ended
+	}
+	r.links.Close()
+	r.sock.close()
+}
+
+// Set makes objects all that the owner wants. An object that several owners
+// want stays until the last of them gives it up; where they differ, who came
+// first has it.
+func (r *Reconciler) Set(owner string, objects []Object) {
+	old := r.owners[owner]
+	keys := make([]Key, 0, len(objects))
+	for _, o := range objects {
+		keys = append(keys, o.Key())
+	}
+	for _, k := range old {
+		if !slices.Contains(keys, k) {
+			r.claim(k, claim{owner: owner})
+		}
+	}
+	for i, o := range objects {
+		r.claim(keys[i], claim{owner, o})
+	}
+	if len(keys) == 0 {
+		delete(r.owners, owner)
+	} else {
+		r.owners[owner] = keys
+	}
+}
+
+// claim puts, changes or (with a nil want) drops one owner's claim to a key.
+func (r *Reconciler) claim(k Key, c claim) {
+	e := r.entries[k]
+	if e == nil {
+		if c.want == nil {
+			return
+		}
+		e = &entry{}
+		r.entries[k] = e
+	}
+	before := e.want
+	switch {
+	case e.want == nil || e.owner == c.owner:
+		e.claim = c
+	default:
+		i := slices.IndexFunc(e.others, func(o claim) bool { return o.owner == c.owner })
+		switch {
+		case i >= 0 && c.want == nil:
+			e.others = slices.Delete(e.others, i, i+1)
+		case i >= 0:
+			e.others[i] = c
+		case c.want != nil:
+			e.others = append(e.others, c)
+			if c.want != e.want {
+				klog.Warningf("%s and %s cannot both have their way: %s stays, instead of %s", e.owner, c.owner, e.want, c.want)
+			}
+		}
+	}
+	if e.want == nil && len(e.others) > 0 {
+		e.claim, e.others = e.others[0], e.others[1:]
+	}
+	if e.want == before {
+		return
+	}
+	r.use(before, -1)
+	r.use(e.want, +1)
+	e.drift = false
+	if e.want == nil && e.have == nil {
+		delete(r.entries, k)
+		return
+	}
+	r.queue(e)
+}
+
+// use counts the devices that an object needs.
+func (r *Reconciler) use(o Object, n int) {
+	if o == nil {
+		return
+	}
+	names := []string{o.device()}
+	if l, ok := o.(Link); ok {
+		names = append(names, l.Type.lower())
+	}
+	for _, name := range names {
+		if name == "" {
+			continue
+		}
+		if r.uses[name] += n; r.uses[name] == 0 {
+			delete(r.uses, name)
+		}
+	}
+}
+
+func (r *Reconciler) queue(e *entry) {
+	if e.state != dirty {
+		e.state = dirty
+		r.dirty = append(r.dirty, e)
+	}
+}
+
+// Pending tells whether Apply has anything to do.
+func (r *Reconciler) Pending() bool { return r.unknown || len(r.dirty) > 0 }
+
+// Failed tells whether there is anything that the kernel refused.
+func (r *Reconciler) Failed() bool { return len(r.failed) > 0 }
+
+// Retry queues what the kernel refused, for the next Apply.
+func (r *Reconciler) Retry() {
+	for _, e := range r.failed {
+		if e.state == failed {
+			r.queue(e)
+		}
+	}
+	r.failed = nil
+}
+
+// Compare makes the next Apply read all of the kernel's tables first, as after
+// a gap in the notifications.
+func (r *Reconciler) Compare() { r.unknown = true }
+
+// Apply makes the kernel hold what is wanted. What it refuses is reported and
+// stays for Retry; the rest is done all the same.
+func (r *Reconciler) Apply() error {
+	var failures failures
+	if r.unknown {
+		if err := r.compare(); err != nil {
+			return fmt.Errorf("reading the kernel's tables: %w", err)
+		}
+	}
+	var log changes
+	todo := r.take()
+	for k := kinds; k > 0; k-- {
+		r.apply(k-1, todo, false, &log, &failures)
+	}
+	r.apply(KindLink, todo, true, &log, &failures)
+	for _, e := range todo {
+		if e.want != e.have && e.state == idle {
+			r.queue(e)
+		}
+	}
+	todo = r.take() // with what went when a link was replaced
+	for k := KindAddr; k < kinds; k++ {
+		r.apply(k, todo, true, &log, &failures)
+	}
+	log.write()
+	if r.unknown { // the kernel lost track of the requests
+		failures.add(errors.New("some of the kernel's answers were lost: its tables will be read again"))
+	}
+	return failures.err()
+}
+
+// take empties the queue.
+func (r *Reconciler) take() []*entry {
+	todo := r.dirty
+	r.dirty = nil
+	for _, e := range todo {
+		e.state = idle
+	}
+	return todo
+}
+
+// apply brings the entries of one kind about (add), or removes them.
+func (r *Reconciler) apply(kind Kind, todo []*entry, add bool, log *changes, failures *failures) {
+	var batch []*entry
+	var requests []request
+	for _, e := range todo {
+		if e.want == e.have || e.state == failed || (e.want != nil) != add || e.key().Kind != kind {
+			continue // settled or failed meanwhile, or not its turn
+		}
+		if !add && !r.ours(e.have) {
+			delete(r.entries, e.key())
+			e.have = nil
+			continue
+		}
+		if kind == KindLink {
+			r.done(e, r.link(e), log, failures)
+			continue
+		}
+		o := e.want
+		if !add {
+			o = e.have
+		}
+		dev := 0
+		if name := o.device(); name != "" {
+			var ok bool
+			if dev, ok = r.devices.number[name]; !ok {
+				if add {
+					r.done(e, fmt.Errorf("there is no device %s", name), log, failures)
+				} else {
+					r.done(e, nil, log, failures) // it went with its device
+				}
+				continue
+			}
+		}
+		batch = append(batch, e)
+		requests = append(requests, encode(o, dev, add))
+	}
+	if len(batch) == 0 {
+		return
+	}
+	results, err := r.sock.do(requests)
+	for i, e := range batch {
+		if err != nil {
+			r.done(e, err, log, failures)
+			r.unknown = true
+			continue
+		}
+		if !add && isGone(results[i]) {
+			results[i] = nil
+		}
+		r.done(e, results[i], log, failures)
+	}
+}
+
+// isGone tells the errors that the kernel answers to the removal of what is
+// not there: routes ESRCH, neighbours and FDB entries ENOENT, addresses
+// EADDRNOTAVAIL, anything on a vanished device ENODEV.
+func isGone(err error) bool {
+	return errors.Is(err, unix.ESRCH) || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EADDRNOTAVAIL) || errors.Is(err, unix.ENODEV)
+}
+
+// done takes note of the kernel's answer.
+func (r *Reconciler) done(e *entry, err error, log *changes, failures *failures) {
+	if err != nil {
+		failures.add(fmt.Errorf("%s: %w", command(e), err))
+		e.state = failed
+		r.failed = append(r.failed, e)
+		return
+	}
+	log.add(e)
+	if e.want == nil {
+		delete(r.entries, e.key())
+	}
+	e.have, e.drift = e.want, false
+}
+
+// Has tells whether the kernel holds all that an owner wants.
+func (r *Reconciler) Has(owner string) bool {
+	for _, k := range r.owners[owner] {
+		if e := r.entries[k]; e.owner != owner && !slices.ContainsFunc(e.others, func(c claim) bool { return c == claim{owner, e.want} }) || e.want != e.have {
+			return false
+		}
+	}
+	return true
+}

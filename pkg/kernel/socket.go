@@ -1,0 +1,294 @@
+package kernel
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// socket speaks rtnetlink (rtnetlink(7)): requests in batches, and dumps. It is
+// for one goroutine.
+type socket struct {
+	fd  int
+	pid uint32 // our address on the bus, which the kernel puts on what we caused
+	seq uint32
+	buf []byte
+}
+
+const (
+	// A batch is one sendmsg: large enough to make the system call's cost
+	// vanish, small enough for its errors to fit the receive buffer.
+	batchMessages = 256
+	receiveBuffer = 1 << 20
+)
+
+func newSocket() (*socket, error) {
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, fmt.Errorf("netlink: %w", err)
+	}
+	s := &socket{fd: fd, buf: make([]byte, 1<<16)}
+	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		s.close()
+		return nil, fmt.Errorf("netlink: %w", err)
+	}
+	name, err := unix.Getsockname(fd)
+	if err != nil {
+		s.close()
+		return nil, fmt.Errorf("netlink: %w", err)
+	}
+	s.pid = name.(*unix.SockaddrNetlink).Pid
+	// All of these only help; old kernels and small capabilities do without.
+	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, receiveBuffer)
+	_ = unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_EXT_ACK, 1) // errors come with a text
+	_ = unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_CAP_ACK, 1) // and without the request
+	return s, nil
+}
+
+func (s *socket) close() { unix.Close(s.fd) }
+
+// A request is one netlink message to send, without its length and sequence.
+type request struct {
+	kind  uint16 // RTM_*
+	flags uint16 // NLM_F_*, without REQUEST and ACK
+	body  []byte
+}
+
+// do sends the requests and returns the kernel's answer to each, in their
+// order. Only the last of a batch asks for an acknowledgement: failures are
+// reported without being asked for.
+func (s *socket) do(requests []request) ([]error, error) {
+	results := make([]error, len(requests))
+	var out []byte
+	for start := 0; start < len(requests); start += batchMessages {
+		batch := requests[start:min(start+batchMessages, len(requests))]
+		first := s.seq + 1
+		out = out[:0]
+		for i, r := range batch {
+			flags := r.flags | unix.NLM_F_REQUEST
+			if i == len(batch)-1 {
+				flags |= unix.NLM_F_ACK
+			}
+			s.seq++
+			out = appendMessage(out, r.kind, flags, s.seq, r.body)
+		}
+		if err := s.send(out); err != nil {
+			return nil, err
+		}
+		for done := false; !done; {
+			err := s.receive(func(h unix.NlMsghdr, body []byte) error {
+				if h.Type != unix.NLMSG_ERROR || h.Seq-first >= uint32(len(batch)) {
+					return nil // left over from an earlier exchange
+				}
+				results[start+int(h.Seq-first)] = ackError(h, body)
+				done = done || h.Seq == s.seq
+				return nil
+			})
+			if err != nil {
+				return nil, err
+			}
+		}
+	}
+	return results, nil
+}
+
+// dump sends a dump request and calls each for every message of the answer.
+// errInterrupted says that the kernel's tables changed meanwhile, so that the
+// answer may lack something.
+func (s *socket) dump(kind uint16, body []byte, each func(kind uint16, body []byte)) error {
+	s.seq++
+	if err := s.send(appendMessage(nil, kind, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, s.seq, body)); err != nil {
+		return err
+	}
+	interrupted := false
+	for done := false; !done; {
+		err := s.receive(func(h unix.NlMsghdr, body []byte) error {
+			if h.Seq != s.seq {
+				return nil
+			}
+			interrupted = interrupted || h.Flags&unix.NLM_F_DUMP_INTR != 0
+			switch h.Type {
+			case unix.NLMSG_DONE:
+				done = true
+			case unix.NLMSG_ERROR:
+				done = true
+				return ackError(h, body)
+			default:
+				each(h.Type, body)
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	if interrupted {
+		return errInterrupted
+	}
+	return nil
+}
+
+var errInterrupted = errors.New("the kernel's tables changed while they were read")
+
+func (s *socket) send(b []byte) error {
+	if err := unix.Sendto(s.fd, b, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		return fmt.Errorf("netlink: sending: %w", err)
+	}
+	return nil
+}
+
+// receive reads one datagram and calls each for its messages.
+func (s *socket) receive(each func(h unix.NlMsghdr, body []byte) error) error {
+	for {
+		n, _, err := unix.Recvfrom(s.fd, s.buf, 0)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("netlink: receiving: %w", err)
+		}
+		return eachMessage(s.buf[:n], each)
+	}
+}
+
+// listen opens a socket that receives the kernel's notifications of the groups
+// (RTNLGRP_*), except those that the socket with address own caused.
+func listen(own uint32, groups ...int) (*os.File, error) {
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, fmt.Errorf("netlink: %w", err)
+	}
+	f := os.NewFile(uintptr(fd), "netlink") // non-blocking: Close ends a Read
+	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 8*receiveBuffer)
+	if err := ignore(fd, own); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("netlink: filter: %w", err)
+	}
+	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("netlink: %w", err)
+	}
+	for _, g := range groups {
+		if err := unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, g); err != nil {
+			f.Close()
+			return nil, fmt.Errorf("netlink: joining group %d: %w", g, err)
+		}
+	}
+	return f, nil
+}
+
+// ignore attaches a classic BPF program that drops messages whose nlmsg_pid is
+// own: the notifications of routes and neighbours carry the address of who
+// asked for the change, and to hear our own thousands back would be waste.
+func ignore(fd int, own uint32) error {
+	var native [4]byte
+	binary.NativeEndian.PutUint32(native[:], own)
+	program := []unix.SockFilter{
+		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: uint32(unsafe.Offsetof(unix.NlMsghdr{}.Pid))},
+		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, Jf: 1, K: binary.BigEndian.Uint32(native[:])}, // loads are big-endian
+		{Code: unix.BPF_RET | unix.BPF_K, K: 0},
+		{Code: unix.BPF_RET | unix.BPF_K, K: 0xffffffff},
+	}
+	return unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &unix.SockFprog{Len: uint16(len(program)), Filter: &program[0]})
+}
+
+// ackError returns what an NLMSG_ERROR message says: nil, an errno, or an errno
+// with the kernel's text (NLMSGERR_ATTR_MSG).
+func ackError(h unix.NlMsghdr, body []byte) error {
+	if len(body) < 4 {
+		return errors.New("netlink: short acknowledgement")
+	}
+	errno := -int32(binary.NativeEndian.Uint32(body))
+	if errno == 0 {
+		return nil
+	}
+	err := unix.Errno(errno)
+	const header = 4 + unix.NLMSG_HDRLEN // NETLINK_CAP_ACK leaves the request's header alone
+	if h.Flags&unix.NLM_F_ACK_TLVS == 0 || len(body) < header {
+		return err
+	}
+	skip := header
+	if h.Flags&unix.NLM_F_CAPPED == 0 {
+		skip = 4 + align(int(binary.NativeEndian.Uint32(body[4:])))
+	}
+	if skip > len(body) {
+		return err
+	}
+	text := ""
+	eachAttr(body[skip:], func(kind uint16, value []byte) {
+		if kind == unix.NLMSGERR_ATTR_MSG {
+			text = string(bytes.TrimRight(value, "\x00"))
+		}
+	})
+	if text == "" {
+		return err
+	}
+	return fmt.Errorf("%w (%s)", err, text)
+}
+
+func align(n int) int { return (n + unix.NLMSG_ALIGNTO - 1) &^ (unix.NLMSG_ALIGNTO - 1) }
+
+// appendMessage appends one message with its header.
+func appendMessage(b []byte, kind, flags uint16, seq uint32, body []byte) []byte {
+	b = binary.NativeEndian.AppendUint32(b, uint32(unix.NLMSG_HDRLEN+len(body)))
+	b = binary.NativeEndian.AppendUint16(b, kind)
+	b = binary.NativeEndian.AppendUint16(b, flags)
+	b = binary.NativeEndian.AppendUint32(b, seq)
+	b = binary.NativeEndian.AppendUint32(b, 0)
+	b = append(b, body...)
+	return append(b, make([]byte, align(len(body))-len(body))...)
+}
+
+// appendAttr appends one attribute (struct rtattr), padded.
+func appendAttr(b []byte, kind uint16, value []byte) []byte {
+	b = binary.NativeEndian.AppendUint16(b, uint16(unix.SizeofRtAttr+len(value)))
+	b = binary.NativeEndian.AppendUint16(b, kind)
+	b = append(b, value...)
+	return append(b, make([]byte, align(len(value))-len(value))...)
+}
+
+func appendAttr32(b []byte, kind uint16, value uint32) []byte {
+	return appendAttr(b, kind, binary.NativeEndian.AppendUint32(nil, value))
+}
+
+// eachMessage calls f for the messages of a datagram, until it fails.
+func eachMessage(b []byte, f func(h unix.NlMsghdr, body []byte) error) error {
+	for len(b) >= unix.NLMSG_HDRLEN {
+		h := unix.NlMsghdr{
+			Len:   binary.NativeEndian.Uint32(b),
+			Type:  binary.NativeEndian.Uint16(b[4:]),
+			Flags: binary.NativeEndian.Uint16(b[6:]),
+			Seq:   binary.NativeEndian.Uint32(b[8:]),
+			Pid:   binary.NativeEndian.Uint32(b[12:]),
+		}
+		if h.Len < unix.NLMSG_HDRLEN || int(h.Len) > len(b) {
+			return fmt.Errorf("netlink: a message of %d bytes in %d", h.Len, len(b))
+		}
+		if err := f(h, b[unix.NLMSG_HDRLEN:h.Len]); err != nil {
+			return err
+		}
+		b = b[min(align(int(h.Len)), len(b)):]
+	}
+	return nil
+}
+
+// attrType masks the flags out of an attribute's type (NLA_TYPE_MASK,
+// linux/netlink.h).
+const attrType = 0x3fff
+
+// eachAttr calls f for the attributes in b; NLA_F_* flags are left out of kind.
+func eachAttr(b []byte, f func(kind uint16, value []byte)) {
+	for len(b) >= unix.SizeofRtAttr {
+		n := int(binary.NativeEndian.Uint16(b))
+		if n < unix.SizeofRtAttr || n > len(b) {
+			return
+		}
+		f(binary.NativeEndian.Uint16(b[2:])&attrType, b[unix.SizeofRtAttr:n])
+		b = b[min(align(n), len(b)):]
+	}
+}

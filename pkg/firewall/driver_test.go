@@ -1,0 +1,714 @@
+package firewall
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/flanneld/flanneld/pkg/nstest"
+)
+
+// These tests run the real programs on the real kernel, each test in a network
+// namespace of its own.
+
+var (
+	both      = Desired{IPv4: For(network4, pods4, all), IPv6: For(network6, pods6, all)}
+	ipv4Alone = Desired{IPv4: For(network4, pods4, all)}
+)
+
+// A mode is a way to keep rules on a node: the driver, and the variant that
+// plain "iptables" is there.
+type mode struct {
+	name     string
+	nftables bool
+	variant  string
+}
+
+var (
+	legacyMode = mode{"iptables-legacy", false, "legacy"}
+	nftMode    = mode{"iptables-nft", false, "nft"}
+	tablesMode = mode{"nftables", true, "nft"}
+	modes      = []mode{legacyMode, nftMode, tablesMode}
+)
+
+// eachMode runs test in every mode, on a node that has all programs.
+func eachMode(t *testing.T, modes []mode, test func(*testing.T, mode, *node)) {
+	for _, m := range modes {
+		t.Run(m.name, func(t *testing.T) { test(t, m, newNode(t, m.variant)) })
+	}
+}
+
+// A node is a network namespace with a PATH of its own. The programs on it note
+// in a file that they were started.
+type node struct {
+	t    *testing.T
+	bin  string // the only folder on PATH, for us and for what we start
+	path string // what PATH was
+}
+
+// newNode makes the namespace and its programs; plain iptables is the given variant.
+func newNode(t *testing.T, variant string) *node {
+	t.Helper()
+	n := &node{t: t, bin: t.TempDir(), path: os.Getenv("PATH")}
+	nstest.Need(t, "nft", "iptables-legacy", "ip6tables-legacy", "iptables-nft", "ip6tables-nft")
+	nstest.New(t)
+	if out, err := nstest.Try("iptables-legacy -t nat -S"); err != nil {
+		t.Skipf("needs a kernel with legacy iptables: %s", out)
+	}
+	n.install("nft", "nft", "")
+	for _, family := range []string{"iptables", "ip6tables"} {
+		for _, action := range []string{"", "-save", "-restore"} {
+			n.install(family+action, family+"-"+variant+action, "")
+			n.install(family+"-legacy"+action, family+"-legacy"+action, "")
+			n.install(family+"-nft"+action, family+"-nft"+action, "")
+		}
+	}
+	t.Setenv("PATH", n.bin)
+	return n
+}
+
+// install puts a program on PATH that runs the real one after some lines of shell.
+func (n *node) install(name, realName, before string) {
+	n.t.Helper()
+	path := os.Getenv("PATH")
+	os.Setenv("PATH", n.path)
+	defer os.Setenv("PATH", path)
+	target, err := exec.LookPath(realName)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	script := fmt.Sprintf("#!/bin/sh\necho \"%s $*\" >>%s\n%s\nexec %s \"$@\"\n", name, n.log(), before, target)
+	// Renamed into place: a file that is open for writing cannot be executed,
+	// and a child of another test may hold it open for a moment.
+	file := filepath.Join(n.bin, name)
+	if err := os.WriteFile(file+".new", []byte(script), 0o755); err != nil {
+		n.t.Fatal(err)
+	}
+	if err := os.Rename(file+".new", file); err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+// remove takes programs off PATH.
+func (n *node) remove(patterns ...string) {
+	n.t.Helper()
+	for _, p := range patterns {
+		files, _ := filepath.Glob(filepath.Join(n.bin, p))
+		if len(files) == 0 {
+			n.t.Fatalf("no program %s", p)
+		}
+		for _, f := range files {
+			os.Remove(f)
+		}
+	}
+}
+
+func (n *node) log() string { return filepath.Join(n.bin, "started") }
+
+// started returns the programs that f starts, one a line.
+func (n *node) started(f func()) []string {
+	n.t.Helper()
+	os.Remove(n.log())
+	f()
+	data, err := os.ReadFile(n.log())
+	if err != nil && !os.IsNotExist(err) {
+		n.t.Fatal(err)
+	}
+	return strings.FieldsFunc(string(data), func(r rune) bool { return r == '\n' })
+}
+
+// sh runs a shell script that finds the node's programs and all others.
+func (n *node) sh(script string) string {
+	n.t.Helper()
+	cmd := exec.Command("/bin/sh", "-ec", script)
+	cmd.Env = append(os.Environ(), "PATH="+n.bin+":"+n.path)
+	out, err := cmd.Output()
+	if err != nil {
+		if e, ok := err.(*exec.ExitError); ok {
+			out = append(out, e.Stderr...)
+		}
+		n.t.Fatalf("%s: %v\n%s", script, err, out)
+	}
+	return string(out)
+}
+
+// listing is all rules on the node, whoever's they are and wherever they are
+// kept. Tables come sorted by name, and without those that hold nothing: their
+// order is the order of their making, and nobody removes the built-in ones.
+func (n *node) listing() string {
+	n.t.Helper()
+	var tables []string
+	for _, program := range []string{"iptables-legacy", "ip6tables-legacy", "iptables-nft", "ip6tables-nft"} {
+		for table := range strings.SplitAfterSeq(n.sh(program+"-save | sed '/^#/d; s/^[*]/"+program+" &/'"), "COMMIT\n") {
+			if strings.Contains(table, "\n-A ") || strings.Contains(table, " - [") || strings.Contains(table, " DROP [") {
+				tables = append(tables, table)
+			}
+		}
+	}
+	for table := range strings.SplitAfterSeq(n.sh("nft --stateless list ruleset"), "\n}\n") {
+		name, _, _ := strings.Cut(table, " {")
+		switch name {
+		case "", "table ip nat", "table ip filter", "table ip6 nat", "table ip6 filter": // iptables-nft has shown them
+		default:
+			tables = append(tables, "nft "+table)
+		}
+	}
+	slices.Sort(tables)
+	return strings.Join(tables, "")
+}
+
+func (n *node) driver(m mode) *Driver {
+	n.t.Helper()
+	d, err := New(context.Background(), m.nftables)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	return d
+}
+
+func (n *node) apply(d *Driver, want Desired) {
+	n.t.Helper()
+	if err := d.Apply(context.Background(), want); err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+func (n *node) check(d *Driver, want bool) {
+	n.t.Helper()
+	ok, err := d.Check(context.Background())
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	if ok != want {
+		n.t.Fatalf("Check says %v, want %v, with\n%s", ok, want, n.listing())
+	}
+}
+
+// foreign are rules of others, some in the chains that ours hang on.
+const foreign = `
+	for p in iptables ip6tables; do
+		$p -t nat -N KUBE-POSTROUTING
+		$p -t nat -A KUBE-POSTROUTING -m mark ! --mark 0x4000/0x4000 -j RETURN
+		$p -t nat -A POSTROUTING -m comment --comment "kubernetes postrouting rules" -j KUBE-POSTROUTING
+		$p -t nat -A POSTROUTING -o lo -m comment --comment "not flanneld masq, but like it" -j ACCEPT
+		$p -N DOCKER-USER
+		$p -A FORWARD -j DOCKER-USER
+		$p -A FORWARD -m comment --comment "goes -j FLANNEL-FWD in words only" -j ACCEPT
+		$p -A INPUT -m comment --comment "flanneld forward" -j ACCEPT
+		$p -P FORWARD DROP
+		$p -t mangle -N FLANNEL-FWD
+		$p -t mangle -A FORWARD -m comment --comment "flanneld forward" -j FLANNEL-FWD
+		$p -t mangle -A POSTROUTING -m comment --comment "flanneld masq" -j ACCEPT
+	done
+	nft 'table ip other { chain postrouting { type nat hook postrouting priority 90; ip daddr 198.18.0.1 masquerade; }; }'`
+
+func TestApplyAndRemove(t *testing.T) {
+	eachMode(t, modes, func(t *testing.T, m mode, n *node) {
+		n.sh(foreign)
+		before := n.listing()
+		d := n.driver(m)
+		n.check(d, false)
+
+		n.apply(d, both)
+		n.check(d, true)
+		applied := n.listing()
+		var want []string
+		if m.nftables {
+			want = []string{
+				"ip saddr 10.5.0.0/16 ip daddr != 224.0.0.0/4 counter masquerade fully-random",
+				"ip6 saddr fc00::/48 ip6 daddr != ff00::/8 counter masquerade fully-random",
+				"type nat hook postrouting priority srcnat; policy accept;",
+				"ip6 saddr fc00::/48 counter accept",
+			}
+		} else {
+			for _, rules := range []Ruleset{both.IPv4, both.IPv6} {
+				for _, r := range rules.Postrouting {
+					want = append(want, postrouting.render(r)+"\n")
+				}
+				for _, r := range rules.Forward {
+					want = append(want, forward.render(r)+"\n")
+				}
+				want = append(want, postrouting.jump()+"\n", forward.jump()+"\n")
+			}
+		}
+		rest := applied
+		for _, w := range want {
+			if !strings.Contains(applied, w) {
+				t.Errorf("not there: %s", w)
+			}
+			rest = strings.Replace(rest, w, "", 1)
+		}
+		if !m.nftables && strings.Contains(rest, "-A FLANNEL") {
+			t.Errorf("there is more than wanted:\n%s", rest)
+		}
+
+		for _, p := range n.started(func() { n.apply(d, both) }) {
+			if strings.Contains(p, "-restore") || strings.Contains(p, " -f ") {
+				t.Errorf("applying the same again ran %s", p)
+			}
+		}
+		same(t, n.listing(), applied)
+
+		n.apply(d, ipv4Alone)
+		n.check(d, true)
+		if now := n.listing(); strings.Contains(now, "fc00::/48") {
+			t.Errorf("IPv6 is off, its rules stay:\n%s", now)
+		}
+
+		n.apply(d, Desired{})
+		n.check(d, true)
+		same(t, n.listing(), before)
+	})
+}
+
+// A daemon that comes back, upstream's or ours, finds its own rules and leaves
+// them standing in iptables mode, packet counters and all.
+func TestRestart(t *testing.T) {
+	eachMode(t, modes, func(t *testing.T, m mode, n *node) {
+		n.apply(n.driver(m), both)
+		before := n.listing()
+		d := n.driver(m)
+		n.check(d, false)
+		started := n.started(func() { n.apply(d, both) })
+		if all := strings.Join(started, "\n"); !m.nftables && strings.Contains(all, "-restore") {
+			t.Errorf("ran\n%s", all)
+		}
+		n.check(d, true)
+		same(t, n.listing(), before)
+	})
+}
+
+func TestDrift(t *testing.T) {
+	iptables := []string{
+		`iptables -t nat -F FLANNEL-POSTRTG`,
+		`iptables -t nat -D FLANNEL-POSTRTG 3`,
+		`iptables -t nat -A FLANNEL-POSTRTG -j ACCEPT`,
+		`iptables -t nat -I FLANNEL-POSTRTG -j RETURN`,
+		`iptables -t nat -I FLANNEL-POSTRTG -m comment --comment "flanneld masq" -j RETURN`,
+		`iptables -t nat -D FLANNEL-POSTRTG 1 && iptables -t nat -A FLANNEL-POSTRTG -m mark --mark 0x4000/0x4000 -m comment --comment "flanneld masq" -j RETURN`,
+		`iptables -t nat -R FLANNEL-POSTRTG 2 -s 10.6.34.0/24 -d 10.5.0.0/16 -m comment --comment "flanneld masq" -j RETURN`,
+		`iptables -t nat -R FLANNEL-POSTRTG 5 -s 10.5.0.0/16 ! -d 224.0.0.0/4 -m comment --comment "flanneld masq" -j MASQUERADE`,
+		`iptables -t nat -R FLANNEL-POSTRTG 5 -s 10.5.0.0/16 ! -d 224.0.0.0/4 -j MASQUERADE --random-fully`,
+		`iptables -t nat -D POSTROUTING -m comment --comment "flanneld masq" -j FLANNEL-POSTRTG`,
+		`iptables -t nat -A POSTROUTING -m comment --comment "flanneld masq" -j FLANNEL-POSTRTG`,
+		`iptables -t nat -A POSTROUTING -j FLANNEL-POSTRTG`,
+		`iptables -t nat -R POSTROUTING 1 -s 198.18.0.0/15 -m comment --comment "flanneld masq" -j FLANNEL-POSTRTG`,
+		`iptables -t nat -A POSTROUTING -g FLANNEL-POSTRTG`,
+		`iptables -t nat -I POSTROUTING -s 10.9.0.0/16 -m comment --comment "flanneld masq" -j MASQUERADE`,
+		`iptables -t nat -F && iptables -t nat -X`,
+		`iptables -t nat -D POSTROUTING 1 && iptables -t nat -F FLANNEL-POSTRTG && iptables -t nat -X FLANNEL-POSTRTG`,
+		`iptables -F FORWARD`,
+		`iptables -F FLANNEL-FWD`,
+		`iptables -D FLANNEL-FWD 2`,
+		`iptables -I FORWARD -s 10.9.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT`,
+		`ip6tables -t nat -D FLANNEL-POSTRTG 1`,
+		`ip6tables -F && ip6tables -X`,
+	}
+	deleteRule := func(chain string) string {
+		return `nft delete rule ip flannel-ipv4 ` + chain + ` handle $(nft -a list chain ip flannel-ipv4 ` + chain + ` | sed -n 's/.*counter.* handle //p' | head -n 1)`
+	}
+	drift := map[string][]string{
+		legacyMode.name: iptables,
+		nftMode.name:    append([]string{`nft flush ruleset`, `nft delete table ip nat`, `nft delete table ip6 filter`}, iptables...),
+		tablesMode.name: {
+			`nft flush ruleset`,
+			`nft delete table ip flannel-ipv4`,
+			`nft delete table ip6 flannel-ipv6`,
+			`nft flush table ip flannel-ipv4`,
+			`nft flush chain ip flannel-ipv4 postrouting`,
+			`nft delete chain ip6 flannel-ipv6 forward`,
+			deleteRule("postrouting"),
+			deleteRule("forward"),
+			deleteRule("postrouting") + ` && nft 'add rule ip flannel-ipv4 postrouting meta mark & 0x4000 == 0x4000 counter return comment "kube-proxy masquerades these itself"'`,
+			`nft add rule ip flannel-ipv4 forward accept`,
+			`nft insert rule ip6 flannel-ipv6 postrouting return`,
+			`nft add chain ip flannel-ipv4 more`,
+			`nft 'add chain ip flannel-ipv4 forward { policy drop; }'`,
+			`nft 'add table ip flannel-ipv4 { flags dormant; }'`,
+		},
+	}
+	eachMode(t, modes, func(t *testing.T, m mode, n *node) {
+		d := n.driver(m)
+		n.apply(d, both)
+		want := n.listing()
+		for _, command := range drift[m.name] {
+			n.sh(command)
+			if n.listing() == want {
+				t.Fatalf("nothing is changed by %s", command)
+			}
+			if ok, err := d.Check(context.Background()); ok || err != nil {
+				t.Fatalf("not noticed: %s (%v)", command, err)
+			}
+			n.apply(d, both)
+			n.check(d, true)
+			if now := n.listing(); now != want {
+				t.Errorf("not mended: %s", command)
+				same(t, now, want)
+			}
+		}
+	})
+}
+
+// The place of a jump among others' rules is theirs to choose; a missing one goes
+// to the end, of several the first place counts.
+func TestJumpKeepsItsPlace(t *testing.T) {
+	const first, last = `iptables -A FORWARD -s 198.18.0.1 -j DROP; `, `iptables -A FORWARD -j DROP; `
+	const jump = `iptables -A FORWARD -m comment --comment "flanneld forward" -j FLANNEL-FWD; `
+	const stale = `iptables -A FORWARD -s 10.9.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT; `
+	const empty = `iptables -F FORWARD; `
+	A, J, B := "-A FORWARD -s 198.18.0.1/32 -j DROP\n", forward.jump()+"\n", "-A FORWARD -j DROP\n"
+	tests := []struct{ name, given, want string }{
+		{"one jump", first + jump + last, A + J + B},
+		{"one jump, chain altered", first + jump + last + "iptables -F FLANNEL-FWD", A + J + B},
+		{"first of two", first + jump + last + jump, A + J + B},
+		{"first of three", jump + first + jump + last + jump, J + A + B},
+		{"place of a stale rule", first + stale + stale + last, A + J + B},
+		{"stale rule before the jump", stale + first + jump + last, J + A + B},
+		{"none", first + last, A + B + J},
+	}
+	eachMode(t, []mode{legacyMode, nftMode}, func(t *testing.T, m mode, n *node) {
+		d := n.driver(m)
+		n.apply(d, ipv4Alone)
+		for _, test := range tests {
+			n.sh(empty + test.given)
+			n.apply(d, ipv4Alone)
+			n.check(d, true)
+			var got strings.Builder
+			for line := range strings.Lines(n.sh("iptables-save")) {
+				if strings.HasPrefix(line, "-A FORWARD") {
+					got.WriteString(line)
+				}
+			}
+			if got.String() != test.want {
+				t.Errorf("%s: got\n%swant\n%s", test.name, got.String(), test.want)
+			}
+		}
+	})
+}
+
+// What others do around our rules is not our business.
+func TestCheckIgnoresOthers(t *testing.T) {
+	eachMode(t, modes, func(t *testing.T, m mode, n *node) {
+		d := n.driver(m)
+		n.apply(d, both)
+		n.sh(foreign)
+		n.check(d, true)
+		n.sh(`iptables -t nat -I POSTROUTING -j ACCEPT; iptables -I FORWARD -j ACCEPT; iptables -N AAA; iptables -t nat -N ZZZ; iptables -A AAA -j FLANNEL-FWD || iptables -A AAA -j ACCEPT`)
+		n.check(d, true)
+	})
+}
+
+func TestCheckStartsLittle(t *testing.T) {
+	eachMode(t, modes, func(t *testing.T, m mode, n *node) {
+		if _, err := generation(); err != nil {
+			t.Fatal(err)
+		}
+		d := n.driver(m)
+		n.apply(d, both)
+		quiet := 0
+		if m == legacyMode {
+			quiet = 2 // iptables-save, ip6tables-save
+		}
+		check := func(want int) {
+			t.Helper()
+			if started := n.started(func() { n.check(d, true) }); len(started) != want {
+				t.Errorf("Check started %q, want %d", started, want)
+			}
+		}
+		n.check(d, true) // IPv4's sees the change that was IPv6's making
+		check(quiet)
+		check(quiet)
+		n.sh(`nft add table ip other`)
+		check(2)
+		check(quiet)
+
+		n.apply(d, ipv4Alone)
+		n.sh(`nft delete table ip other`)
+		check(1)
+	})
+}
+
+func TestNetworkChange(t *testing.T) {
+	other := Desired{
+		IPv4: For(prefix("10.77.0.0/16"), prefix("10.77.1.0/24"), all),
+		IPv6: For(prefix("fc77::/48"), prefix("fc77:0:0:1::/64"), Options{Masquerade: true}),
+	}
+	eachMode(t, modes, func(t *testing.T, m mode, n *node) {
+		d := n.driver(m)
+		n.apply(d, other)
+		want := n.listing()
+		n.apply(d, both)
+		n.check(d, true)
+		n.apply(d, other) // the same driver: a changed configuration
+		n.check(d, true)
+		same(t, n.listing(), want)
+		n.apply(d, both)
+		d = n.driver(m) // another driver: a restart
+		n.apply(d, other)
+		n.check(d, true)
+		same(t, n.listing(), want)
+	})
+}
+
+// From any mode to any other: what the first left goes.
+func TestSwitchingModes(t *testing.T) {
+	for _, from := range modes {
+		for _, to := range modes {
+			if from == to {
+				continue
+			}
+			t.Run(from.name+" to "+to.name, func(t *testing.T) {
+				n := newNode(t, from.variant)
+				n.apply(n.driver(from), both)
+				before := n.listing()
+
+				n.install("iptables", "iptables-"+to.variant, "")
+				n.install("iptables-save", "iptables-"+to.variant+"-save", "")
+				n.install("iptables-restore", "iptables-"+to.variant+"-restore", "")
+				n.install("ip6tables", "ip6tables-"+to.variant, "")
+				n.install("ip6tables-save", "ip6tables-"+to.variant+"-save", "")
+				n.install("ip6tables-restore", "ip6tables-"+to.variant+"-restore", "")
+				d := n.driver(to)
+				n.apply(d, both)
+				n.check(d, true)
+				now := n.listing()
+				for mark, m := range map[string]mode{
+					"iptables-legacy *nat\n":         legacyMode,
+					"iptables-legacy *filter\n":      legacyMode,
+					"ip6tables-legacy *nat\n":        legacyMode,
+					"ip6tables-legacy *filter\n":     legacyMode,
+					"iptables-nft *nat\n":            nftMode,
+					"iptables-nft *filter\n":         nftMode,
+					"ip6tables-nft *nat\n":           nftMode,
+					"ip6tables-nft *filter\n":        nftMode,
+					"nft table ip flannel-ipv4 {\n":  tablesMode,
+					"nft table ip6 flannel-ipv6 {\n": tablesMode,
+				} {
+					if got, want := strings.Contains(before, mark), m == from; got != want {
+						t.Errorf("before, %q is %v, want %v", mark, got, want)
+					}
+					if got, want := strings.Contains(now, mark), m == to; got != want {
+						t.Errorf("%q is %v, want %v", mark, got, want)
+					}
+				}
+				if started := n.started(func() { n.apply(d, both) }); len(started) > 2 {
+					t.Errorf("the other modes are looked for at every Apply: %q", started)
+				}
+			})
+		}
+	}
+}
+
+// A rule of somebody's that leads to our chain from elsewhere stays, and so the
+// chain has to, empty.
+func TestForeignUserOfOurChain(t *testing.T) {
+	eachMode(t, []mode{legacyMode, nftMode}, func(t *testing.T, m mode, n *node) {
+		d := n.driver(m)
+		n.apply(d, ipv4Alone)
+		n.sh(`iptables -N MINE; iptables -A MINE -j FLANNEL-FWD`)
+		for range 2 {
+			n.apply(d, Desired{})
+			n.check(d, true)
+			save := n.sh("iptables-save")
+			if !strings.Contains(save, "-A MINE -j FLANNEL-FWD\n") || strings.Contains(save, "-A FLANNEL") || strings.Contains(save, "flanneld") {
+				t.Errorf("got\n%s", save)
+			}
+		}
+		n.apply(d, ipv4Alone)
+		n.check(d, true)
+	})
+}
+
+func TestMissingPrograms(t *testing.T) {
+	ctx := context.Background()
+	mentions := func(t *testing.T, err error, words ...string) {
+		t.Helper()
+		if err == nil {
+			t.Fatal("no error")
+		}
+		for _, w := range words {
+			if !strings.Contains(err.Error(), w) {
+				t.Errorf("%q is not in: %v", w, err)
+			}
+		}
+	}
+	t.Run("nothing but nft", func(t *testing.T) {
+		n := newNode(t, "nft")
+		n.remove("ip*")
+		_, err := New(ctx, false)
+		mentions(t, err, "program iptables", "package iptables", "EnableNFTables")
+		d := n.driver(tablesMode)
+		n.apply(d, both)
+		n.check(d, true)
+	})
+	t.Run("no plain iptables", func(t *testing.T) {
+		n := newNode(t, "legacy")
+		n.apply(n.driver(legacyMode), both)
+		n.remove("iptables", "ip6tables")
+		n.apply(n.driver(tablesMode), both)
+		if rules := n.listing(); strings.Contains(rules, "flanneld masq") {
+			t.Errorf("not removed:\n%s", rules)
+		}
+	})
+	t.Run("nothing but iptables", func(t *testing.T) {
+		n := newNode(t, "legacy")
+		n.remove("nft", "*-legacy", "*-nft", "*-legacy-*", "*-nft-*")
+		_, err := New(ctx, true)
+		mentions(t, err, "program nft", "package nftables", "EnableNFTables")
+		d := n.driver(legacyMode)
+		n.apply(d, both)
+		n.check(d, true)
+	})
+	t.Run("iptables-restore is missing", func(t *testing.T) {
+		n := newNode(t, "legacy")
+		n.remove("iptables-restore")
+		_, err := New(ctx, false)
+		mentions(t, err, "program iptables-restore", "package iptables")
+	})
+	t.Run("ip6tables is missing", func(t *testing.T) {
+		n := newNode(t, "legacy")
+		n.remove("ip6tables*")
+		d := n.driver(legacyMode)
+		n.apply(d, ipv4Alone)
+		n.check(d, true)
+		n.apply(d, Desired{})
+		mentions(t, d.Apply(ctx, both), "IPv6 rules", "program ip6tables", "package iptables")
+		n.check(d, false)
+		if !strings.Contains(n.sh("iptables-save"), "FLANNEL-FWD") {
+			t.Error("without ip6tables there are no IPv4 rules either")
+		}
+	})
+	t.Run("nft is too old", func(t *testing.T) {
+		n := newNode(t, "legacy")
+		n.install("nft", "nft", `[ "$1" = --version ] && echo "nftables v0.9.3 (Topsy)" && exit`)
+		_, err := New(ctx, true)
+		mentions(t, err, "nft 1.0.1", "v0.9.3")
+		d := n.driver(legacyMode) // which looks for what nftables mode left
+		n.apply(d, both)
+		n.check(d, true)
+	})
+	t.Run("ip6tables does not work", func(t *testing.T) {
+		n := newNode(t, "legacy")
+		n.install("ip6tables-save", "ip6tables-legacy-save", `echo "no such family" >&2; exit 1`)
+		d := n.driver(legacyMode)
+		n.apply(d, ipv4Alone)
+		n.check(d, true)
+		mentions(t, d.Apply(ctx, both), "IPv6 rules", "no such family")
+		n.check(d, false)
+	})
+}
+
+func TestRandomFullyRefused(t *testing.T) {
+	// A kernel that refuses is played by a program that does.
+	const refuse = `in=$(/bin/cat); case $in in *--random-fully*) echo refused >&2; exit 1;; esac; printf '%s\n' "$in" | `
+	n := newNode(t, "legacy")
+	n.install("iptables-restore", "iptables-legacy-restore", refuse+`\`)
+	d := n.driver(legacyMode)
+	for range 2 {
+		n.apply(d, both)
+		n.check(d, true)
+		if save := n.sh("iptables-save"); strings.Count(save, `-j MASQUERADE`+"\n") != 2 || strings.Contains(save, "random") {
+			t.Errorf("got\n%s", save)
+		}
+		if save := n.sh("ip6tables-save"); strings.Count(save, `-j MASQUERADE --random-fully`+"\n") != 2 {
+			t.Errorf("nobody refused it for IPv6, got\n%s", save)
+		}
+		n.sh("iptables -t nat -F")
+		n.check(d, false)
+	}
+}
+
+func TestFailure(t *testing.T) {
+	ctx := context.Background()
+	t.Run("refused", func(t *testing.T) {
+		n := newNode(t, "legacy")
+		n.install("iptables-restore", "iptables-legacy-restore", `echo "the kernel says no" >&2; exit 1`)
+		d := n.driver(legacyMode)
+		err := d.Apply(ctx, both)
+		for _, w := range []string{"IPv4 rules", "the kernel says no", "iptables-restore --noflush --wait=10 <<'END'\n*nat\n:FLANNEL"} {
+			if err == nil || !strings.Contains(err.Error(), w) {
+				t.Errorf("%q is not in: %v", w, err)
+			}
+		}
+		n.check(d, false)
+		n.install("iptables-restore", "iptables-legacy-restore", "")
+		n.apply(d, both)
+		n.check(d, true)
+	})
+	t.Run("undone at once", func(t *testing.T) {
+		n := newNode(t, "legacy")
+		n.install("iptables-restore", "iptables-legacy-restore", `/bin/cat >/dev/null; exit 0`)
+		d := n.driver(legacyMode)
+		if err := d.Apply(ctx, ipv4Alone); err == nil || !strings.Contains(err.Error(), "something else") {
+			t.Errorf("got %v", err)
+		}
+		n.check(d, false)
+	})
+	t.Run("cancelled", func(t *testing.T) {
+		n := newNode(t, "nft")
+		for _, m := range []mode{nftMode, tablesMode} {
+			d := n.driver(m)
+			gone, cancel := context.WithCancel(ctx)
+			cancel()
+			if err := d.Apply(gone, both); err == nil {
+				t.Errorf("%s: no error", d)
+			}
+			n.check(d, false)
+		}
+	})
+	t.Run("table with rules that iptables does not know", func(t *testing.T) {
+		n := newNode(t, "nft")
+		n.install("iptables-save", "iptables-nft-save", "echo \"# Table \\`nat' is incompatible, use 'nft' tool.\"")
+		err := n.driver(nftMode).Apply(ctx, both)
+		if err == nil || !strings.Contains(err.Error(), "nft list table nat") {
+			t.Errorf("got %v", err)
+		}
+	})
+}
+
+// While rules are replaced, whoever looks sees the old ones or the new ones, all
+// of them. So do packets: a listing shows what the kernel has committed.
+func TestNoMomentWithoutRules(t *testing.T) {
+	other := Desired{IPv4: For(prefix("10.77.0.0/16"), prefix("10.77.1.0/24"), all)}
+	eachMode(t, modes, func(t *testing.T, m mode, n *node) {
+		list := "iptables-save | grep -c flanneld"
+		if m.nftables {
+			list = "nft list table ip flannel-ipv4 | grep -c counter"
+		}
+		d := n.driver(m)
+		n.apply(d, ipv4Alone)
+		want := n.sh(list)
+
+		done := filepath.Join(n.bin, "done")
+		watch := exec.Command("/bin/sh", "-c", fmt.Sprintf("while [ ! -e %s ]; do %s; done", done, list))
+		watch.Env = append(os.Environ(), "PATH="+n.bin+":"+n.path)
+		var seen strings.Builder
+		watch.Stdout = &seen
+		if err := watch.Start(); err != nil {
+			t.Fatal(err)
+		}
+		for range 20 {
+			n.apply(d, other)
+			n.apply(d, ipv4Alone)
+		}
+		if err := os.WriteFile(done, nil, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if err := watch.Wait(); err != nil {
+			t.Fatal(err)
+		}
+		for line := range strings.Lines(seen.String()) {
+			if line != want {
+				t.Errorf("saw %s rules, want %s", strings.TrimSpace(line), strings.TrimSpace(want))
+			}
+		}
+		if seen.Len() == 0 {
+			t.Error("nobody was looking")
+		}
+	})
+}

@@ -1,0 +1,317 @@
+package firewall
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os/exec"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+
+	"k8s.io/klog/v2"
+)
+
+// A chain is one of ours, and where the jump to it stands. The names and
+// comments are upstream's: either daemon takes over the other's rules.
+type chain struct {
+	table   string
+	base    string // the chain that jumps to ours
+	name    string
+	comment string // on the jump and on every rule
+}
+
+var (
+	postrouting = chain{"nat", "POSTROUTING", "FLANNEL-POSTRTG", "flanneld masq"}
+	forward     = chain{"filter", "FORWARD", "FLANNEL-FWD", "flanneld forward"}
+)
+
+// iptables is the store of one variant of iptables, legacy or nft.
+type iptables struct {
+	name          string // "iptables", "ip6tables-legacy"
+	save, restore string // paths
+	nft           bool
+	recent        bool // knows iptables-restore --wait, and MASQUERADE --random-fully
+	told          bool // of a kernel that refuses --random-fully
+}
+
+// findIPTables returns the variants of iptables that are installed: first the
+// one that goes by the plain name, which is the one that the node uses, then
+// the other if it is there too. There is an error when there is no such first.
+func findIPTables(ctx context.Context, f family) (found []store, missing error) {
+	var have []bool
+	for _, variant := range []string{"", "-legacy", "-nft"} {
+		ipt, err := newIPTables(ctx, f.iptables+variant)
+		switch {
+		case err != nil && variant == "":
+			missing = err
+		case err == nil && !slices.Contains(have, ipt.nft):
+			have = append(have, ipt.nft)
+			found = append(found, ipt)
+		}
+	}
+	return found, missing
+}
+
+func newIPTables(ctx context.Context, name string) (*iptables, error) {
+	var paths []string
+	for _, program := range []string{name, name + "-save", name + "-restore"} {
+		path, err := exec.LookPath(program)
+		if err != nil {
+			return nil, fmt.Errorf("iptables mode needs the program %s: install the package iptables "+
+				`(iptables-nft on Fedora and RHEL), or set "EnableNFTables": true in the network configuration: %w`, program, err)
+		}
+		paths = append(paths, path)
+	}
+	out, err := exec.CommandContext(ctx, paths[0], "--version").CombinedOutput()
+	if err != nil {
+		return nil, fmt.Errorf("%s --version: %w: %s", paths[0], err, bytes.TrimSpace(out))
+	}
+	ipt := &iptables{name: name, save: paths[1], restore: paths[2]}
+	ipt.nft, ipt.recent = abilities(string(out))
+	return ipt, nil
+}
+
+var versionForm = regexp.MustCompile(`v(\d+)\.(\d+)\.(\d+)`)
+
+// abilities reads the output of --version: "iptables v1.8.9 (nf_tables)",
+// "iptables v1.6.1". Release 1.6.2 brought --random-fully (the number that
+// coreos/go-iptables has, too) and --wait for iptables-restore (Kubernetes has
+// the same).
+func abilities(version string) (nft, recent bool) {
+	var v [3]int
+	if m := versionForm.FindStringSubmatch(version); m != nil {
+		for i := range v {
+			v[i], _ = strconv.Atoi(m[i+1])
+		}
+	}
+	return strings.Contains(version, "(nf_tables)"), slices.Compare(v[:], []int{1, 6, 2}) >= 0
+}
+
+func (ipt *iptables) String() string { return ipt.name }
+
+func (ipt *iptables) counted() bool { return ipt.nft }
+
+// A finding is what the kernel holds for one of our chains. Rules are as
+// iptables-save prints them, "-A CHAIN ...".
+type finding struct {
+	exists bool     // the chain
+	rules  []string // in it
+	jumps  []string // rules of the base chain that lead to it, or carry its comment
+	at     int      // the number that the first jump has, or would have without the others
+	users  int      // rules elsewhere that lead to it: not ours
+}
+
+// parse picks c out of what iptables-save prints.
+func (c chain) parse(save string) finding {
+	var f finding
+	table, number := "", 1
+	for line := range strings.Lines(save) {
+		line = strings.TrimRight(line, "\n ")
+		if name, ok := strings.CutPrefix(line, "*"); ok {
+			table = name
+		}
+		if table != c.table {
+			continue
+		}
+		leads := strings.HasSuffix(line, " -j "+c.name) || strings.HasSuffix(line, " -g "+c.name)
+		switch {
+		case strings.HasPrefix(line, ":"+c.name+" "):
+			f.exists = true
+		case strings.HasPrefix(line, "-A "+c.name+" "):
+			f.rules = append(f.rules, line)
+		case strings.HasPrefix(line, "-A "+c.base+" "):
+			if leads || strings.Contains(line, c.says()) {
+				f.jumps = append(f.jumps, line)
+				if f.at == 0 {
+					f.at = number
+				}
+			} else {
+				number++
+			}
+		case leads:
+			f.users++
+		}
+	}
+	return f
+}
+
+// says is how iptables-save prints the comment of our rules.
+func (c chain) says() string { return `-m comment --comment "` + c.comment + `"` }
+
+// jump is the rule that leads to our chain.
+func (c chain) jump() string { return "-A " + c.base + " " + c.says() + " -j " + c.name }
+
+// plan returns the lines for iptables-restore that take c from what was found
+// to the desired rules; none when they are there. Lines that delete name the
+// whole rule, not its number, so that a rule of somebody else's that arrives
+// in between is not deleted in its place.
+func (c chain) plan(f finding, rules []string) []string {
+	var lines []string
+	var jumps []string
+	if len(rules) > 0 {
+		jumps = []string{c.jump()}
+		if !f.exists || !slices.Equal(f.rules, rules) {
+			lines = append(lines, ":"+c.name+" - [0:0]") // makes the chain, or empties it
+			lines = append(lines, rules...)
+		}
+	}
+	if !slices.Equal(f.jumps, jumps) {
+		for _, j := range f.jumps {
+			lines = append(lines, "-D"+strings.TrimPrefix(j, "-A"))
+		}
+		for _, j := range jumps {
+			if f.at > 0 { // where the first one stood: rules further down may drop everything
+				j = fmt.Sprintf("-I %s %d%s", c.base, f.at, strings.TrimPrefix(j, "-A "+c.base))
+			}
+			lines = append(lines, j)
+		}
+	}
+	if len(rules) == 0 && f.exists {
+		if len(f.rules) > 0 {
+			lines = append(lines, "-F "+c.name)
+		}
+		if f.users == 0 {
+			lines = append(lines, "-X "+c.name)
+		}
+	}
+	return lines
+}
+
+// render writes a rule in the way iptables-save prints it.
+func (c chain) render(r Rule) string {
+	words := []string{"-A", c.name}
+	for _, m := range []struct {
+		flag string
+		Match
+	}{{"-s", r.Src}, {"-d", r.Dst}} {
+		if !m.Prefix.IsValid() {
+			continue
+		}
+		if m.Not {
+			words = append(words, "!")
+		}
+		words = append(words, m.flag, m.Prefix.String())
+	}
+	if r.Mark != 0 {
+		words = append(words, fmt.Sprintf("-m mark --mark %#x/%#x", r.Mark, r.Mark))
+	}
+	words = append(words, c.says(), "-j", map[Verdict]string{
+		Return:           "RETURN",
+		Accept:           "ACCEPT",
+		Masquerade:       "MASQUERADE",
+		MasqueradeRandom: "MASQUERADE --random-fully",
+	}[r.Verdict])
+	return strings.Join(words, " ")
+}
+
+func (ipt *iptables) read(ctx context.Context) (text string, rules int, err error) {
+	save, err := ipt.dump(ctx)
+	if err != nil {
+		return "", 0, err
+	}
+	var b strings.Builder
+	for _, c := range []chain{postrouting, forward} {
+		f := c.parse(save)
+		if f.exists {
+			fmt.Fprintf(&b, "%s %s\n", c.table, c.name)
+		}
+		for _, line := range slices.Concat(f.jumps, f.rules) {
+			fmt.Fprintf(&b, "%s %s\n", c.table, line)
+		}
+		rules += len(f.jumps) + len(f.rules)
+	}
+	return b.String(), rules, nil
+}
+
+func (ipt *iptables) write(ctx context.Context, want Ruleset) (rules int, err error) {
+	save, err := ipt.dump(ctx)
+	if err != nil {
+		return 0, err
+	}
+	script, rules := ipt.script(save, want, ipt.recent)
+	err = ipt.run(ctx, script)
+	if err == nil || !strings.Contains(script, "--random-fully") {
+		return rules, err
+	}
+	// The program is recent enough for --random-fully; the kernel may not be.
+	script, rules = ipt.script(save, want, false)
+	if ipt.run(ctx, script) != nil {
+		return 0, err // it was something else
+	}
+	if !ipt.told {
+		klog.Warningf("Masquerading without --random-fully, which failed: %v", err)
+		ipt.told = true
+	}
+	return rules, nil
+}
+
+// script returns the input of iptables-restore that leads from what
+// iptables-save printed to what is wanted, and how many rules that makes.
+func (ipt *iptables) script(save string, want Ruleset, randomFully bool) (script string, rules int) {
+	var b strings.Builder
+	for _, part := range []struct {
+		chain
+		rules []Rule
+	}{{postrouting, want.Postrouting}, {forward, want.Forward}} {
+		var lines []string
+		for _, r := range part.rules {
+			if r.Verdict == MasqueradeRandom && !randomFully {
+				r.Verdict = Masquerade
+			}
+			lines = append(lines, part.render(r))
+		}
+		if n := len(lines); n > 0 {
+			rules += n + 1 // and the jump
+		}
+		if plan := part.plan(part.parse(save), lines); len(plan) > 0 {
+			fmt.Fprintf(&b, "*%s\n%s\nCOMMIT\n", part.table, strings.Join(plan, "\n"))
+		}
+	}
+	return b.String(), rules
+}
+
+// dump returns what iptables-save prints, of all tables at once.
+func (ipt *iptables) dump(ctx context.Context) (string, error) {
+	var errput strings.Builder
+	cmd := exec.CommandContext(ctx, ipt.save)
+	cmd.Stderr = &errput
+	out, err := cmd.Output()
+	if err != nil {
+		return "", fmt.Errorf("%s: %w: %s", ipt.save, err, strings.TrimSpace(errput.String()))
+	}
+	// Without this, a table with our rules could pass for one without.
+	for _, c := range []chain{postrouting, forward} {
+		if bytes.Contains(out, []byte("# Table `"+c.table+"' is incompatible")) {
+			return "", fmt.Errorf("%s cannot read table %s, in which something has put rules that iptables does not know: "+
+				"find them with `nft list table %s` and move them to a table of their own", ipt.save, c.table, c.table)
+		}
+	}
+	return string(out), nil
+}
+
+// lockSeconds is how long iptables-restore waits while another program holds
+// the lock of iptables, which kube-proxy does for seconds on large clusters.
+const lockSeconds = 10
+
+// run gives script, unless it is empty, to iptables-restore: all of a table's
+// lines take effect together.
+func (ipt *iptables) run(ctx context.Context, script string) error {
+	if script == "" {
+		return nil
+	}
+	args := []string{"--noflush"}
+	if ipt.recent {
+		args = append(args, fmt.Sprintf("--wait=%d", lockSeconds))
+	}
+	cmd := exec.CommandContext(ctx, ipt.restore, args...)
+	cmd.Stdin = strings.NewReader(script)
+	out, err := cmd.CombinedOutput()
+	heredoc := fmt.Sprintf("%s-restore %s <<'END'\n%sEND", ipt.name, strings.Join(args, " "), script)
+	if err != nil {
+		return fmt.Errorf("%w: %s; the command was:\n%s", err, bytes.TrimSpace(out), heredoc)
+	}
+	klog.Info(heredoc)
+	return nil
+}

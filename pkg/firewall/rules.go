@@ -1,0 +1,132 @@
+// Package firewall keeps the node's masquerading and forwarding rules: they
+// are stated as data, and one of two modes, iptables or nftables, makes them
+// so. It is the only code that writes firewall rules. What is ours is a pair
+// of iptables chains and the jumps to them, or a table of nftables a family;
+// nothing else is ever touched.
+package firewall
+
+import (
+	"net/netip"
+	"slices"
+)
+
+// A Verdict is what becomes of a packet that a rule matches.
+type Verdict string
+
+// The verdicts. The masquerading ones give the packet the address of the
+// interface that it leaves by.
+const (
+	Return           Verdict = "return"            // our other rules are skipped
+	Accept           Verdict = "accept"            // may be forwarded
+	Masquerade       Verdict = "masquerade"        // keeps its source port if that is free
+	MasqueradeRandom Verdict = "masquerade random" // takes a port fully at random: no races for the same one
+)
+
+// A Match is a set of addresses: those of Prefix or, with Not, all others.
+// The zero Match is every address.
+type Match struct {
+	Prefix netip.Prefix
+	Not    bool
+}
+
+// A Rule is one line of a list of rules, in no program's language. It matches
+// a packet when all of Mark, Src and Dst do.
+type Rule struct {
+	Mark     uint32 // bits that the packet's mark must carry; 0: any mark
+	Src, Dst Match
+	Verdict  Verdict
+	Why      string // for whoever lists the rules; plain words, no quotes
+}
+
+// A Ruleset is what one address family holds. The zero Ruleset is nothing at
+// all: no rule of ours, no chain, no table.
+type Ruleset struct {
+	Postrouting []Rule // for packets that are about to leave the node; may masquerade
+	Forward     []Rule // for packets on their way through the node
+}
+
+// IsZero tells whether there is no rule.
+func (r Ruleset) IsZero() bool { return len(r.Postrouting) == 0 && len(r.Forward) == 0 }
+
+// Equal tells whether both hold the same rules in the same order.
+func (r Ruleset) Equal(o Ruleset) bool {
+	return slices.Equal(r.Postrouting, o.Postrouting) && slices.Equal(r.Forward, o.Forward)
+}
+
+// Desired is what the node holds. Of a family whose Ruleset is zero, whatever
+// is ours is removed.
+type Desired struct {
+	IPv4, IPv6 Ruleset
+}
+
+// Options choose among the rules of an overlay network.
+type Options struct {
+	Masquerade  bool // masquerade what leaves the overlay, or enters it from this node
+	RandomFully bool // with ports fully at random, where the node is able to
+	Forward     bool // accept forwarding to and from the overlay
+}
+
+// kubeMark is the bit of a packet's mark by which kube-proxy claims it for its
+// own masquerading: the default of kube-proxy's --iptables-masquerade-bit, 14.
+const kubeMark = 1 << 14
+
+// For returns the rules of one family: network is the overlay, podCIDR the
+// part of it that is this node's. An invalid network means that the family is
+// off: there are no rules.
+//
+// Pods see each other's own addresses, and a pod here sees those of its
+// clients outside (a client whose packets came in through another node would
+// otherwise get answers from an address it never spoke to). All else that
+// crosses the overlay's border takes the node's address, without which no
+// answer finds its way back.
+func For(network, podCIDR netip.Prefix, o Options) Ruleset {
+	var rules Ruleset
+	if !network.IsValid() {
+		return rules
+	}
+	overlay, outside := Match{Prefix: network.Masked()}, Match{Prefix: network.Masked(), Not: true}
+	pods := Match{Prefix: podCIDR.Masked()}
+	unicast := Match{Prefix: familyOf(network).multicast, Not: true}
+	masquerade := Masquerade
+	if o.RandomFully {
+		masquerade = MasqueradeRandom
+	}
+	if o.Masquerade {
+		rules.Postrouting = []Rule{
+			{Mark: kubeMark, Verdict: Return, Why: "kube-proxy masquerades these itself"},
+			{Src: pods, Dst: overlay, Verdict: Return, Why: "pods of this node to the overlay"},
+			{Src: overlay, Dst: pods, Verdict: Return, Why: "overlay to pods of this node"},
+			{Src: outside, Dst: pods, Verdict: Return, Why: "outside to pods of this node"},
+			{Src: overlay, Dst: unicast, Verdict: masquerade, Why: "overlay to outside"},
+			{Src: outside, Dst: overlay, Verdict: masquerade, Why: "this node, or outside through it, to the overlay"},
+		}
+	}
+	if o.Forward {
+		rules.Forward = []Rule{
+			{Src: overlay, Verdict: Accept, Why: "from the overlay"},
+			{Dst: overlay, Verdict: Accept, Why: "to the overlay"},
+		}
+	}
+	return rules
+}
+
+// A family is an address family, and what programs call things in it.
+type family struct {
+	name      string
+	iptables  string // how the iptables programs' names begin
+	nft       string // nft's word for it, in tables and in rules
+	table     string // our own table in nftables
+	multicast netip.Prefix
+}
+
+var (
+	ipv4 = family{"IPv4", "iptables", "ip", "flannel-ipv4", netip.MustParsePrefix("224.0.0.0/4")}
+	ipv6 = family{"IPv6", "ip6tables", "ip6", "flannel-ipv6", netip.MustParsePrefix("ff00::/8")}
+)
+
+func familyOf(p netip.Prefix) family {
+	if p.Addr().Is4() {
+		return ipv4
+	}
+	return ipv6
+}

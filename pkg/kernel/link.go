@@ -138,11 +138,16 @@ func (r *Reconciler) netlink(l Link) (netlink.Link, error) {
 }
 
 // readLink returns a device as the kernel has it. Type is nil for one of a type
-// that we would never make.
+// that we would never make, MAC zero where any will do.
 func (r *Reconciler) readLink(l netlink.Link) Link {
 	attrs := l.Attrs()
 	have := Link{Name: attrs.Name, MTU: attrs.MTU, down: attrs.Flags&net.FlagUp == 0}
 	copy(have.MAC[:], attrs.HardwareAddr)
+	if e := r.entries[have.Key()]; e != nil {
+		if want, ok := e.want.(Link); ok && want.MAC == (MAC{}) {
+			have.MAC = MAC{}
+		}
+	}
 	if v, ok := l.(*netlink.Vxlan); ok && v.Group == nil && !v.L2miss && !v.L3miss && !v.Proxy && !v.RSC && !v.FlowBased {
 		local, _ := netip.AddrFromSlice(v.SrcAddr)
 		have.Type = VXLAN{

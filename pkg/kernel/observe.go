@@ -54,8 +54,8 @@ func (r *Reconciler) Handle(ev Event) {
 		case unix.RTM_DELADDR:
 			d := decode(h.Type, body, r.devices.name)
 			r.observe(d, true)
-			if r.uses[d.dev] > 0 && !r.own(d.dev) {
-				// With the uplink's last address go, unsaid, all of its routes.
+			if r.uses[d.dev] > 0 {
+				// With a device's last IPv4 address go, unsaid, all of its routes.
 				r.unknown = true
 			}
 		case unix.RTM_DELNEIGH, unix.RTM_DELROUTE:
@@ -136,6 +136,17 @@ func (r *Reconciler) handleLink(h unix.NlMsghdr, body []byte) {
 	if h.Type == unix.RTM_DELLINK {
 		now = device{}
 	}
+	var own Object
+	if r.own(now.name) {
+		// While we made or changed it, it was down: what counts is how it is
+		// by now, not how it was then.
+		l, err := r.links.LinkByIndex(index)
+		if err != nil {
+			return // a message to come says that it is gone
+		}
+		own = r.readLink(l)
+		now.up = !own.(Link).down
+	}
 	before := r.devices.at[index]
 	if now.name == "" {
 		r.devices.delete(index)
@@ -149,8 +160,8 @@ func (r *Reconciler) handleLink(h unix.NlMsghdr, body []byte) {
 	if r.uses[now.name] == 0 {
 		return
 	}
-	if r.own(now.name) {
-		r.observe(decoded{Object: r.deserialize(h, body)}, false)
+	if own != nil {
+		r.observe(decoded{Object: own}, false)
 	}
 	if !now.up && before.up {
 		// IPv4 routes go with a device that goes down, and nobody says so.
@@ -196,19 +207,6 @@ func linkHeader(body []byte) (index int, d device, alias string, ok bool) {
 	return index, d, alias, d.name != ""
 }
 
-// deserialize reads one of our own devices in full.
-func (r *Reconciler) deserialize(h unix.NlMsghdr, body []byte) Object {
-	l, err := netlink.LinkDeserialize(&h, body)
-	if err != nil {
-		return nil
-	}
-	have := r.readLink(l)
-	if e := r.entries[have.Key()]; e != nil && e.want != nil && e.want.(Link).MAC == (MAC{}) {
-		have.MAC = MAC{} // any will do
-	}
-	return have
-}
-
 // compare reads the kernel's tables and queues every difference from what is
 // wanted.
 func (r *Reconciler) compare() error {
@@ -252,7 +250,7 @@ func (r *Reconciler) readAll() error {
 	// Devices come first, since all else refers to them by number. The mask
 	// leaves out statistics (RTEXT_FILTER_SKIP_STATS, linux/rtnetlink.h).
 	r.devices = newDevices()
-	var own []func()
+	var own [][]byte
 	err := dump(unix.RTM_GETLINK, appendAttr32(make([]byte, unix.SizeofIfInfomsg), unix.IFLA_EXT_MASK, 1<<3), func(kind uint16, body []byte) {
 		index, d, alias, ok := linkHeader(body)
 		if !ok {
@@ -260,15 +258,16 @@ func (r *Reconciler) readAll() error {
 		}
 		r.devices.put(index, d)
 		if r.own(d.name) || alias == linkAlias {
-			body = slices.Clone(body)
-			own = append(own, func() { r.observe(decoded{Object: r.deserialize(unix.NlMsghdr{Type: kind}, body)}, false) })
+			own = append(own, slices.Clone(body))
 		}
 	})
 	if err != nil {
 		return err
 	}
-	for _, f := range own {
-		f()
+	for _, body := range own {
+		if l, err := netlink.LinkDeserialize(&unix.NlMsghdr{Type: unix.RTM_NEWLINK}, body); err == nil {
+			r.observe(decoded{Object: r.readLink(l)}, false)
+		}
 	}
 	if err := dump(unix.RTM_GETADDR, make([]byte, unix.SizeofIfAddrmsg), observe); err != nil {
 		return err

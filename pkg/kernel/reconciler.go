@@ -344,6 +344,10 @@ func (r *Reconciler) done(e *entry, err error, log *changes, failures *failures)
 	if e.want == nil {
 		delete(r.entries, e.key())
 	}
+	if a, ok := e.have.(Addr); ok && e.want == nil {
+		e.have = nil
+		r.lost(a.Dev) // if it was the last one, routes went with it
+	}
 	e.have, e.drift = e.want, false
 }
 

@@ -414,6 +414,20 @@ func TestDeviceThatDoesNotFitIsReplaced(t *testing.T) {
 	}
 }
 
+// A lease of other subnets: with the device's only address go its routes.
+func TestAddressChanges(t *testing.T) {
+	host(t)
+	r := start(t)
+	before := tables(t)
+	other := node()
+	other[1] = Addr{Dev: "flannel.1", Prefix: prefix("10.5.44.0/32")}
+	r.Set("node", other)
+	apply(t, r)
+	if got, want := tables(t), strings.Replace(before, "inet 10.5.1.0/32", "inet 10.5.44.0/32", 1); got != want {
+		t.Errorf("want\n%s\ngot\n%s", want, got)
+	}
+}
+
 // Notifications that nobody could read in time end in a comparison.
 func TestLostNotifications(t *testing.T) {
 	host(t)

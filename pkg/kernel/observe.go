@@ -172,10 +172,11 @@ func (r *Reconciler) handleLink(h unix.NlMsghdr, body []byte) {
 	}
 }
 
-// lost notes that what is on a device may have gone.
+// lost notes that what is on a device may have gone, or could now be put there.
 func (r *Reconciler) lost(dev string) {
+	on := func(o Object) bool { return o != nil && o.device() == dev }
 	for k, e := range r.entries {
-		if k.Kind == KindLink || e.have == nil || e.have.device() != dev && (e.want == nil || e.want.device() != dev) {
+		if k.Kind == KindLink || !on(e.have) && !on(e.want) {
 			continue
 		}
 		e.have = nil

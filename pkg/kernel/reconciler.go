@@ -335,7 +335,11 @@ func isGone(err error) bool {
 // done takes note of the kernel's answer.
 func (r *Reconciler) done(e *entry, err error, log *changes, failures *failures) {
 	if err != nil {
-		failures.add(fmt.Errorf("%s: %w", command(e), err))
+		// A device that goes takes its objects first, then itself: news of it
+		// is on the way, and brings the entry back.
+		if !errors.Is(err, unix.ENODEV) {
+			failures.add(fmt.Errorf("%s: %w", command(e), err))
+		}
 		e.state = failed
 		r.failed = append(r.failed, e)
 		return

@@ -179,12 +179,12 @@ func (r *Reconciler) lost(dev string) {
 		if k.Kind == KindLink || !on(e.have) && !on(e.want) {
 			continue
 		}
+		e.drift = e.drift || e.have != nil
 		e.have = nil
 		if e.want == nil {
 			delete(r.entries, k)
 			continue
 		}
-		e.drift = true
 		r.queue(e)
 	}
 }

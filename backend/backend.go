@@ -1,0 +1,92 @@
+// Package backend is how pods' packets get from one node to another. Each
+// backend is a folder beside this file; importing it registers it.
+package backend
+
+import (
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/flanneld/flanneld/pkg/iface"
+	"github.com/flanneld/flanneld/pkg/kernel"
+	"github.com/flanneld/flanneld/subnet"
+)
+
+// A Backend says what the kernel of this node must hold for pods' packets to
+// reach its peers. It is a value made from the configuration and the uplink:
+// where either changes, a new one is made. Its methods touch nothing.
+type Backend interface {
+	// Attrs returns what peers must know of this node: the type and the data
+	// of its lease, without the addresses. previous is what the node
+	// published when it last ran, or zero: what peers know is best kept.
+	Attrs(previous subnet.Attrs) subnet.Attrs
+
+	// Local returns what the node's own lease calls for: the device and its
+	// address.
+	Local(own subnet.Lease) []kernel.Object
+
+	// Peer returns what it takes to reach one peer. The error says what is
+	// wrong with the peer's lease; what is right of it is returned all the
+	// same.
+	Peer(own, peer subnet.Lease) ([]kernel.Object, error)
+
+	// MTU returns the largest packet, in bytes, that pods may send.
+	MTU() int
+}
+
+// A Factory makes a backend. The errors it returns are for the operator:
+// neither waiting nor retrying will mend them.
+type Factory func(cfg *subnet.Config, uplink iface.Uplink) (Backend, error)
+
+var factories = map[string]Factory{}
+
+// Register makes a backend known by the Type of its configuration. It is
+// called from init.
+func Register(name string, f Factory) { factories[name] = f }
+
+// New makes the backend that the configuration asks for.
+func New(cfg *subnet.Config, uplink iface.Uplink) (Backend, error) {
+	f, ok := factories[cfg.BackendType]
+	if !ok {
+		return nil, fmt.Errorf("Backend Type %q is not known: known are %s", cfg.BackendType, strings.Join(slices.Sorted(maps.Keys(factories)), ", "))
+	}
+	b, err := f(cfg, uplink)
+	if err != nil {
+		return nil, fmt.Errorf("Backend %s: %w", cfg.BackendType, err)
+	}
+	return b, nil
+}
+
+// Options reads the keys of the configuration's Backend into the struct that
+// into points to. Keys that it does not have are noted in cfg.Warnings.
+func Options(cfg *subnet.Config, into any) error {
+	if cfg.Backend == nil {
+		return nil
+	}
+	unknown, err := subnet.Decode(cfg.Backend, into)
+	for _, key := range unknown {
+		if !strings.EqualFold(key, "Type") {
+			cfg.Warnings = append(cfg.Warnings, fmt.Sprintf("unknown key %q of Backend %s is ignored", key, cfg.BackendType))
+		}
+	}
+	return err
+}
+
+// A Family is one address family's side of a peer, as its lease tells it.
+type Family struct {
+	On       bool         // both nodes have a subnet of the family, and the peer an address
+	Peer     netip.Prefix // the peer's subnet
+	PublicIP netip.Addr   // the peer's
+	Data     []byte       // the peer's backend data
+}
+
+// Families returns the two sides of a peer, IPv4's and IPv6's.
+func Families(own, peer subnet.Lease) [2]Family {
+	a := peer.Attrs
+	return [2]Family{
+		{own.IPv4.IsValid() && peer.IPv4.IsValid() && a.PublicIP.IsValid(), peer.IPv4, a.PublicIP, a.BackendData},
+		{own.IPv6.IsValid() && peer.IPv6.IsValid() && a.PublicIPv6.IsValid(), peer.IPv6, a.PublicIPv6, a.BackendV6Data},
+	}
+}

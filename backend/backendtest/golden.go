@@ -1,0 +1,174 @@
+// Package backendtest checks backends against scenarios that can be read:
+// leases in, ip and bridge commands out.
+package backendtest
+
+import (
+	"bytes"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/pkg/iface"
+	"github.com/flanneld/flanneld/subnet"
+)
+
+var update = flag.Bool("update", false, "write what the backends answer into the scenarios")
+
+const separator = "\n----\n"
+
+// Golden runs the scenarios of testdata/*.txt. Each is a file of lines that
+// begin with
+//
+//	config  the network's configuration
+//	uplink  name, MTU, addresses with prefix lengths, "public" and the addresses peers use
+//	own     a lease: the last element of its etcd key, and its value
+//	peer    likewise
+//	#       a remark
+//
+// and, after a line of dashes, what the backend answers. "go test -update"
+// writes the latter.
+func Golden(t *testing.T) {
+	files, err := filepath.Glob("testdata/*.txt")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("no scenarios in testdata: %v", err)
+	}
+	for _, file := range files {
+		t.Run(strings.TrimSuffix(filepath.Base(file), ".txt"), func(t *testing.T) {
+			text, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			scenario, want, _ := strings.Cut(string(text), separator)
+			got, err := answer(scenario)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if *update {
+				if err := os.WriteFile(file, []byte(strings.TrimRight(scenario, "\n")+"\n"+separator+got), 0o644); err != nil {
+					t.Fatal(err)
+				}
+				return
+			}
+			if got != want {
+				t.Errorf("want\n%s\ngot\n%s", want, got)
+			}
+		})
+	}
+}
+
+// answer returns what the backend of a scenario wants of the kernel.
+func answer(scenario string) (string, error) {
+	var cfg *subnet.Config
+	var uplink iface.Uplink
+	var own subnet.Lease
+	var peers []subnet.Lease
+	for n, line := range strings.Split(scenario, "\n") {
+		word, rest, _ := strings.Cut(line, " ")
+		rest = strings.TrimSpace(rest)
+		var err error
+		switch word {
+		case "config":
+			cfg, err = subnet.ParseConfig([]byte(rest))
+		case "uplink":
+			uplink, err = parseUplink(rest)
+		case "own":
+			own, err = parseLease(rest)
+		case "peer":
+			var l subnet.Lease
+			l, err = parseLease(rest)
+			peers = append(peers, l)
+		case "", "#":
+		default:
+			err = fmt.Errorf("unknown word %q", word)
+		}
+		if err != nil {
+			return "", fmt.Errorf("line %d: %w", n+1, err)
+		}
+	}
+	if cfg == nil {
+		return "", fmt.Errorf("no config")
+	}
+	var out bytes.Buffer
+	b, err := backend.New(cfg, uplink)
+	for _, w := range cfg.Warnings {
+		fmt.Fprintf(&out, "warning: %s\n", w)
+	}
+	if err != nil {
+		fmt.Fprintf(&out, "error: %v\n", err)
+		return out.String(), nil
+	}
+	published, err := json.Marshal(b.Attrs(own.Attrs))
+	if err != nil {
+		return "", err
+	}
+	fmt.Fprintf(&out, "# pods: mtu %d\n# published, but for the addresses: %s\n", b.MTU(), published)
+	for _, o := range b.Local(own) {
+		fmt.Fprintln(&out, o)
+	}
+	for _, p := range peers {
+		fmt.Fprintf(&out, "# peer %s\n", p.Subnets)
+		objects, err := b.Peer(own, p)
+		for _, o := range objects {
+			fmt.Fprintln(&out, o)
+		}
+		if err != nil {
+			fmt.Fprintf(&out, "error: %v\n", err)
+		}
+	}
+	return out.String(), nil
+}
+
+func parseLease(text string) (subnet.Lease, error) {
+	key, value, _ := strings.Cut(text, " ")
+	s, err := subnet.ParseKey(key)
+	if err != nil {
+		return subnet.Lease{}, err
+	}
+	l := subnet.Lease{Subnets: s}
+	return l, json.Unmarshal([]byte(value), &l.Attrs)
+}
+
+func parseUplink(text string) (iface.Uplink, error) {
+	u := iface.Uplink{Index: 2}
+	public := false
+	for i, word := range strings.Fields(text) {
+		switch {
+		case i == 0:
+			u.Name = word
+		case i == 1:
+			if _, err := fmt.Sscanf(word, "%d", &u.MTU); err != nil {
+				return u, err
+			}
+		case word == "public":
+			public = true
+		case public:
+			ip, err := netip.ParseAddr(word)
+			if err != nil {
+				return u, err
+			}
+			if ip.Is4() {
+				u.PublicIP = ip
+			} else {
+				u.PublicIPv6 = ip
+			}
+		default:
+			p, err := netip.ParsePrefix(word)
+			if err != nil {
+				return u, err
+			}
+			if p.Addr().Is4() {
+				u.IPv4, u.PublicIP = p.Addr(), p.Addr()
+			} else {
+				u.IPv6, u.PublicIPv6 = p.Addr(), p.Addr()
+			}
+			u.Prefixes = append(u.Prefixes, p.Masked())
+		}
+	}
+	return u, nil
+}

@@ -1,0 +1,44 @@
+package vxlan
+
+import (
+	"testing"
+
+	"github.com/flanneld/flanneld/backend/backendtest"
+	"github.com/flanneld/flanneld/pkg/iface"
+	"github.com/flanneld/flanneld/pkg/kernel"
+	"github.com/flanneld/flanneld/subnet"
+)
+
+func TestGolden(t *testing.T) { backendtest.Golden(t) }
+
+// A VTEP that is new has a MAC of its own; one that was known keeps it.
+func TestMAC(t *testing.T) {
+	cfg, err := subnet.ParseConfig([]byte(`{"Network": "10.5.0.0/16", "EnableIPv6": true, "IPv6Network": "fd05::/48", "Backend": {"Type": "vxlan"}}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := New(cfg, iface.Uplink{Name: "eth0", MTU: 1500})
+	if err != nil {
+		t.Fatal(err)
+	}
+	seen := map[kernel.MAC]bool{}
+	for range 50 {
+		a := b.Attrs(subnet.Attrs{})
+		for _, text := range [][]byte{a.BackendData, a.BackendV6Data} {
+			d, err := parse(text)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if d.VtepMAC[0]&3 != 2 {
+				t.Errorf("%s is not a locally administered unicast address", d.VtepMAC)
+			}
+			seen[d.VtepMAC] = true
+		}
+		if again := b.Attrs(a); !again.Equal(a) {
+			t.Errorf("%s became %s", a.BackendData, again.BackendData)
+		}
+	}
+	if len(seen) != 100 {
+		t.Errorf("%d different MACs in 100", len(seen))
+	}
+}

@@ -1,0 +1,289 @@
+package iface
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/flanneld/flanneld/pkg/nstest"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// signalled waits for a signal.
+func signalled(t *testing.T, changes <-chan struct{}, what string) {
+	t.Helper()
+	select {
+	case _, ok := <-changes:
+		if !ok {
+			t.Fatalf("%s: the channel was closed", what)
+		}
+	case <-time.After(10 * time.Second):
+		t.Fatalf("%s: no signal", what)
+	}
+}
+
+func TestChanges(t *testing.T) {
+	setup(t, "link add eth0 type veth peer name far0")
+	ctx, cancel := context.WithCancel(t.Context())
+	changes, err := Changes(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, line := range []string{
+		"link set eth0 up",
+		"addr add 198.18.0.1/24 dev eth0",
+		"addr add 2001:db8::1/64 dev eth0 nodad",
+		"route add default via 198.18.0.254",
+		"route del default",
+		"route add default via 2001:db8::fe",
+		"link set eth0 mtu 1400",
+		"addr del 198.18.0.1/24 dev eth0",
+		"link del eth0",
+	} {
+		nstest.Run(t, "ip "+line)
+		signalled(t, changes, line)
+	}
+	cancel()
+	for range changes { // what is left, until it is closed
+	}
+}
+
+// reader reads notifications one by one, as follow does.
+type reader struct {
+	*os.File
+	seen seen
+}
+
+func newReader(t *testing.T) *reader {
+	t.Helper()
+	f, err := listen()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	return &reader{f, seen{}}
+}
+
+// until reads up to the notification of an MTU, set as a mark, and returns how
+// many messages of routes and addresses came before it, and how many messages
+// of any kind were news.
+func (r *reader) until(t *testing.T, dev string, mtu int) (routes, addrs, news int) {
+	t.Helper()
+	nstest.Run(t, fmt.Sprintf("ip link set %s mtu %d", dev, mtu))
+	mark := string(binary.NativeEndian.AppendUint32(binary.NativeEndian.AppendUint16(nil, unix.IFLA_MTU), uint32(mtu)))
+	buf := make([]byte, 1<<16)
+	for {
+		if err := r.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
+			t.Fatal(err)
+		}
+		n, err := r.Read(buf)
+		if err != nil {
+			t.Fatal(err)
+		}
+		messages, err := syscall.ParseNetlinkMessage(buf[:n])
+		if err != nil {
+			t.Fatal(err)
+		}
+		isNews := r.seen.news(buf[:n])
+		for _, m := range messages {
+			attrs, err := syscall.ParseNetlinkRouteAttr(&m)
+			if err != nil {
+				t.Fatal(err)
+			}
+			switch m.Header.Type {
+			case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
+				routes++
+			case unix.RTM_NEWADDR, unix.RTM_DELADDR:
+				addrs++
+			case unix.RTM_NEWLINK:
+				if pick(attrs, unix.IFLA_MTU) == mark {
+					return routes, addrs, news
+				}
+			}
+		}
+		if isNews {
+			news++
+		}
+	}
+}
+
+// quiet is a link that does nothing by itself, such as to try a link-local
+// address for a second.
+const quiet = `
+	link add eth0 type veth peer name far0
+	link set eth0 addrgenmode none
+	link set far0 addrgenmode none
+	link set far0 up
+	link set eth0 up
+`
+
+func TestOtherRoutesWakeNobody(t *testing.T) {
+	setup(t, quiet+`
+		addr add 198.18.0.1/24 dev eth0
+		addr add 2001:db8::1/64 dev eth0 nodad`)
+	r := newReader(t)
+	r.until(t, "eth0", 1400)
+	for i := range 20 {
+		nstest.Run(t, fmt.Sprintf("ip route add 198.19.%d.0/24 via 198.18.0.2", i))
+		nstest.Run(t, fmt.Sprintf("ip route del 198.19.%d.0/24", i))
+		nstest.Run(t, fmt.Sprintf("ip route add 2001:db8:%x::/64 via 2001:db8::2", i+1))
+	}
+	if routes, _, _ := r.until(t, "eth0", 1401); routes > 0 {
+		t.Errorf("routes of no interest woke us %d times", routes)
+	}
+	for i, line := range []string{
+		"ip route add default via 198.18.0.254",
+		"ip route del default",
+		"ip route add default via 2001:db8::fe",
+		"ip -6 route del default",
+	} {
+		nstest.Run(t, line)
+		if routes, _, news := r.until(t, "eth0", 1402+i); routes == 0 || news < routes {
+			t.Errorf("%s: %d messages, %d signals", line, routes, news)
+		}
+	}
+}
+
+// The kernel tells of an address with every router advertisement, and of a
+// bridge's port with every change of its state.
+func TestRepetitionsAreNoNews(t *testing.T) {
+	nstest.Need(t, "bridge")
+	setup(t, quiet+`
+		link add br0 address 02:00:00:00:00:b0 type bridge
+		link add port type veth peer name far1
+		link set port master br0
+		addr add 2001:db8::1/64 dev eth0 nodad
+		addr add 198.18.0.1/24 dev eth0`)
+	r := newReader(t)
+	mtu := 1400
+	for _, dev := range []string{"far0", "far1", "port", "br0"} { // so that a late word of its carrier is no news
+		r.until(t, dev, mtu)
+		mtu++
+	}
+	for _, c := range []struct {
+		line string
+		news bool
+	}{
+		{"ip addr change 2001:db8::1/64 dev eth0 valid_lft 1000 preferred_lft 500", true}, // we had not heard of it
+		{"ip addr change 2001:db8::1/64 dev eth0 valid_lft 1001 preferred_lft 500", false},
+		{"ip addr change 198.18.0.1/24 dev eth0 valid_lft 1000 preferred_lft 500", true},
+		{"ip addr change 198.18.0.1/24 dev eth0 valid_lft 1001 preferred_lft 500", false},
+		{"ip addr change 2001:db8::1/64 dev eth0 valid_lft 1000 preferred_lft 0", true}, // deprecated
+		{"bridge link set dev port cost 7", false},
+		{"bridge link set dev port cost 8", false},
+		{"ip link set port nomaster", false},
+		{"ip link set eth0 txqueuelen 77", false},
+		{"ip link set eth0 address 02:00:00:00:00:77", true},
+		{"ip link property add dev eth0 altname enp3s0", true},
+		{"ip link set far0 down", true},
+		{"ip link set far0 mtu 1300", true},
+		{"ip link set far0 up", true},
+		{"ip addr del 198.18.0.1/24 dev eth0", true},
+		{"ip addr add 198.18.0.1/24 dev eth0 valid_lft 1001 preferred_lft 500", true}, // the same as before it went
+	} {
+		r.until(t, "eth0", mtu) // whatever was on the way
+		nstest.Run(t, c.line)
+		mtu++
+		_, addrs, news := r.until(t, "eth0", mtu)
+		mtu++
+		if strings.Contains(c.line, " addr ") && addrs == 0 {
+			t.Errorf("%s: the kernel said nothing: this tests nothing", c.line)
+		}
+		if news > 0 != c.news {
+			t.Errorf("%s: %d signals", c.line, news)
+		}
+	}
+	// A link that goes is forgotten, and its addresses with it.
+	eth0, err := netlink.LinkByName("eth0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	index := uint32(eth0.Attrs().Index)
+	if _, known := r.seen[subject{index: index}]; !known {
+		t.Error("eth0 is unknown")
+	}
+	nstest.Run(t, "ip link del eth0")
+	r.until(t, "br0", 1234)
+	for who := range r.seen {
+		if who.index == index {
+			t.Errorf("%v is still remembered", who)
+		}
+	}
+}
+
+// overflow makes the kernel lose notifications that f should have received.
+func overflow(t *testing.T, f *os.File) {
+	t.Helper()
+	raw, err := f.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := raw.Control(func(fd uintptr) {
+		err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUF, 1) // the kernel's minimum
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range 20 {
+		nstest.Run(t, fmt.Sprintf("ip link set eth0 mtu %d", 1400+i))
+	}
+	sockets, err := os.ReadFile("/proc/thread-self/net/netlink")
+	if err != nil {
+		t.Fatal(err)
+	}
+	lost := false
+	for line := range strings.Lines(string(sockets)) {
+		// sk Eth Pid Groups Rmem Wmem Dump Locks Drops Inode
+		drops := strings.Fields(line)[8]
+		lost = lost || drops != "0" && drops != "Drops"
+	}
+	if !lost {
+		t.Fatalf("nothing was lost: this tests nothing\n%s", sockets)
+	}
+}
+
+func TestLostNotificationsSignal(t *testing.T) {
+	setup(t, "link add eth0 type veth peer name far0")
+	f, err := listen()
+	if err != nil {
+		t.Fatal(err)
+	}
+	overflow(t, f)
+	ctx, cancel := context.WithCancel(t.Context())
+	changes := follow(ctx, f)
+	signalled(t, changes, "loss")
+	for i := range 3 {
+		nstest.Run(t, fmt.Sprintf("ip link set eth0 mtu %d", 1200+i))
+		signalled(t, changes, "a change after the loss")
+	}
+	cancel()
+	for range changes {
+	}
+}
+
+// A loss is only over when everything that had waited was read.
+func TestDrain(t *testing.T) {
+	setup(t, "link add eth0 type veth peer name far0")
+	f, err := listen()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	overflow(t, f)
+	buf := make([]byte, 1<<16)
+	if _, err := f.Read(buf); !errors.Is(err, unix.ENOBUFS) {
+		t.Fatalf("got %v, want ENOBUFS", err)
+	}
+	drain(f, buf)
+	r := &reader{f, seen{}}
+	r.until(t, "eth0", 1200) // which would be lost, too
+}

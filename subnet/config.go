@@ -64,8 +64,12 @@ type family struct {
 
 var (
 	familyIPv4 = family{"IPv4", "", netip.Addr.Is4, 24, 30, "10.5.0.0/16"}
-	familyIPv6 = family{"IPv6", "IPv6", netip.Addr.Is6, 64, 126, "fd00:5::/48"}
+	familyIPv6 = family{"IPv6", "IPv6", isIPv6, 64, 126, "fd00:5::/48"}
 )
+
+// isIPv6 leaves out what is an IPv6 address in form only: IPv4-mapped ones, and
+// those that mean something on one link alone, by their zone.
+func isIPv6(a netip.Addr) bool { return a.Is6() && !a.Is4In6() && a.Zone() == "" }
 
 // ParseConfig reads the configuration, a JSON object. Its errors name the key,
 // the value and what is allowed. How the networks are cut into subnets is left

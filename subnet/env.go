@@ -59,9 +59,9 @@ func ParseEnv(text []byte) (Env, error) {
 		case "FLANNEL_SUBNET":
 			e.Subnets.IPv4, err = envPrefix(value, netip.Addr.Is4)
 		case "FLANNEL_IPV6_NETWORK":
-			e.Networks.IPv6, err = envPrefix(value, netip.Addr.Is6)
+			e.Networks.IPv6, err = envPrefix(value, isIPv6)
 		case "FLANNEL_IPV6_SUBNET":
-			e.Subnets.IPv6, err = envPrefix(value, netip.Addr.Is6)
+			e.Subnets.IPv6, err = envPrefix(value, isIPv6)
 		case "FLANNEL_MTU":
 			e.MTU, err = strconv.Atoi(value)
 		case "FLANNEL_IPMASQ":
@@ -79,7 +79,7 @@ func envPrefix(text string, family func(netip.Addr) bool) (netip.Prefix, error) 
 	if err != nil {
 		return p, err
 	}
-	if !family(p.Addr()) || p.Addr().Is4In6() {
+	if !family(p.Addr()) {
 		return netip.Prefix{}, fmt.Errorf("%s is of the wrong address family", p)
 	}
 	return p.Masked(), nil

@@ -109,7 +109,7 @@ func (a *Attrs) UnmarshalJSON(data []byte) error {
 	if got.PublicIP, err = publicIP("PublicIP", r.PublicIP, netip.Addr.Is4); err != nil {
 		return err
 	}
-	if got.PublicIPv6, err = publicIP("PublicIPv6", v6, netip.Addr.Is6); err != nil {
+	if got.PublicIPv6, err = publicIP("PublicIPv6", v6, isIPv6); err != nil {
 		return err
 	}
 	if len(got.PublicIPs()) == 0 {
@@ -125,7 +125,7 @@ func publicIP(key, text string, family func(netip.Addr) bool) (netip.Addr, error
 		return netip.Addr{}, nil
 	}
 	ip, err := netip.ParseAddr(text)
-	if err != nil || !family(ip) || ip.Is4In6() || ip.Zone() != "" {
+	if err != nil || !family(ip) {
 		return netip.Addr{}, fmt.Errorf("%s %q is not such an address", key, text)
 	}
 	if ip.IsUnspecified() {

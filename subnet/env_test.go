@@ -1,0 +1,171 @@
+package subnet
+
+import (
+	"errors"
+	"flag"
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+)
+
+var update = flag.Bool("update", false, "write the files in testdata anew")
+
+var (
+	env4 = Env{
+		Networks: Subnets{IPv4: netip.MustParsePrefix("10.5.0.0/16")},
+		Subnets:  Subnets{IPv4: netip.MustParsePrefix("10.5.34.0/24")},
+		MTU:      1450, IPMasq: true,
+	}
+	envDual = Env{
+		Networks: Subnets{netip.MustParsePrefix("10.5.0.0/16"), netip.MustParsePrefix("fc00::/48")},
+		Subnets:  Subnets{netip.MustParsePrefix("10.5.34.0/24"), netip.MustParsePrefix("fc00:0:0:22::/64")},
+		MTU:      1430,
+	}
+	env6 = Env{
+		Networks: Subnets{IPv6: netip.MustParsePrefix("fc00::/48")},
+		Subnets:  Subnets{IPv6: netip.MustParsePrefix("fc00:0:0:22::/64")},
+		MTU:      1430, IPMasq: true,
+	}
+)
+
+func TestEnv(t *testing.T) {
+	for name, e := range map[string]Env{"ipv4.env": env4, "dual.env": envDual, "ipv6.env": env6} {
+		golden := filepath.Join("testdata", name)
+		if *update {
+			if err := os.WriteFile(golden, e.Format(), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		want, err := os.ReadFile(golden)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := string(e.Format()); got != string(want) {
+			t.Errorf("%s:\n%swant:\n%s", name, got, want)
+		}
+		if got, err := ReadEnv(golden); err != nil || got != e {
+			t.Errorf("%s reads as %+v, %v", name, got, err)
+		}
+	}
+}
+
+// What else may stand in a file that somebody else wrote.
+func TestParseEnv(t *testing.T) {
+	for _, c := range []struct {
+		text string
+		want Env
+	}{
+		{"", Env{}},
+		{"FLANNEL_NETWORK=10.5.0.0/16\r\nFLANNEL_SUBNET=10.5.34.1/24\r\nFLANNEL_MTU=1450\r\nFLANNEL_IPMASQ=true\r\n", env4},
+		{"# old\nFLANNEL_MTU=1472\n\nPATH=/bin\nrubbish\n  FLANNEL_IPMASQ=false", Env{MTU: 1472}},
+	} {
+		if got, err := ParseEnv([]byte(c.text)); err != nil || got != c.want {
+			t.Errorf("%q: got %+v, %v", c.text, got, err)
+		}
+	}
+}
+
+func TestParseEnvErrors(t *testing.T) {
+	for _, c := range []struct{ text, want string }{
+		{"FLANNEL_NETWORK=10.5.0.0/16\nFLANNEL_SUBNET=10.5.34.1\n", `line 2: FLANNEL_SUBNET: netip.ParsePrefix("10.5.34.1"): no '/'`},
+		{"FLANNEL_SUBNET=", `line 1: FLANNEL_SUBNET: netip.ParsePrefix(""): no '/'`},
+		{"FLANNEL_SUBNET=fc00:0:0:22::1/64", `line 1: FLANNEL_SUBNET: fc00:0:0:22::1/64 is of the wrong address family`},
+		{"FLANNEL_IPV6_SUBNET=10.5.34.1/24", `line 1: FLANNEL_IPV6_SUBNET: 10.5.34.1/24 is of the wrong address family`},
+		{"FLANNEL_IPV6_NETWORK=::ffff:10.5.0.0/112", `line 1: FLANNEL_IPV6_NETWORK: ::ffff:10.5.0.0/112 is of the wrong address family`},
+		{"FLANNEL_MTU=many", `line 1: FLANNEL_MTU: strconv.Atoi: parsing "many": invalid syntax`},
+		{"FLANNEL_IPMASQ=maybe", `line 1: FLANNEL_IPMASQ: strconv.ParseBool: parsing "maybe": invalid syntax`},
+	} {
+		got, err := ParseEnv([]byte(c.text))
+		if err == nil {
+			t.Errorf("%q: no error, but %+v", c.text, got)
+		} else if err.Error() != c.want {
+			t.Errorf("%q:\n got %s\nwant %s", c.text, err, c.want)
+		}
+	}
+}
+
+func TestWriteFile(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "run", "flannel", "subnet.env")
+	if _, err := ReadEnv(path); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("no file: %v", err)
+	}
+	if err := env4.WriteFile(path); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := ReadEnv(path); err != nil || got != env4 {
+		t.Errorf("read %+v, %v", got, err)
+	}
+	info, err := os.Stat(path)
+	if err != nil || info.Mode() != 0o644 {
+		t.Errorf("mode %v, %v", info.Mode(), err)
+	}
+
+	// The same again leaves the file alone, another replaces it.
+	old := time.Unix(1, 0)
+	if err := os.Chtimes(path, old, old); err != nil {
+		t.Fatal(err)
+	}
+	if err := env4.WriteFile(path); err != nil {
+		t.Fatal(err)
+	}
+	if info, err = os.Stat(path); err != nil || !info.ModTime().Equal(old) {
+		t.Errorf("touched at %v, %v", info.ModTime(), err)
+	}
+	if err := env6.WriteFile(path); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := ReadEnv(path); err != nil || got != env6 {
+		t.Errorf("read %+v, %v", got, err)
+	}
+	if now, err := os.Stat(path); err != nil || os.SameFile(now, info) {
+		t.Errorf("the file was written in place, where a reader may see half of it; %v", err)
+	}
+	if files, err := os.ReadDir(filepath.Dir(path)); err != nil || len(files) != 1 {
+		t.Errorf("left behind: %v, %v", files, err)
+	}
+
+	// A broken file is an error that names it, and can be written over.
+	if err := os.WriteFile(path, []byte("FLANNEL_MTU=\x00\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ReadEnv(path); err == nil || err.Error() != path+`: line 1: FLANNEL_MTU: strconv.Atoi: parsing "\x00": invalid syntax` {
+		t.Errorf("broken file: %v", err)
+	}
+	if err := env4.WriteFile(path); err != nil {
+		t.Fatal(err)
+	}
+	if info, err := os.Stat(path); err != nil || info.Mode() != 0o644 {
+		t.Errorf("mode %v, %v", info.Mode(), err)
+	}
+}
+
+func FuzzEnv(f *testing.F) {
+	for _, e := range []Env{env4, envDual, env6} {
+		f.Add(e.Format())
+	}
+	f.Add([]byte("FLANNEL_SUBNET=255.255.255.255/32\n"))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		e, err := ParseEnv(text)
+		if err != nil {
+			return
+		}
+		for _, f := range []struct {
+			network, subnet *netip.Prefix
+			longest         int
+		}{{&e.Networks.IPv4, &e.Subnets.IPv4, 30}, {&e.Networks.IPv6, &e.Subnets.IPv6, 126}} {
+			switch {
+			case f.subnet.IsValid() && !f.network.IsValid(), f.subnet.Bits() > f.longest:
+				return // no lease is like that
+			case !f.subnet.IsValid():
+				*f.network = netip.Prefix{} // is not written
+			}
+		}
+		if again, err := ParseEnv(e.Format()); err != nil || again != e {
+			t.Errorf("%q:\n read %+v\nagain %+v, %v", text, e, again, err)
+		}
+	})
+}

@@ -1,0 +1,217 @@
+package etcd
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"strings"
+	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/mvccpb"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"k8s.io/klog/v2"
+
+	"github.com/flanneld/flanneld/subnet"
+)
+
+// A record is a key under subnets. The zero record stands for one that is not
+// there.
+type record struct {
+	key     string
+	subnets subnet.Subnets
+	value   []byte
+	attrs   subnet.Attrs
+	valid   bool // the value could be read; attrs is zero otherwise
+
+	created, changed int64            // revisions
+	lease            clientv3.LeaseID // clientv3.NoLease: it does not expire
+}
+
+func (r record) exists() bool { return r.created != 0 }
+
+// reserved tells that the operator gave the subnets to a node for good.
+func (r record) reserved() bool { return r.exists() && r.valid && r.lease == clientv3.NoLease }
+
+// overlaps tells whether the record shares an address with the subnets.
+func (r record) overlaps(s subnet.Subnets) bool {
+	return r.subnets.IPv4.Overlaps(s.IPv4) || r.subnets.IPv6.Overlaps(s.IPv6)
+}
+
+// parse reads a record. One whose value makes no sense still occupies its
+// subnets; one whose key makes none is left out, with ok false. The operator is
+// warned of either, once.
+func (m *Manager) parse(kv *mvccpb.KeyValue) (r record, ok bool) {
+	r = record{
+		key:     string(kv.Key),
+		value:   kv.Value,
+		created: kv.CreateRevision,
+		changed: kv.ModRevision,
+		lease:   clientv3.LeaseID(kv.Lease),
+	}
+	var err error
+	if r.subnets, err = subnet.ParseKey(strings.TrimPrefix(r.key, m.subnetsPrefix())); err != nil {
+		m.warnOnce(r.key, r.changed, fmt.Sprintf("The key %s in etcd names no lease, it is ignored: %v", r.key, err))
+		return record{}, false
+	}
+	if err := json.Unmarshal(kv.Value, &r.attrs); err != nil {
+		m.warnOnce(r.key, r.changed, fmt.Sprintf("The lease %s in etcd cannot be read, its node is not reachable: %v. If no node has it: etcdctl del '%s'", r.key, err, r.key))
+		r.attrs = subnet.Attrs{}
+		return r, true
+	}
+	r.valid = true
+	return r, true
+}
+
+// warnOnce warns of what a key holds since a revision.
+func (m *Manager) warnOnce(key string, revision int64, text string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.warned[key] != revision {
+		m.warned[key] = revision
+		klog.Warning(text)
+	}
+}
+
+// list reads all records, in one request.
+func (m *Manager) list(ctx context.Context) ([]record, moment, error) {
+	var found *clientv3.GetResponse
+	at, err := m.do(ctx, "read the leases", func(ctx context.Context, c *clientv3.Client) (h *pb.ResponseHeader, err error) {
+		if found, err = c.Get(ctx, m.subnetsPrefix(), clientv3.WithPrefix()); err != nil {
+			return nil, err
+		}
+		return found.Header, nil
+	})
+	if err != nil {
+		return nil, moment{}, err
+	}
+	records := make([]record, 0, len(found.Kvs))
+	for _, kv := range found.Kvs {
+		if r, ok := m.parse(kv); ok {
+			records = append(records, r)
+		}
+	}
+	return records, at, nil
+}
+
+// publish sees to it that the node's record has the value and lives: its etcd
+// lease is renewed, or replaced when it ran out; a reservation stays without.
+// The record is written only when something about it changes, so that peers
+// are not woken. Now is the record as it was last seen; where it is zero, a new
+// one is made. The result is the record as it stands then, and its end; ok is
+// false when somebody was faster, and nothing was done.
+func (m *Manager) publish(ctx context.Context, now record, key string, value []byte) (r record, expires time.Time, ok bool, err error) {
+	lease := now.lease
+	granted := false
+	if !now.reserved() {
+		ttl := time.Duration(0)
+		if lease != clientv3.NoLease {
+			if ttl, err = m.renew(ctx, lease); err != nil {
+				return record{}, time.Time{}, false, err
+			}
+		}
+		if ttl <= 0 {
+			if lease, ttl, err = m.grant(ctx, leaseTTL); err != nil {
+				return record{}, time.Time{}, false, err
+			}
+			granted = true
+		}
+		expires = time.Now().Add(ttl)
+	}
+	if now.exists() && !granted && bytes.Equal(now.value, value) {
+		return now, expires, true, nil
+	}
+	var answer *clientv3.TxnResponse
+	_, err = m.do(ctx, "write the lease "+key, func(ctx context.Context, c *clientv3.Client) (h *pb.ResponseHeader, err error) {
+		answer, err = c.Txn(ctx).
+			If(clientv3.Compare(clientv3.ModRevision(key), "=", now.changed)).
+			Then(clientv3.OpPut(key, string(value), clientv3.WithLease(lease)), clientv3.OpGet(key)).
+			Else(clientv3.OpGet(key)).
+			Commit()
+		if err != nil {
+			return nil, err
+		}
+		return answer.Header, nil
+	})
+	if err != nil {
+		return record{}, time.Time{}, false, err
+	}
+	// The last operation is the get. A request whose answer was lost, and which
+	// was therefore repeated, finds its own work there.
+	kvs := answer.Responses[len(answer.Responses)-1].GetResponseRange().Kvs
+	if len(kvs) == 1 && clientv3.LeaseID(kvs[0].Lease) == lease && bytes.Equal(kvs[0].Value, value) {
+		if r, ok := m.parse(kvs[0]); ok {
+			return r, expires, true, nil
+		}
+	}
+	if granted {
+		m.revoke(lease)
+	}
+	return record{}, time.Time{}, false, nil
+}
+
+// remove deletes a record, unless it changed since it was seen.
+func (m *Manager) remove(ctx context.Context, r record) error {
+	_, err := m.do(ctx, "delete the lease "+r.key, func(ctx context.Context, c *clientv3.Client) (*pb.ResponseHeader, error) {
+		answer, err := c.Txn(ctx).
+			If(clientv3.Compare(clientv3.ModRevision(r.key), "=", r.changed)).
+			Then(clientv3.OpDelete(r.key)).
+			Commit()
+		if err != nil {
+			return nil, err
+		}
+		return answer.Header, nil
+	})
+	return err
+}
+
+// grant makes an etcd lease.
+func (m *Manager) grant(ctx context.Context, ttl time.Duration) (id clientv3.LeaseID, actual time.Duration, err error) {
+	_, err = m.do(ctx, "be granted an etcd lease", func(ctx context.Context, c *clientv3.Client) (*pb.ResponseHeader, error) {
+		answer, err := c.Grant(ctx, int64(ttl/time.Second))
+		if err != nil {
+			return nil, err
+		}
+		id, actual = answer.ID, time.Duration(answer.TTL)*time.Second
+		return nil, nil // the header is that of one server, which may lag
+	})
+	return id, actual, err
+}
+
+// renew prolongs an etcd lease to its full time, which it returns; zero when
+// the lease is gone.
+func (m *Manager) renew(ctx context.Context, id clientv3.LeaseID) (ttl time.Duration, err error) {
+	_, err = m.do(ctx, "renew the lease", func(ctx context.Context, c *clientv3.Client) (*pb.ResponseHeader, error) {
+		// KeepAliveOnce of the client repeats a failed attempt at once and for
+		// as long as ctx lasts, at the expense of a processor.
+		stream, err := clientv3.RetryLeaseClient(c).LeaseKeepAlive(ctx)
+		if err != nil {
+			return nil, err
+		}
+		if err := stream.Send(&pb.LeaseKeepAliveRequest{ID: int64(id)}); err != nil {
+			return nil, err
+		}
+		answer, err := stream.Recv()
+		if err != nil {
+			return nil, err
+		}
+		ttl = time.Duration(answer.TTL) * time.Second
+		return nil, stream.CloseSend()
+	})
+	return ttl, err
+}
+
+// revoke ends an etcd lease that is of no more use. It is a courtesy: one that
+// cannot be revoked runs out by itself.
+func (m *Manager) revoke(id clientv3.LeaseID) {
+	client, err := m.connect()
+	if err != nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	defer cancel()
+	if _, err := client.Revoke(ctx, id); err != nil {
+		klog.V(2).Infof("etcd lease %x: revoking it: %v", id, err)
+	}
+}

@@ -1,0 +1,258 @@
+package etcd
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"k8s.io/klog/v2"
+)
+
+// do calls f until it succeeds or ctx ends, and pauses between the attempts.
+// Its purpose completes the sentence "waiting to …". f returns the header of an
+// answer that shows etcd's latest revision; nil where it has none, and then do
+// returns no moment.
+func (m *Manager) do(ctx context.Context, purpose string, f func(context.Context, *clientv3.Client) (*pb.ResponseHeader, error)) (moment, error) {
+	var pause backoff
+	for {
+		before := m.now()
+		var header *pb.ResponseHeader
+		client, err := m.connect()
+		if err == nil {
+			attempt, cancel := context.WithTimeout(ctx, requestTimeout)
+			header, err = f(attempt, client)
+			cancel()
+		}
+		switch {
+		case ctx.Err() != nil:
+			return moment{}, ctx.Err()
+		case m.ctx.Err() != nil:
+			return moment{}, m.ctx.Err()
+		case err == nil:
+			m.outage.end(purpose, m.endpoints())
+			if header == nil {
+				return moment{}, nil
+			}
+			return m.learn(before, header.Revision), nil
+		}
+		m.outage.say(purpose, m.endpoints(), err)
+		if err := pause.sleep(ctx); err != nil {
+			return moment{}, err
+		}
+	}
+}
+
+// A moment is a point in etcd's history, from which changes can be followed.
+//
+// History must not go backwards. It does when etcd is restored from a backup or
+// starts anew with an empty disk, and then a watch from before waits in silence
+// for revisions of the future. Whoever follows changes must heed replaced.
+type moment struct {
+	revision int64
+	replaced chan struct{} // closed when this history turned out to be void
+}
+
+// now returns the latest moment that is known.
+func (m *Manager) now() moment {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.latest
+}
+
+// learn takes note of the revision that an answer showed, and returns its
+// moment. Before is what was known when the question was asked.
+func (m *Manager) learn(before moment, revision int64) moment {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.latest.replaced == before.replaced {
+		if revision < before.revision {
+			klog.Warningf("etcd went back from revision %d to %d, as after a restore or with a new disk: reading everything again", before.revision, revision)
+			m.renounce()
+			before = m.latest
+		}
+		m.latest.revision = max(m.latest.revision, revision)
+	}
+	return moment{revision, before.replaced}
+}
+
+// renounce tells all who follow changes to read everything again. The caller
+// holds m.mu.
+func (m *Manager) renounce() {
+	close(m.latest.replaced)
+	m.latest = moment{0, make(chan struct{})}
+}
+
+// beat asks for etcd's revision from time to time: see pulseEvery.
+func (m *Manager) beat() {
+	tick := time.NewTicker(pulseEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-m.ctx.Done():
+			return
+		case <-tick.C:
+		}
+		m.do(m.ctx, "see it again", func(ctx context.Context, c *clientv3.Client) (*pb.ResponseHeader, error) {
+			got, err := c.Get(ctx, m.configKey(), clientv3.WithCountOnly())
+			if err != nil {
+				return nil, err
+			}
+			return got.Header, nil
+		})
+	}
+}
+
+// await returns nil when one of the keys changed after the moment, or may have
+// without our knowing: the caller reads them again.
+func (m *Manager) await(ctx context.Context, at moment, keys []string, options ...clientv3.OpOption) error {
+	changed, stop := m.changes(ctx, at, keys, options...)
+	defer stop()
+	<-changed
+	return ctx.Err()
+}
+
+// changes returns a channel that is closed when one of the keys changed after
+// the moment, or may have, and when ctx ends. The caller must call stop.
+func (m *Manager) changes(ctx context.Context, at moment, keys []string, options ...clientv3.OpOption) (changed <-chan struct{}, stop func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	var running sync.WaitGroup
+	stop = func() { cancel(); running.Wait() }
+	client, err := m.connect()
+	if err != nil {
+		cancel() // the caller's next request says why
+		return ctx.Done(), stop
+	}
+	running.Go(func() {
+		select {
+		case <-ctx.Done():
+		case <-m.ctx.Done():
+		case <-at.replaced:
+		}
+		cancel()
+	})
+	for _, key := range keys {
+		options := append([]clientv3.OpOption{clientv3.WithRev(at.revision + 1)}, options...)
+		running.Go(func() {
+			defer cancel()
+			for answer := range client.Watch(clientv3.WithRequireLeader(ctx), key, options...) {
+				if len(answer.Events) > 0 {
+					return
+				}
+			}
+			// The watch broke, or never was. Should that repeat while
+			// requests succeed, reading once a second will do.
+			pause(ctx, time.Second)
+		})
+	}
+	return ctx.Done(), stop
+}
+
+// outage remembers what was said of etcd's being of no use, so that it is said
+// once, whoever notices.
+type outage struct {
+	mu sync.Mutex
+	// By kind of failure: what was to be done. Empty where nothing else would
+	// succeed either.
+	said map[string]string
+}
+
+func (o *outage) say(purpose, endpoints string, err error) {
+	kind, text := explain(err)
+	ended := ""
+	if kind == other {
+		kind, ended = text, purpose
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if _, said := o.said[kind]; said || kind == away && len(o.said) > 0 {
+		return
+	}
+	if o.said == nil {
+		o.said = map[string]string{}
+	}
+	o.said[kind] = ended
+	klog.Warningf("etcd at %s: %s. Waiting to %s", endpoints, text, purpose)
+}
+
+// end takes note that something could be done.
+func (o *outage) end(purpose, endpoints string) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if len(o.said) == 0 {
+		return
+	}
+	maps.DeleteFunc(o.said, func(_, ended string) bool { return ended == "" || ended == purpose })
+	if len(o.said) == 0 {
+		klog.Infof("etcd at %s is back", endpoints)
+	}
+}
+
+// Kinds of failure, apart from those that have an advice of their own.
+const (
+	away  = "away"  // etcd cannot be reached, or has no leader
+	other = "other" // it answered, with an error
+)
+
+// explain words an error for the operator, with what to check.
+func explain(err error) (kind, text string) {
+	text = status.Convert(err).Message()
+	if _, inner, found := strings.Cut(text, `desc = "`); found { // gRPC's wrapping
+		text = strings.TrimPrefix(strings.TrimSuffix(inner, `"`), "transport: ")
+	}
+	says := func(parts ...string) bool {
+		return slices.ContainsFunc(parts, func(part string) bool { return strings.Contains(text, part) })
+	}
+	var known rpctypes.EtcdError
+	switch err := rpctypes.Error(err); {
+	case errors.Is(err, rpctypes.ErrAuthFailed):
+		return "login", text + ": check --etcd-username and --etcd-password"
+	case errors.Is(err, rpctypes.ErrUserEmpty):
+		return "login", text + ": it wants a user, set --etcd-username and --etcd-password, or a client certificate with --etcd-certfile and --etcd-keyfile"
+	case errors.Is(err, rpctypes.ErrPermissionDenied):
+		return other, text + ": the user must be allowed to read and write all keys under --etcd-prefix, see etcdctl role grant-permission --prefix"
+	case says("x509:"):
+		return "certificate", text + ": the server's certificate is not to be trusted, check --etcd-cafile and the names in --etcd-endpoints"
+	case says("remote error: tls:"):
+		return "certificate", text + ": the server does not accept our certificate, check --etcd-certfile and --etcd-keyfile"
+	case says("first record does not look like a TLS handshake", "handshake failed: EOF"):
+		return "scheme", text + ": the server does not speak TLS, perhaps --etcd-endpoints should say http://"
+	case says("error reading server preface: EOF"):
+		return "scheme", text + ": the server closes the connection, perhaps --etcd-endpoints should say https://"
+	case errors.Is(err, context.DeadlineExceeded), status.Code(err) == codes.DeadlineExceeded:
+		return away, fmt.Sprintf("no answer within %v", requestTimeout)
+	case status.Code(err) == codes.Unavailable, errors.As(err, &known) && known.Code() == codes.Unavailable:
+		return away, text
+	}
+	return other, text
+}
+
+// backoff paces attempts: twice as long each time, up to 10 s, and never quite
+// the same, lest a thousand nodes come back as one.
+type backoff struct{ pause time.Duration }
+
+func (b *backoff) sleep(ctx context.Context) error {
+	b.pause = min(max(2*b.pause, 100*time.Millisecond), 10*time.Second)
+	return pause(ctx, b.pause/2+rand.N(b.pause/2))
+}
+
+func pause(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-timer.C:
+		return nil
+	}
+}

@@ -1,0 +1,85 @@
+// Command flanneld leases a subnet for this node and keeps the way to the other
+// nodes' subnets open.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/signal"
+	"runtime"
+	"strings"
+	"syscall"
+
+	"k8s.io/klog/v2"
+
+	"github.com/flanneld/flanneld/network"
+	"github.com/flanneld/flanneld/subnet/etcd"
+
+	_ "github.com/flanneld/flanneld/backend/hostgw"
+	_ "github.com/flanneld/flanneld/backend/vxlan"
+)
+
+// version is set when the program is linked: -ldflags "-X main.version=v1.2.3".
+var version = "unknown"
+
+func main() {
+	o, err := parseOptions(os.Args[1:], os.Environ())
+	switch {
+	case errors.Is(err, errHelp):
+		fmt.Print(helpText())
+		return
+	case errors.Is(err, errVersion):
+		fmt.Println(version)
+		return
+	case err != nil:
+		fmt.Fprintf(os.Stderr, "flanneld: %v\n", err)
+		os.Exit(2)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	err = run(ctx, o)
+	stop()
+	if err != nil {
+		klog.Errorf("flanneld cannot go on: %v", err)
+	} else {
+		klog.Info("flanneld ends; the network stays as it is")
+	}
+	klog.Flush()
+	if err != nil {
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context, o *options) error {
+	klog.Infof("flanneld %s, %s, %s", version, runtime.Version(), strings.Join(o.redacted(), " "))
+	for _, w := range o.Warnings {
+		klog.Warning(w)
+	}
+	if o.KubeSubnetMgr {
+		return errors.New("--kube-subnet-mgr: this version takes leases from etcd only: leave the flag out, and see --etcd-endpoints")
+	}
+	manager, err := etcd.New(ctx, etcd.Options{
+		Endpoints: o.EtcdEndpoints, Prefix: o.EtcdPrefix,
+		CAFile: o.EtcdCAFile, CertFile: o.EtcdCertFile, KeyFile: o.EtcdKeyFile,
+		Username: o.EtcdUsername, Password: string(o.EtcdPassword),
+		RenewMargin: o.LeaseRenewMargin,
+		Identity:    identity(),
+	})
+	if err != nil {
+		return err
+	}
+	defer manager.Close()
+	return network.Run(ctx, network.Options{
+		Manager:     manager,
+		Uplink:      o.Uplink,
+		SubnetFile:  o.SubnetFile,
+		IPMasq:      o.IPMasq,
+		RandomFully: !o.IPMasqNotRandom,
+		Forward:     o.ForwardRules,
+		RulesResync: o.RulesResync,
+		Blackhole:   o.BlackholeRoute,
+		Health:      netip.AddrPortFrom(o.HealthzIP, uint16(o.HealthzPort)),
+	})
+}

@@ -1,0 +1,370 @@
+package main
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"reflect"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"k8s.io/klog/v2"
+)
+
+var update = flag.Bool("update", false, "write testdata")
+
+// defaults are the options of an empty command line.
+func defaults() options {
+	return options{
+		SubnetFile:                "/run/flannel/subnet.env",
+		LeaseRenewMargin:          time.Hour,
+		EtcdEndpoints:             []string{"http://127.0.0.1:4001", "http://127.0.0.1:2379"},
+		EtcdPrefix:                "/coreos.com/network",
+		KubeAnnotationPrefix:      "flannel.alpha.coreos.com/",
+		NetConfigPath:             "/etc/kube-flannel/net-conf.json",
+		SetNodeNetworkUnavailable: true,
+		ForwardRules:              true,
+		RulesResync:               5 * time.Second,
+		HealthzIP:                 netip.IPv4Unspecified(),
+	}
+}
+
+func regexps(patterns ...string) (out []*regexp.Regexp) {
+	for _, p := range patterns {
+		out = append(out, regexp.MustCompile(p))
+	}
+	return out
+}
+
+func TestParseOptions(t *testing.T) {
+	dir := t.TempDir()
+	file := filepath.Join(dir, "file.pem")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	ip := netip.MustParseAddr
+	for _, c := range []struct {
+		name string
+		args []string
+		env  []string
+		want func(o *options)
+	}{
+		{name: "nothing", want: func(*options) {}},
+		{name: "double dash", args: []string{"--iface=eth0", "--ip-masq", "--public-ip", "198.18.0.1"}, want: func(o *options) {
+			o.Uplink.Names, o.IPMasq, o.Uplink.PublicIP = []string{"eth0"}, true, ip("198.18.0.1")
+		}},
+		{name: "single dash", args: []string{"-iface=eth0", "-ip-masq", "-public-ip", "198.18.0.1", "-v=4"}, want: func(o *options) {
+			o.Uplink.Names, o.IPMasq, o.Uplink.PublicIP = []string{"eth0"}, true, ip("198.18.0.1")
+		}},
+		{name: "a value that looks like a flag", args: []string{"-iface", "-eth0", "--iface-regex", "--x", "-etcd-prefix", "-h", "--etcd-username=-u", "-etcd-password", "--"}, want: func(o *options) {
+			o.Uplink.Names, o.Uplink.Regexps, o.EtcdPrefix, o.EtcdUsername, o.EtcdPassword = []string{"-eth0"}, regexps("--x"), "/-h", "-u", "--"
+		}},
+		{name: "end of flags", args: []string{"--ip-masq", "--"}, want: func(o *options) { o.IPMasq = true }},
+		{name: "booleans", args: []string{"--ip-masq=T", "--ip-masq-fully-random-disable=1", "--iptables-forward-rules=false", "--set-node-network-unavailable=0", "--ip-blackhole-route=TRUE", "--kube-subnet-mgr"}, want: func(o *options) {
+			o.IPMasq, o.IPMasqNotRandom, o.ForwardRules, o.SetNodeNetworkUnavailable, o.BlackholeRoute, o.KubeSubnetMgr = true, true, false, false, true, true
+		}},
+		{name: "the last one counts", args: []string{"--etcd-prefix=/a", "--etcd-prefix=/b", "--ip-masq", "--ip-masq=false"}, want: func(o *options) { o.EtcdPrefix = "/b" }},
+		{name: "repeatable, and taken whole", args: []string{"--iface=eth0,eth1", "--iface=198.18.0.1", "--iface-regex=^10[.]{1,3}", "--iface-regex=b"}, want: func(o *options) {
+			o.Uplink.Names, o.Uplink.Regexps = []string{"eth0,eth1", "198.18.0.1"}, regexps("^10[.]{1,3}", "b")
+		}},
+		{name: "empty is not set", args: []string{"--iface=", "--iface-regex=", "--iface-can-reach=", "--public-ip=", "--public-ipv6=", "--etcd-cafile=", "--kube-api-url=", "--vmodule="}, want: func(*options) {}},
+		{name: "empty variables are not set", env: []string{"FLANNELD_IFACE=", "FLANNELD_ETCD_PREFIX=", "FLANNELD_HEALTHZ_PORT=", "FLANNELD_NONSENSE"}, want: func(o *options) {
+			o.Warnings = []string{"environment variable FLANNELD_NONSENSE is ignored, as there is no such setting"}
+		}},
+		{name: "environment", env: []string{"FLANNELD_IFACE=eth0,eth1", "FLANNELD_ETCD_ENDPOINTS=https://e1:2379,https://e2:2379", "FLANNELD_IP_MASQ=true", "FLANNELD_PUBLIC_IPV6=2001:db8::1", "FLANNELD_LOG_BACKTRACE_AT=x.go:1", "PATH=/bin", "IFACE=eth9"}, want: func(o *options) {
+			o.Uplink.Names, o.EtcdEndpoints, o.IPMasq, o.Uplink.PublicIPv6 = []string{"eth0,eth1"}, []string{"https://e1:2379", "https://e2:2379"}, true, ip("2001:db8::1")
+		}},
+		{name: "the command line wins", args: []string{"--iface=eth0", "--ip-masq=false", "--healthz-port=8080"}, env: []string{"FLANNELD_IFACE=eth1", "FLANNELD_IP_MASQ=true", "FLANNELD_HEALTHZ_PORT=nonsense"}, want: func(o *options) {
+			o.Uplink.Names, o.HealthzPort = []string{"eth0"}, 8080
+		}},
+		{name: "unknown variables", env: []string{"FLANNELD_IFCE=eth0", "FLANNELD_ZZZ=secret", "FLANNELD_ETCD_PASWORD=secret", "FLANNELD_VERSION=v1", "FLANNELD_HEALTH_PORT=8080"}, want: func(o *options) {
+			o.Warnings = []string{
+				"environment variable FLANNELD_ETCD_PASWORD is ignored, as there is no such setting: did you mean FLANNELD_ETCD_PASSWORD?",
+				"environment variable FLANNELD_HEALTH_PORT is ignored, as there is no such setting: did you mean FLANNELD_HEALTHZ_PORT?",
+				"environment variable FLANNELD_IFCE is ignored, as there is no such setting: did you mean FLANNELD_IFACE?",
+				"environment variable FLANNELD_ZZZ is ignored, as there is no such setting",
+			}
+		}},
+		{name: "service links", env: []string{
+			"FLANNELD_SERVICE_HOST=10.3.0.7", "FLANNELD_SERVICE_PORT=8080", "FLANNELD_SERVICE_PORT_METRICS=8080", "FLANNELD_PORT=tcp://10.3.0.7:8080",
+			"FLANNELD_PORT_8285_UDP=udp://10.3.0.7:8285", "FLANNELD_PORT_8285_UDP_PROTO=udp", "FLANNELD_PORT_8285_UDP_PORT=8285", "FLANNELD_PORT_8285_UDP_ADDR=10.3.0.7",
+			"FLANNELD_HEALTHZ_SERVICE_HOST=10.3.0.8", "FLANNELD_HEALTHZ_PORT=tcp://10.3.0.8:8080", "FLANNELD_HEALTHZ_PORT_8080_TCP_ADDR=10.3.0.8",
+		}, want: func(*options) {}},
+		{name: "etcd", args: []string{"--etcd-endpoints=https://e1.example.com:2379/, http://[2001:db8::1]:2379,unix:///run/etcd.sock", "--etcd-prefix=a/b//", "--etcd-username=u", "--etcd-password=p=:@ w"}, want: func(o *options) {
+			o.EtcdEndpoints = []string{"https://e1.example.com:2379", "http://[2001:db8::1]:2379", "unix:///run/etcd.sock"}
+			o.EtcdPrefix, o.EtcdUsername, o.EtcdPassword = "/a/b", "u", "p=:@ w"
+		}},
+		{name: "files", args: []string{"--etcd-cafile=" + file, "--etcd-keyfile", file}, env: []string{"FLANNELD_ETCD_CERTFILE=" + file}, want: func(o *options) {
+			o.EtcdCAFile, o.EtcdKeyFile, o.EtcdCertFile = file, file, file
+		}},
+		{name: "a CA alone", args: []string{"--etcd-cafile=" + file}, want: func(o *options) { o.EtcdCAFile = file }},
+		{name: "what Kubernetes does not use is not looked at", args: []string{"--kube-subnet-mgr", "--etcd-cafile=/nowhere", "--etcd-username=u"}, want: func(o *options) {
+			o.KubeSubnetMgr, o.EtcdCAFile, o.EtcdUsername = true, "/nowhere", "u"
+		}},
+		{name: "nor what etcd does not use", args: []string{"--kubeconfig-file=/nowhere"}, want: func(o *options) { o.KubeconfigFile = "/nowhere" }},
+		{name: "Kubernetes", args: []string{"--kube-subnet-mgr", "--kube-api-url=https://api.example.com/k8s", "--kubeconfig-file=" + file, "--net-config-path=/x", "--kube-annotation-prefix=example.com/flannel"}, want: func(o *options) {
+			o.KubeSubnetMgr, o.KubeAPIURL, o.KubeconfigFile, o.NetConfigPath, o.KubeAnnotationPrefix = true, "https://api.example.com/k8s", file, "/x", "example.com/flannel-"
+		}},
+		{name: "annotation prefix with a dash", args: []string{"--kube-annotation-prefix=example.com/flannel-"}, want: func(o *options) { o.KubeAnnotationPrefix = "example.com/flannel-" }},
+		{name: "annotation prefix with a slash", args: []string{"--kube-annotation-prefix=example.com/"}, want: func(o *options) { o.KubeAnnotationPrefix = "example.com/" }},
+		{name: "numbers", args: []string{"--subnet-lease-renew-margin=1439", "--iptables-resync=60", "--healthz-port=65535", "--healthz-ip=::"}, want: func(o *options) {
+			o.LeaseRenewMargin, o.RulesResync, o.HealthzPort, o.HealthzIP = 1439*time.Minute, time.Minute, 65535, netip.IPv6Unspecified()
+		}},
+		{name: "addresses", args: []string{"--public-ip=198.18.0.1", "--public-ipv6=2001:DB8::0001", "--iface-can-reach=2001:db8::2"}, want: func(o *options) {
+			o.Uplink.PublicIP, o.Uplink.PublicIPv6, o.Uplink.CanReach = ip("198.18.0.1"), ip("2001:db8::1"), ip("2001:db8::2")
+		}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			got, err := parseOptions(c.args, c.env)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got.settings = nil
+			want := defaults()
+			c.want(&want)
+			if !reflect.DeepEqual(*got, want) {
+				t.Errorf("got  %#v\nwant %#v", *got, want)
+			}
+		})
+	}
+}
+
+func TestParseOptionsError(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "file.pem")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	const lists = " --help lists the flags"
+	for _, c := range []struct{ args, env, want string }{ // args and env are split at |
+		{args: "--ifce=eth0", want: "unknown flag --ifce: did you mean --iface?" + lists},
+		{args: "-ip_masq", want: "unknown flag --ip_masq: did you mean --ip-masq?" + lists},
+		{args: "--kube-subnet-manager", want: "unknown flag --kube-subnet-manager: did you mean --kube-subnet-mgr?" + lists},
+		{args: "--remote=hunter2", want: "unknown flag --remote:" + lists},
+		{args: "-v4", want: "unknown flag --v4: did you mean --v?" + lists},
+		{args: "---etcd-password=hunter2", want: "---etcd-password is not a flag:" + lists},
+		{args: "--iface", want: "--iface needs a value: --iface=NAME|IP"},
+		{args: "-iface", want: "--iface needs a value: --iface=NAME|IP"},
+		{args: "eth0", want: `"eth0" belongs to no flag: give values as --name=value, and those with spaces in quotes`},
+		{args: "--ip-masq|false", want: `"false" belongs to no flag: give values as --name=value, and those with spaces in quotes`},
+		{args: "--ip-masq|--|--iface=eth0", want: `"--iface=eth0" belongs to no flag: give values as --name=value, and those with spaces in quotes`},
+		{args: "--etcd-password=my|hunter2", want: `<redacted> belongs to no flag: give values as --name=value, and those with spaces in quotes`},
+		{args: "-etcd-password|my|own|hunter2", want: `<redacted> belongs to no flag: give values as --name=value, and those with spaces in quotes`},
+		{args: "--ip-masq=yes", want: `--ip-masq: "yes" is neither true nor false`},
+		{env: "FLANNELD_IP_MASQ=yes", want: `FLANNELD_IP_MASQ: "yes" is neither true nor false`},
+		{args: "--healthz-port=abc", want: `--healthz-port: "abc" is not a port number: 0 (off) to 65535`},
+		{args: "-healthz-port=65536", want: `--healthz-port: "65536" is not a port number: 0 (off) to 65535`},
+		{args: "--healthz-port=-1", want: `--healthz-port: "-1" is not a port number: 0 (off) to 65535`},
+		{args: "--healthz-port=", want: `--healthz-port: "" is not a port number: 0 (off) to 65535`},
+		{env: "FLANNELD_HEALTHZ_PORT=abc", want: `FLANNELD_HEALTHZ_PORT: "abc" is not a port number: 0 (off) to 65535`},
+		{args: "--healthz-ip=localhost", want: `--healthz-ip: "localhost" is not an IP address such as 192.0.2.7 or 2001:db8::7`},
+		{args: "--subnet-lease-renew-margin=0", want: `--subnet-lease-renew-margin: "0" is not a number of minutes: 1 to 1439`},
+		{args: "--subnet-lease-renew-margin=1440", want: `--subnet-lease-renew-margin: "1440" is not a number of minutes: 1 to 1439`},
+		{args: "--subnet-lease-renew-margin=60m", want: `--subnet-lease-renew-margin: "60m" is not a number of minutes: 1 to 1439`},
+		{args: "--iptables-resync=0", want: `--iptables-resync: "0" is not a number of seconds: 1 or more`},
+		{args: "--iptables-resync=99999999999", want: `--iptables-resync: "99999999999" is not a number of seconds: 1 or more`},
+		{args: "--public-ip=2001:db8::1", want: `--public-ip: "2001:db8::1" is not an IPv4 address`},
+		{args: "--public-ip=0.0.0.0", want: `--public-ip: "0.0.0.0" is not an address that peers can reach this node at`},
+		{args: "--public-ipv6=198.18.0.1", want: `--public-ipv6: "198.18.0.1" is not an IPv6 address`},
+		{args: "--public-ipv6=::ffff:198.18.0.1", want: `--public-ipv6: "::ffff:198.18.0.1" is not an IPv6 address`},
+		{args: "--public-ipv6=fe80::1", want: `--public-ipv6: "fe80::1" is not an address that peers can reach this node at`},
+		{args: "--iface-can-reach=example.com", want: `--iface-can-reach: "example.com" is not an IP address such as 192.0.2.7 or 2001:db8::7`},
+		{args: "--iface-regex=eth[0", want: `--iface-regex: "eth[0" is not a regular expression of RE2's syntax: missing closing ]`},
+		{env: "FLANNELD_IFACE_REGEX=(?!x)", want: `FLANNELD_IFACE_REGEX: "(?!x)" is not a regular expression of RE2's syntax: invalid or unsupported Perl syntax`},
+		{args: "--etcd-endpoints=127.0.0.1:2379", want: `--etcd-endpoints: "127.0.0.1:2379" is not a URL: http://HOST:PORT, https://HOST:PORT or unix:///PATH`},
+		{args: "--etcd-endpoints=ftp://h:1", want: `--etcd-endpoints: "ftp://h:1" is not a URL: http://HOST:PORT, https://HOST:PORT or unix:///PATH`},
+		{args: "--etcd-endpoints=", want: `--etcd-endpoints: "" lacks a URL: one or more such as http://127.0.0.1:2379, separated by commas`},
+		{args: "--etcd-endpoints=http://a:1,", want: `--etcd-endpoints: "http://a:1," lacks a URL: one or more such as http://127.0.0.1:2379, separated by commas`},
+		{args: "--etcd-endpoints=http://a:1,https://etcd", want: `--etcd-endpoints: "https://etcd" lacks a host or a port: https://127.0.0.1:2379, for example`},
+		{args: "--etcd-endpoints=http://a:70000", want: `--etcd-endpoints: "http://a:70000" has no valid port: 1 to 65535`},
+		{args: "--etcd-endpoints=http://a:1/v2", want: `--etcd-endpoints: "http://a:1/v2" goes on after the port: should it be http://a:1?`},
+		{args: "--etcd-endpoints=http://u:hunter2@a:1", want: `--etcd-endpoints: "...@a:1" holds a user name: use --etcd-username and --etcd-password`},
+		{args: "--etcd-endpoints=http://u:hunter2%zz@a:1", want: `--etcd-endpoints: "...@a:1" is not a URL: http://HOST:PORT, https://HOST:PORT or unix:///PATH`},
+		{args: "--etcd-prefix=/", want: `--etcd-prefix: "/" is not a key: /coreos.com/network, for example`},
+		{args: "--etcd-prefix=", want: `--etcd-prefix: "" is not a key: /coreos.com/network, for example`},
+		{args: "--etcd-keyfile=" + file, want: "--etcd-keyfile is given without --etcd-certfile: set both, or neither"},
+		{env: "FLANNELD_ETCD_CERTFILE=" + file, want: "FLANNELD_ETCD_CERTFILE is given without --etcd-keyfile: set both, or neither"},
+		{args: "--etcd-username=u", want: "--etcd-username is given without --etcd-password: set both, or neither"},
+		{env: "FLANNELD_ETCD_PASSWORD=hunter2", want: "FLANNELD_ETCD_PASSWORD is given without --etcd-username: set both, or neither"},
+		{args: "--etcd-cafile=/nowhere/ca.pem", want: "--etcd-cafile: cannot read the file: open /nowhere/ca.pem: no such file or directory"},
+		{args: "--etcd-certfile=/nowhere/c.pem|--etcd-keyfile=" + file, want: "--etcd-certfile: cannot read the file: open /nowhere/c.pem: no such file or directory"},
+		{args: "--etcd-keyfile=/nowhere/k.pem|--etcd-certfile=" + file, want: "--etcd-keyfile: cannot read the file: open /nowhere/k.pem: no such file or directory"},
+		{env: "FLANNELD_ETCD_CAFILE=/", want: "FLANNELD_ETCD_CAFILE: / is a directory, not a file"},
+		{args: "--kube-subnet-mgr|--kubeconfig-file=/nowhere/k", want: "--kubeconfig-file: cannot read the file: open /nowhere/k: no such file or directory"},
+		{args: "--kube-api-url=api.example.com", want: `--kube-api-url: "api.example.com" is not a URL: https://HOST:PORT, or http`},
+		{args: "--kube-api-url=https://u:hunter2@api", want: `--kube-api-url: "...@api" holds a user name: credentials belong into --kubeconfig-file`},
+		{args: "--kube-annotation-prefix=a/b/c", want: `--kube-annotation-prefix: "a/b/c" is not a prefix of annotations: DOMAIN or DOMAIN/NAME, such as flannel.alpha.coreos.com or example.com/flannel`},
+		{args: "--kube-annotation-prefix=/x", want: `--kube-annotation-prefix: "/x" is not a prefix of annotations: DOMAIN or DOMAIN/NAME, such as flannel.alpha.coreos.com or example.com/flannel`},
+		{args: "--kube-annotation-prefix=Example.com", want: `--kube-annotation-prefix: "Example.com" is not a prefix of annotations: DOMAIN or DOMAIN/NAME, such as flannel.alpha.coreos.com or example.com/flannel`},
+		{args: "--kube-annotation-prefix=a/" + strings.Repeat("x", 43), want: `--kube-annotation-prefix: "a/` + strings.Repeat("x", 43) + `" is not a prefix of annotations: DOMAIN or DOMAIN/NAME, such as flannel.alpha.coreos.com or example.com/flannel`},
+		{args: "--subnet-file=", want: "--subnet-file: the path of a file is missing"},
+		{args: "--net-config-path=", want: "--net-config-path: the path of a file is missing"},
+		{args: "-v=abc", want: `--v: "abc" is not a log level: 0 or more`},
+		{args: "-v=-1", want: `--v: "-1" is not a log level: 0 or more`},
+		{args: "--vmodule=x", want: `--vmodule: "x" is not a list of files and log levels such as vxlan=4,kube*=2`},
+		{args: "--log_backtrace_at=x", want: `--log_backtrace_at: "x" is not a line of a source file such as main.go:42`},
+		{args: "--logtostderr", want: "unknown flag --logtostderr:" + lists},
+	} {
+		t.Run(c.args+c.env, func(t *testing.T) {
+			split := func(s string) []string {
+				return slices.DeleteFunc(strings.Split(s, "|"), func(w string) bool { return w == "" })
+			}
+			_, err := parseOptions(split(c.args), split(c.env))
+			if err == nil {
+				t.Fatal("no error")
+			}
+			if err.Error() != c.want {
+				t.Errorf("got  %s\nwant %s", err, c.want)
+			}
+			if strings.Contains(err.Error(), "hunter2") {
+				t.Error("a secret gets out")
+			}
+		})
+	}
+}
+
+func TestHelpAndVersion(t *testing.T) {
+	for _, c := range []struct {
+		args string
+		want error
+	}{
+		{"--help", errHelp}, {"-help", errHelp}, {"-h", errHelp}, {"--ip-masq -h", errHelp}, {"--help --version", errHelp}, {"help --help", errHelp},
+		{"--version", errVersion}, {"-version", errVersion}, {"--version=true", errVersion}, {"--version=false", nil},
+	} {
+		// A broken environment must not be in the way.
+		env := []string{"FLANNELD_HEALTHZ_PORT=nonsense"}
+		if c.want == nil {
+			env = nil
+		}
+		if _, err := parseOptions(strings.Fields(c.args), env); !errors.Is(err, c.want) {
+			t.Errorf("%s: got %v, want %v", c.args, err, c.want)
+		}
+	}
+}
+
+func TestHelpText(t *testing.T) {
+	const golden = "testdata/help.txt"
+	if *update {
+		if err := os.MkdirAll("testdata", 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(golden, []byte(helpText()), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(golden)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := helpText(); got != string(want) {
+		t.Errorf("not as in %s (go test -update writes it):\n%s", golden, got)
+	}
+}
+
+func TestRedacted(t *testing.T) {
+	o, err := parseOptions(
+		[]string{"--iface=eth0", "--iface=eth1", "-ip-masq", "--healthz-port=0", "--etcd-username=u", "--etcd-prefix=/c", "--etcd-prefix=/a", "--iface-regex="},
+		[]string{"FLANNELD_ETCD_PASSWORD=hunter2", "FLANNELD_IPTABLES_RESYNC=60", "FLANNELD_ETCD_PREFIX=/b"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []string{"--etcd-prefix=/a", "--etcd-username=u", "--etcd-password=<redacted>", "--iface=eth0", "--iface=eth1", "--ip-masq=true", "--iptables-resync=60"}
+	if got := o.redacted(); !slices.Equal(got, want) {
+		t.Errorf("got  %q\nwant %q", got, want)
+	}
+	if o.EtcdPassword != "hunter2" {
+		t.Error("the password itself is lost")
+	}
+	for _, format := range []string{"%v", "%+v", "%#v", "%s", "%q"} {
+		for _, v := range []any{o, *o, o.EtcdPassword, o.settings} {
+			if text := fmt.Sprintf(format, v); strings.Contains(text, "hunter2") {
+				t.Errorf("%s of %T shows the password: %s", format, v, text)
+			}
+		}
+	}
+}
+
+func TestLogFlags(t *testing.T) {
+	t.Cleanup(func() {
+		if _, err := parseOptions(nil, nil); err != nil { // back to the defaults
+			t.Error(err)
+		}
+	})
+	if _, err := parseOptions([]string{"-v=4"}, []string{"FLANNELD_V=9"}); err != nil {
+		t.Fatal(err)
+	}
+	if !klog.V(4).Enabled() || klog.V(5).Enabled() {
+		t.Error("-v=4 does not set the log level to 4")
+	}
+	if _, err := parseOptions(nil, []string{"FLANNELD_V=9", "FLANNELD_VMODULE=options_test=10"}); err != nil {
+		t.Fatal(err)
+	}
+	if !klog.V(10).Enabled() {
+		t.Error("vmodule is without effect")
+	}
+	if _, err := parseOptions([]string{"--vmodule="}, nil); err != nil {
+		t.Fatal(err)
+	}
+	if klog.V(1).Enabled() {
+		t.Error("the default is not quiet")
+	}
+}
+
+// Names and defaults are what units and manifests rely on.
+func TestTable(t *testing.T) {
+	const want = `
+etcd-cafile
+etcd-certfile
+etcd-endpoints http://127.0.0.1:4001,http://127.0.0.1:2379
+etcd-keyfile
+etcd-password
+etcd-prefix /coreos.com/network
+etcd-username
+healthz-ip 0.0.0.0
+healthz-port 0
+help false
+iface
+iface-can-reach
+iface-regex
+ip-blackhole-route false
+ip-masq false
+ip-masq-fully-random-disable false
+iptables-forward-rules true
+iptables-resync 5
+kube-annotation-prefix flannel.alpha.coreos.com
+kube-api-url
+kube-subnet-mgr false
+kubeconfig-file
+log_backtrace_at
+net-config-path /etc/kube-flannel/net-conf.json
+public-ip
+public-ipv6
+set-node-network-unavailable true
+subnet-file /run/flannel/subnet.env
+subnet-lease-renew-margin 60
+v 0
+version false
+vmodule
+`
+	var lines []string
+	for _, g := range flags(&options{}) {
+		for _, s := range g.settings {
+			lines = append(lines, strings.TrimSpace(s.name+" "+s.def))
+			if s.help == "" || strings.Contains(s.help, "\n") {
+				t.Errorf("--%s: help is one line", s.name)
+			}
+			if (s.arg == "") != (s.def == "true" || s.def == "false") {
+				t.Errorf("--%s: booleans take no value, and are false or true", s.name)
+			}
+		}
+	}
+	slices.Sort(lines)
+	if got := "\n" + strings.Join(lines, "\n") + "\n"; got != want {
+		t.Errorf("got %s", got)
+	}
+}

@@ -1,0 +1,80 @@
+package network
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"k8s.io/klog/v2"
+)
+
+// health tells the outside how the node is: probes over HTTP, systemd by
+// sd_notify(3).
+type health struct {
+	mu      sync.Mutex
+	missing string // what the node waits for; "" once it is ready
+}
+
+// serveHealth serves /healthz and /readyz until ctx ends; nowhere, if the port
+// is 0.
+func serveHealth(ctx context.Context, group *sync.WaitGroup, at netip.AddrPort) (*health, error) {
+	h := &health{missing: "to start"}
+	if at.Port() == 0 {
+		return h, nil
+	}
+	l, err := net.Listen("tcp", at.String())
+	if err != nil {
+		return nil, fmt.Errorf("--healthz-ip, --healthz-port: %w", err)
+	}
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
+	mux.HandleFunc("GET /readyz", h.readyz)
+	server := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}
+	group.Go(func() {
+		if err := server.Serve(l); ctx.Err() == nil {
+			klog.Errorf("Health: %v", err)
+		}
+	})
+	context.AfterFunc(ctx, func() { server.Close() })
+	return h, nil
+}
+
+func (h *health) readyz(w http.ResponseWriter, _ *http.Request) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.missing != "" {
+		http.Error(w, "waiting for "+h.missing, http.StatusServiceUnavailable)
+		return
+	}
+	fmt.Fprintln(w, "ok")
+}
+
+// waitFor says what the node waits for, until it has been ready once.
+func (h *health) waitFor(what string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.missing == "" || h.missing == what {
+		return
+	}
+	h.missing = what
+	notify("STATUS=Waiting for " + what)
+}
+
+func (h *health) setReady() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.missing = ""
+	notify("READY=1\nSTATUS=Ready")
+}
+
+// notify tells systemd, where it is our parent and wants to know.
+func notify(state string) {
+	if _, err := daemon.SdNotify(false, state); err != nil {
+		klog.Warningf("systemd: %v", err)
+	}
+}

@@ -1,0 +1,418 @@
+// Package network is the main loop: configuration, uplink, lease, backend,
+// rules, subnet file, kept true until told to stop.
+package network
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"sync"
+	"time"
+
+	"k8s.io/klog/v2"
+
+	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/pkg/firewall"
+	"github.com/flanneld/flanneld/pkg/iface"
+	"github.com/flanneld/flanneld/pkg/kernel"
+	"github.com/flanneld/flanneld/subnet"
+)
+
+// Options are what the operator can choose for one node.
+type Options struct {
+	Manager    subnet.Manager
+	Uplink     iface.Selector
+	SubnetFile string // path of subnet.env
+
+	IPMasq      bool          // masquerade what leaves the network
+	RandomFully bool          // with random ports, where possible
+	Forward     bool          // accept forwarding to and from the network
+	RulesResync time.Duration // between checks of the rules
+
+	Blackhole bool           // drop what is sent to our subnet and has no pod there
+	Health    netip.AddrPort // where /healthz and /readyz are served; port 0: nowhere
+}
+
+const (
+	// All of the kernel's tables are compared this often, whatever the kernel
+	// has told meanwhile.
+	compareInterval = time.Minute
+
+	// What fails is tried again after retryFirst, then after twice as long
+	// each time, up to retryMax.
+	retryFirst = time.Second
+	retryMax   = 30 * time.Second
+
+	// blackholeMetric makes the blackhole the last choice: the route of the
+	// bridge that holds the pods, with the same destination, comes first.
+	blackholeMetric = 1 << 31
+)
+
+// nodeOwner owns what the kernel holds for this node itself. Peers own theirs
+// by their subnets.
+const nodeOwner = "this node"
+
+// node is all that is known of this node and its peers. It belongs to the
+// goroutine of Run; the others tell it by channels what they learn.
+type node struct {
+	Options
+	started time.Time
+	group   sync.WaitGroup // of all the goroutines
+	health  *health
+	kernel  *kernel.Reconciler
+	rules   *rules
+	tenant  *tenant
+
+	cfg     *subnet.Config
+	uplink  iface.Uplink
+	backend backend.Backend // nil: no uplink yet
+	lease   *subnet.Lease   // nil: none yet
+
+	peers  map[subnet.Subnets]subnet.Lease // all leases, our own too; nil: not known yet
+	warned map[subnet.Subnets]string       // what was last said of a peer
+
+	rulesSet   bool // the rules of the lease are in place
+	fileSet    bool // so is the subnet file
+	ready      bool
+	said       map[string]string // the last error of each duty
+	retry      *time.Timer
+	retrying   bool // retry is running
+	retryAfter time.Duration
+}
+
+// Run keeps the node's network until ctx ends, and leaves the data path in
+// place. An error is for the operator: it says what no waiting can mend.
+func Run(ctx context.Context, o Options) error {
+	ctx, cancel := context.WithCancel(ctx)
+	n := &node{
+		Options: o, started: time.Now(),
+		warned: map[subnet.Subnets]string{}, said: map[string]string{},
+		retry: time.NewTimer(0), retrying: true, retryAfter: retryFirst,
+	}
+	defer n.group.Wait()
+	defer cancel()
+	if err := n.run(ctx); ctx.Err() == nil {
+		return err
+	}
+	return nil
+}
+
+func (n *node) run(ctx context.Context) error {
+	var err error
+	if n.health, err = serveHealth(ctx, &n.group, n.Health); err != nil {
+		return err
+	}
+	n.health.waitFor("the network's configuration")
+	if n.cfg, err = n.Manager.Config(ctx); err != nil {
+		return err
+	}
+	klog.Infof("Network %s, backend %s", n.cfg.Networks(), n.cfg.BackendType)
+
+	if n.kernel, err = kernel.New(); err != nil {
+		return err
+	}
+	defer n.kernel.Close()
+	n.kernel.Networks = n.cfg.Networks().Each()
+	links, err := iface.Changes(ctx)
+	if err != nil {
+		return err
+	}
+	leases := n.Manager.Watch(ctx)
+	n.rules = keepRules(ctx, &n.group, n.cfg.EnableNFTables, n.RulesResync)
+	n.tenant = newTenant(n.Manager, n.cfg)
+	defer n.tenant.leave()
+
+	err = n.lookAtUplink(ctx)
+	for _, w := range n.cfg.Warnings {
+		klog.Warningf("Configuration: %s", w)
+	}
+	compare := time.NewTicker(compareInterval)
+	defer compare.Stop()
+	for err == nil {
+		n.converge()
+		select {
+		case <-ctx.Done():
+			return nil
+		case ev := <-n.kernel.Events():
+			n.handle(ev)
+		case u, ok := <-leases:
+			if !ok {
+				return nil // for ctx has ended
+			}
+			n.update(u)
+		case l := <-n.tenant.leases:
+			n.moveIn(l)
+		case err = <-n.tenant.failed:
+		case s := <-n.rules.states:
+			n.rulesSet = s
+		case _, ok := <-links:
+			if !ok {
+				return nil
+			}
+			err = n.lookAtUplink(ctx)
+		case <-n.retry.C:
+			n.retrying = false
+			n.kernel.Retry()
+		case <-compare.C:
+			n.kernel.Compare()
+			n.fileSet = false
+			err = n.lookAtUplink(ctx)
+		}
+	}
+	return err
+}
+
+// handle takes the kernel's notifications, all there are by now.
+func (n *node) handle(ev kernel.Event) {
+	for {
+		n.kernel.Handle(ev)
+		select {
+		case ev = <-n.kernel.Events():
+		default:
+			return
+		}
+	}
+}
+
+// lookAtUplink finds out what the uplink is by now, and has the backend and
+// the lease follow. An error is one of the configuration.
+func (n *node) lookAtUplink(ctx context.Context) error {
+	sel := n.Uplink
+	sel.Prefer = []netip.Addr{n.uplink.IPv4, n.uplink.IPv6}
+	uplink, err := iface.Find(sel, n.cfg.IPv4.Enabled(), n.cfg.IPv6.Enabled())
+	if err != nil {
+		if n.backend != nil {
+			err = fmt.Errorf("staying with %s: %w", n.uplink.Name, err)
+		} else {
+			n.health.waitFor("an uplink: " + err.Error())
+		}
+		n.say("Uplink", err)
+		return nil
+	}
+	n.say("Uplink", nil)
+	if n.backend != nil && uplink.Equal(n.uplink) {
+		return nil
+	}
+	b, err := backend.New(n.cfg, uplink)
+	switch {
+	case err != nil && n.backend == nil:
+		return err
+	case err != nil:
+		n.say("Uplink", fmt.Errorf("%s cannot be used, staying with %s: %w", uplink, n.uplink, err))
+		return nil
+	}
+	klog.Infof("Uplink %s", uplink)
+	n.uplink, n.backend = uplink, b
+
+	self := subnet.Attrs{PublicIP: uplink.PublicIP, PublicIPv6: uplink.PublicIPv6}
+	if n.lease == nil {
+		n.health.waitFor("a lease")
+		n.tenant.settle(ctx, subnet.Lease{Subnets: n.previous(), Attrs: self}, b.Attrs)
+		return nil
+	}
+	n.program() // with new devices and routes at once, whatever becomes of the lease
+	if attrs := addressed(b.Attrs(n.lease.Attrs), self); !attrs.Equal(n.lease.Attrs) {
+		n.tenant.settle(ctx, subnet.Lease{Subnets: n.lease.Subnets, Attrs: attrs}, nil)
+	}
+	return nil
+}
+
+// previous returns the subnets that the subnet file names, if it is of this
+// network.
+func (n *node) previous() subnet.Subnets {
+	env, err := subnet.ReadEnv(n.SubnetFile)
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+	case err != nil:
+		klog.Warningf("The subnet held before is not known: %v", err)
+	case env.Networks == n.cfg.Networks():
+		return env.Subnets
+	}
+	return subnet.Subnets{}
+}
+
+// moveIn takes up a lease.
+func (n *node) moveIn(l subnet.Lease) {
+	if n.lease != nil && n.lease.Subnets != l.Subnets {
+		klog.Warningf("This node's subnet is %s from now on, no longer %s: pods that hold addresses of the old one must be restarted", l.Subnets, n.lease.Subnets)
+	} else if n.lease == nil {
+		klog.Infof("Subnet %s", l.Subnets)
+	}
+	n.lease = &l
+	n.program()
+	n.fileSet, n.rulesSet = false, false
+	n.rules.set(n.wantedRules())
+}
+
+// wantedRules returns the rules that the lease calls for.
+func (n *node) wantedRules() firewall.Desired {
+	o := firewall.Options{Masquerade: n.IPMasq, RandomFully: n.RandomFully, Forward: n.Forward}
+	return firewall.Desired{
+		IPv4: firewall.For(n.cfg.IPv4.Network, n.lease.IPv4, o),
+		IPv6: firewall.For(n.cfg.IPv6.Network, n.lease.IPv6, o),
+	}
+}
+
+// program wants of the kernel what the lease and all of the peers call for.
+func (n *node) program() {
+	objects := n.backend.Local(*n.lease)
+	if n.Blackhole {
+		for _, s := range n.lease.Each() {
+			objects = append(objects, kernel.Route{Dst: s, Blackhole: true, Metric: blackholeMetric})
+		}
+	}
+	n.kernel.Set(nodeOwner, objects)
+	for _, l := range n.peers {
+		n.programPeer(l)
+	}
+}
+
+// update takes news of leases.
+func (n *node) update(u subnet.Update) {
+	if u.Snapshot {
+		for s := range n.peers {
+			if _, still := u.Leases[s]; !still {
+				n.drop(s)
+			}
+		}
+	}
+	if n.peers == nil {
+		n.peers = map[subnet.Subnets]subnet.Lease{}
+	}
+	for s := range u.Gone {
+		n.drop(s)
+	}
+	for s, l := range u.Leases {
+		n.peers[s] = l
+		if n.lease != nil {
+			n.programPeer(l)
+		}
+	}
+}
+
+func (n *node) drop(s subnet.Subnets) {
+	delete(n.peers, s)
+	delete(n.warned, s)
+	n.kernel.Set(s.String(), nil)
+}
+
+// programPeer wants of the kernel what a peer calls for: nothing, if it is no
+// peer.
+func (n *node) programPeer(l subnet.Lease) {
+	var objects []kernel.Object
+	var err error
+	if l.Subnets != n.lease.Subnets {
+		if err = n.acceptable(l); err == nil {
+			objects, err = n.backend.Peer(*n.lease, l)
+		}
+	}
+	n.kernel.Set(l.Subnets.String(), objects)
+	switch {
+	case err == nil:
+		delete(n.warned, l.Subnets)
+	case n.warned[l.Subnets] != err.Error():
+		n.warned[l.Subnets] = err.Error()
+		klog.Warningf("Peer %s at %v: %v", l.Subnets, l.Attrs.PublicIPs(), err)
+	}
+}
+
+// acceptable tells what keeps a lease from being a peer's.
+func (n *node) acceptable(l subnet.Lease) error {
+	own := n.lease.Attrs
+	// Some backends publish no type (see the lease we publish ourselves), and
+	// take peers that do.
+	if t := l.Attrs.BackendType; t != own.BackendType && t != n.cfg.BackendType {
+		return fmt.Errorf("left out, since its backend is %q and ours %q: all nodes must use the same one", t, n.cfg.BackendType)
+	}
+	for _, ip := range l.Attrs.PublicIPs() {
+		if ip == own.PublicIP || ip == own.PublicIPv6 {
+			return fmt.Errorf("left out, since %s is this node's own address: it is an earlier lease of ours that will expire, or a node that needs an address of its own", ip)
+		}
+	}
+	for _, f := range []struct{ network, own, peer netip.Prefix }{
+		{n.cfg.IPv4.Network, n.lease.IPv4, l.IPv4}, {n.cfg.IPv6.Network, n.lease.IPv6, l.IPv6},
+	} {
+		switch {
+		case !f.network.IsValid() || !f.peer.IsValid():
+		case !f.network.Contains(f.peer.Addr()) || f.peer.Bits() < f.network.Bits():
+			return fmt.Errorf("left out, since %s is not in the network %s", f.peer, f.network)
+		case f.peer.Overlaps(f.own):
+			return fmt.Errorf("left out, since %s overlaps this node's own %s", f.peer, f.own)
+		}
+	}
+	return nil
+}
+
+// converge brings everything in line with what is known by now.
+func (n *node) converge() {
+	if n.lease == nil {
+		return
+	}
+	if n.peers == nil {
+		// What is there may be a peer's, of before a restart: it stays until
+		// we know better.
+		n.health.waitFor("the leases of the other nodes")
+		return
+	}
+	if n.kernel.Pending() {
+		n.say("Kernel", n.kernel.Apply())
+	}
+	switch {
+	case !n.kernel.Has(nodeOwner):
+		n.health.waitFor("the device: " + n.said["Kernel"])
+	case !n.rulesSet:
+		n.health.waitFor("the rules: see the log")
+	case !n.fileSet:
+		env := subnet.Env{Networks: n.cfg.Networks(), Subnets: n.lease.Subnets, MTU: n.backend.MTU(), IPMasq: n.IPMasq}
+		err := env.WriteFile(n.SubnetFile)
+		n.say("Subnet file", err)
+		if n.fileSet = err == nil; !n.fileSet {
+			n.health.waitFor(err.Error())
+		}
+	}
+	if !n.ready && n.fileSet {
+		n.ready = true
+		n.health.setReady()
+		klog.Infof("Ready after %v: subnet %s, %d peers", time.Since(n.started).Round(time.Millisecond), n.lease.Subnets, n.others())
+	}
+	switch failed := n.kernel.Failed() || n.kernel.Pending() || n.rulesSet && !n.fileSet; {
+	case !failed:
+		n.retryAfter = retryFirst
+	case !n.retrying:
+		n.retry.Reset(n.retryAfter)
+		n.retrying, n.retryAfter = true, min(2*n.retryAfter, retryMax)
+	}
+}
+
+// others returns how many leases there are beside our own.
+func (n *node) others() int {
+	count := len(n.peers)
+	if _, ok := n.peers[n.lease.Subnets]; ok {
+		count--
+	}
+	return count
+}
+
+// say logs a duty's error, once, and when it is over.
+func (n *node) say(duty string, err error) {
+	text := ""
+	if err != nil {
+		text = err.Error()
+	}
+	switch before := n.said[duty]; {
+	case text == before:
+	case text == "":
+		klog.Infof("%s: all is well again", duty)
+	default:
+		klog.Errorf("%s: %s", duty, text)
+	}
+	n.said[duty] = text
+}
+
+// addressed returns attrs with the addresses of self.
+func addressed(attrs, self subnet.Attrs) subnet.Attrs {
+	attrs.PublicIP, attrs.PublicIPv6 = self.PublicIP, self.PublicIPv6
+	return attrs
+}

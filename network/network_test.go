@@ -1,0 +1,408 @@
+package network
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/flanneld/flanneld/pkg/iface"
+	"github.com/flanneld/flanneld/pkg/nstest"
+	"github.com/flanneld/flanneld/subnet"
+
+	_ "github.com/flanneld/flanneld/backend/hostgw"
+	_ "github.com/flanneld/flanneld/backend/vxlan"
+)
+
+// Run works in goroutines of many threads, so that all of the test's process
+// has to live in a network namespace of its own.
+func TestMain(m *testing.M) {
+	const inside = "NETWORK_TEST_INSIDE"
+	if os.Getuid() != 0 || os.Getenv(inside) != "" {
+		os.Exit(m.Run())
+	}
+	self := exec.Command(os.Args[0], os.Args[1:]...)
+	self.Env = append(os.Environ(), inside+"=1")
+	self.Stdin, self.Stdout, self.Stderr = os.Stdin, os.Stdout, os.Stderr
+	self.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
+	err := self.Run()
+	var exit *exec.ExitError
+	switch {
+	case errors.As(err, &exit):
+		os.Exit(exit.ExitCode())
+	case err != nil:
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+}
+
+// manager is a subnet.Manager that the test plays. A nil error means that it
+// waits.
+type manager struct {
+	config   string
+	previous subnet.Attrs
+	wants    chan subnet.Lease // what Acquire was asked for
+	grants   chan subnet.Lease // what it answers
+	lost     chan struct{}
+	updates  chan subnet.Update
+}
+
+func newManager(config string) *manager {
+	return &manager{
+		config: config, wants: make(chan subnet.Lease, 10), grants: make(chan subnet.Lease, 10),
+		lost: make(chan struct{}), updates: make(chan subnet.Update),
+	}
+}
+
+func (m *manager) Config(context.Context) (*subnet.Config, error) {
+	c, err := subnet.ParseConfig([]byte(m.config))
+	if err != nil {
+		return nil, err
+	}
+	return c, c.Divide()
+}
+
+func (m *manager) Previous(context.Context, subnet.Attrs) (subnet.Attrs, error) {
+	return m.previous, nil
+}
+
+func (m *manager) Acquire(ctx context.Context, _ *subnet.Config, want subnet.Lease) (subnet.Lease, error) {
+	m.wants <- want
+	select {
+	case l := <-m.grants:
+		l.Attrs = want.Attrs
+		return l, nil
+	case <-ctx.Done():
+		return subnet.Lease{}, ctx.Err()
+	}
+}
+
+func (m *manager) Keep(ctx context.Context, _ subnet.Lease) error {
+	select {
+	case <-m.lost:
+		return subnet.ErrLost
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (m *manager) Watch(ctx context.Context) <-chan subnet.Update { return m.updates }
+
+func lease(key, value string) subnet.Lease {
+	s, err := subnet.ParseKey(key)
+	if err != nil {
+		panic(err)
+	}
+	l := subnet.Lease{Subnets: s}
+	if value != "" {
+		if err := l.Attrs.UnmarshalJSON([]byte(value)); err != nil {
+			panic(err)
+		}
+	}
+	return l
+}
+
+func snapshot(leases ...subnet.Lease) subnet.Update {
+	u := subnet.Update{Snapshot: true}
+	for _, l := range leases {
+		u.Put(l)
+	}
+	return u
+}
+
+var peer2 = lease("10.5.2.0-24", `{"PublicIP":"198.18.0.2","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"0e:00:00:00:00:02"}}`)
+
+const vxlanConfig = `{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan"}}`
+
+// flanneld is one that runs in the test's namespace.
+type flanneld struct {
+	*manager
+	file string
+	done chan error
+	stop func()
+}
+
+const healthPort = 8471
+
+// begin makes a host with an uplink and starts the main loop.
+func begin(t *testing.T, m *manager, change func(*Options)) *flanneld {
+	t.Helper()
+	if os.Getuid() != 0 {
+		t.Skip("needs root: network namespaces")
+	}
+	nstest.Need(t, "ip", "iptables", "nft")
+	nstest.Run(t, "ip link set lo up")
+	nstest.Run(t, "ip link add eth0 type veth peer name far")
+	nstest.Run(t, "ip link set far up")
+	nstest.Run(t, "ip link set eth0 up")
+	nstest.Run(t, "ip addr add 198.18.0.1/24 dev eth0")
+	d := &flanneld{manager: m, file: filepath.Join(t.TempDir(), "run", "subnet.env"), done: make(chan error, 1)}
+	o := Options{
+		Manager: m, Uplink: iface.Selector{Names: []string{"eth0"}}, SubnetFile: d.file,
+		IPMasq: true, Forward: true, RulesResync: 100 * time.Millisecond,
+		Health: netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), healthPort),
+	}
+	if change != nil {
+		change(&o)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	d.stop = func() {
+		cancel()
+		if err := <-d.done; err != nil {
+			t.Errorf("Run returned %v", err)
+		}
+	}
+	go func() { d.done <- Run(ctx, o) }()
+	t.Cleanup(func() {
+		cancel()
+		<-d.done
+		for _, line := range []string{"ip link del eth0", "ip link del flannel.1", "ip route flush proto 70", "nft flush ruleset", "iptables-legacy -t nat -F", "iptables-legacy -t nat -X"} {
+			nstest.Try(line)
+		}
+	})
+	return d
+}
+
+// eventually waits for a condition, which some event is to bring about.
+func eventually(t *testing.T, what string, condition func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); !condition(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("not within 20 s: %s", what)
+		}
+	}
+}
+
+func get(path string) (int, string) {
+	r, err := http.Get(fmt.Sprintf("http://127.0.0.1:%d%s", healthPort, path))
+	if err != nil {
+		return 0, err.Error()
+	}
+	defer r.Body.Close()
+	text, _ := io.ReadAll(r.Body)
+	return r.StatusCode, strings.TrimSpace(string(text))
+}
+
+func ready() bool { code, _ := get("/readyz"); return code == http.StatusOK }
+
+func route(dst string) string {
+	out, _ := nstest.Try("ip route show " + dst)
+	return strings.TrimSpace(out)
+}
+
+func TestFromStartToReady(t *testing.T) {
+	m := newManager(vxlanConfig)
+	m.previous.BackendData = []byte(`{"VNI":1,"VtepMAC":"0e:00:00:00:00:01"}`)
+	d := begin(t, m, func(o *Options) { o.Blackhole = true })
+	want := <-m.wants
+	if got := string(want.Attrs.BackendData); want.Attrs.PublicIP.String() != "198.18.0.1" || got != `{"VNI":1,"VtepMAC":"0e:00:00:00:00:01"}` {
+		t.Errorf("a lease is wanted for %s with %s: the VTEP should stay", want.Attrs.PublicIP, got)
+	}
+	eventually(t, "readyz waits for a lease", func() bool {
+		code, text := get("/readyz")
+		return code == http.StatusServiceUnavailable && text == "waiting for a lease"
+	})
+	if code, _ := get("/healthz"); code != http.StatusOK {
+		t.Errorf("healthz: %d", code)
+	}
+	// A route from before a restart must outlive the time in which its peer is
+	// not known yet.
+	nstest.Run(t, "ip route add 10.5.2.0/24 via 198.18.0.9 dev eth0 proto 70")
+	nstest.Run(t, "ip route add 10.5.9.0/24 via 198.18.0.9 dev eth0 proto 70")
+	m.grants <- lease("10.5.1.0-24", "")
+	eventually(t, "readyz waits for the leases of the other nodes", func() bool {
+		_, text := get("/readyz")
+		return strings.HasPrefix(text, "waiting for the leases")
+	})
+	if route("10.5.9.0/24") == "" {
+		t.Error("routes are removed before the peers are known")
+	}
+	m.updates <- snapshot(peer2)
+	eventually(t, "ready", ready)
+	if got := route("10.5.2.0/24"); got != "10.5.2.0/24 via 10.5.2.0 dev flannel.1 proto 70 onlink" {
+		t.Errorf("the peer's route is %q", got)
+	}
+	if got := route("10.5.9.0/24"); got != "" {
+		t.Errorf("of a peer that is gone there is %q", got)
+	}
+	if got := route("10.5.1.0/24"); !strings.HasPrefix(got, "blackhole") {
+		t.Errorf("our own subnet's route is %q", got)
+	}
+	text, err := os.ReadFile(d.file)
+	if err != nil || string(text) != "FLANNEL_NETWORK=10.5.0.0/16\nFLANNEL_SUBNET=10.5.1.1/24\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=true\n" {
+		t.Errorf("subnet file: %v %q", err, text)
+	}
+	if got, _ := nstest.Try("iptables -t nat -S POSTROUTING"); !strings.Contains(got, "FLANNEL-POSTRTG") {
+		t.Errorf("nat rules: %s", got)
+	}
+	before, _ := nstest.Try("ip route")
+	d.stop()
+	d.done <- nil
+	if after, _ := nstest.Try("ip route"); after != before {
+		t.Errorf("stopping changed\n%s\nto\n%s", before, after)
+	}
+}
+
+// The blackhole is the last choice: the bridge that holds the pods comes first.
+func TestBlackholeLeavesPodsAlone(t *testing.T) {
+	m := newManager(vxlanConfig)
+	begin(t, m, func(o *Options) { o.Blackhole = true })
+	m.grants <- lease("10.5.1.0-24", "")
+	m.updates <- snapshot()
+	eventually(t, "ready", ready)
+	nstest.Run(t, "ip link add cni0 type bridge")
+	defer nstest.Try("ip link del cni0")
+	nstest.Run(t, "ip link set cni0 up")
+	nstest.Run(t, "ip addr add 10.5.1.1/24 dev cni0")
+	if got, err := nstest.Try("ip route get 10.5.1.7"); err != nil || !strings.Contains(got, "dev cni0") {
+		t.Errorf("a pod is reached by: %s", got)
+	}
+	nstest.Run(t, "ip link del cni0")
+	if got, err := nstest.Try("ip route get 10.5.1.7"); err == nil {
+		t.Errorf("without the bridge, there is still a route: %s", got)
+	}
+}
+
+func TestWhoIsNoPeer(t *testing.T) {
+	m := newManager(vxlanConfig)
+	begin(t, m, nil)
+	m.grants <- lease("10.5.1.0-24", "")
+	vtep := func(ip string) string {
+		return `{"PublicIP":"` + ip + `","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"0e:00:00:00:00:03"}}`
+	}
+	m.updates <- snapshot(peer2,
+		lease("10.5.1.0-24", vtep("198.18.0.1")),                                                    // ourselves
+		lease("10.5.3.0-24", vtep("198.18.0.1")),                                                    // our lease of before
+		lease("10.5.4.0-24", `{"PublicIP":"198.18.0.4","PublicIPv6":null,"BackendType":"host-gw"}`), // another backend
+		lease("10.9.5.0-24", vtep("198.18.0.5")),                                                    // outside the network
+		lease("10.5.0.0-20", vtep("198.18.0.6")),                                                    // covers ours
+		lease("10.0.0.0-8", vtep("198.18.0.7")),                                                     // covers all
+	)
+	eventually(t, "ready", ready)
+	if got := route("proto 70"); got != "10.5.2.0/24 via 10.5.2.0 dev flannel.1 onlink" {
+		t.Errorf("routes:\n%s", got)
+	}
+}
+
+func TestLostLease(t *testing.T) {
+	m := newManager(vxlanConfig)
+	d := begin(t, m, nil)
+	m.grants <- lease("10.5.1.0-24", "")
+	<-m.wants
+	m.updates <- snapshot(peer2)
+	eventually(t, "ready", ready)
+	m.lost <- struct{}{}
+	if again := <-m.wants; again.Subnets.Key() != "10.5.1.0-24" {
+		t.Errorf("the next lease is wanted of %s: the old subnet might be free again", again.Subnets)
+	}
+	if route("10.5.2.0/24") == "" {
+		t.Error("the data path went with the lease")
+	}
+	m.grants <- lease("10.5.7.0-24", "")
+	taken := lease("10.5.1.0-24", `{"PublicIP":"198.18.0.3","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"0e:00:00:00:00:03"}}`)
+	var u subnet.Update
+	u.Put(taken)
+	m.updates <- u
+	eventually(t, "the device has the new address, the file the new subnet, and the peer who took the old one its route", func() bool {
+		out, _ := nstest.Try("ip addr show flannel.1")
+		env, _ := subnet.ReadEnv(d.file)
+		return strings.Contains(out, "10.5.7.0/32") && !strings.Contains(out, "10.5.1.0/32") && env.Subnets.Key() == "10.5.7.0-24" &&
+			route("10.5.1.0/24") != "" && route("10.5.2.0/24") != ""
+	})
+	eventually(t, "the rules are of the new subnet", func() bool {
+		out, _ := nstest.Try("iptables -t nat -S FLANNEL-POSTRTG")
+		return strings.Contains(out, "-s 10.5.7.0/24") && !strings.Contains(out, "10.5.1.0/24")
+	})
+}
+
+// A DHCP server has given the uplink another address.
+func TestUplinkMoves(t *testing.T) {
+	m := newManager(vxlanConfig)
+	begin(t, m, nil)
+	m.grants <- lease("10.5.1.0-24", "")
+	first := <-m.wants
+	m.updates <- snapshot(peer2)
+	eventually(t, "ready", ready)
+	nstest.Run(t, "ip addr add 198.18.9.77/24 dev eth0")
+	nstest.Run(t, "ip addr del 198.18.0.1/24 dev eth0")
+	for {
+		want := <-m.wants
+		if want.Subnets.Key() != "10.5.1.0-24" || string(want.Attrs.BackendData) != string(first.Attrs.BackendData) {
+			t.Errorf("moving, the node wants %s with %s", want.Subnets, want.Attrs.BackendData)
+		}
+		if want.Attrs.PublicIP.String() == "198.18.9.77" {
+			break
+		}
+	}
+	m.grants <- lease("10.5.1.0-24", "")
+	eventually(t, "the device sends from the new address, and the peer's route is back", func() bool {
+		out, _ := nstest.Try("ip -d link show flannel.1")
+		return strings.Contains(out, "local 198.18.9.77") && route("10.5.2.0/24") != ""
+	})
+}
+
+func TestWaitsForUplink(t *testing.T) {
+	m := newManager(vxlanConfig)
+	begin(t, m, func(o *Options) { o.Uplink.Names = []string{"late0"} })
+	eventually(t, "readyz says what there is", func() bool {
+		_, text := get("/readyz")
+		return strings.Contains(text, "late0") && strings.Contains(text, "eth0 (198.18.0.1/24)")
+	})
+	nstest.Run(t, "ip link add late0 type veth peer name early0")
+	defer nstest.Try("ip link del late0")
+	nstest.Run(t, "ip link set early0 up")
+	nstest.Run(t, "ip link set late0 up")
+	nstest.Run(t, "ip addr add 198.18.7.1/24 dev late0")
+	if want := <-m.wants; want.Attrs.PublicIP.String() != "198.18.7.1" {
+		t.Errorf("address %s", want.Attrs.PublicIP)
+	}
+}
+
+func TestWhatCannotWork(t *testing.T) {
+	for _, c := range []struct{ config, want string }{
+		{`{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan", "VNI": -1}}`, "Backend vxlan: VNI -1 is not allowed: 1 to 16777215"},
+		{`{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlam"}}`, `Backend Type "vxlam" is not known: known are host-gw, vxlan`},
+		{`{"Network": "10.5.0.0/33", "Backend": {"Type": "vxlan"}}`, `Network "10.5.0.0/33" is not an IPv4 network such as 10.5.0.0/16`},
+	} {
+		d := begin(t, newManager(c.config), nil)
+		err := <-d.done
+		d.done <- nil
+		if err == nil || err.Error() != c.want {
+			t.Errorf("%s: got %v, want %s", c.config, err, c.want)
+		}
+		nstest.Run(t, "ip link del eth0")
+	}
+}
+
+// The file is written again when somebody loses it, and rules when somebody
+// flushes them.
+func TestRulesAreKept(t *testing.T) {
+	for _, nftables := range []bool{false, true} {
+		t.Run(fmt.Sprintf("nftables=%t", nftables), func(t *testing.T) {
+			m := newManager(fmt.Sprintf(`{"Network": "10.5.0.0/16", "EnableNFTables": %t, "Backend": {"Type": "host-gw"}}`, nftables))
+			begin(t, m, nil)
+			m.grants <- lease("10.5.1.0-24", "")
+			m.updates <- snapshot()
+			eventually(t, "ready", ready)
+			show, flush := "iptables -t nat -S FLANNEL-POSTRTG", "iptables -t nat -F"
+			if nftables {
+				show, flush = "nft list table ip flannel-ipv4", "nft flush ruleset"
+			}
+			there := func() bool { out, _ := nstest.Try(show); return strings.Contains(strings.ToLower(out), "masquerade") }
+			if !there() {
+				t.Fatal("ready without rules")
+			}
+			nstest.Run(t, flush)
+			eventually(t, "the rules are back after "+flush, there)
+		})
+	}
+}

@@ -1,0 +1,112 @@
+package network
+
+import (
+	"context"
+	"sync"
+	"time"
+
+	"k8s.io/klog/v2"
+
+	"github.com/flanneld/flanneld/pkg/firewall"
+)
+
+// rules keeps the node's firewall rules, in a goroutine of its own: the
+// programs that set them may wait long for a lock.
+type rules struct {
+	wants  chan firewall.Desired // the latest only
+	states chan bool             // whether the latest are in place
+}
+
+func keepRules(ctx context.Context, group *sync.WaitGroup, nftables bool, resync time.Duration) *rules {
+	r := &rules{make(chan firewall.Desired, 1), make(chan bool)}
+	group.Go(func() { r.keep(ctx, nftables, resync) })
+	return r
+}
+
+// set makes these the rules to keep.
+func (r *rules) set(want firewall.Desired) {
+	select {
+	case <-r.wants: // not even seen yet
+	default:
+	}
+	r.wants <- want
+}
+
+func (r *rules) keep(ctx context.Context, nftables bool, resync time.Duration) {
+	var want firewall.Desired
+	select {
+	case want = <-r.wants:
+	case <-ctx.Done():
+		return
+	}
+	if !nftables {
+		if err := firewall.BridgeNetfilter(); err != nil {
+			klog.Warning(err)
+		}
+	}
+	var driver *firewall.Driver
+	said, told := "", false
+	after := retryFirst
+	next := time.NewTimer(0)
+	defer next.Stop()
+	for {
+		changed := false
+		select {
+		case <-ctx.Done():
+			return
+		case want = <-r.wants:
+			changed = true
+		case <-next.C:
+		}
+		err := r.look(ctx, &driver, nftables, want, changed)
+		switch {
+		case ctx.Err() != nil:
+			return
+		case err == nil:
+			if said != "" {
+				klog.Info("Rules: all is well again")
+			}
+			said, after = "", retryFirst
+			next.Reset(resync)
+		default:
+			if err.Error() != said {
+				said = err.Error()
+				klog.Errorf("Rules: %v", err)
+			}
+			next.Reset(after)
+			after = min(2*after, retryMax)
+		}
+		if len(r.wants) > 0 || !changed && told == (err == nil) {
+			continue // these are the latest no more, or it is known
+		}
+		told = err == nil
+		select {
+		case r.states <- told:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// look checks the rules, and sets them where needed.
+func (r *rules) look(ctx context.Context, driver **firewall.Driver, nftables bool, want firewall.Desired, changed bool) error {
+	if *driver == nil {
+		d, err := firewall.New(ctx, nftables)
+		if err != nil {
+			if want.IPv4.IsZero() && want.IPv6.IsZero() {
+				klog.V(1).Infof("No rules are wanted, and none can be there: %v", err)
+				return nil
+			}
+			return err
+		}
+		*driver, changed = d, true
+	}
+	if !changed {
+		ok, err := (*driver).Check(ctx)
+		if ok || err != nil {
+			return err
+		}
+		klog.Warningf("Rules: somebody changed ours in %s: setting them again", *driver)
+	}
+	return (*driver).Apply(ctx, want)
+}

@@ -5,12 +5,13 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"os"
 	"syscall"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
+
+	"github.com/flanneld/flanneld/pkg/rtnl"
 )
 
 // Changes signals when a link, an address or a default route of the calling
@@ -20,32 +21,31 @@ import (
 // outdated by a change that will be signalled. The channel is closed when ctx
 // ends.
 func Changes(ctx context.Context) (<-chan struct{}, error) {
-	f, err := listen()
+	l, err := listen()
 	if err != nil {
 		return nil, fmt.Errorf("listening for changes of interfaces: %w", err)
 	}
-	return follow(ctx, f), nil
+	return follow(ctx, l), nil
 }
 
-// follow signals the news that f has, and closes it when ctx ends.
-func follow(ctx context.Context, f *os.File) <-chan struct{} {
+// follow signals the news that l has, and closes it when ctx ends.
+func follow(ctx context.Context, l *rtnl.Listener) <-chan struct{} {
 	changes := make(chan struct{}, 1)
-	stop := context.AfterFunc(ctx, func() { f.Close() })
+	stop := context.AfterFunc(ctx, func() { l.Close() })
 	go func() {
 		defer close(changes)
 		defer stop()
 		s := seen{}
 		buf := make([]byte, 1<<16)
 		for {
-			n, err := f.Read(buf)
+			datagram, err := l.Next(buf)
 			switch {
 			case err == nil:
-				if !s.news(buf[:n]) {
+				if !s.news(datagram) {
 					continue
 				}
-			case errors.Is(err, unix.ENOBUFS): // it came faster than we read: anything may have changed
+			case errors.Is(err, rtnl.ErrLost): // anything may have changed
 				s = seen{}
-				drain(f, buf)
 			default:
 				if ctx.Err() == nil {
 					klog.Errorf("Changes of interfaces go unnoticed from now on: netlink: %v", err)
@@ -62,52 +62,17 @@ func follow(ctx context.Context, f *os.File) <-chan struct{} {
 	return changes
 }
 
-// drain throws away what waits to be read. Once the kernel has reported a loss
-// it drops, and does not report, all further messages until there is nothing
-// left to read (netlink_overrun, net/netlink/af_netlink.c): only what is found
-// after that is followed by notifications again.
-func drain(f *os.File, buf []byte) {
-	raw, err := f.SyscallConn()
-	if err != nil {
-		return // closed: so the next Read will say
-	}
-	_ = raw.Read(func(fd uintptr) bool {
-		for {
-			_, _, err := unix.Recvfrom(int(fd), buf, unix.MSG_DONTWAIT)
-			if err != nil && !errors.Is(err, unix.EINTR) && !errors.Is(err, unix.ENOBUFS) {
-				return true // empty
-			}
-		}
-	})
+// listen asks for notifications of links and addresses, and of default routes
+// alone.
+func listen() (*rtnl.Listener, error) {
+	return rtnl.Listen(onlyDefaultRoutes(), unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR,
+		unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE)
 }
 
-// listen opens a socket that receives the kernel's notifications (rtnetlink(7))
-// of links and addresses, and of default routes alone.
-func listen() (*os.File, error) {
-	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_ROUTE)
-	if err != nil {
-		return nil, fmt.Errorf("netlink: %w", err)
-	}
-	f := os.NewFile(uintptr(fd), "netlink") // non-blocking: Close ends a Read
-	if err := onlyDefaultRoutes(fd); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("netlink: filter: %w", err)
-	}
-	groups := uint32(0)
-	for _, g := range []int{unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE} {
-		groups |= 1 << (g - 1)
-	}
-	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: groups}); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("netlink: %w", err)
-	}
-	return f, nil
-}
-
-// onlyDefaultRoutes attaches a classic BPF program that drops the messages of
+// onlyDefaultRoutes returns a classic BPF program that drops the messages of
 // all other routes: they come by the thousand, not least our own, and would
 // wake us each time.
-func onlyDefaultRoutes(fd int) error {
+func onlyDefaultRoutes() []unix.SockFilter {
 	const (
 		kind   = uint32(unsafe.Offsetof(unix.NlMsghdr{}.Type))
 		dstLen = unix.NLMSG_HDRLEN + uint32(unsafe.Offsetof(unix.RtMsg{}.Dst_len))
@@ -115,7 +80,7 @@ func onlyDefaultRoutes(fd int) error {
 	loaded := func(v uint16) uint32 { // as a big-endian load sees a native value
 		return uint32(binary.BigEndian.Uint16(binary.NativeEndian.AppendUint16(nil, v)))
 	}
-	program := []unix.SockFilter{
+	return []unix.SockFilter{
 		{Code: unix.BPF_LD | unix.BPF_H | unix.BPF_ABS, K: kind},
 		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: loaded(unix.RTM_NEWROUTE), Jt: 1},
 		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: loaded(unix.RTM_DELROUTE), Jf: 2},
@@ -124,7 +89,6 @@ func onlyDefaultRoutes(fd int) error {
 		{Code: unix.BPF_RET | unix.BPF_K, K: 0xffffffff},
 		{Code: unix.BPF_RET | unix.BPF_K, K: 0},
 	}
-	return unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &unix.SockFprog{Len: uint16(len(program)), Filter: &program[0]})
 }
 
 // seen holds what was last said of a link or address, as far as Find looks at

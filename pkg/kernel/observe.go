@@ -10,6 +10,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
+
+	"github.com/flanneld/flanneld/pkg/rtnl"
 )
 
 // An Event is one datagram of the kernel's notifications; a nil one says that
@@ -25,11 +27,11 @@ func (r *Reconciler) read() {
 	defer close(r.events)
 	buf := make([]byte, 1<<16)
 	for {
-		n, err := r.notify.Read(buf)
+		datagram, err := r.notify.Next(buf)
 		switch {
 		case err == nil:
-			r.events <- slices.Clone(buf[:n])
-		case errors.Is(err, unix.ENOBUFS): // it came faster than we read
+			r.events <- slices.Clone(datagram)
+		case errors.Is(err, rtnl.ErrLost):
 			r.events <- nil
 		default:
 			return

@@ -4,12 +4,13 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"os"
 	"slices"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
+
+	"github.com/flanneld/flanneld/pkg/rtnl"
 )
 
 // A Reconciler holds what the kernel of one network namespace is wanted to
@@ -29,7 +30,7 @@ type Reconciler struct {
 
 	sock   *socket
 	links  *netlink.Handle
-	notify *os.File
+	notify *rtnl.Listener
 	events chan Event
 
 	entries map[Key]*entry
@@ -86,7 +87,7 @@ func New() (*Reconciler, error) {
 	if err != nil {
 		return nil, err
 	}
-	notify, err := listen(sock.pid, unix.RTNLGRP_LINK, unix.RTNLGRP_NEIGH,
+	notify, err := rtnl.Listen(ignore(sock.pid), unix.RTNLGRP_LINK, unix.RTNLGRP_NEIGH,
 		unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE)
 	if err != nil {
 		sock.close()

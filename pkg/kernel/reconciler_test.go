@@ -227,17 +227,17 @@ func TestRemovesWhatIsStale(t *testing.T) {
 	r := start(t)
 	before := tables(t)
 	for _, stale := range []string{
-		"ip route add 10.5.9.0/24 via 10.5.9.0 dev flannel.1 onlink",                 // as upstream leaves them
-		"ip route add 10.5.8.0/24 via 198.18.0.8 dev eth0",                           // its host-gw
-		"ip route add 10.5.7.0/24 via 198.18.0.8 dev eth0 proto 70",                  // ours
-		"ip route add 172.31.7.0/24 via 198.18.0.8 dev eth0 proto 70",                // ours, of an earlier network
-		"ip route add blackhole 172.31.0.0/24 metric 4096 proto 70",                  // likewise
-		"ip -6 route add fd05:0:0:9::/64 via fd05:0:0:9:: dev flannel-v6.1 onlink",   // IPv6
-		"ip -6 route add fd05:0:0:8::/64 via fd18::8 dev eth0 proto 70",              //
-		"ip addr add 10.5.9.0/32 dev flannel.1",                                      // of an earlier lease
-		"ip -6 addr add fd05:0:0:9::/128 dev flannel-v6.1 nodad",                     //
-		"ip neigh add 10.5.9.0 lladdr 0e:00:00:00:00:09 dev flannel.1",               //
-		"ip neigh add fd05:0:0:9:: lladdr 0e:00:00:00:00:09 dev flannel-v6.1",        //
+		"ip route add 10.5.9.0/24 via 10.5.9.0 dev flannel.1 onlink",                   // as upstream leaves them
+		"ip route add 10.5.8.0/24 via 198.18.0.8 dev eth0",                             // its host-gw
+		"ip route add 10.5.7.0/24 via 198.18.0.8 dev eth0 proto 70",                    // ours
+		"ip route add 172.31.7.0/24 via 198.18.0.8 dev eth0 proto 70",                  // ours, of an earlier network
+		"ip route add blackhole 172.31.0.0/24 metric 4096 proto 70",                    // likewise
+		"ip -6 route add fd05:0:0:9::/64 via fd05:0:0:9:: dev flannel-v6.1 onlink",     // IPv6
+		"ip -6 route add fd05:0:0:8::/64 via fd18::8 dev eth0 proto 70",                //
+		"ip addr add 10.5.9.0/32 dev flannel.1",                                        // of an earlier lease
+		"ip -6 addr add fd05:0:0:9::/128 dev flannel-v6.1 nodad",                       //
+		"ip neigh add 10.5.9.0 lladdr 0e:00:00:00:00:09 dev flannel.1",                 //
+		"ip neigh add fd05:0:0:9:: lladdr 0e:00:00:00:00:09 dev flannel-v6.1",          //
 		"bridge fdb add 0e:00:00:00:00:09 dev flannel.1 dst 198.18.0.9 self permanent", //
 		"ip link add flannel.7 type vxlan id 7 dstport 8472 local 198.18.0.1 dev eth0", // of an earlier VNI
 		"ip link set flannel.7 alias " + linkAlias,

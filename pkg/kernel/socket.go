@@ -5,7 +5,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"os"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -156,45 +155,17 @@ func (s *socket) receive(each func(h unix.NlMsghdr, body []byte) error) error {
 	}
 }
 
-// listen opens a socket that receives the kernel's notifications of the groups
-// (RTNLGRP_*), except those that the socket with address own caused.
-func listen(own uint32, groups ...int) (*os.File, error) {
-	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_ROUTE)
-	if err != nil {
-		return nil, fmt.Errorf("netlink: %w", err)
-	}
-	f := os.NewFile(uintptr(fd), "netlink") // non-blocking: Close ends a Read
-	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 8*receiveBuffer)
-	if err := ignore(fd, own); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("netlink: filter: %w", err)
-	}
-	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("netlink: %w", err)
-	}
-	for _, g := range groups {
-		if err := unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, g); err != nil {
-			f.Close()
-			return nil, fmt.Errorf("netlink: joining group %d: %w", g, err)
-		}
-	}
-	return f, nil
-}
-
-// ignore attaches a classic BPF program that drops messages whose nlmsg_pid is
+// ignore returns a classic BPF program that drops messages whose nlmsg_pid is
 // own: the notifications of routes and neighbours carry the address of who
 // asked for the change, and to hear our own thousands back would be waste.
-func ignore(fd int, own uint32) error {
-	var native [4]byte
-	binary.NativeEndian.PutUint32(native[:], own)
-	program := []unix.SockFilter{
+func ignore(own uint32) []unix.SockFilter {
+	loaded := binary.BigEndian.Uint32(binary.NativeEndian.AppendUint32(nil, own)) // as BPF loads it
+	return []unix.SockFilter{
 		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: uint32(unsafe.Offsetof(unix.NlMsghdr{}.Pid))},
-		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, Jf: 1, K: binary.BigEndian.Uint32(native[:])}, // loads are big-endian
+		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, Jf: 1, K: loaded},
 		{Code: unix.BPF_RET | unix.BPF_K, K: 0},
 		{Code: unix.BPF_RET | unix.BPF_K, K: 0xffffffff},
 	}
-	return unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &unix.SockFprog{Len: uint16(len(program)), Filter: &program[0]})
 }
 
 // ackError returns what an NLMSG_ERROR message says: nil, an errno, or an errno

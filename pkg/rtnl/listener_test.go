@@ -1,0 +1,102 @@
+package rtnl
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/flanneld/flanneld/pkg/nstest"
+)
+
+// mark changes an MTU, which nothing else does, and tells its notification.
+func mark(t *testing.T, mtu int) (is func(datagram []byte) bool) {
+	t.Helper()
+	nstest.Run(t, fmt.Sprintf("ip link set eth0 mtu %d", mtu))
+	attr := binary.NativeEndian.AppendUint16(nil, 8)
+	attr = binary.NativeEndian.AppendUint16(attr, unix.IFLA_MTU)
+	attr = binary.NativeEndian.AppendUint32(attr, uint32(mtu))
+	return func(datagram []byte) bool { return bytes.Contains(datagram, attr) }
+}
+
+// await reads until the condition holds.
+func await(t *testing.T, l *Listener, what string, condition func(datagram []byte, err error) bool) {
+	t.Helper()
+	if err := l.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	buf := make([]byte, 1<<16)
+	for {
+		datagram, err := l.Next(buf)
+		if condition(datagram, err) {
+			return
+		}
+		if err != nil && !errors.Is(err, ErrLost) {
+			t.Fatalf("%s: %v", what, err)
+		}
+	}
+}
+
+func start(t *testing.T, filter []unix.SockFilter) *Listener {
+	t.Helper()
+	nstest.New(t)
+	nstest.Need(t, "ip")
+	nstest.Run(t, "ip link add eth0 type veth peer name far0")
+	l, err := Listen(filter, unix.RTNLGRP_LINK)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	return l
+}
+
+// A loss is only over when everything that had waited was read.
+func TestLoss(t *testing.T) {
+	l := start(t, nil)
+	raw, err := l.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := raw.Control(func(fd uintptr) {
+		err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUF, 1) // the kernel's minimum
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range 20 {
+		mark(t, 1400+i)
+	}
+	await(t, l, "the loss", func(_ []byte, err error) bool { return errors.Is(err, ErrLost) })
+	is := mark(t, 1200)
+	await(t, l, "what came after it", func(datagram []byte, _ error) bool { return is(datagram) })
+}
+
+func TestFilter(t *testing.T) {
+	l := start(t, []unix.SockFilter{{Code: unix.BPF_RET | unix.BPF_K, K: 0}}) // lets nothing through
+	mark(t, 1200)
+	if err := l.SetReadDeadline(time.Now().Add(50 * time.Millisecond)); err != nil {
+		t.Fatal(err)
+	}
+	if datagram, err := l.Next(make([]byte, 1<<16)); err == nil {
+		t.Errorf("got %d bytes", len(datagram))
+	}
+}
+
+func TestCloseEndsNext(t *testing.T) {
+	l := start(t, nil)
+	done := make(chan error)
+	go func() {
+		_, err := l.Next(make([]byte, 1<<16))
+		done <- err
+	}()
+	l.Close()
+	if err := <-done; err == nil || errors.Is(err, ErrLost) {
+		t.Errorf("got %v", err)
+	}
+}

@@ -45,7 +45,7 @@ func (r *rules) keep(ctx context.Context, nftables bool, resync time.Duration) {
 		}
 	}
 	var driver *firewall.Driver
-	said, told := "", false
+	said, set, told := "", false, false
 	after := retryFirst
 	next := time.NewTimer(0)
 	defer next.Stop()
@@ -58,7 +58,8 @@ func (r *rules) keep(ctx context.Context, nftables bool, resync time.Duration) {
 			changed = true
 		case <-next.C:
 		}
-		err := r.look(ctx, &driver, nftables, want, changed)
+		err := r.look(ctx, &driver, nftables, want, set && !changed)
+		set = err == nil
 		switch {
 		case ctx.Err() != nil:
 			return
@@ -76,10 +77,10 @@ func (r *rules) keep(ctx context.Context, nftables bool, resync time.Duration) {
 			next.Reset(after)
 			after = min(2*after, retryMax)
 		}
-		if len(r.wants) > 0 || !changed && told == (err == nil) {
+		if len(r.wants) > 0 || !changed && told == set {
 			continue // these are the latest no more, or it is known
 		}
-		told = err == nil
+		told = set
 		select {
 		case r.states <- told:
 		case <-ctx.Done():
@@ -88,8 +89,8 @@ func (r *rules) keep(ctx context.Context, nftables bool, resync time.Duration) {
 	}
 }
 
-// look checks the rules, and sets them where needed.
-func (r *rules) look(ctx context.Context, driver **firewall.Driver, nftables bool, want firewall.Desired, changed bool) error {
+// look sets the rules, unless they are said to be set already and still are.
+func (r *rules) look(ctx context.Context, driver **firewall.Driver, nftables bool, want firewall.Desired, set bool) error {
 	if *driver == nil {
 		d, err := firewall.New(ctx, nftables)
 		if err != nil {
@@ -99,9 +100,9 @@ func (r *rules) look(ctx context.Context, driver **firewall.Driver, nftables boo
 			}
 			return err
 		}
-		*driver, changed = d, true
+		*driver, set = d, false
 	}
-	if !changed {
+	if set {
 		ok, err := (*driver).Check(ctx)
 		if ok || err != nil {
 			return err

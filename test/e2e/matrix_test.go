@@ -1,0 +1,154 @@
+// Package e2e tests the daemon as it is built, in a lab: the kernel's own
+// devices and routes, a real etcd, pods attached by real CNI plugins.
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/flanneld/flanneld/test/lab"
+	"github.com/flanneld/flanneld/test/lab/labtest"
+)
+
+// Networks of the tests' configurations.
+const (
+	ipv4Network = `"Network": "10.5.0.0/16"`
+	ipv6Network = `"EnableIPv6": true, "IPv6Network": "fd00:5::/48"`
+	vxlanConfig = `{` + ipv4Network + `, "Backend": {"Type": "vxlan"}}`
+)
+
+// TestMatrix: whatever the backend, the families and the rules, pods reach
+// each other as themselves, and the world as their node.
+func TestMatrix(t *testing.T) {
+	oneLink := make([]lab.NodeOptions, 2)
+	twoLinks := append(oneLink[:2:2], lab.NodeOptions{Routed: true})
+	backends := []struct {
+		name, config string
+		nodes        []lab.NodeOptions
+		overhead     [2]int // over IPv4, over IPv6
+		near, far    string // device towards a peer on the same link, and on another
+	}{
+		{"vxlan", `{"Type": "vxlan"}`, twoLinks, [2]int{50, 70}, "flannel", "flannel"},
+		{"vxlan direct", `{"Type": "vxlan", "DirectRouting": true}`, twoLinks, [2]int{50, 70}, "eth0", "flannel"},
+		{"host-gw", `{"Type": "host-gw"}`, oneLink, [2]int{}, "eth0", ""},
+	}
+	families := []struct {
+		name, config string
+		on           [2]bool
+	}{
+		{"IPv4", ipv4Network, [2]bool{true, false}},
+		{"dual stack", ipv4Network + `, ` + ipv6Network, [2]bool{true, true}},
+		{"IPv6", `"EnableIPv4": false, ` + ipv6Network, [2]bool{false, true}},
+	}
+	for _, b := range backends {
+		for _, f := range families {
+			for _, rules := range []string{"iptables", "nftables"} {
+				t.Run(strings.Join([]string{b.name, f.name, rules}, "/"), func(t *testing.T) {
+					t.Parallel()
+					ctx := labtest.Context(t, 2*time.Minute)
+					l := labtest.New(ctx, t, fmt.Sprintf(`{%s, "EnableNFTables": %v, "Backend": %s}`, f.config, rules == "nftables", b.config), b.nodes...)
+					args := []string{"--ip-masq"}
+					if !f.on[0] {
+						args = append(args, "--etcd-endpoints="+lab.EndpointV6)
+					}
+					labtest.Start(ctx, t, l, args...)
+					pods := addPods(ctx, t, l)
+
+					mtu := 1500
+					for i, on := range f.on {
+						if on {
+							mtu = min(mtu, 1500-b.overhead[i])
+						}
+					}
+					if pods[0].MTU != mtu {
+						t.Errorf("the MTU for pods is %d, want %d", pods[0].MTU, mtu)
+					}
+					checkPaths(ctx, t, l, pods)
+					nodes := l.Nodes()
+					for i, to := range pods[1:] {
+						device := b.near
+						if b.nodes[i+1].Routed {
+							device = b.far
+						}
+						for _, dst := range to.Addrs() {
+							route := labtest.Must(nodes[0].Run(ctx, "ip route get "+dst.String()))(t)
+							if !strings.Contains(route, "dev "+device) {
+								t.Errorf("the route to n%d's pod is %q, want it on %s", i+2, route, device)
+							}
+						}
+					}
+				})
+			}
+		}
+	}
+}
+
+// addPods adds a pod to every node.
+func addPods(ctx context.Context, t *testing.T, l *lab.Lab) []*lab.Pod {
+	t.Helper()
+	var pods []*lab.Pod
+	for _, n := range l.Nodes() {
+		pods = append(pods, labtest.Must(n.AddPod(ctx, "pod"))(t))
+	}
+	return pods
+}
+
+// checkPaths proves all that pods, one on each node in the nodes' order, and
+// nodes can do with each other and with the outside. The daemons must run with
+// --ip-masq.
+func checkPaths(ctx context.Context, t *testing.T, l *lab.Lab, pods []*lab.Pod) {
+	t.Helper()
+	labtest.Do(t, l.Outside.Mirror())
+	for _, p := range pods {
+		labtest.Do(t, p.Mirror())
+	}
+	for i, from := range pods {
+		node := l.Nodes()[i]
+		for j, to := range pods {
+			if i == j {
+				continue
+			}
+			for k, dst := range to.Addrs() {
+				// Ready means that the others' routes were there; that they
+				// know of us may take a moment.
+				if err := from.WaitPing(ctx, dst); err != nil {
+					t.Error(err)
+					continue
+				}
+				whole := lab.PingOptions{Count: 2, Packet: from.MTU, DF: true}
+				if _, err := from.Ping(ctx, dst, whole); err != nil {
+					t.Errorf("with %d bytes: %v", whole.Packet, err)
+				}
+				whole.Packet++
+				if _, err := from.Ping(ctx, dst, whole); err == nil {
+					t.Errorf("%s: ping %s: %d bytes pass, with an MTU of %d", from.Name, dst, whole.Packet, from.MTU)
+				}
+				if _, err := node.Ping(ctx, dst, lab.PingOptions{}); err != nil {
+					t.Errorf("from the host: %v", err)
+				}
+				expectSeenAs(ctx, t, from.Namespace, dst, from.Addrs()[k])
+			}
+		}
+		for _, pair := range [][3]netip.Addr{{from.IPv4, lab.Outside, node.IPv4}, {from.IPv6, lab.OutsideV6, node.IPv6}} {
+			if pair[0].IsValid() {
+				expectSeenAs(ctx, t, from.Namespace, pair[1], pair[2])
+			}
+		}
+	}
+}
+
+// expectSeenAs calls the mirror at dst, which must see the caller as want.
+func expectSeenAs(ctx context.Context, t *testing.T, from *lab.Namespace, dst, want netip.Addr) {
+	t.Helper()
+	for _, network := range []string{"tcp", "udp"} {
+		if got, err := from.SeenAs(ctx, network, dst); err != nil {
+			t.Errorf("%s to %s: %v", network, dst, err)
+		} else if got != want {
+			t.Errorf("%s: %s sees %s come from %s, want %s", from.Name, dst, network, got, want)
+		}
+	}
+}

@@ -1,0 +1,87 @@
+package e2e
+
+import (
+	"errors"
+	"fmt"
+	"regexp"
+	"testing"
+	"time"
+
+	"github.com/flanneld/flanneld/test/lab"
+	"github.com/flanneld/flanneld/test/lab/labtest"
+)
+
+// TestNATTrap: machines with a second interface where all have the same
+// address, as VirtualBox makes them. The default route leads there, but no peer
+// ever comes from there.
+func TestNATTrap(t *testing.T) {
+	t.Parallel()
+	ctx := labtest.Context(t, 2*time.Minute)
+	nat := lab.NodeOptions{NAT: true}
+	l := labtest.New(ctx, t, vxlanConfig, nat, nat, nat)
+	for _, n := range l.Nodes() {
+		labtest.Do(t, n.Start())
+	}
+	// One may hold the address. It may even work, for all it knows.
+	var holder *lab.Node
+	labtest.Do(t, lab.Poll(ctx, "a daemon to be ready", func() error {
+		var errs []error
+		for _, n := range l.Nodes() {
+			err := n.Ready(ctx)
+			if err == nil {
+				holder = n
+				return nil
+			}
+			errs = append(errs, fmt.Errorf("%s: %w", n.Hostname, err))
+		}
+		return errors.Join(errs...)
+	}))
+	for _, n := range l.Nodes() {
+		if n == holder {
+			continue
+		}
+		labtest.Do(t, lab.Poll(ctx, n.Hostname+" to say what is wrong", func() error {
+			for _, word := range []string{regexp.QuoteMeta(lab.NATAddress), "--iface", `\b` + holder.Hostname + `\b`} {
+				if !regexp.MustCompile(word).MatchString(n.Log()) {
+					return fmt.Errorf("no word of %s", word)
+				}
+			}
+			return nil
+		}))
+		if n.Exited() || n.Ready(ctx) == nil {
+			t.Errorf("%s has exited or is ready, and should wait", n.Hostname)
+		}
+	}
+
+	// The operator reads the log, and does what it says.
+	for _, n := range l.Nodes() {
+		labtest.Do(t, n.Stop(ctx))
+	}
+	labtest.Start(ctx, t, l, "--iface=eth0")
+	pods := addPods(ctx, t, l)
+	for _, from := range pods {
+		for _, to := range pods {
+			labtest.Do(t, from.WaitPing(ctx, to.IPv4))
+		}
+	}
+}
+
+// TestUplinkFlags: any of the flags leads out of the trap.
+func TestUplinkFlags(t *testing.T) {
+	for _, flag := range []string{
+		"--iface=eth0",
+		`--iface-regex=198\.18\..*`,
+		"--iface-can-reach=" + lab.Gateway.String(),
+	} {
+		t.Run(flag, func(t *testing.T) {
+			t.Parallel()
+			ctx := labtest.Context(t, time.Minute)
+			nat := lab.NodeOptions{NAT: true}
+			l := labtest.New(ctx, t, vxlanConfig, nat, nat)
+			labtest.Start(ctx, t, l, flag)
+			pods := addPods(ctx, t, l)
+			labtest.Do(t, pods[0].WaitPing(ctx, pods[1].IPv4))
+			labtest.Do(t, pods[1].WaitPing(ctx, pods[0].IPv4))
+		})
+	}
+}

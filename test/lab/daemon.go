@@ -1,0 +1,162 @@
+package lab
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/flanneld/flanneld/subnet"
+)
+
+// healthz is where the daemon answers, inside its namespace.
+const healthzIP, healthzPort = "127.0.0.1", "10255"
+
+// A Daemon is flanneld on a node. Its log is one file over all its lives.
+type Daemon struct {
+	node *Node
+	args []string
+	proc *Process // nil before the first Start
+}
+
+// Start starts build/bin/flanneld. Where args do not say otherwise it is told
+// the lab's etcd, the node's subnet file and a port for its health.
+func (d *Daemon) Start(args ...string) error {
+	if d.proc != nil && !d.proc.Exited() {
+		return fmt.Errorf("flanneld on %s runs already", d.node.Hostname)
+	}
+	program, err := d.node.lab.Program("bin/flanneld")
+	if err != nil {
+		return err
+	}
+	d.args = args
+	full := slices.Clone(args)
+	for _, given := range []string{
+		"--etcd-endpoints=" + Endpoint,
+		"--subnet-file=" + d.SubnetFile(),
+		"--healthz-ip=" + healthzIP,
+		"--healthz-port=" + healthzPort,
+	} {
+		name, _, _ := strings.Cut(given, "=")
+		if !slices.ContainsFunc(args, func(arg string) bool { return strings.HasPrefix(arg, name+"=") }) {
+			full = append(full, given)
+		}
+	}
+	log, err := os.OpenFile(d.logFile(), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	cmd := exec.Command(program, full...)
+	cmd.Stdout, cmd.Stderr = log, log
+	d.proc, err = d.node.Launch(cmd)
+	return err
+}
+
+// WaitReady waits until the daemon is Ready.
+func (d *Daemon) WaitReady(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	err := Poll(ctx, "flanneld on "+d.node.Hostname+" to be ready", func() error {
+		err := d.Ready(ctx)
+		if d.proc == nil || d.proc.Exited() {
+			cancel() // there is nothing to wait for
+		}
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("%w\n%s", err, tail(d.logFile()))
+	}
+	return nil
+}
+
+// Ready returns nil when /readyz answers 200 and the subnet file is there.
+func (d *Daemon) Ready(ctx context.Context) error {
+	if d.proc == nil {
+		return errors.New("it was never started")
+	}
+	if d.proc.Exited() {
+		return fmt.Errorf("it has ended: %v", d.proc.cmd.ProcessState)
+	}
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	client := &http.Client{Transport: &http.Transport{DialContext: d.node.Dial, DisableKeepAlives: true}}
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+net.JoinHostPort(healthzIP, healthzPort)+"/readyz", nil)
+	if err != nil {
+		return err
+	}
+	answer, err := client.Do(request)
+	if err != nil {
+		return err
+	}
+	defer answer.Body.Close()
+	if answer.StatusCode != http.StatusOK {
+		why, _ := io.ReadAll(answer.Body)
+		return fmt.Errorf("/readyz: %s: %s", answer.Status, bytes.TrimSpace(why))
+	}
+	_, err = d.SubnetEnv()
+	return err
+}
+
+// Stop sends SIGTERM and waits for the end. The daemon need not run, here and
+// below.
+func (d *Daemon) Stop(ctx context.Context) error {
+	if d.proc == nil {
+		return nil
+	}
+	return d.proc.Stop(ctx)
+}
+
+// Kill sends SIGKILL and waits for the end.
+func (d *Daemon) Kill() {
+	if d.proc != nil {
+		d.proc.Kill()
+	}
+}
+
+// Restart stops the daemon and starts it again as it was started last.
+func (d *Daemon) Restart(ctx context.Context) error {
+	if err := d.Stop(ctx); err != nil {
+		return err
+	}
+	return d.Start(d.args...)
+}
+
+// Exited tells whether the daemon has been started and has ended.
+func (d *Daemon) Exited() bool { return d.proc != nil && d.proc.Exited() }
+
+// Log returns all that the daemon has logged.
+func (d *Daemon) Log() string {
+	text, err := os.ReadFile(d.logFile())
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err.Error()
+	}
+	return string(text)
+}
+
+// SubnetFile is the path of the node's subnet.env.
+func (d *Daemon) SubnetFile() string { return filepath.Join(d.node.Dir, "subnet.env") }
+
+// SubnetEnv reads it.
+func (d *Daemon) SubnetEnv() (subnet.Env, error) { return subnet.ReadEnv(d.SubnetFile()) }
+
+func (d *Daemon) logFile() string { return filepath.Join(d.node.Dir, "flanneld.log") }
+
+// tail returns the last lines of a log, for an error.
+func tail(file string) string {
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return err.Error()
+	}
+	lines := strings.Split(strings.TrimSpace(string(text)), "\n")
+	return file + ":\n\t" + strings.Join(lines[max(0, len(lines)-20):], "\n\t")
+}

@@ -224,6 +224,7 @@ func TestRemovesWhatIsStale(t *testing.T) {
 	for _, line := range foreign {
 		nstest.Run(t, line)
 	}
+	theirs := strings.Split(tables(t), "\n")
 	r := start(t)
 	before := tables(t)
 	for _, stale := range []string{
@@ -251,8 +252,14 @@ func TestRemovesWhatIsStale(t *testing.T) {
 	again.Set("peer", peer(mac2))
 	again.Set("direct", peerDirect())
 	apply(t, again)
-	if after := tables(t); after != before {
+	after := tables(t)
+	if after != before {
 		t.Errorf("want\n%s\ngot\n%s", before, after)
+	}
+	for _, line := range theirs {
+		if !strings.Contains(after, line) {
+			t.Errorf("not ours, and gone: %s", line)
+		}
 	}
 }
 
@@ -425,6 +432,37 @@ func TestAddressChanges(t *testing.T) {
 	apply(t, r)
 	if got, want := tables(t), strings.Replace(before, "inet 10.5.1.0/32", "inet 10.5.44.0/32", 1); got != want {
 		t.Errorf("want\n%s\ngot\n%s", want, got)
+	}
+}
+
+// An IPv4 uplink that goes down takes its routes along without a word, and no
+// address goes or comes. News of the link is all there is.
+func TestUplinkFlaps(t *testing.T) {
+	nstest.New(t)
+	nstest.Need(t, "ip")
+	for _, line := range []string{
+		"ip link add eth0 type veth peer name far", "ip link set far addrgenmode none", "ip link set eth0 addrgenmode none",
+		"ip link set far up", "ip link set eth0 up", "ip addr add 198.18.0.1/24 dev eth0",
+	} {
+		nstest.Run(t, line)
+	}
+	r := idler(t)
+	r.Set("direct", peerDirect()[:1])
+	apply(t, r)
+	before := tables(t)
+	nstest.Run(t, "ip link set eth0 down")
+	for !r.Failed() { // it is noticed, and cannot be mended yet
+		r.Handle(<-r.Events())
+		if r.Pending() {
+			r.Apply()
+		}
+	}
+	nstest.Run(t, "ip link set eth0 up")
+	for tables(t) != before {
+		r.Handle(<-r.Events()) // without news, the test's deadline ends this
+		if r.Pending() {
+			r.Apply()
+		}
 	}
 }
 

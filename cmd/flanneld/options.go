@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"math"
+	"net"
 	"net/netip"
 	"net/url"
 	"os"
@@ -353,6 +354,15 @@ func (o *options) check() error {
 	if o.KubeSubnetMgr {
 		return readable("kubeconfig-file")
 	}
+	for i, e := range o.EtcdEndpoints {
+		switch {
+		case strings.Contains(e, "://"):
+		case o.EtcdCAFile+o.EtcdCertFile == "":
+			o.EtcdEndpoints[i] = "http://" + e
+		default:
+			o.EtcdEndpoints[i] = "https://" + e
+		}
+	}
 	return cmp.Or(
 		together("etcd-keyfile", "etcd-certfile"),
 		together("etcd-username", "etcd-password"),
@@ -577,11 +587,16 @@ func publicIP(family string, is func(netip.Addr) bool) func(string) (netip.Addr,
 	}
 }
 
-// endpoints parses etcd's comma-separated addresses.
+// endpoints parses etcd's comma-separated addresses. HOST:PORT alone, which old
+// units have, is left without a scheme: check chooses it.
 func endpoints(text string) ([]string, error) {
 	var out []string
 	for part := range strings.SplitSeq(text, ",") {
 		part = strings.TrimSpace(part)
+		bare := false
+		if _, _, err := net.SplitHostPort(part); err == nil && !strings.Contains(part, "/") {
+			bare, part = true, "http://"+part
+		}
 		u, err := url.Parse(part)
 		shown := strconv.Quote(withoutUser(part))
 		switch {
@@ -602,7 +617,11 @@ func endpoints(text string) ([]string, error) {
 		if _, err := port(u.Port()); err != nil {
 			return nil, fmt.Errorf("%s has no valid port: 1 to 65535", shown)
 		}
-		out = append(out, u.Scheme+"://"+u.Host)
+		if bare {
+			out = append(out, u.Host)
+		} else {
+			out = append(out, u.Scheme+"://"+u.Host)
+		}
 	}
 	return out, nil
 }

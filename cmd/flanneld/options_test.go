@@ -103,6 +103,12 @@ func TestParseOptions(t *testing.T) {
 		{name: "files", args: []string{"--etcd-cafile=" + file, "--etcd-keyfile", file}, env: []string{"FLANNELD_ETCD_CERTFILE=" + file}, want: func(o *options) {
 			o.EtcdCAFile, o.EtcdKeyFile, o.EtcdCertFile = file, file, file
 		}},
+		{name: "endpoints without a scheme", args: []string{"--etcd-endpoints=127.0.0.1:2379,[2001:db8::1]:2379"}, want: func(o *options) {
+			o.EtcdEndpoints = []string{"http://127.0.0.1:2379", "http://[2001:db8::1]:2379"}
+		}},
+		{name: "the same, with TLS", args: []string{"--etcd-endpoints=etcd.example.com:2379", "--etcd-cafile=" + file}, want: func(o *options) {
+			o.EtcdEndpoints, o.EtcdCAFile = []string{"https://etcd.example.com:2379"}, file
+		}},
 		{name: "a CA alone", args: []string{"--etcd-cafile=" + file}, want: func(o *options) { o.EtcdCAFile = file }},
 		{name: "what Kubernetes does not use is not looked at", args: []string{"--kube-subnet-mgr", "--etcd-cafile=/nowhere", "--etcd-username=u"}, want: func(o *options) {
 			o.KubeSubnetMgr, o.EtcdCAFile, o.EtcdUsername = true, "/nowhere", "u"
@@ -176,7 +182,7 @@ func TestParseOptionsError(t *testing.T) {
 		{args: "--iface-can-reach=example.com", want: `--iface-can-reach: "example.com" is not an IP address such as 192.0.2.7 or 2001:db8::7`},
 		{args: "--iface-regex=eth[0", want: `--iface-regex: "eth[0" is not a regular expression of RE2's syntax: missing closing ]`},
 		{env: "FLANNELD_IFACE_REGEX=(?!x)", want: `FLANNELD_IFACE_REGEX: "(?!x)" is not a regular expression of RE2's syntax: invalid or unsupported Perl syntax`},
-		{args: "--etcd-endpoints=127.0.0.1:2379", want: `--etcd-endpoints: "127.0.0.1:2379" is not a URL: http://HOST:PORT, https://HOST:PORT or unix:///PATH`},
+		{args: "--etcd-endpoints=localhost", want: `--etcd-endpoints: "localhost" is not a URL: http://HOST:PORT, https://HOST:PORT or unix:///PATH`},
 		{args: "--etcd-endpoints=ftp://h:1", want: `--etcd-endpoints: "ftp://h:1" is not a URL: http://HOST:PORT, https://HOST:PORT or unix:///PATH`},
 		{args: "--etcd-endpoints=", want: `--etcd-endpoints: "" lacks a URL: one or more such as http://127.0.0.1:2379, separated by commas`},
 		{args: "--etcd-endpoints=http://a:1,", want: `--etcd-endpoints: "http://a:1," lacks a URL: one or more such as http://127.0.0.1:2379, separated by commas`},

@@ -1,0 +1,30 @@
+// Command flannel is the CNI plugin that gives a container an address of this
+// node's subnet. The container runtime executes it; it reads subnet.env, which
+// flanneld writes, and has another plugin, its delegate, do the work.
+package main
+
+import (
+	"fmt"
+	"os"
+
+	"github.com/containernetworking/cni/pkg/skel"
+	cniversion "github.com/containernetworking/cni/pkg/version"
+)
+
+// version is set when the program is linked: -ldflags "-X main.version=v1.2.3".
+var version = "unknown"
+
+// about is what somebody sees who runs the plugin by hand.
+const about = `flannel %s is a CNI plugin: the container runtime executes it, as a file in
+/etc/cni/net.d asks for "type": "flannel". To ask the plugin how it is:
+  echo '{"cniVersion": "1.1.0", "name": "cbr0", "type": "flannel"}' |
+    CNI_COMMAND=STATUS CNI_PATH=/opt/cni/bin /opt/cni/bin/flannel`
+
+func main() {
+	if len(os.Args) == 2 && (os.Args[1] == "--version" || os.Args[1] == "-version") {
+		fmt.Println(version)
+		return
+	}
+	skel.PluginMainFuncs(skel.CNIFuncs{Add: add, Del: del, Check: check, Status: status, GC: collect},
+		cniversion.All, fmt.Sprintf(about, version))
+}

@@ -1,0 +1,94 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/containernetworking/cni/pkg/types"
+)
+
+var update = flag.Bool("update", false, "write what the plugin makes of them into the scenarios")
+
+// TestDelegate runs the scenarios of testdata/*.txt: the request with remarks,
+// subnet.env (or "missing"), and the delegate's configuration or the error.
+// "go test -update" writes the latter.
+func TestDelegate(t *testing.T) {
+	files, err := filepath.Glob("testdata/*.txt")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("no scenarios in testdata: %v", err)
+	}
+	for _, file := range files {
+		t.Run(strings.TrimSuffix(filepath.Base(file), ".txt"), func(t *testing.T) {
+			text, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			const separator = "----\n"
+			parts := strings.Split(string(text), separator)
+			if len(parts) != 3 {
+				t.Fatalf("%d parts, want 3", len(parts))
+			}
+			got := delegateOf(t, parts[0], parts[1])
+			if *update {
+				parts[2] = got
+				if err := os.WriteFile(file, []byte(strings.Join(parts, separator)), 0o644); err != nil {
+					t.Fatal(err)
+				}
+				return
+			}
+			if got != parts[2] {
+				t.Errorf("want\n%s\ngot\n%s", parts[2], got)
+			}
+		})
+	}
+}
+
+var remarks = regexp.MustCompile(`(?m)^#.*$`)
+
+// delegateOf returns the delegate's configuration, or the error, as text.
+func delegateOf(t *testing.T, stdin, env string) string {
+	file := filepath.Join(t.TempDir(), "subnet.env")
+	if env != "missing\n" {
+		if err := os.WriteFile(file, []byte(env), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	conf, err := func() (object, error) {
+		r, err := parse(remarks.ReplaceAll([]byte(stdin), nil))
+		if err != nil {
+			return nil, err
+		}
+		if r.SubnetFile != defaultSubnetFile {
+			t.Errorf("subnetFile is %s by default, want %s", r.SubnetFile, defaultSubnetFile)
+		}
+		r.SubnetFile = file
+		env, err := r.env()
+		if err != nil {
+			return nil, err
+		}
+		return r.delegate(env)
+	}()
+	if e := (*types.Error)(nil); errors.As(err, &e) {
+		return fmt.Sprintf("error %d: %s\n", e.Code, strings.ReplaceAll(e.Error(), file, defaultSubnetFile))
+	}
+	if err != nil {
+		t.Fatalf("an error without a code: %v", err)
+	}
+	compact, err := json.Marshal(conf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out bytes.Buffer
+	if err := json.Indent(&out, compact, "", "  "); err != nil {
+		t.Fatal(err)
+	}
+	return out.String() + "\n"
+}

@@ -87,9 +87,9 @@ func (m *Manager) Acquire(ctx context.Context, cfg *subnet.Config, want subnet.L
 
 // fullness says how much is taken of what.
 func fullness(cfg *subnet.Config, leases int) string {
-	text := fmt.Sprintf("%d leases are in use", leases)
+	text := fmt.Sprintf("leases in use: %d", leases)
 	for _, p := range cfg.Each() {
-		text += fmt.Sprintf(", %v has /%d subnets from %v to %v", p.Network, p.SubnetLen, p.Min, p.Max)
+		text += fmt.Sprintf("; subnets of %v: /%d from %v to %v", p.Network, p.SubnetLen, p.Min, p.Max)
 	}
 	return text
 }

@@ -63,7 +63,7 @@ func newClientConfig(o Options) (clientConfig, error) {
 			// gRPC's own default waits up to 120 s between attempts, long after
 			// etcd is back.
 			grpc.WithConnectParams(grpc.ConnectParams{
-				Backoff:           grpcbackoff.Config{BaseDelay: 200 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 5 * time.Second},
+				Backoff:           grpcbackoff.Config{BaseDelay: 200 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Second},
 				MinConnectTimeout: 5 * time.Second,
 			}),
 			grpc.WithChainUnaryInterceptor(failFast),

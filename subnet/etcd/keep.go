@@ -60,6 +60,12 @@ func (m *Manager) Keep(ctx context.Context, lease subnet.Lease) error {
 			}
 		}
 		if unclaimed {
+			if claim != nil {
+				// Somebody deleted the key, or etcd lost it with all else.
+				m.mu.Lock()
+				m.renounce()
+				m.mu.Unlock()
+			}
 			// Whoever may be faster is met at the next look.
 			if _, _, err := m.tryClaim(ctx, ips); err != nil {
 				return err

@@ -35,16 +35,16 @@ func (m *Manager) do(ctx context.Context, purpose string, f func(context.Context
 			cancel()
 		}
 		switch {
-		case ctx.Err() != nil:
-			return moment{}, ctx.Err()
-		case m.ctx.Err() != nil:
-			return moment{}, m.ctx.Err()
 		case err == nil:
 			m.outage.end(purpose, m.endpoints())
 			if header == nil {
 				return moment{}, nil
 			}
 			return m.learn(before, header.Revision), nil
+		case ctx.Err() != nil:
+			return moment{}, ctx.Err()
+		case m.ctx.Err() != nil:
+			return moment{}, m.ctx.Err()
 		}
 		m.outage.say(purpose, m.endpoints(), err)
 		if err := pause.sleep(ctx); err != nil {
@@ -237,12 +237,13 @@ func explain(err error) (kind, text string) {
 	return other, text
 }
 
-// backoff paces attempts: twice as long each time, up to 10 s, and never quite
-// the same, lest a thousand nodes come back as one.
+// backoff paces attempts: twice as long each time, up to 3 s, so that nodes are
+// back soon after etcd is, and never quite the same, lest a thousand come back
+// as one.
 type backoff struct{ pause time.Duration }
 
 func (b *backoff) sleep(ctx context.Context) error {
-	b.pause = min(max(2*b.pause, 100*time.Millisecond), 10*time.Second)
+	b.pause = min(max(2*b.pause, 100*time.Millisecond), 3*time.Second)
 	return pause(ctx, b.pause/2+rand.N(b.pause/2))
 }
 

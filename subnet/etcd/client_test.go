@@ -1,0 +1,81 @@
+package etcd
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+func TestOptionsThatCannotWork(t *testing.T) {
+	dir := t.TempDir()
+	nonsense := filepath.Join(dir, "nonsense.pem")
+	if err := os.WriteFile(nonsense, []byte("nonsense"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	missing := filepath.Join(dir, "missing.pem")
+	https := []string{"https://127.0.0.1:2379"}
+	for _, c := range []struct {
+		options Options
+		want    string
+	}{
+		{Options{}, "--etcd-endpoints is empty: give at least one, such as http://127.0.0.1:2379"},
+		{Options{Endpoints: []string{"http://127.0.0.1:2379", ""}}, `--etcd-endpoints: "" is no endpoint such as http://127.0.0.1:2379`},
+		{Options{Endpoints: []string{" http://127.0.0.1:2379"}}, `--etcd-endpoints: " http://127.0.0.1:2379" is no endpoint such as http://127.0.0.1:2379`},
+		{Options{Endpoints: []string{"ftp://127.0.0.1"}}, `--etcd-endpoints: "ftp://127.0.0.1" begins neither with http:// nor with https://`},
+		{Options{Endpoints: https, Username: "flannel"}, "--etcd-username and --etcd-password go together: one of them is missing"},
+		{Options{Endpoints: https, CAFile: missing}, "--etcd-cafile: open " + missing + ": no such file or directory"},
+		{Options{Endpoints: https, CAFile: nonsense}, "--etcd-cafile: " + nonsense + " holds no certificate in PEM form"},
+		{Options{Endpoints: https, CertFile: nonsense}, "--etcd-certfile and --etcd-keyfile go together: one of them is missing"},
+		{Options{Endpoints: https, KeyFile: nonsense}, "--etcd-certfile and --etcd-keyfile go together: one of them is missing"},
+		{Options{Endpoints: https, CertFile: missing, KeyFile: nonsense}, "--etcd-certfile, --etcd-keyfile: open " + missing + ": no such file or directory"},
+		{Options{Endpoints: https, CertFile: nonsense, KeyFile: nonsense}, "--etcd-certfile, --etcd-keyfile: tls: failed to find any PEM data in certificate input"},
+	} {
+		c.options.Identity = "a"
+		m, err := New(t.Context(), c.options)
+		if err == nil {
+			m.Close()
+			t.Errorf("%+v: no error", c.options)
+		} else if err.Error() != c.want {
+			t.Errorf("%+v:\n got %s\nwant %s", c.options, err, c.want)
+		}
+	}
+}
+
+// The advice is what an operator acts upon. That these are the errors that a
+// real etcd gives is shown in the tests with one.
+func TestExplain(t *testing.T) {
+	unavailable := func(text string) error {
+		return status.Error(codes.Unavailable, `connection error: desc = "`+text+`"`)
+	}
+	for _, c := range []struct {
+		err        error
+		kind, want string
+	}{
+		{unavailable("transport: Error while dialing: dial tcp 127.0.0.1:2379: connect: connection refused"), away, "Error while dialing: dial tcp 127.0.0.1:2379: connect: connection refused"},
+		{context.DeadlineExceeded, away, "no answer within 10s"},
+		{rpctypes.ErrNoLeader, away, "etcdserver: no leader"},
+		{rpctypes.ErrGRPCNoLeader, away, "etcdserver: no leader"},
+		{rpctypes.ErrTimeout, away, "etcdserver: request timed out"},
+		{rpctypes.ErrAuthFailed, "login", "--etcd-password"},
+		{rpctypes.ErrGRPCAuthFailed, "login", "--etcd-password"},
+		{rpctypes.ErrUserEmpty, "login", "--etcd-username"},
+		{rpctypes.ErrPermissionDenied, other, "role grant-permission"},
+		{rpctypes.ErrNoSpace, other, "etcdserver: mvcc: database space exceeded"},
+		{errors.New("something else"), other, "something else"},
+		{unavailable("transport: authentication handshake failed: tls: failed to verify certificate: x509: certificate signed by unknown authority"), "certificate", "--etcd-cafile"},
+		{unavailable("error reading server preface: remote error: tls: certificate required"), "certificate", "--etcd-certfile"},
+		{unavailable("error reading server preface: EOF"), "scheme", "https://"},
+	} {
+		kind, text := explain(c.err)
+		if kind != c.kind || !strings.Contains(text, c.want) {
+			t.Errorf("%v: got %s, %q; want %s, %q", c.err, kind, text, c.kind, c.want)
+		}
+	}
+}

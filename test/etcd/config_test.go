@@ -1,0 +1,74 @@
+package etcd_test
+
+import (
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/flanneld/flanneld/subnet"
+)
+
+type configured struct {
+	cfg *subnet.Config
+	err error
+}
+
+func TestConfigIsWaitedFor(t *testing.T) {
+	s := newSite(t)
+	m := s.manager("a")
+	done := make(chan configured, 1)
+	go func() {
+		cfg, err := m.Config(s.t.Context())
+		done <- configured{cfg, err}
+	}()
+	log.await(t, 1, "etcdctl put "+s.prefix+`/config '{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan"}}'`)
+	s.put("config", small)
+	if got := receive(t, done); got.err != nil || got.cfg.BackendType != "vxlan" || got.cfg.IPv4.SubnetLen != 24 {
+		t.Errorf("got %+v, %v", got.cfg, got.err)
+	}
+}
+
+func TestConfigThatCannotWork(t *testing.T) {
+	s := newSite(t)
+	m := s.manager("a")
+	for value, want := range map[string]string{
+		`{"Network": "10.5.0.0/29"}`: "Network 10.5.0.0/29 is too small",
+		`{"Network": 7}`:             "Network: got a number",
+		"":                           "not valid JSON",
+	} {
+		s.put("config", value)
+		_, err := m.Config(s.ctx())
+		if err == nil || !strings.HasPrefix(err.Error(), "etcd key "+s.prefix+"/config: ") || !strings.Contains(err.Error(), want) {
+			t.Errorf("%q: got %v, want %q", value, err, want)
+		}
+	}
+}
+
+func TestEtcdIsWaitedFor(t *testing.T) {
+	s := newOwnSite(t)
+	socket := filepath.Join(t.TempDir(), "etcd")
+	o := s.options("a")
+	o.Endpoints = []string{"unix://" + socket}
+	m := s.managerWith(o)
+	done := make(chan configured, 1)
+	go func() {
+		cfg, err := m.Config(s.t.Context())
+		done <- configured{cfg, err}
+	}()
+	log.await(t, 1, socket, "Waiting to read the network's configuration")
+	s.up()
+	s.put("config", small)
+	relay, err := newRelay("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer relay.close()
+	relay.point(s.server.addr())
+	if got := receive(t, done); got.err != nil {
+		t.Error(got.err)
+	}
+	log.await(t, 1, socket+" is back")
+	if said, _ := log.lines(socket, "Waiting"); len(said) != 1 {
+		t.Errorf("said more than once:\n%s", strings.Join(said, "\n"))
+	}
+}

@@ -1,0 +1,242 @@
+package etcd_test
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"math/big"
+	"net"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	"go.etcd.io/etcd/client/pkg/v3/transport"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.etcd.io/etcd/server/v3/embed"
+	"go.uber.org/zap"
+
+	"github.com/flanneld/flanneld/subnet/etcd"
+)
+
+// An authority signs certificates. Files are in PEM.
+type authority struct {
+	t    *testing.T
+	dir  string
+	file string
+	cert *x509.Certificate
+	key  *ecdsa.PrivateKey
+}
+
+func newAuthority(t *testing.T, name string) *authority {
+	t.Helper()
+	a := &authority{t: t, dir: t.TempDir()}
+	a.file, _, a.cert, a.key = a.issue(name, &x509.Certificate{IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign})
+	return a
+}
+
+// sign returns the files of a certificate for 127.0.0.1 and its key.
+func (a *authority) sign(name string) (certFile, keyFile string) {
+	a.t.Helper()
+	certFile, keyFile, _, _ = a.issue(name, &x509.Certificate{
+		KeyUsage:    x509.KeyUsageDigitalSignature,
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+	})
+	return certFile, keyFile
+}
+
+func (a *authority) issue(name string, template *x509.Certificate) (certFile, keyFile string, cert *x509.Certificate, key *ecdsa.PrivateKey) {
+	a.t.Helper()
+	check := func(err error) {
+		if err != nil {
+			a.t.Fatal(err)
+		}
+	}
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	check(err)
+	template.SerialNumber = big.NewInt(time.Now().UnixNano())
+	template.Subject = pkix.Name{CommonName: name}
+	template.NotBefore, template.NotAfter = time.Now().Add(-time.Hour), time.Now().Add(time.Hour)
+	parent, signer := a.cert, a.key
+	if parent == nil {
+		parent, signer = template, key
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, parent, &key.PublicKey, signer)
+	check(err)
+	cert, err = x509.ParseCertificate(der)
+	check(err)
+	keyDER, err := x509.MarshalECPrivateKey(key)
+	check(err)
+	certFile, keyFile = filepath.Join(a.dir, name+".crt"), filepath.Join(a.dir, name+".key")
+	check(os.WriteFile(certFile, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600))
+	check(os.WriteFile(keyFile, pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: keyDER}), 0o600))
+	return certFile, keyFile, cert, key
+}
+
+// secured is a site whose server wants TLS, and client certificates if mutual.
+func secured(t *testing.T, ca *authority, mutual bool) *site {
+	t.Helper()
+	s := newOwnSite(t)
+	cert, key := ca.sign("server")
+	s.server.options = func(cfg *embed.Config) {
+		for i := range cfg.ListenClientUrls {
+			cfg.ListenClientUrls[i].Scheme, cfg.AdvertiseClientUrls[i].Scheme = "https", "https"
+		}
+		cfg.ClientTLSInfo = transport.TLSInfo{CertFile: cert, KeyFile: key}
+		if mutual {
+			cfg.ClientTLSInfo.TrustedCAFile, cfg.ClientTLSInfo.ClientCertAuth = ca.file, true
+		}
+	}
+	if err := s.server.start(); err != nil {
+		t.Fatal(err)
+	}
+	s.relay.point(s.server.addr())
+	return s
+}
+
+// answers tells that a manager reaches etcd.
+func (s *site) answers(o etcd.Options) {
+	s.t.Helper()
+	if _, err := s.managerWith(o).Previous(s.ctx(), want("198.18.0.1").Attrs); err != nil {
+		s.t.Error(err)
+	}
+}
+
+func (s *site) https(identity string) etcd.Options {
+	o := s.options(identity)
+	o.Endpoints = []string{"https://" + s.relay.addr()}
+	return o
+}
+
+func TestTLS(t *testing.T) {
+	t.Run("CA file alone", func(t *testing.T) {
+		ca := newAuthority(t, "ca")
+		s := secured(t, ca, false)
+		o := s.https("a")
+		o.CAFile = ca.file
+		s.answers(o)
+	})
+	t.Run("client certificate", func(t *testing.T) {
+		ca := newAuthority(t, "ca")
+		s := secured(t, ca, true)
+		o := s.https("a")
+		o.CAFile = ca.file
+		o.CertFile, o.KeyFile = ca.sign("client")
+		s.answers(o)
+	})
+	t.Run("client certificate missing", func(t *testing.T) {
+		ca := newAuthority(t, "ca")
+		s := secured(t, ca, true)
+		o := s.https("a")
+		o.CAFile = ca.file
+		s.waits(o, o.Endpoints[0], "check --etcd-certfile and --etcd-keyfile")
+	})
+	t.Run("another CA", func(t *testing.T) {
+		s := secured(t, newAuthority(t, "ca"), false)
+		o := s.https("a")
+		o.CAFile = newAuthority(t, "another").file
+		s.waits(o, o.Endpoints[0], "x509", "check --etcd-cafile")
+	})
+	t.Run("system roots", func(t *testing.T) {
+		s := secured(t, newAuthority(t, "ca"), false)
+		o := s.https("a")
+		s.waits(o, o.Endpoints[0], "x509", "check --etcd-cafile")
+	})
+	t.Run("http to an https server", func(t *testing.T) {
+		s := secured(t, newAuthority(t, "ca"), false)
+		o := s.options("a")
+		s.waits(o, o.Endpoints[0], "--etcd-endpoints should say https://")
+	})
+	t.Run("https to an http server", func(t *testing.T) {
+		s := newOwnSite(t)
+		s.up()
+		o := s.https("a")
+		s.waits(o, o.Endpoints[0], "--etcd-endpoints should say http://")
+	})
+}
+
+// waits tells that a manager says why it cannot use etcd, once, and waits.
+func (s *site) waits(o etcd.Options, parts ...string) {
+	s.t.Helper()
+	done := make(chan error, 1)
+	m := s.managerWith(o)
+	go func() {
+		_, err := m.Previous(s.t.Context(), want("198.18.0.1").Attrs)
+		done <- err
+	}()
+	log.await(s.t, 1, append(parts, "Waiting to read the leases")...)
+	select {
+	case err := <-done:
+		s.t.Errorf("did not wait: %v", err)
+	default:
+	}
+}
+
+func TestPassword(t *testing.T) {
+	s := newOwnSite(t)
+	s.up()
+	s.put("subnets/10.5.1.0-24", record("198.18.0.1"))
+	ctx := s.ctx()
+	for _, step := range []func() error{
+		func() error { _, err := s.client.RoleAdd(ctx, "root"); return err },
+		func() error { _, err := s.client.UserAdd(ctx, "root", "r00t"); return err },
+		func() error { _, err := s.client.UserGrantRole(ctx, "root", "root"); return err },
+		func() error { _, err := s.client.RoleAdd(ctx, "flannel"); return err },
+		func() error {
+			_, err := s.client.RoleGrantPermission(ctx, "flannel", s.prefix+"/", clientv3.GetPrefixRangeEnd(s.prefix+"/"), clientv3.PermissionType(clientv3.PermReadWrite))
+			return err
+		},
+		func() error { _, err := s.client.UserAdd(ctx, "flannel", "secret"); return err },
+		func() error { _, err := s.client.UserAdd(ctx, "stranger", "secret"); return err },
+		func() error { _, err := s.client.UserGrantRole(ctx, "flannel", "flannel"); return err },
+		func() error { _, err := s.client.AuthEnable(ctx); return err },
+	} {
+		if err := step(); err != nil {
+			t.Fatal(err)
+		}
+	}
+
+	o := s.options("a")
+	s.waits(o, o.Endpoints[0], "set --etcd-username and --etcd-password")
+	o.Username, o.Password = "flannel", "wrong"
+	s.waits(o, o.Endpoints[0], "check --etcd-username and --etcd-password")
+	o.Username, o.Password = "stranger", "secret"
+	s.waits(o, o.Endpoints[0], "permission denied", "etcdctl role grant-permission --prefix")
+
+	o.Username, o.Password = "flannel", "secret"
+	m := s.managerWith(o)
+	v := newView(t, m.Watch(t.Context()))
+	v.until("10.5.1.0/24=198.18.0.1")
+	root, err := clientv3.New(clientv3.Config{Endpoints: []string{s.server.addr()}, Username: "root", Password: "r00t", Logger: zap.NewNop()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	s.client = root
+	cfg := s.configureAs(o, small)
+	l := s.acquire(m, cfg, want("198.18.0.1"))
+	s.keep(m, l)
+	s.delete("subnets/10.5.1.0-24")
+	s.until("subnets/10.5.1.0-24", func(e entry) bool { return e.value == record("198.18.0.1") })
+
+	// The password is put right while we wait.
+	o.Password = "changed"
+	late := s.managerWith(o)
+	got := make(chan error, 1)
+	go func() {
+		_, err := late.Previous(s.ctx(), l.Attrs)
+		got <- err
+	}()
+	log.await(t, 2, o.Endpoints[0], rpctypes.ErrorDesc(rpctypes.ErrAuthFailed))
+	if _, err := root.UserChangePassword(ctx, "flannel", "changed"); err != nil {
+		t.Fatal(err)
+	}
+	if err := receive(t, got); err != nil {
+		t.Error(err)
+	}
+}

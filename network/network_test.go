@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/netip"
 	"os"
@@ -249,6 +250,38 @@ func TestFromStartToReady(t *testing.T) {
 	d.done <- nil
 	if after, _ := nstest.Try("ip route"); after != before {
 		t.Errorf("stopping changed\n%s\nto\n%s", before, after)
+	}
+}
+
+// systemd is told when the node is ready, and until then what it waits for.
+func TestNotifiesSystemd(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "notify")
+	l, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: socket, Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	t.Setenv("NOTIFY_SOCKET", socket)
+	m := newManager(vxlanConfig)
+	begin(t, m, nil)
+	next := func() string {
+		buf := make([]byte, 4096)
+		l.SetReadDeadline(time.Now().Add(20 * time.Second))
+		n, err := l.Read(buf)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(buf[:n])
+	}
+	for got := ""; got != "STATUS=Waiting for a lease"; {
+		if got = next(); strings.Contains(got, "READY") {
+			t.Fatalf("%s without a lease", got)
+		}
+	}
+	m.grants <- lease("10.5.1.0-24", "")
+	m.updates <- snapshot(peer2)
+	for got := ""; !strings.Contains(got, "READY=1"); {
+		got = next()
 	}
 }
 

@@ -131,6 +131,7 @@ func TestEtcdOutage(t *testing.T) {
 	labtest.Do(t, l.Etcd.Put(ctx, fresh, strangerLease("198.18.0.201", "0e:00:00:00:00:c9")))
 	labtest.Do(t, l.Etcd.Compact(ctx))
 	labtest.Do(t, l.Etcd.Mend(ctx))
+	mended := time.Now()
 
 	labtest.Do(t, nodes[2].WaitReady(ctx))
 	for _, n := range nodes {
@@ -142,6 +143,7 @@ func TestEtcdOutage(t *testing.T) {
 		labtest.Do(t, p.WaitPing(ctx, pods[2].IPv4))
 		labtest.Do(t, pods[2].WaitPing(ctx, p.IPv4))
 	}
+	t.Logf("pods reached the new node's %v after etcd was back", time.Since(mended).Round(time.Millisecond))
 	lossless()
 }
 

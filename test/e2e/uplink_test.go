@@ -85,3 +85,35 @@ func TestUplinkFlags(t *testing.T) {
 		})
 	}
 }
+
+// TestUplinkMoves: a node's uplink gets another address, and peers follow.
+func TestUplinkMoves(t *testing.T) {
+	for backend, want := range map[string]trace{
+		"vxlan":   {"bridge fdb show dev flannel.1", "dst 198.18.0.77 "},
+		"host-gw": {"ip route show proto 70", "via 198.18.0.77 "},
+	} {
+		t.Run(backend, func(t *testing.T) {
+			t.Parallel()
+			ctx := labtest.Context(t, time.Minute)
+			l := labtest.New(ctx, t, fmt.Sprintf(`{%s, "Backend": {"Type": %q}}`, ipv4Network, backend), make([]lab.NodeOptions, 2)...)
+			labtest.Start(ctx, t, l)
+			pods := addPods(ctx, t, l)
+			mover, peer := l.Nodes()[0], l.Nodes()[1]
+			labtest.Do(t, pods[1].WaitPing(ctx, pods[0].IPv4))
+			before := labtest.Must(mover.SubnetEnv())(t)
+
+			labtest.Do(t, mover.Script(ctx,
+				"addr del 198.18.0.1/24 dev eth0",
+				"addr add 198.18.0.77/24 dev eth0",
+				"route add default via "+lab.Gateway.String()))
+			moved := time.Now()
+			waitTraces(ctx, t, peer, []trace{want}, true)
+			labtest.Do(t, pods[1].WaitPing(ctx, pods[0].IPv4))
+			labtest.Do(t, pods[0].WaitPing(ctx, pods[1].IPv4))
+			t.Logf("pods talk again %v after the address changed", time.Since(moved).Round(time.Millisecond))
+			if after := labtest.Must(mover.SubnetEnv())(t); after != before {
+				t.Errorf("the subnet file said %+v, says %+v", before, after)
+			}
+		})
+	}
+}

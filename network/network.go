@@ -109,6 +109,7 @@ func (n *node) run(ctx context.Context) error {
 		return err
 	}
 	klog.Infof("Network %s, backend %s", n.cfg.Networks(), n.cfg.BackendType)
+	n.warn()
 
 	if n.kernel, err = kernel.New(); err != nil {
 		return err
@@ -125,9 +126,6 @@ func (n *node) run(ctx context.Context) error {
 	defer n.tenant.leave()
 
 	err = n.lookAtUplink(ctx)
-	for _, w := range n.cfg.Warnings {
-		klog.Warningf("Configuration: %s", w)
-	}
 	compare := time.NewTicker(compareInterval)
 	defer compare.Stop()
 	for err == nil {
@@ -162,6 +160,14 @@ func (n *node) run(ctx context.Context) error {
 		}
 	}
 	return err
+}
+
+// warn logs the remarks on the configuration.
+func (n *node) warn() {
+	for _, w := range n.cfg.Warnings {
+		klog.Warningf("Configuration: %s", w)
+	}
+	n.cfg.Warnings = nil
 }
 
 // handle takes the kernel's notifications, all there are by now.
@@ -204,6 +210,9 @@ func (n *node) lookAtUplink(ctx context.Context) error {
 		return nil
 	}
 	klog.Infof("Uplink %s", uplink)
+	if n.backend == nil {
+		n.warn() // of the backend's keys, once
+	}
 	n.uplink, n.backend = uplink, b
 
 	self := subnet.Attrs{PublicIP: uplink.PublicIP, PublicIPv6: uplink.PublicIPv6}

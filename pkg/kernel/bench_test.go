@@ -2,7 +2,6 @@ package kernel
 
 import (
 	"fmt"
-	"net/netip"
 	"testing"
 
 	"github.com/flanneld/flanneld/pkg/nstest"
@@ -24,20 +23,14 @@ func BenchmarkPeers(b *testing.B) {
 			r.Set("node", node())
 			for range b.N {
 				for i := range n {
-					a := netip.AddrFrom4([4]byte{10, 6 + byte(i>>8), byte(i), 0})
-					m := MAC{0x0e, 1, 0, 0, byte(i >> 8), byte(i)}
-					r.Set(a.String(), []Object{
-						Neighbor{Dev: "flannel.1", IP: a, MAC: m},
-						FDBEntry{Dev: "flannel.1", MAC: m, Dst: netip.AddrFrom4([4]byte{198, 19, byte(i >> 8), byte(i)})},
-						Route{Dst: netip.PrefixFrom(a, 24), Via: a, Dev: "flannel.1", Onlink: true},
-					})
+					r.Set(fmt.Sprint(i), vxlanPeer(i))
 				}
 				if err := r.Apply(); err != nil {
 					b.Fatal(err)
 				}
 				b.StopTimer()
 				for i := range n {
-					r.Set(netip.AddrFrom4([4]byte{10, 6 + byte(i>>8), byte(i), 0}).String(), nil)
+					r.Set(fmt.Sprint(i), nil)
 				}
 				if err := r.Apply(); err != nil {
 					b.Fatal(err)

@@ -1,6 +1,7 @@
 package kernel
 
 import (
+	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
@@ -478,19 +479,24 @@ func TestLostNotifications(t *testing.T) {
 	}
 }
 
+// vxlanPeer is one of many.
+func vxlanPeer(i int) []Object {
+	a := netip.AddrFrom4([4]byte{10, 6 + byte(i>>8), byte(i), 0})
+	m := MAC{0x0e, 1, 0, 0, byte(i >> 8), byte(i)}
+	return []Object{
+		Neighbor{Dev: "flannel.1", IP: a, MAC: m},
+		FDBEntry{Dev: "flannel.1", MAC: m, Dst: netip.AddrFrom4([4]byte{198, 19, byte(i >> 8), byte(i)})},
+		Route{Dst: netip.PrefixFrom(a, 24), Via: a, Dev: "flannel.1", Onlink: true},
+	}
+}
+
 func TestManyPeers(t *testing.T) {
 	host(t)
 	r := idler(t)
 	r.Set("node", node())
 	const n = 2000 // more than one batch
 	for i := range n {
-		a := netip.AddrFrom4([4]byte{10, 6 + byte(i>>8), byte(i), 0})
-		m := MAC{0x0e, 1, 0, 0, byte(i >> 8), byte(i)}
-		r.Set(a.String(), []Object{
-			Neighbor{Dev: "flannel.1", IP: a, MAC: m},
-			FDBEntry{Dev: "flannel.1", MAC: m, Dst: netip.AddrFrom4([4]byte{198, 19, byte(i >> 8), byte(i)})},
-			Route{Dst: netip.PrefixFrom(a, 24), Via: a, Dev: "flannel.1", Onlink: true},
-		})
+		r.Set(fmt.Sprint(i), vxlanPeer(i))
 	}
 	apply(t, r)
 	if err := r.compare(); err != nil || len(r.dirty) != 0 {

@@ -111,6 +111,10 @@ func (n *node) run(ctx context.Context) error {
 	klog.Infof("Network %s, backend %s", n.cfg.Networks(), n.cfg.BackendType)
 	n.warn()
 
+	n.health.waitFor("this node to be known")
+	if n.Uplink, err = n.Manager.Select(ctx, n.Uplink); err != nil {
+		return err
+	}
 	if n.kernel, err = kernel.New(); err != nil {
 		return err
 	}
@@ -384,6 +388,7 @@ func (n *node) converge() {
 	if !n.ready && n.fileSet {
 		n.ready = true
 		n.health.setReady()
+		n.Manager.Ready()
 		klog.Infof("Ready after %v: subnet %s, %d peers", time.Since(n.started).Round(time.Millisecond), n.lease.Subnets, n.others())
 	}
 	switch failed := n.kernel.Failed() || n.kernel.Pending() || n.rulesSet && !n.fileSet; {

@@ -72,6 +72,12 @@ func (m *manager) Config(context.Context) (*subnet.Config, error) {
 	return c, c.Divide()
 }
 
+func (m *manager) Select(_ context.Context, sel iface.Selector) (iface.Selector, error) {
+	return sel, nil
+}
+
+func (m *manager) Ready() {}
+
 func (m *manager) Previous(context.Context, subnet.Attrs) (subnet.Attrs, error) {
 	return m.previous, nil
 }

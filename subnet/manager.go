@@ -3,6 +3,8 @@ package subnet
 import (
 	"context"
 	"errors"
+
+	"github.com/flanneld/flanneld/pkg/iface"
 )
 
 // A Manager hands out leases and tells of everyone's. Implementations wait out
@@ -12,6 +14,10 @@ type Manager interface {
 	// Config returns the network's configuration, waiting until there is one.
 	// One that is there but cannot work is an error.
 	Config(ctx context.Context) (*Config, error)
+
+	// Select returns the selector with what the store says of this node's
+	// uplink, waiting until it says so.
+	Select(ctx context.Context, sel iface.Selector) (iface.Selector, error)
 
 	// Previous returns what this node, known by the given public addresses,
 	// published when it last held a lease; zero when there is nothing left of
@@ -27,6 +33,9 @@ type Manager interface {
 	// it, until ctx ends. It returns ErrLost when the subnets went to another
 	// node, and a new lease must be acquired.
 	Keep(ctx context.Context, lease Lease) error
+
+	// Ready says that the node's network is up, for all the store to know.
+	Ready()
 
 	// Watch tells of all leases, the node's own among them: first a snapshot,
 	// then changes, and a snapshot again after any gap. A slow reader gets

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net/netip"
 	"os"
 	"os/signal"
@@ -16,7 +17,9 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/network"
+	"github.com/flanneld/flanneld/subnet"
 	"github.com/flanneld/flanneld/subnet/etcd"
+	"github.com/flanneld/flanneld/subnet/kube"
 
 	_ "github.com/flanneld/flanneld/backend/hostgw"
 	_ "github.com/flanneld/flanneld/backend/vxlan"
@@ -57,16 +60,7 @@ func run(ctx context.Context, o *options) error {
 	for _, w := range o.Warnings {
 		klog.Warning(w)
 	}
-	if o.KubeSubnetMgr {
-		return errors.New("--kube-subnet-mgr: this version takes leases from etcd only: leave the flag out, and see --etcd-endpoints")
-	}
-	manager, err := etcd.New(ctx, etcd.Options{
-		Endpoints: o.EtcdEndpoints, Prefix: o.EtcdPrefix,
-		CAFile: o.EtcdCAFile, CertFile: o.EtcdCertFile, KeyFile: o.EtcdKeyFile,
-		Username: o.EtcdUsername, Password: string(o.EtcdPassword),
-		RenewMargin: o.LeaseRenewMargin,
-		Identity:    identity(),
-	})
+	manager, err := newManager(ctx, o)
 	if err != nil {
 		return err
 	}
@@ -81,5 +75,32 @@ func run(ctx context.Context, o *options) error {
 		RulesResync: o.RulesResync,
 		Blackhole:   o.BlackholeRoute,
 		Health:      netip.AddrPortFrom(o.HealthzIP, uint16(o.HealthzPort)),
+	})
+}
+
+// manager is a subnet manager that can be closed.
+type manager interface {
+	subnet.Manager
+	io.Closer
+}
+
+func newManager(ctx context.Context, o *options) (manager, error) {
+	if o.KubeSubnetMgr {
+		return kube.New(ctx, kube.Options{
+			APIURL: o.KubeAPIURL, Kubeconfig: o.KubeconfigFile,
+			AnnotationPrefix: o.KubeAnnotationPrefix,
+			ConfigPath:       o.NetConfigPath,
+			NodeName:         os.Getenv("NODE_NAME"),
+			Namespace:        os.Getenv("POD_NAMESPACE"), Pod: os.Getenv("POD_NAME"),
+			NodeAddress:  o.IfaceNodeAddress,
+			SetCondition: o.SetNodeNetworkUnavailable,
+		})
+	}
+	return etcd.New(ctx, etcd.Options{
+		Endpoints: o.EtcdEndpoints, Prefix: o.EtcdPrefix,
+		CAFile: o.EtcdCAFile, CertFile: o.EtcdCertFile, KeyFile: o.EtcdKeyFile,
+		Username: o.EtcdUsername, Password: string(o.EtcdPassword),
+		RenewMargin: o.LeaseRenewMargin,
+		Identity:    identity(),
 	})
 }

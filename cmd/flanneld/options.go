@@ -42,7 +42,8 @@ type options struct {
 	NetConfigPath              string
 	SetNodeNetworkUnavailable  bool
 
-	Uplink iface.Selector
+	Uplink           iface.Selector
+	IfaceNodeAddress bool // the uplink holds the Node's InternalIP
 
 	IPMasq          bool
 	IPMasqNotRandom bool // without --random-fully
@@ -140,6 +141,8 @@ func flags(o *options) []group {
 				help: "tried after --iface: matched with addresses first, then with names"},
 			{name: "iface-can-reach", arg: "IP", set: into(&o.Uplink.CanReach, optional(address)),
 				help: "tried last: the interface on the way to this address; without the three, the default route's"},
+			{name: "iface-node-address", def: "false", set: into(&o.IfaceNodeAddress, boolean),
+				help: "with --kube-subnet-mgr: the interface that holds the Node's InternalIP, in place of --iface"},
 			{name: "public-ip", arg: "IP", set: into(&o.Uplink.PublicIP, optional(publicIP("IPv4", netip.Addr.Is4))),
 				help: "the address that peers use, if not the interface's own; without the three, its holder is the uplink"},
 			{name: "public-ipv6", arg: "IP", set: into(&o.Uplink.PublicIPv6, optional(publicIP("IPv6", netip.Addr.Is6))),
@@ -353,6 +356,9 @@ func (o *options) check() error {
 	}
 	if o.KubeSubnetMgr {
 		return readable("kubeconfig-file")
+	}
+	if o.IfaceNodeAddress {
+		return fmt.Errorf("%s is of use only with --kube-subnet-mgr: give --iface instead", o.setting("iface-node-address").from)
 	}
 	for i, e := range o.EtcdEndpoints {
 		switch {

@@ -202,6 +202,7 @@ func TestParseOptionsError(t *testing.T) {
 		{args: "--etcd-keyfile=/nowhere/k.pem|--etcd-certfile=" + file, want: "--etcd-keyfile: cannot read the file: open /nowhere/k.pem: no such file or directory"},
 		{env: "FLANNELD_ETCD_CAFILE=/", want: "FLANNELD_ETCD_CAFILE: / is a directory, not a file"},
 		{args: "--kube-subnet-mgr|--kubeconfig-file=/nowhere/k", want: "--kubeconfig-file: cannot read the file: open /nowhere/k: no such file or directory"},
+		{args: "--iface-node-address", want: `--iface-node-address is of use only with --kube-subnet-mgr: give --iface instead`},
 		{args: "--kube-api-url=api.example.com", want: `--kube-api-url: "api.example.com" is not a URL: https://HOST:PORT, or http`},
 		{args: "--kube-api-url=https://u:hunter2@api", want: `--kube-api-url: "...@api" holds a user name: credentials belong into --kubeconfig-file`},
 		{args: "--kube-annotation-prefix=a/b/c", want: `--kube-annotation-prefix: "a/b/c" is not a prefix of annotations: DOMAIN or DOMAIN/NAME, such as flannel.alpha.coreos.com or example.com/flannel`},
@@ -336,6 +337,7 @@ healthz-port 0
 help false
 iface
 iface-can-reach
+iface-node-address false
 iface-regex
 ip-blackhole-route false
 ip-masq false

@@ -30,6 +30,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"k8s.io/klog/v2"
 
+	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -183,6 +184,14 @@ func (m *Manager) Config(ctx context.Context) (*subnet.Config, error) {
 		return cfg, nil
 	}
 }
+
+// Select implements subnet.Manager. etcd knows nothing of uplinks.
+func (m *Manager) Select(_ context.Context, sel iface.Selector) (iface.Selector, error) {
+	return sel, nil
+}
+
+// Ready implements subnet.Manager. That a lease is there says enough.
+func (m *Manager) Ready() {}
 
 // Previous implements subnet.Manager.
 func (m *Manager) Previous(ctx context.Context, self subnet.Attrs) (subnet.Attrs, error) {

@@ -1,0 +1,317 @@
+package kube
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net/http"
+	"net/url"
+	"os"
+	"slices"
+	"strings"
+
+	"google.golang.org/protobuf/encoding/protowire"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
+)
+
+const (
+	protobuf = "application/vnd.kubernetes.protobuf"
+
+	// pageSize is how many nodes a server that cannot stream lists at once:
+	// client-go's number.
+	pageSize = 500
+
+	// maxFrame bounds an event, which holds one Node: etcd takes no object
+	// above 1.5 MB.
+	maxFrame = 4 << 20
+
+	// A watch is asked to end after watchSeconds, and up to twice as long, so
+	// that nodes spread over the API servers there are, as client-go does.
+	watchSeconds = 300
+)
+
+// client talks to the API server. client-go brings the credentials and keeps
+// them fresh; the few requests are made by hand, since its typed clients decode
+// and keep far more than we need.
+type client struct {
+	http   *http.Client
+	server string // URL
+}
+
+func newClient(apiURL, kubeconfig string) (*client, error) {
+	var config *rest.Config
+	var err error
+	if apiURL == "" && kubeconfig == "" {
+		if config, err = rest.InClusterConfig(); err != nil {
+			return nil, fmt.Errorf("no --kube-api-url or --kubeconfig-file is given, and this is no pod with a service account: %w", err)
+		}
+	} else if config, err = clientcmd.BuildConfigFromFlags(apiURL, kubeconfig); err != nil {
+		return nil, fmt.Errorf("--kube-api-url, --kubeconfig-file: %w", err)
+	}
+	config.DisableCompression = true // the network is near, CPU is dear
+	config.UserAgent = "flanneld"
+	server, _, err := rest.DefaultServerUrlFor(config)
+	if err != nil {
+		return nil, fmt.Errorf("--kube-api-url: %w", err)
+	}
+	hc, err := rest.HTTPClientFor(config)
+	if err != nil {
+		return nil, fmt.Errorf("credentials for %s: %w", server, err)
+	}
+	return &client{hc, strings.TrimSuffix(server.String(), "/")}, nil
+}
+
+// do sends a request and returns the answer to it; anything but success is an
+// error, a *statusError where the server has answered.
+func (c *client) do(ctx context.Context, method, path string, query url.Values, accept string, patch []byte) (*http.Response, error) {
+	target := c.server + path
+	if len(query) > 0 {
+		target += "?" + query.Encode()
+	}
+	req, err := http.NewRequestWithContext(ctx, method, target, bytes.NewReader(patch))
+	if err != nil {
+		return nil, err
+	}
+	req.Header.Set("Accept", accept)
+	if patch != nil {
+		req.Header.Set("Content-Type", "application/strategic-merge-patch+json")
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	if resp.StatusCode/100 == 2 {
+		return resp, nil
+	}
+	defer resp.Body.Close()
+	body, _ := io.ReadAll(io.LimitReader(resp.Body, 64<<10))
+	e := &statusError{code: resp.StatusCode}
+	var status struct{ Message, Reason string }
+	if raw, err := unwrap(body); err == nil {
+		errors.As(decodeStatus(raw), &e)
+	} else if json.Unmarshal(body, &status) == nil {
+		e.message, e.reason = status.Message, status.Reason
+	}
+	return nil, e
+}
+
+// patchStatus merges into a Node what its status subresource lets nodes change.
+func (c *client) patchStatus(ctx context.Context, node string, patch any) error {
+	body, err := json.Marshal(patch)
+	if err != nil {
+		return err
+	}
+	resp, err := c.do(ctx, http.MethodPatch, "/api/v1/nodes/"+node+"/status", url.Values{"fieldManager": {"flanneld"}}, "application/json", body)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	_, err = io.Copy(io.Discard, resp.Body)
+	return err
+}
+
+// nodeOfPod returns the name of the node that a pod runs on.
+func (c *client) nodeOfPod(ctx context.Context, namespace, pod string) (string, error) {
+	resp, err := c.do(ctx, http.MethodGet, "/api/v1/namespaces/"+namespace+"/pods/"+pod, nil, "application/json", nil)
+	if err != nil {
+		return "", err
+	}
+	defer resp.Body.Close()
+	var p struct{ Spec struct{ NodeName string } }
+	if err := json.NewDecoder(resp.Body).Decode(&p); err != nil {
+		return "", err
+	}
+	return p.Spec.NodeName, nil
+}
+
+// A follower is told of Nodes. What it is given is only valid during the call.
+type follower interface {
+	begin()           // the whole state follows, in puts
+	put(*fields)      // a Node is there, or has changed
+	drop(name []byte) // a Node is gone
+	end()             // the whole state has been told
+}
+
+// A feed follows the Nodes that a field selector chooses, "" all.
+type feed struct {
+	*client
+	selector string
+	fields   fields
+	version  string // of what was told last; "" asks for the whole state
+	paged    bool   // the server does not stream the whole state
+	buf      []byte
+}
+
+// follow tells f of all Nodes, or of what changed since the last call, and then
+// of changes, until the server or ctx ends it. It returns nil when it can be
+// called again at once.
+func (w *feed) follow(ctx context.Context, f follower) error {
+	query := url.Values{"watch": {"1"}, "allowWatchBookmarks": {"true"}, "timeoutSeconds": {fmt.Sprint(watchSeconds + rand.IntN(watchSeconds))}}
+	if w.selector != "" {
+		query.Set("fieldSelector", w.selector)
+	}
+	initial := w.version == ""
+	if initial && w.paged {
+		if err := w.list(ctx, f); err != nil {
+			return err
+		}
+		initial = false
+	}
+	if initial {
+		// WatchList: the state comes as a stream, and nobody has to hold all
+		// of it at once (KEP-3157).
+		query.Set("sendInitialEvents", "true")
+		query.Set("resourceVersionMatch", "NotOlderThan")
+	}
+	query.Set("resourceVersion", w.version)
+	resp, err := w.do(ctx, http.MethodGet, "/api/v1/nodes", query, protobuf+";stream=watch", nil)
+	var status *statusError
+	if initial && errors.As(err, &status) && (status.code == http.StatusBadRequest || status.code == http.StatusUnprocessableEntity) {
+		w.paged = true
+		return nil
+	}
+	if err != nil {
+		return w.lost(err)
+	}
+	defer resp.Body.Close()
+	if initial {
+		f.begin()
+	}
+	body := bufio.NewReaderSize(resp.Body, 64<<10)
+	for {
+		frame, err := w.frame(body)
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		e, err := decodeEvent(frame)
+		if err != nil {
+			return w.lost(err)
+		}
+		if err := w.fields.node(e.object); err != nil {
+			return err
+		}
+		switch {
+		case e.kind == "BOOKMARK":
+			if initial && w.fields.initialEnd {
+				initial = false
+				f.end()
+			}
+		case e.kind == "DELETED":
+			f.drop(w.fields.name)
+		default:
+			f.put(&w.fields)
+		}
+		if !initial { // what broke off half-way is begun again
+			w.version = string(w.fields.version)
+		}
+	}
+}
+
+// lost has the next call begin anew when the server no longer knows of what we
+// know (410 Gone), and hides that error, which needs no waiting.
+func (w *feed) lost(err error) error {
+	var status *statusError
+	if errors.As(err, &status) && status.code == http.StatusGone && w.version != "" {
+		w.version = ""
+		return nil
+	}
+	return err
+}
+
+// frame reads one event: its length in four bytes, then that many
+// (k8s.io/apimachinery/pkg/runtime/serializer/protobuf).
+func (w *feed) frame(r io.Reader) ([]byte, error) {
+	var header [4]byte
+	if _, err := io.ReadFull(r, header[:]); err != nil {
+		return nil, err
+	}
+	n := int(binary.BigEndian.Uint32(header[:]))
+	if n > maxFrame {
+		return nil, fmt.Errorf("an event of %d bytes", n)
+	}
+	w.buf = slices.Grow(w.buf[:0], n)[:n]
+	if _, err := io.ReadFull(r, w.buf); err != nil {
+		return nil, err
+	}
+	return w.buf, nil
+}
+
+// list tells f of all Nodes, page by page.
+func (w *feed) list(ctx context.Context, f follower) error {
+	query := url.Values{"limit": {fmt.Sprint(pageSize)}}
+	if w.selector != "" {
+		query.Set("fieldSelector", w.selector)
+	}
+	f.begin()
+	for {
+		resp, err := w.do(ctx, http.MethodGet, "/api/v1/nodes", query, protobuf, nil)
+		if err != nil {
+			return err
+		}
+		body, err := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if err != nil {
+			return err
+		}
+		raw, err := unwrap(body)
+		if err != nil {
+			return err
+		}
+		var version, next string
+		err = message(raw, func(num protowire.Number, v []byte, _ uint64) error {
+			switch num {
+			case 1: // ListMeta
+				return message(v, func(num protowire.Number, v []byte, _ uint64) error {
+					switch num {
+					case 2:
+						version = string(v)
+					case 3:
+						next = string(v)
+					}
+					return nil
+				})
+			case 2:
+				if err := w.fields.node(v); err != nil {
+					return err
+				}
+				f.put(&w.fields)
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+		if next == "" {
+			f.end()
+			w.version = version
+			return nil
+		}
+		query.Set("continue", next)
+	}
+}
+
+// explain words an error for the operator.
+func explain(err error, server string) error {
+	var status *statusError
+	switch text := err.Error(); {
+	case errors.As(err, &status) && status.code == http.StatusUnauthorized:
+		return fmt.Errorf("%w: the API server at %s does not accept our credentials; check the service account, or --kubeconfig-file", err, server)
+	case errors.As(err, &status) && status.code == http.StatusForbidden:
+		return fmt.Errorf("%w: the ClusterRole must allow get, list, watch of nodes, patch of nodes/status and get of pods, as in kube-flannel.yml", err)
+	case strings.Contains(text, "x509:"):
+		return fmt.Errorf("%w: the API server's certificate is not to be trusted; check certificate-authority in --kubeconfig-file, or --kube-api-url", err)
+	case os.IsTimeout(err):
+		return fmt.Errorf("no answer from %s: %w", server, err)
+	}
+	return err
+}

@@ -1,0 +1,514 @@
+// Package kube is the subnet manager that takes leases from Kubernetes: a
+// node's subnets are its Node's spec.podCIDRs, which somebody else hands out
+// (kube-controller-manager, for one), and what it tells its peers is in the
+// Node's annotations, under the same names as upstream's.
+package kube
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"net/netip"
+	"os"
+	"slices"
+	"sync"
+	"time"
+
+	"k8s.io/klog/v2"
+
+	"github.com/flanneld/flanneld/pkg/iface"
+	"github.com/flanneld/flanneld/subnet"
+)
+
+// Options say where the API server is, and who this node is.
+type Options struct {
+	APIURL, Kubeconfig string // neither: the cluster that the pod runs in
+	AnnotationPrefix   string // complete, "flannel.alpha.coreos.com/"
+	ConfigPath         string // of the network's configuration, a JSON file
+	NodeName           string // or else
+	Namespace, Pod     string // the pod that this is, whose node it is
+
+	// NodeAddress takes for the uplink the interface that holds the Node's
+	// InternalIP.
+	NodeAddress bool
+	// SetCondition has the Node's condition NetworkUnavailable set to False
+	// once the network is up.
+	SetCondition bool
+}
+
+// The annotations, behind the prefix.
+const (
+	backendType   = "backend-type"
+	backendData   = "backend-data"
+	backendV6Data = "backend-v6-data"
+	publicIP      = "public-ip"
+	publicIPv6    = "public-ipv6"
+	managed       = "kube-subnet-manager" // "true": the node is one of ours
+
+	publicIPOverwrite   = "public-ip-overwrite" // wins over what is detected
+	publicIPv6Overwrite = "public-ipv6-overwrite"
+	nodePublicIP        = "node-public-ip" // as good as --public-ip
+	nodePublicIPv6      = "node-public-ipv6"
+)
+
+// Manager is a subnet.Manager.
+type Manager struct {
+	options Options
+	client  *client
+	outage  outage
+	name    string // this node's
+
+	ctx     context.Context // ends with Close
+	cancel  context.CancelFunc
+	running sync.WaitGroup
+
+	mu      sync.Mutex
+	own     *ownNode      // nil: there is no Node yet
+	changed chan struct{} // closed when own, or up, changes
+	told    bool          // own is what the API server says
+	up      bool          // the network is: see Ready
+}
+
+// ownNode is this node's Node.
+type ownNode struct {
+	subnets     subnet.Subnets
+	annotations map[string]string
+	addresses   []netip.Addr
+	conditioned bool
+}
+
+var _ subnet.Manager = (*Manager)(nil)
+
+// New returns a manager. An error is about the options: it does not talk to the
+// API server yet.
+func New(ctx context.Context, o Options) (*Manager, error) {
+	if o.NodeName == "" && (o.Namespace == "" || o.Pod == "") {
+		return nil, errors.New("which Node is this? Set the environment variable NODE_NAME, or POD_NAME and POD_NAMESPACE (in a pod: valueFrom: fieldRef: spec.nodeName)")
+	}
+	c, err := newClient(o.APIURL, o.Kubeconfig)
+	if err != nil {
+		return nil, err
+	}
+	m := &Manager{options: o, client: c, name: o.NodeName, changed: make(chan struct{})}
+	m.ctx, m.cancel = context.WithCancel(ctx)
+	m.running.Go(m.followOwn)
+	return m, nil
+}
+
+// Close ends what runs. The Node stays as it is.
+func (m *Manager) Close() error {
+	m.cancel()
+	m.running.Wait()
+	return nil
+}
+
+// Config implements subnet.Manager. The file comes with the pod: that it is not
+// there is for a person to mend.
+func (m *Manager) Config(context.Context) (*subnet.Config, error) {
+	text, err := os.ReadFile(m.options.ConfigPath)
+	if err != nil {
+		return nil, fmt.Errorf("--net-config-path: %w (in a pod, the ConfigMap kube-flannel-cfg has it)", err)
+	}
+	cfg, err := subnet.ParseConfig(text)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", m.options.ConfigPath, err)
+	}
+	return cfg, nil
+}
+
+// Select implements subnet.Manager: the Node may say what peers are to use.
+func (m *Manager) Select(ctx context.Context, sel iface.Selector) (iface.Selector, error) {
+	own, _, err := m.await(ctx, func(*ownNode) string { return "" })
+	if err != nil {
+		return sel, err
+	}
+	for _, a := range []struct {
+		annotation string
+		into       *netip.Addr
+	}{{nodePublicIP, &sel.PublicIP}, {nodePublicIPv6, &sel.PublicIPv6}} {
+		if ip, ok := m.address(own, a.annotation); ok && !a.into.IsValid() {
+			*a.into = ip
+		}
+	}
+	if m.options.NodeAddress {
+		own, _, err = m.await(ctx, func(n *ownNode) string {
+			if len(n.addresses) == 0 {
+				return "status.addresses of Node " + m.name + " to have an InternalIP, for --iface-node-address"
+			}
+			return ""
+		})
+		if err != nil {
+			return sel, err
+		}
+		sel.Names = nil
+		for _, ip := range own.addresses {
+			sel.Names = append(sel.Names, ip.String())
+		}
+	}
+	return sel, nil
+}
+
+// address reads an annotation that is an address.
+func (m *Manager) address(n *ownNode, annotation string) (netip.Addr, bool) {
+	text := n.annotations[annotation]
+	if text == "" {
+		return netip.Addr{}, false
+	}
+	ip, err := netip.ParseAddr(text)
+	if err != nil {
+		klog.Warningf("The annotation %s%s of Node %s is ignored: %q is no address", m.options.AnnotationPrefix, annotation, m.name, text)
+		return netip.Addr{}, false
+	}
+	return ip, true
+}
+
+// Previous implements subnet.Manager.
+func (m *Manager) Previous(ctx context.Context, _ subnet.Attrs) (subnet.Attrs, error) {
+	own, _, err := m.await(ctx, func(*ownNode) string { return "" })
+	if err != nil {
+		return subnet.Attrs{}, err
+	}
+	return attrsOf(own.annotations), nil
+}
+
+// Acquire implements subnet.Manager.
+func (m *Manager) Acquire(ctx context.Context, cfg *subnet.Config, want subnet.Lease) (subnet.Lease, error) {
+	own, _, err := m.await(ctx, func(n *ownNode) string {
+		have := n.subnets
+		switch {
+		case len(have.Each()) == 0:
+			return "spec.podCIDR of Node " + m.name + ": set --allocate-node-cidrs and --cluster-cidr on kube-controller-manager, or spec.podCIDR on the node"
+		case cfg.IPv4.Enabled() && !have.IPv4.IsValid() || cfg.IPv6.Enabled() && !have.IPv6.IsValid():
+			return fmt.Sprintf("spec.podCIDRs of Node %s to have a subnet of each family of the network %s: they are %s", m.name, cfg.Networks(), have)
+		}
+		return ""
+	})
+	if err != nil {
+		return subnet.Lease{}, err
+	}
+	lease := subnet.Lease{Attrs: want.Attrs}
+	for _, f := range []struct {
+		pool      subnet.Pool
+		have      netip.Prefix
+		into      *netip.Prefix
+		overwrite string
+		public    *netip.Addr
+	}{
+		{cfg.IPv4, own.subnets.IPv4, &lease.IPv4, publicIPOverwrite, &lease.Attrs.PublicIP},
+		{cfg.IPv6, own.subnets.IPv6, &lease.IPv6, publicIPv6Overwrite, &lease.Attrs.PublicIPv6},
+	} {
+		if !f.pool.Enabled() {
+			continue
+		}
+		// Neither can change while both the Node and this configuration stay.
+		if !f.pool.Network.Contains(f.have.Addr()) || f.have.Bits() < f.pool.Network.Bits() {
+			return subnet.Lease{}, fmt.Errorf("the podCIDR %s of Node %s is outside the Network %s in %s: make Network the same as --cluster-cidr of kube-controller-manager",
+				f.have, m.name, f.pool.Network, m.options.ConfigPath)
+		}
+		*f.into = f.have
+		if f.public.IsValid() && len(own.addresses) > 0 && !slices.Contains(own.addresses, *f.public) && own.annotations[f.overwrite] == "" {
+			klog.Warningf("The address that peers are told, %s, is not among those of Node %s, %v. If this host has several interfaces, give --iface-node-address or --iface", *f.public, m.name, own.addresses)
+		}
+		if ip, ok := m.address(own, f.overwrite); ok {
+			*f.public = ip
+		}
+	}
+	if err := m.publish(ctx, own, lease); err != nil {
+		return subnet.Lease{}, err
+	}
+	return lease, nil
+}
+
+// publish writes the lease's annotations where they differ.
+func (m *Manager) publish(ctx context.Context, own *ownNode, lease subnet.Lease) error {
+	patch := map[string]string{}
+	for key, value := range annotationsOf(lease.Attrs) {
+		if own.annotations[key] != value {
+			patch[m.options.AnnotationPrefix+key] = value
+		}
+	}
+	if len(patch) == 0 {
+		return nil
+	}
+	return m.retry(ctx, "publish this node's lease", func(ctx context.Context) error {
+		return m.client.patchStatus(ctx, m.name, map[string]any{"metadata": map[string]any{"annotations": patch}})
+	})
+}
+
+// Ready implements subnet.Manager.
+func (m *Manager) Ready() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.up = true
+	m.signal()
+}
+
+// Keep implements subnet.Manager: annotations, and the condition once the
+// network is up, are written again when somebody changes them.
+func (m *Manager) Keep(ctx context.Context, lease subnet.Lease) error {
+	var quarrel backoff
+	var last time.Time
+	for {
+		own, changed, err := m.await(ctx, func(*ownNode) string { return "" })
+		if err != nil {
+			return err
+		}
+		for _, f := range [][2]netip.Prefix{{lease.IPv4, own.subnets.IPv4}, {lease.IPv6, own.subnets.IPv6}} {
+			if f[0].IsValid() && f[0] != f[1] {
+				klog.Warningf("The podCIDRs of Node %s are %s now, no longer %s", m.name, own.subnets, lease.Subnets)
+				return subnet.ErrLost
+			}
+		}
+		m.mu.Lock()
+		up := m.up
+		m.mu.Unlock()
+		wrong := slices.ContainsFunc(slices.Collect(maps.Keys(annotationsOf(lease.Attrs))), func(key string) bool {
+			return own.annotations[key] != annotationsOf(lease.Attrs)[key]
+		})
+		condition := up && m.options.SetCondition && !own.conditioned
+		if !wrong && !condition {
+			select {
+			case <-changed:
+				continue
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		}
+		if wrong {
+			klog.Warningf("Somebody changed the annotations of Node %s: writing them again", m.name)
+			if time.Since(last) > time.Minute {
+				quarrel = backoff{}
+			} else if err := quarrel.sleep(ctx); err != nil {
+				return err
+			}
+			last = time.Now()
+			if err := m.publish(ctx, own, lease); err != nil {
+				return err
+			}
+		}
+		if condition {
+			if err := m.setCondition(ctx); err != nil {
+				return err
+			}
+		}
+		// The watch brings the Node as it is by then.
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// setCondition writes the condition that lets the scheduler use the node.
+func (m *Manager) setCondition(ctx context.Context) error {
+	now := time.Now().UTC().Format(time.RFC3339)
+	return m.retry(ctx, "set the condition NetworkUnavailable", func(ctx context.Context) error {
+		return m.client.patchStatus(ctx, m.name, map[string]any{"status": map[string]any{"conditions": []map[string]string{{
+			"type": "NetworkUnavailable", "status": "False", "reason": "FlannelIsUp", "message": "Flannel is running on this node",
+			"lastTransitionTime": now, "lastHeartbeatTime": now,
+		}}}})
+	})
+}
+
+// await waits for a Node for which missing returns "", and otherwise what is
+// waited for. changed is closed when it changes.
+func (m *Manager) await(ctx context.Context, missing func(*ownNode) string) (own *ownNode, changed <-chan struct{}, err error) {
+	said := ""
+	for {
+		m.mu.Lock()
+		own, changed = m.own, m.changed
+		what, told := fmt.Sprintf("Node %s, which kubelet registers", m.name), m.told
+		m.mu.Unlock()
+		if own != nil {
+			what = missing(own)
+		}
+		if what == "" {
+			if said != "" {
+				klog.Infof("Now there is %s", said)
+			}
+			return own, changed, nil
+		}
+		if what != said && told {
+			said = what
+			klog.Warningf("Waiting for %s", what)
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return nil, nil, ctx.Err()
+		case <-m.ctx.Done():
+			return nil, nil, m.ctx.Err()
+		}
+	}
+}
+
+// attrsOf reads a lease's annotations.
+func attrsOf(annotations map[string]string) subnet.Attrs {
+	a := subnet.Attrs{
+		BackendType:   annotations[backendType],
+		BackendData:   raw(annotations[backendData]),
+		BackendV6Data: raw(annotations[backendV6Data]),
+	}
+	a.PublicIP, _ = netip.ParseAddr(annotations[publicIP])
+	a.PublicIPv6, _ = netip.ParseAddr(annotations[publicIPv6])
+	return a
+}
+
+// raw returns the JSON of an annotation; nil for none, which upstream writes as
+// "null".
+func raw(text string) json.RawMessage {
+	if text == "" || text == "null" {
+		return nil
+	}
+	return json.RawMessage(text)
+}
+
+// annotationsOf is the inverse of attrsOf.
+func annotationsOf(a subnet.Attrs) map[string]string {
+	all := map[string]string{managed: "true", backendType: a.BackendType}
+	for _, f := range []struct {
+		ip      netip.Addr
+		address string
+		data    json.RawMessage
+		key     string
+	}{{a.PublicIP, publicIP, a.BackendData, backendData}, {a.PublicIPv6, publicIPv6, a.BackendV6Data, backendV6Data}} {
+		if !f.ip.IsValid() {
+			continue
+		}
+		all[f.address], all[f.key] = f.ip.String(), "null"
+		if f.data != nil {
+			all[f.key] = string(f.data)
+		}
+	}
+	return all
+}
+
+// subnetsOf reads podCIDRs; those that are none are left out.
+func subnetsOf(cidrs [][]byte) subnet.Subnets {
+	var s subnet.Subnets
+	for _, text := range cidrs {
+		p, err := netip.ParsePrefix(string(text))
+		switch {
+		case err != nil:
+		case p.Addr().Is4():
+			s.IPv4 = p.Masked()
+		default:
+			s.IPv6 = p.Masked()
+		}
+	}
+	return s
+}
+
+// outage remembers what was said of the API server's being of no use.
+type outage struct {
+	mu   sync.Mutex
+	said string
+}
+
+func (o *outage) say(server, purpose string, err error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.said == "" {
+		o.said = err.Error()
+		klog.Warningf("API server %s: %v. Waiting to %s", server, explain(err, server), purpose)
+	}
+}
+
+func (o *outage) end(server string) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.said != "" {
+		o.said = ""
+		klog.Infof("API server %s is back", server)
+	}
+}
+
+// retry calls f until it succeeds or ctx ends.
+func (m *Manager) retry(ctx context.Context, purpose string, f func(context.Context) error) error {
+	var pause backoff
+	for {
+		attempt, cancel := context.WithTimeout(ctx, requestTimeout)
+		err := f(attempt)
+		cancel()
+		if err == nil {
+			m.outage.end(m.client.server)
+			return nil
+		}
+		if ctx.Err() == nil {
+			m.outage.say(m.client.server, purpose, err)
+		}
+		if err := pause.sleep(ctx); err != nil {
+			return err
+		}
+	}
+}
+
+const requestTimeout = 15 * time.Second
+
+// backoff paces attempts: twice as long each time, up to 3 s, and never quite
+// the same, lest a thousand nodes come back as one.
+type backoff struct{ pause time.Duration }
+
+func (b *backoff) sleep(ctx context.Context) error {
+	b.pause = min(max(2*b.pause, 100*time.Millisecond), 3*time.Second)
+	timer := time.NewTimer(b.pause/2 + rand.N(b.pause/2))
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-timer.C:
+		return nil
+	}
+}
+
+// follow keeps a follower told until ctx ends.
+func (m *Manager) follow(ctx context.Context, selector, purpose string, f follower) {
+	w := &feed{client: m.client, selector: selector, fields: fields{prefix: []byte(m.options.AnnotationPrefix)}}
+	var pause backoff
+	for ctx.Err() == nil {
+		began := time.Now()
+		err := w.follow(ctx, f)
+		if ctx.Err() != nil {
+			return
+		}
+		if time.Since(began) > time.Minute {
+			pause = backoff{}
+		}
+		if err != nil {
+			m.outage.say(m.client.server, purpose, err)
+		}
+		if pause.sleep(ctx) != nil {
+			return
+		}
+	}
+}
+
+// followOwn keeps own.
+func (m *Manager) followOwn() {
+	if m.name == "" {
+		err := m.retry(m.ctx, "learn which Node this is", func(ctx context.Context) error {
+			name, err := m.client.nodeOfPod(ctx, m.options.Namespace, m.options.Pod)
+			if err == nil && name == "" {
+				err = fmt.Errorf("pod %s/%s has no spec.nodeName", m.options.Namespace, m.options.Pod)
+			}
+			m.mu.Lock()
+			m.name = name
+			m.mu.Unlock()
+			return err
+		})
+		if err != nil {
+			return
+		}
+	}
+	m.follow(m.ctx, "metadata.name="+m.name, "read Node "+m.name, &ownFollower{Manager: m})
+}
+
+// signal tells those who wait that something changed. The caller holds m.mu.
+func (m *Manager) signal() {
+	close(m.changed)
+	m.changed = make(chan struct{})
+}

@@ -24,6 +24,7 @@ BINARIES := $(patsubst cmd/%/main.go,build/bin/%,$(wildcard cmd/*/main.go))
 SOURCES := $(shell find . -path ./test -prune -o -path ./build -prune -o -path ./.git -prune -o -type f -not -name '*_test.go' -print)
 ETCD := build/bin/etcd build/bin/etcdctl
 CNI := build/cni/bridge build/cni/host-local build/cni/loopback
+KUBE := build/kube/kube-apiserver build/kube/kube-controller-manager
 
 .PHONY: help build tools programs check test unit fuzz e2e demo demo-down clean FORCE
 .NOTPARALLEL: # the go tool uses all processors itself
@@ -42,7 +43,7 @@ build/version: FORCE
 	@version=$$(git describe --tags --always --dirty 2>/dev/null || echo unknown); \
 	[ "$$version" = "$$(cat $@ 2>/dev/null)" ] || echo "$$version" > $@
 
-tools: programs build/bin/staticcheck $(ETCD) $(CNI) ## Install what checks and tests need
+tools: programs build/bin/staticcheck $(ETCD) $(CNI) $(KUBE) ## Install what checks and tests need
 
 programs:
 	@missing() { for p in $(PROGRAMS); do command -v "$${p%:*}" >/dev/null || echo -n " $$p"; done; }; \
@@ -69,6 +70,11 @@ $(ETCD) $(CNI): test/go.mod
 	cd test && $(STATIC) -ldflags "-s -w" -o $(CURDIR)/$@ $(package)
 	@touch $@
 
+# A real control plane; some minutes, once.
+$(KUBE): test/kubernetes/go.mod
+	cd test/kubernetes && $(STATIC) -ldflags "-s -w" -o $(CURDIR)/$@ k8s.io/kubernetes/cmd/$(@F)
+	@touch $@
+
 check: build/bin/staticcheck ## Formatting, vet, staticcheck, go.mod; of both modules
 	@unformatted=$$(gofmt -l .); \
 	[ -z "$$unformatted" ] || { echo "run gofmt -w on:"; echo "$$unformatted"; exit 1; }
@@ -90,7 +96,7 @@ fuzz: ## Each fuzz target for FUZZTIME
 
 # Not from the test cache: it cannot know that the binaries have changed. One
 # package at a time: the machine is shared by a dozen nodes as it is.
-e2e: build programs $(ETCD) $(CNI) ## End-to-end tests in the lab
+e2e: build programs $(ETCD) $(CNI) $(KUBE) ## End-to-end tests in the lab
 	cd test && go test $(RACE) -count=1 -p=1 -timeout=30m $(TESTFLAGS) ./...
 
 demo: build programs $(ETCD) $(CNI) ## A cluster to look at: NODES=3 BACKEND=vxlan IPV6=1 NFTABLES=1 KEEP=1

@@ -57,6 +57,7 @@ func (d *Daemon) Start(args ...string) error {
 	}
 	defer log.Close()
 	cmd := exec.Command(program, full...)
+	cmd.Env = append(os.Environ(), "NODE_NAME="+d.node.Hostname) // for Kubernetes
 	cmd.Stdout, cmd.Stderr = log, log
 	d.proc, err = d.node.Launch(cmd)
 	return err

@@ -28,7 +28,7 @@ const kubeURL = "https://198.18.0.254:6443"
 type Kube struct {
 	lab         *Lab
 	dir         string
-	clusterCIDR string
+	args        []string // of the API server, besides ours
 	http        *http.Client
 	server      *Process
 	controllers *Process
@@ -40,9 +40,10 @@ const (
 	kubeDaemon = "flannel"
 )
 
-// NewKube starts a control plane whose nodes get podCIDRs of clusterCIDR.
-func (l *Lab) NewKube(ctx context.Context, clusterCIDR string) (*Kube, error) {
-	k := &Kube{lab: l, dir: filepath.Join(l.Dir, "kube"), clusterCIDR: clusterCIDR}
+// NewKube starts a control plane whose nodes get podCIDRs of clusterCIDR. More
+// arguments are for the API server.
+func (l *Lab) NewKube(ctx context.Context, clusterCIDR string, args ...string) (*Kube, error) {
+	k := &Kube{lab: l, dir: filepath.Join(l.Dir, "kube"), args: args}
 	k.http = &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{
 		DialContext:     l.net.Dial,
 		TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, // its certificate is its own
@@ -113,14 +114,14 @@ func (k *Kube) launch(program string, args ...string) (*Process, error) {
 func (k *Kube) Start(ctx context.Context) error {
 	sa := filepath.Join(k.dir, "sa.key")
 	var err error
-	k.server, err = k.launch("kube-apiserver",
-		"--etcd-servers="+Endpoint,
+	k.server, err = k.launch("kube-apiserver", append([]string{
+		"--etcd-servers=" + Endpoint,
 		"--bind-address=198.18.0.254", "--advertise-address=198.18.0.254",
-		"--cert-dir="+k.dir,
+		"--cert-dir=" + k.dir,
 		"--service-cluster-ip-range=198.19.128.0/24",
-		"--service-account-issuer=https://lab", "--service-account-key-file="+sa, "--service-account-signing-key-file="+sa,
-		"--authorization-mode=RBAC", "--token-auth-file="+filepath.Join(k.dir, "tokens"),
-		"--watch-cache-sizes=nodes#1000")
+		"--service-account-issuer=https://lab", "--service-account-key-file=" + sa, "--service-account-signing-key-file=" + sa,
+		"--authorization-mode=RBAC", "--token-auth-file=" + filepath.Join(k.dir, "tokens"),
+	}, k.args...)...)
 	if err != nil {
 		return err
 	}

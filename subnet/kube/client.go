@@ -12,7 +12,6 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"net/url"
-	"os"
 	"slices"
 	"strings"
 
@@ -144,9 +143,12 @@ type feed struct {
 	*client
 	selector string
 	fields   fields
-	version  string // of what was told last; "" asks for the whole state
+	version  []byte // of what was told last; empty asks for the whole state
 	paged    bool   // the server does not stream the whole state
+	initial  bool   // the whole state is being streamed
 	buf      []byte
+	header   [4]byte
+	answered func() // is called when the server begins to answer
 }
 
 // follow tells f of all Nodes, or of what changed since the last call, and then
@@ -157,7 +159,7 @@ func (w *feed) follow(ctx context.Context, f follower) error {
 	if w.selector != "" {
 		query.Set("fieldSelector", w.selector)
 	}
-	initial := w.version == ""
+	initial := len(w.version) == 0
 	if initial && w.paged {
 		if err := w.list(ctx, f); err != nil {
 			return err
@@ -170,7 +172,7 @@ func (w *feed) follow(ctx context.Context, f follower) error {
 		query.Set("sendInitialEvents", "true")
 		query.Set("resourceVersionMatch", "NotOlderThan")
 	}
-	query.Set("resourceVersion", w.version)
+	query.Set("resourceVersion", string(w.version))
 	resp, err := w.do(ctx, http.MethodGet, "/api/v1/nodes", query, protobuf+";stream=watch", nil)
 	var status *statusError
 	if initial && errors.As(err, &status) && (status.code == http.StatusBadRequest || status.code == http.StatusUnprocessableEntity) {
@@ -181,48 +183,57 @@ func (w *feed) follow(ctx context.Context, f follower) error {
 		return w.lost(err)
 	}
 	defer resp.Body.Close()
+	w.answered()
 	if initial {
 		f.begin()
 	}
+	w.initial = initial
 	body := bufio.NewReaderSize(resp.Body, 64<<10)
-	for {
-		frame, err := w.frame(body)
-		if errors.Is(err, io.EOF) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		e, err := decodeEvent(frame)
-		if err != nil {
-			return w.lost(err)
-		}
-		if err := w.fields.node(e.object); err != nil {
-			return err
-		}
-		switch {
-		case e.kind == "BOOKMARK":
-			if initial && w.fields.initialEnd {
-				initial = false
-				f.end()
-			}
-		case e.kind == "DELETED":
-			f.drop(w.fields.name)
-		default:
-			f.put(&w.fields)
-		}
-		if !initial { // what broke off half-way is begun again
-			w.version = string(w.fields.version)
-		}
+	for err == nil {
+		err = w.tell(body, f)
 	}
+	if errors.Is(err, io.EOF) {
+		return nil
+	}
+	return w.lost(err)
+}
+
+// tell reads one event and passes it on.
+func (w *feed) tell(r io.Reader, f follower) error {
+	frame, err := w.frame(r)
+	if err != nil {
+		return err
+	}
+	e, err := decodeEvent(frame)
+	if err != nil {
+		return err
+	}
+	if err := w.fields.node(e.object); err != nil {
+		return err
+	}
+	switch {
+	case e.kind == "BOOKMARK":
+		if w.initial && w.fields.initialEnd {
+			w.initial = false
+			f.end()
+		}
+	case e.kind == "DELETED":
+		f.drop(w.fields.name)
+	default:
+		f.put(&w.fields)
+	}
+	if !w.initial { // what broke off half-way is begun again
+		w.version = append(w.version[:0], w.fields.version...)
+	}
+	return nil
 }
 
 // lost has the next call begin anew when the server no longer knows of what we
 // know (410 Gone), and hides that error, which needs no waiting.
 func (w *feed) lost(err error) error {
 	var status *statusError
-	if errors.As(err, &status) && status.code == http.StatusGone && w.version != "" {
-		w.version = ""
+	if errors.As(err, &status) && status.code == http.StatusGone && len(w.version) > 0 {
+		w.version = nil
 		return nil
 	}
 	return err
@@ -231,11 +242,10 @@ func (w *feed) lost(err error) error {
 // frame reads one event: its length in four bytes, then that many
 // (k8s.io/apimachinery/pkg/runtime/serializer/protobuf).
 func (w *feed) frame(r io.Reader) ([]byte, error) {
-	var header [4]byte
-	if _, err := io.ReadFull(r, header[:]); err != nil {
+	if _, err := io.ReadFull(r, w.header[:]); err != nil {
 		return nil, err
 	}
-	n := int(binary.BigEndian.Uint32(header[:]))
+	n := int(binary.BigEndian.Uint32(w.header[:]))
 	if n > maxFrame {
 		return nil, fmt.Errorf("an event of %d bytes", n)
 	}
@@ -293,25 +303,23 @@ func (w *feed) list(ctx context.Context, f follower) error {
 		}
 		if next == "" {
 			f.end()
-			w.version = version
+			w.version = []byte(version)
 			return nil
 		}
 		query.Set("continue", next)
 	}
 }
 
-// explain words an error for the operator.
-func explain(err error, server string) error {
+// explain returns what an error's text does not say: what to do about it.
+func explain(err error, server string) string {
 	var status *statusError
 	switch text := err.Error(); {
 	case errors.As(err, &status) && status.code == http.StatusUnauthorized:
-		return fmt.Errorf("%w: the API server at %s does not accept our credentials; check the service account, or --kubeconfig-file", err, server)
+		return "; it does not accept our credentials, check the service account, or --kubeconfig-file"
 	case errors.As(err, &status) && status.code == http.StatusForbidden:
-		return fmt.Errorf("%w: the ClusterRole must allow get, list, watch of nodes, patch of nodes/status and get of pods, as in kube-flannel.yml", err)
+		return "; the ClusterRole must allow get, list, watch of nodes, patch of nodes/status and get of pods"
 	case strings.Contains(text, "x509:"):
-		return fmt.Errorf("%w: the API server's certificate is not to be trusted; check certificate-authority in --kubeconfig-file, or --kube-api-url", err)
-	case os.IsTimeout(err):
-		return fmt.Errorf("no answer from %s: %w", server, err)
+		return "; its certificate is not to be trusted, check certificate-authority in --kubeconfig-file, or --kube-api-url"
 	}
-	return err
+	return ""
 }

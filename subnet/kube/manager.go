@@ -14,6 +14,7 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -64,6 +65,10 @@ type Manager struct {
 	ctx     context.Context // ends with Close
 	cancel  context.CancelFunc
 	running sync.WaitGroup
+
+	asked  iface.Selector // what the operator and the Node say, see Select
+	warned netip.Addr     // see compare
+	on     subnet.Subnets // the networks of the families that are on
 
 	mu      sync.Mutex
 	own     *ownNode      // nil: there is no Node yet
@@ -116,6 +121,7 @@ func (m *Manager) Config(context.Context) (*subnet.Config, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", m.options.ConfigPath, err)
 	}
+	m.on = cfg.Networks()
 	return cfg, nil
 }
 
@@ -148,21 +154,30 @@ func (m *Manager) Select(ctx context.Context, sel iface.Selector) (iface.Selecto
 			sel.Names = append(sel.Names, ip.String())
 		}
 	}
+	m.asked = sel
 	return sel, nil
 }
 
-// address reads an annotation that is an address.
+// address reads an annotation that is an address, of IPv6 where its name says
+// so.
 func (m *Manager) address(n *ownNode, annotation string) (netip.Addr, bool) {
-	text := n.annotations[annotation]
+	ip, err := parseAddress(n.annotations[annotation], annotation)
+	if err != nil {
+		klog.Warningf("The annotation %s%s of Node %s is ignored: %v", m.options.AnnotationPrefix, annotation, m.name, err)
+	}
+	return ip, ip.IsValid()
+}
+
+// parseAddress reads the text of an annotation: the zero Addr for none.
+func parseAddress(text, annotation string) (netip.Addr, error) {
 	if text == "" {
-		return netip.Addr{}, false
+		return netip.Addr{}, nil
 	}
 	ip, err := netip.ParseAddr(text)
-	if err != nil {
-		klog.Warningf("The annotation %s%s of Node %s is ignored: %q is no address", m.options.AnnotationPrefix, annotation, m.name, text)
-		return netip.Addr{}, false
+	if err != nil || ip.Is4() == strings.Contains(annotation, "ipv6") || ip.Is4In6() {
+		return netip.Addr{}, fmt.Errorf("%q is no address of that family", text)
 	}
-	return ip, true
+	return ip, nil
 }
 
 // Previous implements subnet.Manager.
@@ -209,17 +224,28 @@ func (m *Manager) Acquire(ctx context.Context, cfg *subnet.Config, want subnet.L
 				f.have, m.name, f.pool.Network, m.options.ConfigPath)
 		}
 		*f.into = f.have
-		if f.public.IsValid() && len(own.addresses) > 0 && !slices.Contains(own.addresses, *f.public) && own.annotations[f.overwrite] == "" {
-			klog.Warningf("The address that peers are told, %s, is not among those of Node %s, %v. If this host has several interfaces, give --iface-node-address or --iface", *f.public, m.name, own.addresses)
-		}
 		if ip, ok := m.address(own, f.overwrite); ok {
 			*f.public = ip
+		} else {
+			m.compare(own, *f.public)
 		}
 	}
 	if err := m.publish(ctx, own, lease); err != nil {
 		return subnet.Lease{}, err
 	}
 	return lease, nil
+}
+
+// compare warns, once, of an address that was found but is not one of the Node's
+// of that family: the classic mistake on hosts with two interfaces.
+func (m *Manager) compare(own *ownNode, found netip.Addr) {
+	same := func(ip netip.Addr) bool { return ip.BitLen() == found.BitLen() }
+	if found == m.asked.PublicIP || found == m.asked.PublicIPv6 || found == m.warned ||
+		!slices.ContainsFunc(own.addresses, same) || slices.Contains(own.addresses, found) {
+		return
+	}
+	m.warned = found
+	klog.Warningf("The address that peers are told, %s, is not among those of Node %s, %v. If this host has several interfaces, give --iface-node-address or --iface", found, m.name, own.addresses)
 }
 
 // publish writes the lease's annotations where they differ.
@@ -233,9 +259,23 @@ func (m *Manager) publish(ctx context.Context, own *ownNode, lease subnet.Lease)
 	if len(patch) == 0 {
 		return nil
 	}
-	return m.retry(ctx, "publish this node's lease", func(ctx context.Context) error {
+	err := m.retry(ctx, "publish this node's lease", func(ctx context.Context) error {
 		return m.client.patchStatus(ctx, m.name, map[string]any{"metadata": map[string]any{"annotations": patch}})
 	})
+	if err != nil {
+		return err
+	}
+	// The watch will say the same, later.
+	now := *own
+	now.annotations = maps.Clone(own.annotations)
+	maps.Copy(now.annotations, annotationsOf(lease.Attrs))
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.own == own {
+		m.own = &now
+		m.signal()
+	}
+	return nil
 }
 
 // Ready implements subnet.Manager.
@@ -353,8 +393,8 @@ func attrsOf(annotations map[string]string) subnet.Attrs {
 		BackendData:   raw(annotations[backendData]),
 		BackendV6Data: raw(annotations[backendV6Data]),
 	}
-	a.PublicIP, _ = netip.ParseAddr(annotations[publicIP])
-	a.PublicIPv6, _ = netip.ParseAddr(annotations[publicIPv6])
+	a.PublicIP, _ = parseAddress(annotations[publicIP], publicIP) // a peer's: it may be nonsense
+	a.PublicIPv6, _ = parseAddress(annotations[publicIPv6], publicIPv6)
 	return a
 }
 
@@ -387,42 +427,53 @@ func annotationsOf(a subnet.Attrs) map[string]string {
 	return all
 }
 
-// subnetsOf reads podCIDRs; those that are none are left out.
-func subnetsOf(cidrs [][]byte) subnet.Subnets {
+// subnetsOf reads podCIDRs of the families that are on; what is none is left
+// out.
+func subnetsOf(cidrs [][]byte, on subnet.Subnets) subnet.Subnets {
 	var s subnet.Subnets
 	for _, text := range cidrs {
 		p, err := netip.ParsePrefix(string(text))
 		switch {
 		case err != nil:
-		case p.Addr().Is4():
+		case p.Addr().Is4() && on.IPv4.IsValid():
 			s.IPv4 = p.Masked()
-		default:
+		case p.Addr().Is6() && on.IPv6.IsValid():
 			s.IPv6 = p.Masked()
 		}
 	}
 	return s
 }
 
-// outage remembers what was said of the API server's being of no use.
+// bothFamilies are the networks that hold everything.
+var bothFamilies = subnet.Subnets{IPv4: netip.PrefixFrom(netip.IPv4Unspecified(), 0), IPv6: netip.PrefixFrom(netip.IPv6Unspecified(), 0)}
+
+// outage remembers what was said of the API server's being of no use, so that
+// each kind of failure is said once, whoever notices.
 type outage struct {
 	mu   sync.Mutex
-	said string
+	said map[string]bool // by what explain adds to an error; "" where it adds nothing
 }
 
 func (o *outage) say(server, purpose string, err error) {
+	advice := explain(err, server)
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if o.said == "" {
-		o.said = err.Error()
-		klog.Warningf("API server %s: %v. Waiting to %s", server, explain(err, server), purpose)
+	if o.said[advice] {
+		return
 	}
+	if o.said == nil {
+		o.said = map[string]bool{}
+	}
+	o.said[advice] = true
+	klog.Warningf("API server %s: %v%s. Waiting to %s", server, err, advice, purpose)
 }
 
+// end takes note that the API server has done what it was asked to.
 func (o *outage) end(server string) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if o.said != "" {
-		o.said = ""
+	if len(o.said) > 0 {
+		o.said = nil
 		klog.Infof("API server %s is back", server)
 	}
 }
@@ -467,7 +518,10 @@ func (b *backoff) sleep(ctx context.Context) error {
 
 // follow keeps a follower told until ctx ends.
 func (m *Manager) follow(ctx context.Context, selector, purpose string, f follower) {
-	w := &feed{client: m.client, selector: selector, fields: fields{prefix: []byte(m.options.AnnotationPrefix)}}
+	w := &feed{
+		client: m.client, selector: selector, fields: fields{prefix: []byte(m.options.AnnotationPrefix)},
+		answered: func() { m.outage.end(m.client.server) },
+	}
 	var pause backoff
 	for ctx.Err() == nil {
 		began := time.Now()

@@ -223,11 +223,14 @@ func decodeEvent(b []byte) (e event, err error) {
 	if e.object, err = unwrap(object); err != nil {
 		return event{}, err
 	}
-	switch e.kind = string(kind); e.kind {
-	case "ADDED", "MODIFIED", "DELETED", "BOOKMARK":
-		return e, nil
-	case "ERROR":
+	if string(kind) == "ERROR" {
 		return event{}, decodeStatus(e.object)
+	}
+	for _, known := range []string{"MODIFIED", "ADDED", "DELETED", "BOOKMARK"} {
+		if string(kind) == known {
+			e.kind = known // rather than one more copy
+			return e, nil
+		}
 	}
 	return event{}, fmt.Errorf("an event of kind %q", kind)
 }

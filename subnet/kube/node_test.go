@@ -132,7 +132,7 @@ func TestHeartbeats(t *testing.T) {
 }
 
 func newPeers() *peers {
-	m := &Manager{client: &client{}}
+	m := &Manager{client: &client{}, on: subnet.Subnets{IPv4: netip.MustParsePrefix("10.5.0.0/16")}}
 	return &peers{manager: m, byName: map[string]*peer{}, bySubnet: map[subnet.Subnets][]*peer{}, seed: maphash.MakeSeed(), wake: make(chan struct{}, 1)}
 }
 
@@ -229,7 +229,7 @@ func TestFeed(t *testing.T) {
 		func(w http.ResponseWriter) { w.Write(envelope(list)) },
 		send(frame("MODIFIED", peerNode(4).marshal())),
 	}
-	w := &feed{client: &client{http: server.Client(), server: server.URL}}
+	w := &feed{client: &client{http: server.Client(), server: server.URL}, answered: func() {}}
 	r := &recorder{}
 	for range 5 {
 		if err := w.follow(context.Background(), r); err != nil {
@@ -258,6 +258,64 @@ func TestAnnotations(t *testing.T) {
 		if got := attrsOf(annotationsOf(a)); !got.Equal(a) {
 			t.Errorf("%+v became %+v", a, got)
 		}
+	}
+}
+
+// The cluster may be dual stack, and this network of IPv4 alone.
+func TestFamiliesThatAreOff(t *testing.T) {
+	p := newPeers()
+	f := fields{prefix: []byte("flannel.alpha.coreos.com/")}
+	n := peerNode(9)
+	n.cidrs = append(n.cidrs, "fd05:0:0:9::/64")
+	if err := f.node(n.marshal()); err != nil {
+		t.Fatal(err)
+	}
+	p.begin()
+	p.put(&f)
+	p.end()
+	for s := range p.take().Leases {
+		if s.String() != "10.5.9.0/24" {
+			t.Errorf("the peer's subnets are %s", s)
+		}
+	}
+}
+
+// A whole heartbeat, from the frame on, makes no allocation.
+func TestHeartbeatFrames(t *testing.T) {
+	p := newPeers()
+	w := &feed{client: p.manager.client, fields: fields{prefix: []byte("flannel.alpha.coreos.com/")}, version: make([]byte, 0, 16)}
+	event := frame("MODIFIED", peerNode(3).marshal())
+	r := bytes.NewReader(event)
+	if got := testing.AllocsPerRun(100, func() {
+		r.Reset(event)
+		if err := w.tell(r, p); err != nil {
+			t.Fatal(err)
+		}
+	}); got > 0 {
+		t.Errorf("a heartbeat makes %v allocations", got)
+	}
+}
+
+func TestAddressesOfTheWrongFamily(t *testing.T) {
+	for annotation, text := range map[string]string{publicIP: "fd18::1", publicIPv6: "192.0.2.1", publicIPv6Overwrite: "::ffff:192.0.2.1", nodePublicIP: "nonsense"} {
+		if ip, err := parseAddress(text, annotation); err == nil {
+			t.Errorf("%s: %s is taken for %s", annotation, text, ip)
+		}
+	}
+}
+
+// Each kind of failure is said, and a second outage too.
+func TestOutage(t *testing.T) {
+	var o outage
+	refused, forbidden := fmt.Errorf("connection refused"), &statusError{code: 403}
+	o.say("server", "wait", refused)
+	o.say("server", "wait", forbidden)
+	if len(o.said) != 2 {
+		t.Errorf("said %v", o.said)
+	}
+	o.end("server")
+	if len(o.said) != 0 {
+		t.Errorf("after the end, %v", o.said)
 	}
 }
 

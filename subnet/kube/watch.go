@@ -24,7 +24,7 @@ func (f *ownFollower) begin() { f.found = false }
 
 func (f *ownFollower) put(n *fields) {
 	f.found = true
-	own := &ownNode{subnets: subnetsOf(n.podCIDRs), annotations: map[string]string{}, conditioned: n.networkUp}
+	own := &ownNode{subnets: subnetsOf(n.podCIDRs, bothFamilies), annotations: map[string]string{}, conditioned: n.networkUp}
 	for _, a := range n.annotations {
 		own.annotations[string(a.key)] = string(a.value)
 	}
@@ -39,7 +39,6 @@ func (f *ownFollower) put(n *fields) {
 func (f *ownFollower) drop([]byte) { f.set(nil) }
 
 func (f *ownFollower) end() {
-	f.outage.end(f.client.server)
 	if !f.found {
 		f.set(nil)
 	}
@@ -117,7 +116,7 @@ func (p *peers) put(n *fields) {
 	}
 	now := &peer{name: string(n.name), sum: sum, round: p.round, created: n.created}
 	if annotations[managed] == "true" {
-		now.lease = subnet.Lease{Subnets: subnetsOf(n.podCIDRs), Attrs: attrsOf(annotations)}
+		now.lease = subnet.Lease{Subnets: subnetsOf(n.podCIDRs, p.manager.on), Attrs: attrsOf(annotations)}
 		if len(now.lease.Each()) == 0 || len(now.lease.Attrs.PublicIPs()) == 0 {
 			now.lease = subnet.Lease{} // it has not got so far yet
 		}
@@ -132,7 +131,6 @@ func (p *peers) drop(name []byte) {
 }
 
 func (p *peers) end() {
-	p.manager.outage.end(p.manager.client.server)
 	for _, n := range p.byName {
 		if n.round != p.round {
 			p.replace(n, nil) // went while nobody could tell

@@ -13,7 +13,8 @@ TESTFLAGS ?=# such as -v or -run=TestRestart
 
 # Programs that the lab and the tests in namespaces run, and the packages that
 # have them where apt-get is.
-PROGRAMS := iptables:iptables nft:nftables ip:iproute2 ping:iputils-ping iperf3:iperf3 tcpdump:tcpdump ethtool:ethtool
+PROGRAMS := iptables:iptables nft:nftables ip:iproute2 ping:iputils-ping iperf3:iperf3 tcpdump:tcpdump ethtool:ethtool \
+	containerd:containerd runc:runc dockerd:docker.io mmdebstrap:mmdebstrap conntrack:conntrack
 
 export PATH := $(PATH):/usr/sbin:/sbin
 # The version comes from git describe below; git may refuse to serve root.
@@ -24,11 +25,15 @@ RACE := $(if $(shell command -v gcc),-race)
 
 BINARIES := $(patsubst cmd/%/main.go,build/bin/%,$(wildcard cmd/*/main.go))
 SOURCES := $(shell find . -path ./test -prune -o -path ./build -prune -o -path ./.git -prune -o -type f -not -name '*_test.go' -print)
+# The image that the manifest names, unless told otherwise.
+IMAGE ?= $(shell awk '$$1 == "image:" { print $$2; exit }' Documentation/kube-flannel.yml)
+ARCH ?= $(shell go env GOARCH)
+BASE ?=# an image with iptables and nft; none: made of Debian's packages
 ETCD := build/bin/etcd build/bin/etcdctl
-CNI := build/cni/bridge build/cni/host-local build/cni/loopback
-KUBE := build/kube/kube-apiserver build/kube/kube-controller-manager
+CNI := $(addprefix build/cni/,bridge host-local loopback portmap)
+KUBE := $(addprefix build/kube/,kube-apiserver kube-controller-manager kube-scheduler kube-proxy kubelet kubectl)
 
-.PHONY: help build tools programs check test unit fuzz e2e demo demo-down clean FORCE
+.PHONY: help build image manifest tools programs check test unit fuzz e2e demo demo-down clean FORCE
 .NOTPARALLEL: # the go tool uses all processors itself
 
 help: ## List the targets
@@ -45,7 +50,25 @@ build/version: FORCE
 	@version=$$(git describe --tags --always --dirty 2>/dev/null || echo unknown); \
 	[ "$$version" = "$$(cat $@ 2>/dev/null)" ] || echo "$$version" > $@
 
-tools: programs build/bin/staticcheck $(ETCD) $(CNI) $(KUBE) ## Install what checks and tests need
+build/image/bin/$(ARCH)/%: $(SOURCES) build/version
+	GOARCH=$(ARCH) $(STATIC) -ldflags "-s -w -X main.version=$$(cat build/version)" -o $@ ./cmd/$*
+
+# The files of two packages and of what they depend on, and nothing to run them
+# with. For any architecture: none of them is executed.
+build/image/base-$(ARCH).tar: Makefile
+	@mkdir -p $(@D)
+	SOURCE_DATE_EPOCH=0 mmdebstrap --quiet --architectures=$(ARCH) --variant=extract --include=iptables,nftables --skip=output/dev \
+		--extract-hook='rm -rf "$$1"/usr/share/[!x]* "$$1"/usr/lib/*/gconv "$$1"/etc/hostname' bookworm $@
+
+build/image/flannel-$(ARCH).tar: Dockerfile Documentation/kube-flannel.yml build/image/bin/$(ARCH)/flanneld build/image/bin/$(ARCH)/flannel $(if $(BASE),,build/image/base-$(ARCH).tar)
+	@dist/image/with-docker bash -euxc '\
+		base=$(BASE); [ "$$base" ] || { base=flannel-base:$(ARCH); docker import --platform linux/$(ARCH) build/image/base-$(ARCH).tar $$base; }; \
+		docker build --platform linux/$(ARCH) --build-arg BASE=$$base --build-arg TARGETARCH=$(ARCH) --tag $(IMAGE) --file Dockerfile build/image/bin; \
+		docker save --output $@ $(IMAGE)'
+
+image: programs build/image/flannel-$(ARCH).tar ## An image for Kubernetes, with Docker: IMAGE=name ARCH=arm64 BASE=image
+
+tools: programs build/bin/staticcheck $(ETCD) $(CNI) $(KUBE) build/bin/helm ## Install what checks and tests need
 
 programs:
 	@missing() { for p in $(PROGRAMS); do command -v "$${p%:*}" >/dev/null || echo -n " $$p"; done; }; \
@@ -68,8 +91,13 @@ build/bin/etcd: package = go.etcd.io/etcd/server/v3
 build/bin/etcdctl: package = go.etcd.io/etcd/etcdctl/v3
 build/cni/bridge build/cni/loopback: package = github.com/containernetworking/plugins/plugins/main/$(@F)
 build/cni/host-local: package = github.com/containernetworking/plugins/plugins/ipam/$(@F)
+build/cni/portmap: package = github.com/containernetworking/plugins/plugins/meta/$(@F)
 $(ETCD) $(CNI): test/go.mod
 	cd test && $(STATIC) -ldflags "-s -w" -o $(CURDIR)/$@ $(package)
+	@touch $@
+
+build/bin/helm: test/helm/go.mod
+	cd test/helm && $(STATIC) -ldflags "-s -w" -o $(CURDIR)/$@ helm.sh/helm/v4/cmd/helm
 	@touch $@
 
 # A real control plane; some minutes, once.
@@ -77,12 +105,25 @@ $(KUBE): test/kubernetes/go.mod
 	cd test/kubernetes && $(STATIC) -ldflags "-s -w" -o $(CURDIR)/$@ k8s.io/kubernetes/cmd/$(@F)
 	@touch $@
 
-check: build/bin/staticcheck ## Formatting, vet, staticcheck, go.mod; of both modules
+# The manifest is the chart with its default values.
+MANIFEST = { echo "\# The pod network, for kubectl apply. Made by make manifest from chart/flannel:"; \
+	echo "\# the same with other settings comes from helm template. Network is what"; \
+	echo "\# kube-controller-manager has as --cluster-cidr."; \
+	build/bin/helm template flannel chart/flannel --namespace kube-flannel --set createNamespace=true,restartOnChange=false | \
+	sed '/^\# Source: /d; /^$$/d'; }
+
+manifest: build/bin/helm ## Write Documentation/kube-flannel.yml anew, from the chart
+	$(MANIFEST) >$@.new
+	mv $@.new Documentation/kube-flannel.yml
+
+check: build/bin/staticcheck build/bin/helm ## Formatting, vet, staticcheck, go.mod; of both modules
 	@unformatted=$$(gofmt -l .); \
 	[ -z "$$unformatted" ] || { echo "run gofmt -w on:"; echo "$$unformatted"; exit 1; }
 	@for module in . test; do \
 		(cd $$module && set -x && go vet ./... && $(CURDIR)/build/bin/staticcheck ./... && go mod tidy -diff); \
 	done
+	build/bin/helm lint --quiet --strict chart/flannel
+	@diff -u Documentation/kube-flannel.yml <($(MANIFEST)) || { echo "the chart has changed: run make manifest"; exit 1; }
 
 test: check fuzz unit e2e ## Everything: check, fuzz, unit and end-to-end tests (root)
 
@@ -98,7 +139,7 @@ fuzz: ## Each fuzz target for FUZZTIME
 
 # Not from the test cache: it cannot know that the binaries have changed. One
 # package at a time: the machine is shared by a dozen nodes as it is.
-e2e: build programs $(ETCD) $(CNI) $(KUBE) ## End-to-end tests in the lab
+e2e: build programs $(ETCD) $(CNI) $(KUBE) image ## End-to-end tests in the lab
 	cd test && go test $(RACE) -count=1 -p=1 -timeout=30m $(TESTFLAGS) ./...
 
 demo: build programs $(ETCD) $(CNI) ## A cluster to look at: NODES=3 BACKEND=vxlan IPV6=1 NFTABLES=1 KEEP=1

@@ -18,11 +18,20 @@ var version = "unknown"
 const about = `flannel %s is a CNI plugin: the container runtime executes it, as a file in
 /etc/cni/net.d asks for "type": "flannel". To ask the plugin how it is:
   echo '{"cniVersion": "1.1.0", "name": "cbr0", "type": "flannel"}' |
-    CNI_COMMAND=STATUS CNI_PATH=/opt/cni/bin /opt/cni/bin/flannel`
+    CNI_COMMAND=STATUS CNI_PATH=/opt/cni/bin /opt/cni/bin/flannel
+To put it, and its configuration, where the runtime looks for them:
+  flannel install --help`
 
 func main() {
 	if len(os.Args) == 2 && (os.Args[1] == "--version" || os.Args[1] == "-version") {
 		fmt.Println(version)
+		return
+	}
+	if len(os.Args) > 1 && os.Args[1] == "install" { // no runtime gives arguments
+		if err := runInstall(os.Args[2:]); err != nil {
+			fmt.Fprintf(os.Stderr, "flannel install: %v\n", err)
+			os.Exit(1)
+		}
 		return
 	}
 	skel.PluginMainFuncs(skel.CNIFuncs{Add: add, Del: del, Check: check, Status: status, GC: collect},

@@ -555,6 +555,14 @@ func TestMissingPrograms(t *testing.T) {
 			t.Errorf("not removed:\n%s", rules)
 		}
 	})
+	t.Run("an image without plain iptables", func(t *testing.T) {
+		n := newNode(t, "legacy")
+		n.remove("iptables", "ip6tables")
+		n.apply(n.driver(nftMode), both)
+		if rules := n.sh("iptables-nft-save"); !strings.Contains(rules, "flanneld masq") {
+			t.Errorf("not in iptables-nft:\n%s", n.listing())
+		}
+	})
 	t.Run("nothing but iptables", func(t *testing.T) {
 		n := newNode(t, "legacy")
 		n.remove("nft", "*-legacy", "*-nft", "*-legacy-*", "*-nft-*")
@@ -566,7 +574,7 @@ func TestMissingPrograms(t *testing.T) {
 	})
 	t.Run("iptables-restore is missing", func(t *testing.T) {
 		n := newNode(t, "legacy")
-		n.remove("iptables-restore")
+		n.remove("iptables*-restore")
 		_, err := New(ctx, false)
 		mentions(t, err, "program iptables-restore", "package iptables")
 	})
@@ -601,6 +609,25 @@ func TestMissingPrograms(t *testing.T) {
 		mentions(t, d.Apply(ctx, both), "IPv6 rules", "no such family")
 		n.check(d, false)
 	})
+}
+
+// Rules go where kubelet has its own, whatever plain iptables is: in an image,
+// that is not the node's.
+func TestKubeletsVariant(t *testing.T) {
+	for _, variants := range [][2]string{{"nft", "legacy"}, {"legacy", "nft"}, {"nft", "nft"}, {"legacy", "legacy"}} {
+		n := newNode(t, variants[0])
+		for _, program := range []string{"iptables-", "ip6tables-"} {
+			n.sh(program + variants[1] + " -t mangle -N KUBE-IPTABLES-HINT")
+		}
+		d := n.driver(legacyMode)
+		n.apply(d, both)
+		n.check(d, true)
+		for _, program := range []string{"iptables-", "ip6tables-"} {
+			if rules := n.sh(program + variants[1] + "-save"); !strings.Contains(rules, "flanneld masq") {
+				t.Errorf("with plain %s and kubelet's %s:\n%s", variants[0], variants[1], n.listing())
+			}
+		}
+	}
 }
 
 func TestRandomFullyRefused(t *testing.T) {

@@ -37,21 +37,35 @@ type iptables struct {
 }
 
 // findIPTables returns the variants of iptables that are installed: first the
-// one that goes by the plain name, which is the one that the node uses, then
-// the other if it is there too. There is an error when there is no such first.
+// one that the node uses, then the other if it is there too. That is the one in
+// which kubelet has left its mark; without any, the one that goes by the plain
+// name, or else nft, the younger. There is an error when there is none.
 func findIPTables(ctx context.Context, f family) (found []store, missing error) {
-	var have []bool
-	for _, variant := range []string{"", "-legacy", "-nft"} {
+	var have []*iptables
+	for _, variant := range []string{"", "-nft", "-legacy"} {
 		ipt, err := newIPTables(ctx, f.iptables+variant)
 		switch {
 		case err != nil && variant == "":
 			missing = err
-		case err == nil && !slices.Contains(have, ipt.nft):
-			have = append(have, ipt.nft)
-			found = append(found, ipt)
+		case err == nil && !slices.ContainsFunc(have, func(o *iptables) bool { return o.nft == ipt.nft }):
+			have = append(have, ipt)
 		}
 	}
+	if len(have) == 2 && !have[0].marked(ctx) && have[1].marked(ctx) {
+		slices.Reverse(have)
+	}
+	for _, ipt := range have {
+		found, missing = append(found, ipt), nil
+	}
 	return found, missing
+}
+
+// marked tells whether kubelet uses this variant: it keeps a chain there for
+// programs in containers, whose iptables may differ from the node's (KEP-3178;
+// before 1.24, a chain that tells kubelet of flushes).
+func (ipt *iptables) marked(ctx context.Context) bool {
+	out, err := exec.CommandContext(ctx, ipt.save).Output()
+	return err == nil && (bytes.Contains(out, []byte("\n:KUBE-IPTABLES-HINT ")) || bytes.Contains(out, []byte("\n:KUBE-KUBELET-CANARY ")))
 }
 
 func newIPTables(ctx context.Context, name string) (*iptables, error) {

@@ -3,6 +3,8 @@
 package backend
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -16,12 +18,15 @@ import (
 
 // A Backend says what the kernel of this node must hold for pods' packets to
 // reach its peers. It is a value made from the configuration and the uplink:
-// where either changes, a new one is made. Its methods touch nothing.
+// where either changes, a new one is made. Its methods touch nothing, except
+// Attrs.
 type Backend interface {
 	// Attrs returns what peers must know of this node: the type and the data
 	// of its lease, without the addresses. previous is what the node
-	// published when it last ran, or zero: what peers know is best kept.
-	Attrs(previous subnet.Attrs) subnet.Attrs
+	// published last, maybe before a restart, or zero: what peers know is best
+	// kept. A backend may have to do something for it, and take its time; what
+	// fails is asked again.
+	Attrs(ctx context.Context, previous subnet.Attrs) (subnet.Attrs, error)
 
 	// Local returns what the node's own lease calls for: the device and its
 	// address.
@@ -34,6 +39,31 @@ type Backend interface {
 
 	// MTU returns the largest packet, in bytes, that pods may send.
 	MTU() int
+}
+
+// A Worker is a Backend that takes more than kernel state: it moves packets
+// itself, fills a cloud's route table, runs programs.
+type Worker interface {
+	Backend
+
+	// Work does so for one lease of this node's until ctx ends, and returns
+	// when all it started has ended. It is called again, with another lease or
+	// on another backend, only then. Peers come as subnet.Manager's Watch tells
+	// of them, a snapshot and then changes, merged while nobody reads; leases
+	// that cannot be a peer's, our own among them, are left out. Failures are
+	// Work's own to say and to retry; an error ends flanneld, and is for the
+	// operator.
+	Work(ctx context.Context, own subnet.Lease, peers <-chan subnet.Update) error
+}
+
+// Stopping is why (context.Cause) the context of a Worker ends when flanneld
+// does, rather than the lease or the configuration changing.
+var Stopping = errors.New("flanneld ends")
+
+// A Solitary backend needs no peers: nobody is asked for them.
+type Solitary interface {
+	Backend
+	Solitary()
 }
 
 // A Factory makes a backend. The errors it returns are for the operator:

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"sync"
@@ -64,11 +65,12 @@ type node struct {
 	kernel  *kernel.Reconciler
 	rules   *rules
 	tenant  *tenant
+	worker  *worker
+	leases  <-chan subnet.Update // nil: not asked for
 
-	cfg     *subnet.Config
-	uplink  iface.Uplink
-	backend backend.Backend // nil: no uplink yet
-	lease   *subnet.Lease   // nil: none yet
+	situation               // in force
+	target    situation     // the latest; in force when there is a lease for it
+	lease     *subnet.Lease // nil: none yet
 
 	peers  map[subnet.Subnets]subnet.Lease // all leases, our own too; nil: not known yet
 	warned map[subnet.Subnets]string       // what was last said of a peer
@@ -80,6 +82,13 @@ type node struct {
 	retry      *time.Timer
 	retrying   bool // retry is running
 	retryAfter time.Duration
+}
+
+// A situation is what a node's network is made from.
+type situation struct {
+	cfg     *subnet.Config
+	uplink  iface.Uplink
+	backend backend.Backend // nil: no uplink yet
 }
 
 // Run keeps the node's network until ctx ends, and leaves the data path in
@@ -108,8 +117,9 @@ func (n *node) run(ctx context.Context) error {
 	if n.cfg, err = n.Manager.Config(ctx); err != nil {
 		return err
 	}
+	n.target.cfg = n.cfg
 	klog.Infof("Network %s, backend %s", n.cfg.Networks(), n.cfg.BackendType)
-	n.warn()
+	warn(n.cfg)
 
 	n.health.waitFor("this node to be known")
 	if n.Uplink, err = n.Manager.Select(ctx, n.Uplink); err != nil {
@@ -124,12 +134,14 @@ func (n *node) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	leases := n.Manager.Watch(ctx)
-	n.rules = keepRules(ctx, &n.group, n.cfg.EnableNFTables, n.RulesResync)
-	n.tenant = newTenant(n.Manager, n.cfg)
-	defer n.tenant.leave()
+	n.rules = keepRules(ctx, &n.group, n.RulesResync)
+	n.tenant = newTenant(n.Manager)
+	defer func() { n.tenant.leave() }()
+	n.worker = newWorker()
+	defer func() { n.worker.leave(backend.Stopping) }()
 
-	err = n.lookAtUplink(ctx)
+	configs := n.Manager.Configs(ctx)
+	err = n.look(ctx, n.target.cfg)
 	compare := time.NewTicker(compareInterval)
 	defer compare.Stop()
 	for err == nil {
@@ -139,39 +151,45 @@ func (n *node) run(ctx context.Context) error {
 			return nil
 		case ev := <-n.kernel.Events():
 			n.handle(ev)
-		case u, ok := <-leases:
+		case u, ok := <-n.leases:
 			if !ok {
 				return nil // for ctx has ended
 			}
 			n.update(u)
 		case l := <-n.tenant.leases:
-			n.moveIn(l)
+			n.moveIn(ctx, l)
 		case err = <-n.tenant.failed:
+		case err = <-n.worker.failed:
 		case s := <-n.rules.states:
 			n.rulesSet = s
 		case _, ok := <-links:
 			if !ok {
 				return nil
 			}
-			err = n.lookAtUplink(ctx)
+			err = n.look(ctx, n.target.cfg)
+		case cfg, ok := <-configs:
+			if !ok {
+				return nil
+			}
+			err = n.look(ctx, cfg)
 		case <-n.retry.C:
 			n.retrying = false
 			n.kernel.Retry()
 		case <-compare.C:
 			n.kernel.Compare()
 			n.fileSet = false
-			err = n.lookAtUplink(ctx)
+			err = n.look(ctx, n.target.cfg)
 		}
 	}
 	return err
 }
 
-// warn logs the remarks on the configuration.
-func (n *node) warn() {
-	for _, w := range n.cfg.Warnings {
+// warn logs the remarks on a configuration.
+func warn(cfg *subnet.Config) {
+	for _, w := range cfg.Warnings {
 		klog.Warningf("Configuration: %s", w)
 	}
-	n.cfg.Warnings = nil
+	cfg.Warnings = nil
 }
 
 // handle takes the kernel's notifications, all there are by now.
@@ -186,15 +204,18 @@ func (n *node) handle(ev kernel.Event) {
 	}
 }
 
-// lookAtUplink finds out what the uplink is by now, and has the backend and
-// the lease follow. An error is one of the configuration.
-func (n *node) lookAtUplink(ctx context.Context) error {
+// look finds out what the uplink is by now, and has the backend and the lease
+// follow it, and the configuration, which may be a new one. What cannot work is
+// an error only while nothing else does.
+func (n *node) look(ctx context.Context, cfg *subnet.Config) error {
+	old := n.target
 	sel := n.Uplink
-	sel.Prefer = []netip.Addr{n.uplink.IPv4, n.uplink.IPv6}
-	uplink, err := iface.Find(sel, n.cfg.IPv4.Enabled(), n.cfg.IPv6.Enabled())
+	sel.Prefer = []netip.Addr{old.uplink.IPv4, old.uplink.IPv6}
+	uplink, err := iface.Find(sel, cfg.IPv4.Enabled(), cfg.IPv6.Enabled())
 	if err != nil {
+		n.target = situation{cfg: cfg, uplink: old.uplink} // which is not there yet
 		if n.backend != nil {
-			err = fmt.Errorf("staying with %s: %w", n.uplink.Name, err)
+			err = fmt.Errorf("staying with %s: %w", old.uplink.Name, err)
 		} else {
 			n.health.waitFor("an uplink: " + err.Error())
 		}
@@ -202,34 +223,51 @@ func (n *node) lookAtUplink(ctx context.Context) error {
 		return nil
 	}
 	n.say("Uplink", nil)
-	if n.backend != nil && uplink.Equal(n.uplink) {
+	if old.backend != nil && cfg == old.cfg && uplink.Equal(old.uplink) {
 		return nil
 	}
-	b, err := backend.New(n.cfg, uplink)
+	b, err := backend.New(cfg, uplink)
 	switch {
 	case err != nil && n.backend == nil:
 		return err
+	case err != nil && cfg != n.cfg:
+		n.say("Configuration", fmt.Errorf("the new one is refused, the old one stays in force: %w", err))
+		return nil
 	case err != nil:
-		n.say("Uplink", fmt.Errorf("%s cannot be used, staying with %s: %w", uplink, n.uplink, err))
+		n.say("Uplink", fmt.Errorf("%s cannot be used, staying with %s: %w", uplink, old.uplink, err))
 		return nil
 	}
-	klog.Infof("Uplink %s", uplink)
-	if n.backend == nil {
-		n.warn() // of the backend's keys, once
+	n.say("Configuration", nil)
+	if old.backend == nil || !uplink.Equal(old.uplink) {
+		klog.Infof("Uplink %s", uplink)
 	}
-	n.uplink, n.backend = uplink, b
-
-	self := subnet.Attrs{PublicIP: uplink.PublicIP, PublicIPv6: uplink.PublicIPv6}
-	if n.lease == nil {
+	warn(cfg) // of the backend's keys too, once
+	n.target = situation{cfg, uplink, b}
+	switch {
+	case n.lease == nil:
+		n.situation = n.target
+		n.askForPeers(ctx)
 		n.health.waitFor("a lease")
-		n.tenant.settle(ctx, subnet.Lease{Subnets: n.previous(), Attrs: self}, b.Attrs)
+		n.tenant.settle(ctx, n.target, n.previous())
 		return nil
+	case cfg == n.cfg: // with new devices and routes at once, whatever becomes of the lease
+		n.situation = n.target
+		n.program(ctx)
 	}
-	n.program() // with new devices and routes at once, whatever becomes of the lease
-	if attrs := addressed(b.Attrs(n.lease.Attrs), self); !attrs.Equal(n.lease.Attrs) {
-		n.tenant.settle(ctx, subnet.Lease{Subnets: n.lease.Subnets, Attrs: attrs}, nil)
-	}
+	n.tenant.settle(ctx, n.target, n.lease.Subnets)
 	return nil
+}
+
+// askForPeers has the manager watch leases, if the backend has peers at all.
+func (n *node) askForPeers(ctx context.Context) {
+	if n.leases != nil {
+		return
+	}
+	if _, alone := n.backend.(backend.Solitary); !alone {
+		n.leases, n.peers = n.Manager.Watch(ctx), nil
+	} else if n.peers == nil {
+		n.peers = map[subnet.Subnets]subnet.Lease{}
+	}
 }
 
 // previous returns the subnets that the subnet file names, if it is of this
@@ -246,17 +284,27 @@ func (n *node) previous() subnet.Subnets {
 	return subnet.Subnets{}
 }
 
-// moveIn takes up a lease.
-func (n *node) moveIn(l subnet.Lease) {
+// moveIn takes up a lease, and what it was acquired for.
+func (n *node) moveIn(ctx context.Context, t tenancy) {
+	if t.backend != n.target.backend {
+		return // there is a later one to come
+	}
+	l := t.Lease
+	if t.cfg != n.cfg {
+		klog.Infof("The configuration has changed: network %s, backend %s", t.cfg.Networks(), t.cfg.BackendType)
+		n.situation = t.situation
+		n.kernel.Networks = n.cfg.Networks().Each()
+		n.askForPeers(ctx)
+	}
 	if n.lease != nil && n.lease.Subnets != l.Subnets {
 		klog.Warningf("This node's subnet is %s from now on, no longer %s: pods that hold addresses of the old one must be restarted", l.Subnets, n.lease.Subnets)
 	} else if n.lease == nil {
 		klog.Infof("Subnet %s", l.Subnets)
 	}
 	n.lease = &l
-	n.program()
+	n.program(ctx)
 	n.fileSet, n.rulesSet = false, false
-	n.rules.set(n.wantedRules())
+	n.rules.set(n.wantedRules(), n.cfg.EnableNFTables)
 }
 
 // wantedRules returns the rules that the lease calls for.
@@ -268,8 +316,9 @@ func (n *node) wantedRules() firewall.Desired {
 	}
 }
 
-// program wants of the kernel what the lease and all of the peers call for.
-func (n *node) program() {
+// program wants of the kernel, and of the backend's worker, what the lease and
+// all of the peers call for.
+func (n *node) program(ctx context.Context) {
 	objects := n.backend.Local(*n.lease)
 	if n.Blackhole {
 		for _, s := range n.lease.Each() {
@@ -277,9 +326,26 @@ func (n *node) program() {
 		}
 	}
 	n.kernel.Set(nodeOwner, objects)
-	for _, l := range n.peers {
-		n.programPeer(l)
+	n.worker.begin(ctx, n.backend, *n.lease)
+	if n.peers != nil {
+		n.programPeers(subnet.Update{Snapshot: true, Leases: n.peers})
 	}
+}
+
+// programPeers passes on news of leases.
+func (n *node) programPeers(u subnet.Update) {
+	news := subnet.Update{Snapshot: u.Snapshot}
+	for s := range u.Gone {
+		news.Delete(s)
+	}
+	for s, l := range u.Leases {
+		if n.programPeer(l) {
+			news.Put(l)
+		} else {
+			news.Delete(s)
+		}
+	}
+	n.worker.tell(news)
 }
 
 // update takes news of leases.
@@ -297,11 +363,9 @@ func (n *node) update(u subnet.Update) {
 	for s := range u.Gone {
 		n.drop(s)
 	}
-	for s, l := range u.Leases {
-		n.peers[s] = l
-		if n.lease != nil {
-			n.programPeer(l)
-		}
+	maps.Copy(n.peers, u.Leases)
+	if n.lease != nil {
+		n.programPeers(u)
 	}
 }
 
@@ -312,12 +376,13 @@ func (n *node) drop(s subnet.Subnets) {
 }
 
 // programPeer wants of the kernel what a peer calls for: nothing, if it is no
-// peer.
-func (n *node) programPeer(l subnet.Lease) {
+// peer, and it tells whether it is.
+func (n *node) programPeer(l subnet.Lease) (is bool) {
 	var objects []kernel.Object
 	var err error
 	if l.Subnets != n.lease.Subnets {
 		if err = n.acceptable(l); err == nil {
+			is = true
 			objects, err = n.backend.Peer(*n.lease, l)
 		}
 	}
@@ -329,6 +394,7 @@ func (n *node) programPeer(l subnet.Lease) {
 		n.warned[l.Subnets] = err.Error()
 		klog.Warningf("Peer %s at %v: %v", l.Subnets, l.Attrs.PublicIPs(), err)
 	}
+	return is
 }
 
 // acceptable tells what keeps a lease from being a peer's.
@@ -423,10 +489,4 @@ func (n *node) say(duty string, err error) {
 		klog.Errorf("%s: %s", duty, text)
 	}
 	n.said[duty] = text
-}
-
-// addressed returns attrs with the addresses of self.
-func addressed(attrs, self subnet.Attrs) subnet.Attrs {
-	attrs.PublicIP, attrs.PublicIPv6 = self.PublicIP, self.PublicIPv6
-	return attrs
 }

@@ -55,12 +55,13 @@ type manager struct {
 	grants   chan subnet.Lease // what it answers
 	lost     chan struct{}
 	updates  chan subnet.Update
+	configs  chan *subnet.Config
 }
 
 func newManager(config string) *manager {
 	return &manager{
 		config: config, wants: make(chan subnet.Lease, 10), grants: make(chan subnet.Lease, 10),
-		lost: make(chan struct{}), updates: make(chan subnet.Update),
+		lost: make(chan struct{}), updates: make(chan subnet.Update), configs: make(chan *subnet.Config),
 	}
 }
 
@@ -75,6 +76,8 @@ func (m *manager) Config(context.Context) (*subnet.Config, error) {
 func (m *manager) Select(_ context.Context, sel iface.Selector) (iface.Selector, error) {
 	return sel, nil
 }
+
+func (m *manager) Configs(context.Context) <-chan *subnet.Config { return m.configs }
 
 func (m *manager) Ready() {}
 
@@ -409,7 +412,7 @@ func TestWaitsForUplink(t *testing.T) {
 func TestWhatCannotWork(t *testing.T) {
 	for _, c := range []struct{ config, want string }{
 		{`{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan", "VNI": -1}}`, "Backend vxlan: VNI -1 is not allowed: 1 to 16777215"},
-		{`{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlam"}}`, `Backend Type "vxlam" is not known: known are host-gw, vxlan`},
+		{`{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlam"}}`, `Backend Type "vxlam" is not known: known are alone, host-gw, toy, vxlan`},
 		{`{"Network": "10.5.0.0/33", "Backend": {"Type": "vxlan"}}`, `Network "10.5.0.0/33" is not an IPv4 network such as 10.5.0.0/16`},
 	} {
 		d := begin(t, newManager(c.config), nil)

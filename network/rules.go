@@ -13,36 +13,38 @@ import (
 // rules keeps the node's firewall rules, in a goroutine of its own: the
 // programs that set them may wait long for a lock.
 type rules struct {
-	wants  chan firewall.Desired // the latest only
-	states chan bool             // whether the latest are in place
+	wants  chan wish // the latest only
+	states chan bool // whether the latest are in place
 }
 
-func keepRules(ctx context.Context, group *sync.WaitGroup, nftables bool, resync time.Duration) *rules {
-	r := &rules{make(chan firewall.Desired, 1), make(chan bool)}
-	group.Go(func() { r.keep(ctx, nftables, resync) })
+// A wish is for rules, and where they are kept.
+type wish struct {
+	firewall.Desired
+	nftables bool // or else iptables
+}
+
+func keepRules(ctx context.Context, group *sync.WaitGroup, resync time.Duration) *rules {
+	r := &rules{make(chan wish, 1), make(chan bool)}
+	group.Go(func() { r.keep(ctx, resync) })
 	return r
 }
 
 // set makes these the rules to keep.
-func (r *rules) set(want firewall.Desired) {
+func (r *rules) set(want firewall.Desired, nftables bool) {
 	select {
 	case <-r.wants: // not even seen yet
 	default:
 	}
-	r.wants <- want
+	r.wants <- wish{want, nftables}
 }
 
-func (r *rules) keep(ctx context.Context, nftables bool, resync time.Duration) {
-	var want firewall.Desired
+func (r *rules) keep(ctx context.Context, resync time.Duration) {
+	var want wish
 	select {
 	case want = <-r.wants:
+		want.warn()
 	case <-ctx.Done():
 		return
-	}
-	if !nftables {
-		if err := firewall.BridgeNetfilter(); err != nil {
-			klog.Warning(err)
-		}
 	}
 	var driver *firewall.Driver
 	said, set, told := "", false, false
@@ -54,11 +56,15 @@ func (r *rules) keep(ctx context.Context, nftables bool, resync time.Duration) {
 		select {
 		case <-ctx.Done():
 			return
-		case want = <-r.wants:
-			changed = true
+		case latest := <-r.wants:
+			if latest.nftables != want.nftables {
+				latest.warn()
+				driver = nil // the new one removes what the old one made
+			}
+			want, changed = latest, true
 		case <-next.C:
 		}
-		err := r.look(ctx, &driver, nftables, want, set && !changed)
+		err := r.look(ctx, &driver, want, set && !changed)
 		set = err == nil
 		switch {
 		case ctx.Err() != nil:
@@ -90,9 +96,9 @@ func (r *rules) keep(ctx context.Context, nftables bool, resync time.Duration) {
 }
 
 // look sets the rules, unless they are said to be set already and still are.
-func (r *rules) look(ctx context.Context, driver **firewall.Driver, nftables bool, want firewall.Desired, set bool) error {
+func (r *rules) look(ctx context.Context, driver **firewall.Driver, want wish, set bool) error {
 	if *driver == nil {
-		d, err := firewall.New(ctx, nftables)
+		d, err := firewall.New(ctx, want.nftables)
 		if err != nil {
 			if want.IPv4.IsZero() && want.IPv6.IsZero() {
 				klog.V(1).Infof("No rules are wanted, and none can be there: %v", err)
@@ -109,5 +115,15 @@ func (r *rules) look(ctx context.Context, driver **firewall.Driver, nftables boo
 		}
 		klog.Warningf("Rules: somebody changed ours in %s: setting them again", *driver)
 	}
-	return (*driver).Apply(ctx, want)
+	return (*driver).Apply(ctx, want.Desired)
+}
+
+// warn says what keeps the rules from having an effect.
+func (w wish) warn() {
+	if w.nftables {
+		return
+	}
+	if err := firewall.BridgeNetfilter(); err != nil {
+		klog.Warning(err)
+	}
 }

@@ -3,6 +3,9 @@ package network
 import (
 	"context"
 	"errors"
+	"time"
+
+	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/subnet"
 )
@@ -11,25 +14,30 @@ import (
 // the store may be away for long, and the kernel must be looked after all the
 // while.
 type tenant struct {
-	leases chan subnet.Lease // each one acquired
-	failed chan error        // what no waiting can mend
+	leases chan tenancy // each one acquired
+	failed chan error   // what no waiting can mend
 
 	manager subnet.Manager
-	cfg     *subnet.Config
 	leave   func() // ends the goroutine and waits for it
+
+	// Of the goroutine alone.
+	held *subnet.Lease  // nil: none
+	cfg  *subnet.Config // that it was acquired from
 }
 
-func newTenant(m subnet.Manager, cfg *subnet.Config) *tenant {
-	return &tenant{
-		leases: make(chan subnet.Lease), failed: make(chan error),
-		manager: m, cfg: cfg, leave: func() {},
-	}
+// A tenancy is a lease and what it was acquired for.
+type tenancy struct {
+	subnet.Lease
+	situation
 }
 
-// settle has the lease wanted acquired and kept, in place of any before. With
-// a furnish function, the tenant first asks what the node published when it
-// last ran, for want.Attrs to be furnished from.
-func (t *tenant) settle(ctx context.Context, want subnet.Lease, furnish func(previous subnet.Attrs) subnet.Attrs) {
+func newTenant(m subnet.Manager) *tenant {
+	return &tenant{leases: make(chan tenancy), failed: make(chan error), manager: m, leave: func() {}}
+}
+
+// settle has a lease for s acquired and kept, in place of any before: with
+// these subnets, if possible.
+func (t *tenant) settle(ctx context.Context, s situation, subnets subnet.Subnets) {
 	ctx, cancel := context.WithCancel(ctx)
 	before, done := t.leave, make(chan struct{})
 	t.leave = func() {
@@ -39,7 +47,7 @@ func (t *tenant) settle(ctx context.Context, want subnet.Lease, furnish func(pre
 	go func() {
 		defer close(done)
 		before()
-		if err := t.live(ctx, want, furnish); err != nil && ctx.Err() == nil {
+		if err := t.live(ctx, s, subnets); err != nil && ctx.Err() == nil {
 			select {
 			case t.failed <- err:
 			case <-ctx.Done():
@@ -48,27 +56,60 @@ func (t *tenant) settle(ctx context.Context, want subnet.Lease, furnish func(pre
 	}()
 }
 
-func (t *tenant) live(ctx context.Context, want subnet.Lease, furnish func(subnet.Attrs) subnet.Attrs) error {
-	if furnish != nil {
-		previous, err := t.manager.Previous(ctx, want.Attrs)
-		if err != nil {
-			return err
-		}
-		want.Attrs = addressed(furnish(previous), want.Attrs)
+func (t *tenant) live(ctx context.Context, s situation, subnets subnet.Subnets) error {
+	attrs, err := t.furnish(ctx, s)
+	if err != nil {
+		return err
 	}
-	for {
-		lease, err := t.manager.Acquire(ctx, t.cfg, want)
-		if err != nil {
-			return err
+	if t.held != nil && (t.cfg != s.cfg || !t.held.Attrs.Equal(attrs)) {
+		t.held = nil // as it is
+	}
+	for t.cfg = s.cfg; ; {
+		if t.held == nil {
+			lease, err := t.manager.Acquire(ctx, s.cfg, subnet.Lease{Subnets: subnets, Attrs: attrs})
+			if err != nil {
+				return err
+			}
+			t.held = &lease
 		}
 		select {
-		case t.leases <- lease:
+		case t.leases <- tenancy{*t.held, s}:
 		case <-ctx.Done():
 			return nil
 		}
-		if err := t.manager.Keep(ctx, lease); !errors.Is(err, subnet.ErrLost) {
+		if err := t.manager.Keep(ctx, *t.held); !errors.Is(err, subnet.ErrLost) {
 			return err
 		}
-		want.Subnets = lease.Subnets // in case it is free again
+		subnets, t.held = t.held.Subnets, nil // in case they are free again
+	}
+}
+
+// furnish returns what the node is to publish: its addresses, and what the
+// backend makes of what it published before.
+func (t *tenant) furnish(ctx context.Context, s situation) (subnet.Attrs, error) {
+	self := subnet.Attrs{PublicIP: s.uplink.PublicIP, PublicIPv6: s.uplink.PublicIPv6}
+	var previous subnet.Attrs
+	var err error
+	if t.held != nil {
+		previous = t.held.Attrs
+	} else if previous, err = t.manager.Previous(ctx, self); err != nil {
+		return self, err
+	}
+	said := ""
+	for after := retryFirst; ; after = min(2*after, retryMax) {
+		attrs, err := s.backend.Attrs(ctx, previous)
+		if err == nil {
+			attrs.PublicIP, attrs.PublicIPv6 = self.PublicIP, self.PublicIPv6
+			return attrs, nil
+		}
+		if ctx.Err() == nil && err.Error() != said {
+			said = err.Error()
+			klog.Errorf("Waiting for what this node is to publish: %v", err)
+		}
+		select {
+		case <-ctx.Done():
+			return self, ctx.Err()
+		case <-time.After(after):
+		}
 	}
 }

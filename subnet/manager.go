@@ -15,6 +15,11 @@ type Manager interface {
 	// One that is there but cannot work is an error.
 	Config(ctx context.Context) (*Config, error)
 
+	// Configs tells of each configuration that takes the place of the one that
+	// Config returned. One that cannot work is said, and not told. The channel
+	// is closed when ctx ends; a nil one never tells anything.
+	Configs(ctx context.Context) <-chan *Config
+
 	// Select returns the selector with what the store says of this node's
 	// uplink, waiting until it says so.
 	Select(ctx context.Context, sel iface.Selector) (iface.Selector, error)

@@ -4,6 +4,7 @@ package backendtest
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"flag"
 	"fmt"
@@ -103,7 +104,11 @@ func answer(scenario string) (string, error) {
 		fmt.Fprintf(&out, "error: %v\n", err)
 		return out.String(), nil
 	}
-	published, err := json.Marshal(b.Attrs(own.Attrs))
+	attrs, err := b.Attrs(context.Background(), own.Attrs)
+	if err != nil {
+		return "", err
+	}
+	published, err := json.Marshal(attrs)
 	if err != nil {
 		return "", err
 	}

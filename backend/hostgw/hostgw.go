@@ -3,6 +3,7 @@
 package hostgw
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -39,7 +40,9 @@ func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
 
 func (h *hostgw) MTU() int { return h.uplink.MTU }
 
-func (h *hostgw) Attrs(subnet.Attrs) subnet.Attrs { return subnet.Attrs{BackendType: Type} }
+func (h *hostgw) Attrs(context.Context, subnet.Attrs) (subnet.Attrs, error) {
+	return subnet.Attrs{BackendType: Type}, nil
+}
 
 func (h *hostgw) Local(subnet.Lease) []kernel.Object { return nil }
 

@@ -4,6 +4,7 @@
 package vxlan
 
 import (
+	"context"
 	"crypto/rand"
 	"encoding/json"
 	"errors"
@@ -101,7 +102,7 @@ func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
 
 func (v *vxlan) MTU() int { return v.mtu }
 
-func (v *vxlan) Attrs(previous subnet.Attrs) subnet.Attrs {
+func (v *vxlan) Attrs(_ context.Context, previous subnet.Attrs) (subnet.Attrs, error) {
 	attrs := subnet.Attrs{BackendType: Type}
 	if v.vteps[0].dev != "" {
 		attrs.BackendData = v.data(previous.BackendData)
@@ -109,7 +110,7 @@ func (v *vxlan) Attrs(previous subnet.Attrs) subnet.Attrs {
 	if v.vteps[1].dev != "" {
 		attrs.BackendV6Data = v.data(previous.BackendV6Data)
 	}
-	return attrs
+	return attrs, nil
 }
 
 // data returns what to publish of a VTEP. It keeps the MAC that peers know, if

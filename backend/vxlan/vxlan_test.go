@@ -3,6 +3,7 @@ package vxlan
 import (
 	"testing"
 
+	"github.com/flanneld/flanneld/backend"
 	"github.com/flanneld/flanneld/backend/backendtest"
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/kernel"
@@ -23,7 +24,7 @@ func TestMAC(t *testing.T) {
 	}
 	seen := map[kernel.MAC]bool{}
 	for range 50 {
-		a := b.Attrs(subnet.Attrs{})
+		a := attrs(t, b, subnet.Attrs{})
 		for _, text := range [][]byte{a.BackendData, a.BackendV6Data} {
 			d, err := parse(text)
 			if err != nil {
@@ -34,11 +35,20 @@ func TestMAC(t *testing.T) {
 			}
 			seen[d.VtepMAC] = true
 		}
-		if again := b.Attrs(a); !again.Equal(a) {
+		if again := attrs(t, b, a); !again.Equal(a) {
 			t.Errorf("%s became %s", a.BackendData, again.BackendData)
 		}
 	}
 	if len(seen) != 100 {
 		t.Errorf("%d different MACs in 100", len(seen))
 	}
+}
+
+func attrs(t *testing.T, b backend.Backend, previous subnet.Attrs) subnet.Attrs {
+	t.Helper()
+	a, err := b.Attrs(t.Context(), previous)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return a
 }

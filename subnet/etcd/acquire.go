@@ -70,7 +70,7 @@ func (m *Manager) Acquire(ctx context.Context, cfg *subnet.Config, want subnet.L
 		default:
 			if !full {
 				full = true
-				klog.Errorf("No subnet is free: %s. Delete the leases of nodes that are no more (etcdctl get --prefix %s; etcdctl del KEY), or enlarge the network in %s and restart. Waiting for a lease to go",
+				klog.Errorf("No subnet is free: %s. Delete the leases of nodes that are no more (etcdctl get --prefix %s; etcdctl del KEY), or enlarge the network in %s. Waiting for a lease to go",
 					fullness(cfg, len(records)), m.subnetsPrefix(), m.configKey())
 			}
 			if err := m.await(ctx, at, []string{m.subnetsPrefix()}, clientv3.WithPrefix(), clientv3.WithFilterPut()); err != nil {

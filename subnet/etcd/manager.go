@@ -16,6 +16,7 @@
 package etcd
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -82,6 +83,8 @@ type Manager struct {
 	pulse  sync.WaitGroup
 
 	outage outage
+
+	configured []byte // what Config read
 
 	mu     sync.Mutex
 	client *clientv3.Client // nil as long as nobody needed it
@@ -154,17 +157,11 @@ func (m *Manager) nodeKey(ip netip.Addr) string {
 // Config implements subnet.Manager.
 func (m *Manager) Config(ctx context.Context) (*subnet.Config, error) {
 	for said := false; ; said = true {
-		var found *clientv3.GetResponse
-		at, err := m.do(ctx, "read the network's configuration", func(ctx context.Context, c *clientv3.Client) (h *pb.ResponseHeader, err error) {
-			if found, err = c.Get(ctx, m.configKey()); err != nil {
-				return nil, err
-			}
-			return found.Header, nil
-		})
+		text, at, err := m.readConfig(ctx)
 		if err != nil {
 			return nil, err
 		}
-		if len(found.Kvs) == 0 {
+		if text == nil {
 			if !said {
 				klog.Warningf(`The network is not configured: etcd has no key %s. Waiting for it, for example: etcdctl put %s '{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan"}}'`,
 					m.configKey(), m.configKey())
@@ -174,15 +171,70 @@ func (m *Manager) Config(ctx context.Context) (*subnet.Config, error) {
 			}
 			continue
 		}
-		cfg, err := subnet.ParseConfig(found.Kvs[0].Value)
-		if err == nil {
-			err = cfg.Divide()
-		}
-		if err != nil {
-			return nil, fmt.Errorf("etcd key %s: %w", m.configKey(), err)
-		}
-		return cfg, nil
+		m.configured = text
+		return m.parseConfig(text)
 	}
+}
+
+// Configs implements subnet.Manager.
+func (m *Manager) Configs(ctx context.Context) <-chan *subnet.Config {
+	out := make(chan *subnet.Config)
+	known := m.configured
+	go func() {
+		defer close(out)
+		for {
+			text, at, err := m.readConfig(ctx)
+			if err != nil {
+				return
+			}
+			if !bytes.Equal(text, known) {
+				known = text
+				switch cfg, err := m.parseConfig(text); {
+				case text == nil:
+					klog.Warningf("etcd key %s is gone: its configuration stays in force here, but nodes that start will wait for it", m.configKey())
+				case err != nil:
+					klog.Errorf("The new configuration is refused, the old one stays in force: %v", err)
+				default:
+					select {
+					case out <- cfg:
+					case <-ctx.Done():
+						return
+					}
+				}
+			}
+			if m.await(ctx, at, []string{m.configKey()}) != nil {
+				return
+			}
+		}
+	}()
+	return out
+}
+
+// readConfig returns the configuration as it is in etcd: nil where there is
+// none.
+func (m *Manager) readConfig(ctx context.Context) ([]byte, moment, error) {
+	var found *clientv3.GetResponse
+	at, err := m.do(ctx, "read the network's configuration", func(ctx context.Context, c *clientv3.Client) (h *pb.ResponseHeader, err error) {
+		if found, err = c.Get(ctx, m.configKey()); err != nil {
+			return nil, err
+		}
+		return found.Header, nil
+	})
+	if err != nil || len(found.Kvs) == 0 {
+		return nil, at, err
+	}
+	return append([]byte{}, found.Kvs[0].Value...), at, nil // nil is for no key
+}
+
+func (m *Manager) parseConfig(text []byte) (*subnet.Config, error) {
+	cfg, err := subnet.ParseConfig(text)
+	if err == nil {
+		err = cfg.Divide()
+	}
+	if err != nil {
+		return nil, fmt.Errorf("etcd key %s: %w", m.configKey(), err)
+	}
+	return cfg, nil
 }
 
 // Select implements subnet.Manager. etcd knows nothing of uplinks.

@@ -125,6 +125,9 @@ func (m *Manager) Config(context.Context) (*subnet.Config, error) {
 	return cfg, nil
 }
 
+// Configs implements subnet.Manager: what the file says is read once.
+func (m *Manager) Configs(context.Context) <-chan *subnet.Config { return nil }
+
 // Select implements subnet.Manager: the Node may say what peers are to use.
 func (m *Manager) Select(ctx context.Context, sel iface.Selector) (iface.Selector, error) {
 	own, _, err := m.await(ctx, func(*ownNode) string { return "" })

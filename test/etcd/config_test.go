@@ -44,6 +44,33 @@ func TestConfigThatCannotWork(t *testing.T) {
 	}
 }
 
+func TestConfigChanges(t *testing.T) {
+	s := newSite(t)
+	m := s.manager("a")
+	s.put("config", small)
+	if _, err := m.Config(s.ctx()); err != nil {
+		t.Fatal(err)
+	}
+	s.put("config", `{"Network": "10.5.0.0/16", "Backend": {"Type": "host-gw"}}`) // before anybody asks
+	configs := m.Configs(s.t.Context())
+	if got := receive(t, configs); got.BackendType != "host-gw" {
+		t.Errorf("got %+v", got)
+	}
+	for value, said := range map[string]string{
+		`{"Network": "10.5.0.0/29"}`: "The new configuration is refused, the old one stays in force: etcd key " + s.prefix + "/config: Network 10.5.0.0/29 is too small",
+		"":                           "refused",
+	} {
+		s.put("config", value)
+		log.await(t, 1, s.prefix+"/config", said)
+	}
+	s.delete("config")
+	log.await(t, 1, s.prefix+"/config is gone")
+	s.put("config", `{"Network": "10.6.0.0/16"}`)
+	if got := receive(t, configs); got.IPv4.Network.String() != "10.6.0.0/16" {
+		t.Errorf("got %+v", got)
+	}
+}
+
 func TestEtcdIsWaitedFor(t *testing.T) {
 	s := newOwnSite(t)
 	socket := filepath.Join(t.TempDir(), "etcd")

@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"strings"
 	"time"
@@ -16,12 +17,14 @@ import (
 	"google.golang.org/grpc"
 	grpcbackoff "google.golang.org/grpc/backoff"
 	"k8s.io/klog/v2"
+
+	"github.com/flanneld/flanneld/pkg/iface"
 )
 
 type clientConfig = clientv3.Config
 
 // newClientConfig turns the options into the client's, and checks the files.
-func newClientConfig(o Options) (clientConfig, error) {
+func newClientConfig(o Options, dialer *iface.Dialer) (clientConfig, error) {
 	if len(o.Endpoints) == 0 {
 		return clientConfig{}, errors.New("--etcd-endpoints is empty: give at least one, such as http://127.0.0.1:2379")
 	}
@@ -67,6 +70,7 @@ func newClientConfig(o Options) (clientConfig, error) {
 				MinConnectTimeout: 5 * time.Second,
 			}),
 			grpc.WithChainUnaryInterceptor(failFast),
+			grpc.WithContextDialer(dial(dialer)),
 		},
 	}, nil
 }
@@ -76,6 +80,17 @@ func newClientConfig(o Options) (clientConfig, error) {
 // then says no more than that.
 func failFast(ctx context.Context, method string, req, reply any, conn *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 	return invoke(ctx, method, req, reply, conn, append(opts, grpc.WaitForReady(false))...)
+}
+
+// dial connects in the way that gRPC wants it: to "host:port", or to a socket's
+// path behind "unix://".
+func dial(d *iface.Dialer) func(context.Context, string) (net.Conn, error) {
+	return func(ctx context.Context, target string) (net.Conn, error) {
+		if path, ok := strings.CutPrefix(target, "unix://"); ok {
+			return d.DialContext(ctx, "unix", path)
+		}
+		return d.DialContext(ctx, "tcp", target)
+	}
 }
 
 // newTLSConfig returns nil where there is nothing to configure.

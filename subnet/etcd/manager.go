@@ -107,22 +107,30 @@ func New(ctx context.Context, o Options) (*Manager, error) {
 	if o.Identity == "" {
 		return nil, errors.New("etcd: this machine has no identity")
 	}
-	config, err := newClientConfig(o)
-	if err != nil {
-		return nil, err
-	}
 	hostname, err := os.Hostname()
 	if err != nil {
 		return nil, fmt.Errorf("the name of this machine: %w", err)
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	dialer, err := iface.NewDialer(ctx)
+	if err != nil {
+		cancel()
+		return nil, err
+	}
+	config, err := newClientConfig(o, dialer)
+	if err != nil {
+		cancel()
+		return nil, err
 	}
 	m := &Manager{
 		options:  o,
 		config:   config,
 		hostname: hostname,
+		ctx:      ctx,
+		cancel:   cancel,
 		latest:   moment{replaced: make(chan struct{})},
 		warned:   map[string]int64{},
 	}
-	m.ctx, m.cancel = context.WithCancel(ctx)
 	m.pulse.Go(m.beat)
 	return m, nil
 }

@@ -33,7 +33,7 @@ ETCD := build/bin/etcd build/bin/etcdctl
 CNI := $(addprefix build/cni/,bridge host-local loopback portmap)
 KUBE := $(addprefix build/kube/,kube-apiserver kube-controller-manager kube-scheduler kube-proxy kubelet kubectl)
 
-.PHONY: help build image manifest tools programs check test unit fuzz e2e demo demo-down clean FORCE
+.PHONY: help build image manifest tools programs check test unit fuzz e2e bench bench-kube demo demo-kube demo-down clean FORCE
 .NOTPARALLEL: # the go tool uses all processors itself
 
 help: ## List the targets
@@ -100,9 +100,10 @@ build/bin/helm: test/helm/go.mod
 	cd test/helm && $(STATIC) -ldflags "-s -w" -o $(CURDIR)/$@ helm.sh/helm/v4/cmd/helm
 	@touch $@
 
-# A real control plane; some minutes, once.
+# A real control plane and node; some minutes, once. They ask for their version.
 $(KUBE): test/kubernetes/go.mod
-	cd test/kubernetes && $(STATIC) -ldflags "-s -w" -o $(CURDIR)/$@ k8s.io/kubernetes/cmd/$(@F)
+	cd test/kubernetes && version=$$(awk '$$1 == "k8s.io/kubernetes" { print $$2 }' go.mod) && \
+	$(STATIC) -ldflags "-s -w -X k8s.io/component-base/version.gitVersion=$$version" -o $(CURDIR)/$@ k8s.io/kubernetes/cmd/$(@F)
 	@touch $@
 
 # The manifest is the chart with its default values.
@@ -139,11 +140,20 @@ fuzz: ## Each fuzz target for FUZZTIME
 
 # Not from the test cache: it cannot know that the binaries have changed. One
 # package at a time: the machine is shared by a dozen nodes as it is.
-e2e: build programs $(ETCD) $(CNI) $(KUBE) image ## End-to-end tests in the lab
+e2e: build programs $(ETCD) $(CNI) $(KUBE) build/bin/helm image ## End-to-end tests in the lab
 	cd test && go test $(RACE) -count=1 -p=1 -timeout=30m $(TESTFLAGS) ./...
 
 demo: build programs $(ETCD) $(CNI) ## A cluster to look at: NODES=3 BACKEND=vxlan IPV6=1 NFTABLES=1 KEEP=1
 	@cd test && go run ./cmd/demo
+
+bench: build programs $(ETCD) ## One node among up to 20000, beside what ip and bridge need
+	@cd test && go run ./cmd/bench
+
+bench-kube: build programs $(ETCD) $(KUBE) ## One node among 5000 of Kubernetes
+	@cd test && go run ./cmd/bench-kube
+
+demo-kube: build programs $(ETCD) $(CNI) $(KUBE) image ## A Kubernetes cluster to look at: NODES=2 NFTABLES=1 KEEP=1
+	@cd test && go run ./cmd/demo -kube
 
 demo-down: ## Take down what demo left with KEEP=1
 	@cd test && go run ./cmd/demo -down

@@ -32,9 +32,10 @@ const settle = 100 * time.Millisecond
 type installer struct {
 	program string // this executable
 	binDir  string // it goes here, as "flannel"
-	conf    string // the configuration: a list of plugins, as text
+	conf    string // the configuration, a list of plugins; "": none
 	confDir string // it goes here
 	name    string // as this
+	after   string // but not before this file is there; "": at once
 
 	said string // the last remarks
 }
@@ -46,9 +47,10 @@ func runInstall(args []string) error {
 	flags := pflag.NewFlagSet("flannel install", pflag.ContinueOnError)
 	flags.SortFlags = false
 	flags.StringVar(&in.binDir, "bin-dir", "/opt/cni/bin", "the directory of CNI plugins that gets this program")
-	flags.StringVar(&in.conf, "conf", "/etc/kube-flannel/cni-conf.json", "the network's configuration, a conflist")
+	flags.StringVar(&in.conf, "conf", "/etc/kube-flannel/cni-conf.json", "the network's configuration, a conflist; empty: install the program alone")
 	flags.StringVar(&in.confDir, "conf-dir", "/etc/cni/net.d", "the directory that gets the configuration")
 	flags.StringVar(&in.name, "conf-name", "10-flannel.conflist", "its name there")
+	flags.StringVar(&in.after, "after", "", "install the configuration, which makes a node ready for pods, only once this file is there; such as /run/flannel/subnet.env, with --keep")
 	flags.BoolVar(&keep, "keep", false, "stay, and put back what is removed or changed")
 	flags.Usage = func() {
 		fmt.Fprintf(os.Stderr, "flannel install puts the plugin and its configuration where the container runtime finds them.\n\n%s", flags.FlagUsages())
@@ -65,6 +67,9 @@ func runInstall(args []string) error {
 		return fmt.Errorf("--conf-name %q is not allowed: want a file name that ends in .conflist, without a directory", in.name)
 	}
 	if !keep {
+		if in.after != "" {
+			return errors.New("--after needs --keep: nobody would look for the file later")
+		}
 		return in.install()
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
@@ -75,16 +80,20 @@ func runInstall(args []string) error {
 // install writes what is not there yet, or differs. Each file is whole at any
 // moment, and the program is there before the configuration that names it.
 func (in *installer) install() error {
-	conf, err := os.ReadFile(in.conf)
-	if err != nil {
-		return fmt.Errorf("--conf: %w (in a pod, the ConfigMap kube-flannel-cfg has it)", err)
-	}
-	list, err := libcni.NetworkConfFromBytes(conf)
-	if err == nil && len(list.Plugins) == 0 {
-		err = errors.New(`plugins: want a list that begins with {"type": "flannel"}`)
-	}
-	if err != nil {
-		return fmt.Errorf("--conf %s: %w", in.conf, err)
+	var conf []byte
+	var list *libcni.NetworkConfigList
+	if in.conf != "" {
+		var err error
+		if conf, err = os.ReadFile(in.conf); err != nil {
+			return fmt.Errorf("--conf: %w (in a pod, the ConfigMap kube-flannel-cfg has it)", err)
+		}
+		list, err = libcni.NetworkConfFromBytes(conf)
+		if err == nil && len(list.Plugins) == 0 {
+			err = errors.New(`plugins: want a list that begins with {"type": "flannel"}`)
+		}
+		if err != nil {
+			return fmt.Errorf("--conf %s: %w", in.conf, err)
+		}
 	}
 	program, err := os.Open(in.program)
 	if err != nil {
@@ -94,10 +103,16 @@ func (in *installer) install() error {
 	if err := put(filepath.Join(in.binDir, "flannel"), program, 0o755); err != nil {
 		return fmt.Errorf("--bin-dir: %w", err)
 	}
-	if err := put(filepath.Join(in.confDir, in.name), bytes.NewReader(conf), 0o644); err != nil {
+	if in.conf == "" {
+		return nil
+	}
+	var remarks []string
+	if _, err := os.Stat(in.after); in.after != "" && err != nil {
+		remarks = append(remarks, fmt.Sprintf("Waiting for %s, which flanneld writes, before pods may start here", in.after))
+	} else if err := put(filepath.Join(in.confDir, in.name), bytes.NewReader(conf), 0o644); err != nil {
 		return fmt.Errorf("--conf-dir: %w", err)
 	}
-	remarks := append(in.missing(list), in.rivals()...)
+	remarks = slices.Concat(remarks, in.missing(list), in.rivals())
 	if said := strings.Join(remarks, "\n"); said != in.said {
 		in.said = said
 		for _, r := range remarks {
@@ -116,7 +131,12 @@ func (in *installer) keep(ctx context.Context) error {
 		return err
 	}
 	defer w.Close()
-	dirs := []string{filepath.Clean(in.binDir), filepath.Clean(in.confDir), filepath.Dir(in.conf)}
+	dirs := []string{filepath.Clean(in.binDir), filepath.Clean(in.confDir)}
+	for _, file := range []string{in.conf, in.after} {
+		if file != "" {
+			dirs = append(dirs, filepath.Dir(file))
+		}
+	}
 	for _, dir := range dirs {
 		if err := w.Add(dir); err != nil {
 			return fmt.Errorf("watching %s: %w", dir, err)

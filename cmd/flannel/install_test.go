@@ -121,7 +121,7 @@ func TestInstallRefuses(t *testing.T) {
 	if _, err := os.Stat(filepath.Join(in.binDir, "flannel")); err == nil {
 		t.Error("the program was installed without a configuration for it")
 	}
-	for _, args := range [][]string{{"--conf-name=x.txt"}, {"--conf-name=a/b.conf"}, {"now"}, {"--unknown"}} {
+	for _, args := range [][]string{{"--conf-name=x.txt"}, {"--conf-name=a/b.conf"}, {"now"}, {"--unknown"}, {"--after=x"}} {
 		if err := runInstall(args); err == nil {
 			t.Errorf("%v is accepted", args)
 		}
@@ -167,6 +167,51 @@ func TestKeep(t *testing.T) {
 	cancel()
 	if err := <-done; err != nil {
 		t.Error(err)
+	}
+}
+
+// The configuration makes a node ready for pods, and so waits for flanneld.
+func TestKeepAfter(t *testing.T) {
+	out := logged(t)
+	in := newInstaller(t)
+	run := filepath.Join(filepath.Dir(in.binDir), "run")
+	if err := os.Mkdir(run, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	in.after = filepath.Join(run, "subnet.env")
+	if err := in.install(); err != nil {
+		t.Fatal(err)
+	}
+	if files, _ := os.ReadDir(in.confDir); len(files) > 0 || !strings.Contains(out.String(), "Waiting for "+in.after) {
+		t.Errorf("before flanneld is ready there is %v, and it says\n%s", files, out)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- in.keep(ctx) }()
+	write(t, in.after, "", 0o644)
+	for end := time.Now().Add(time.Minute); in.installed() != nil; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal(in.installed())
+		}
+	}
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
+func TestInstallProgramAlone(t *testing.T) {
+	logged(t)
+	in := newInstaller(t)
+	in.conf = ""
+	if err := in.install(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(filepath.Join(in.binDir, "flannel")); err != nil {
+		t.Error(err)
+	}
+	if files, _ := os.ReadDir(in.confDir); len(files) > 0 {
+		t.Errorf("there is %v", files)
 	}
 }
 

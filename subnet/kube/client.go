@@ -10,14 +10,19 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"net/url"
 	"slices"
 	"strings"
+	"syscall"
+	"time"
 
+	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protowire"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
+	"k8s.io/client-go/transport"
 )
 
 const (
@@ -34,7 +39,21 @@ const (
 	// A watch is asked to end after watchSeconds, and up to twice as long, so
 	// that nodes spread over the API servers there are, as client-go does.
 	watchSeconds = 300
+
+	// silence is how long a watch may say nothing: API servers send a bookmark
+	// a minute.
+	silence = 2 * time.Minute
+
+	// lostAfter is how long a connection may go unanswered before it is given
+	// up. One that nothing comes by is probed each probeAfter: that a server
+	// has been replaced by one that knows nothing of it shows no sooner.
+	lostAfter  = 20 * time.Second
+	probeAfter = 5 * time.Second
+	dialFor    = 5 * time.Second
 )
+
+// errSilent ends a watch that says nothing.
+var errSilent = fmt.Errorf("no answer for %v", silence)
 
 // client talks to the API server. client-go brings the credentials and keeps
 // them fresh; the few requests are made by hand, since its typed clients decode
@@ -56,6 +75,20 @@ func newClient(apiURL, kubeconfig string) (*client, error) {
 	}
 	config.DisableCompression = true // the network is near, CPU is dear
 	config.UserAgent = "flanneld"
+	// HTTP/1.1: an event costs half of what it does with HTTP/2, where it passes
+	// through one more goroutine, and gives back its piece of the window.
+	config.NextProtos = []string{"http/1.1"}
+	config.Dial = (&net.Dialer{
+		Timeout:         dialFor,
+		KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: probeAfter, Interval: probeAfter, Count: int(lostAfter / probeAfter)},
+		Control:         limitWait,
+	}).DialContext
+	if config.BearerTokenFile != "" {
+		// client-go reads the file once a minute. This way, a token that is
+		// refused is also read again for the next request.
+		config.Wrap(transport.ResettableTokenSourceWrapTransport(transport.NewCachedFileTokenSource(config.BearerTokenFile)))
+		config.BearerToken, config.BearerTokenFile = "", ""
+	}
 	server, _, err := rest.DefaultServerUrlFor(config)
 	if err != nil {
 		return nil, fmt.Errorf("--kube-api-url: %w", err)
@@ -65,6 +98,17 @@ func newClient(apiURL, kubeconfig string) (*client, error) {
 		return nil, fmt.Errorf("credentials for %s: %w", server, err)
 	}
 	return &client{hc, strings.TrimSuffix(server.String(), "/")}, nil
+}
+
+// limitWait has the kernel give a connection up also while there is something to
+// send, when no keepalive is: otherwise that takes it a quarter of an hour
+// (TCP_USER_TIMEOUT in tcp(7)).
+func limitWait(_, _ string, c syscall.RawConn) error {
+	var err error
+	control := c.Control(func(fd uintptr) {
+		err = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(lostAfter/time.Millisecond))
+	})
+	return errors.Join(control, err)
 }
 
 // do sends a request and returns the answer to it; anything but success is an
@@ -148,13 +192,18 @@ type feed struct {
 	initial  bool   // the whole state is being streamed
 	buf      []byte
 	header   [4]byte
-	answered func() // is called when the server begins to answer
+	alive    *time.Timer // ends a call of follow that hears nothing
+	answered func()      // is called when the server begins to answer
 }
 
 // follow tells f of all Nodes, or of what changed since the last call, and then
 // of changes, until the server or ctx ends it. It returns nil when it can be
 // called again at once.
 func (w *feed) follow(ctx context.Context, f follower) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	w.alive = time.AfterFunc(silence, func() { cancel(errSilent) })
+	defer w.alive.Stop()
 	query := url.Values{"watch": {"1"}, "allowWatchBookmarks": {"true"}, "timeoutSeconds": {fmt.Sprint(watchSeconds + rand.IntN(watchSeconds))}}
 	if w.selector != "" {
 		query.Set("fieldSelector", w.selector)
@@ -190,10 +239,11 @@ func (w *feed) follow(ctx context.Context, f follower) error {
 	w.initial = initial
 	body := bufio.NewReaderSize(resp.Body, 64<<10)
 	for err == nil {
+		w.alive.Reset(silence)
 		err = w.tell(body, f)
 	}
-	if errors.Is(err, io.EOF) {
-		return nil
+	if errors.Is(err, io.EOF) || context.Cause(ctx) == errSilent {
+		return nil // who does not answer the next call either is away
 	}
 	return w.lost(err)
 }
@@ -273,6 +323,7 @@ func (w *feed) list(ctx context.Context, f follower) error {
 		if err != nil {
 			return err
 		}
+		w.alive.Reset(silence)
 		raw, err := unwrap(body)
 		if err != nil {
 			return err

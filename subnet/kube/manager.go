@@ -5,12 +5,15 @@
 package kube
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
 	"math/rand/v2"
+	"net"
+	"net/http"
 	"net/netip"
 	"os"
 	"slices"
@@ -66,9 +69,9 @@ type Manager struct {
 	cancel  context.CancelFunc
 	running sync.WaitGroup
 
-	asked  iface.Selector // what the operator and the Node say, see Select
-	warned netip.Addr     // see compare
-	on     subnet.Subnets // the networks of the families that are on
+	asked  iface.Selector      // what the operator and the Node say, see Select
+	warned map[netip.Addr]bool // see compare
+	on     subnet.Subnets      // the networks of the families that are on
 
 	mu      sync.Mutex
 	own     *ownNode      // nil: there is no Node yet
@@ -97,7 +100,7 @@ func New(ctx context.Context, o Options) (*Manager, error) {
 	if err != nil {
 		return nil, err
 	}
-	m := &Manager{options: o, client: c, name: o.NodeName, changed: make(chan struct{})}
+	m := &Manager{options: o, client: c, name: o.NodeName, changed: make(chan struct{}), warned: map[netip.Addr]bool{}}
 	m.ctx, m.cancel = context.WithCancel(ctx)
 	m.running.Go(m.followOwn)
 	return m, nil
@@ -143,22 +146,60 @@ func (m *Manager) Select(ctx context.Context, sel iface.Selector) (iface.Selecto
 		}
 	}
 	if m.options.NodeAddress {
-		own, _, err = m.await(ctx, func(n *ownNode) string {
-			if len(n.addresses) == 0 {
-				return "status.addresses of Node " + m.name + " to have an InternalIP, for --iface-node-address"
-			}
-			return ""
-		})
-		if err != nil {
+		if sel.Names, err = m.nodeAddresses(ctx); err != nil {
 			return sel, err
-		}
-		sel.Names = nil
-		for _, ip := range own.addresses {
-			sel.Names = append(sel.Names, ip.String())
 		}
 	}
 	m.asked = sel
 	return sel, nil
+}
+
+// nodeAddresses returns the Node's InternalIPs, waiting until an interface of
+// this host holds one of them.
+func (m *Manager) nodeAddresses(ctx context.Context) ([]string, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	changes, err := iface.Changes(ctx)
+	if err != nil {
+		return nil, err
+	}
+	go func() {
+		for range changes {
+			m.mu.Lock()
+			m.signal()
+			m.mu.Unlock()
+		}
+	}()
+	var ips []netip.Addr
+	_, _, err = m.await(ctx, func(n *ownNode) string {
+		ips = slices.DeleteFunc(slices.Clone(n.addresses), func(ip netip.Addr) bool {
+			return ip.Is4() && !m.on.IPv4.IsValid() || ip.Is6() && !m.on.IPv6.IsValid()
+		})
+		switch {
+		case len(ips) == 0:
+			return "status.addresses of Node " + m.name + " to have an InternalIP of a family that is on, for --iface-node-address: kubelet's --node-ip sets it"
+		case !held(ips):
+			return fmt.Sprintf("an interface that holds an InternalIP of Node %s, %v: have kubelet's --node-ip name an address of this host, or give --iface rather than --iface-node-address", m.name, ips)
+		}
+		return ""
+	})
+	if err != nil {
+		return nil, err
+	}
+	var names []string
+	for _, ip := range ips {
+		names = append(names, ip.String())
+	}
+	return names, nil
+}
+
+// held tells whether an interface of this host has one of the addresses.
+func held(ips []netip.Addr) bool {
+	addrs, err := net.InterfaceAddrs()
+	return err == nil && slices.ContainsFunc(addrs, func(a net.Addr) bool {
+		p, err := netip.ParsePrefix(a.String())
+		return err == nil && slices.Contains(ips, p.Addr())
+	})
 }
 
 // address reads an annotation that is an address, of IPv6 where its name says
@@ -194,20 +235,38 @@ func (m *Manager) Previous(ctx context.Context, _ subnet.Attrs) (subnet.Attrs, e
 
 // Acquire implements subnet.Manager.
 func (m *Manager) Acquire(ctx context.Context, cfg *subnet.Config, want subnet.Lease) (subnet.Lease, error) {
-	own, _, err := m.await(ctx, func(n *ownNode) string {
-		have := n.subnets
-		switch {
-		case len(have.Each()) == 0:
-			return "spec.podCIDR of Node " + m.name + ": set --allocate-node-cidrs and --cluster-cidr on kube-controller-manager, or spec.podCIDR on the node"
-		case cfg.IPv4.Enabled() && !have.IPv4.IsValid() || cfg.IPv6.Enabled() && !have.IPv6.IsValid():
-			return fmt.Sprintf("spec.podCIDRs of Node %s to have a subnet of each family of the network %s: they are %s", m.name, cfg.Networks(), have)
+	for {
+		own, changed, err := m.await(ctx, func(n *ownNode) string {
+			have := n.subnets
+			switch {
+			case len(have.Each()) == 0:
+				return "spec.podCIDR of Node " + m.name + ": set --allocate-node-cidrs and --cluster-cidr on kube-controller-manager, or spec.podCIDR on the node"
+			case cfg.IPv4.Enabled() && !have.IPv4.IsValid() || cfg.IPv6.Enabled() && !have.IPv6.IsValid():
+				return fmt.Sprintf("spec.podCIDRs of Node %s to have a subnet of each family of the network %s: they are %s", m.name, cfg.Networks(), have)
+			}
+			return ""
+		})
+		if err != nil {
+			return subnet.Lease{}, err
 		}
-		return ""
-	})
-	if err != nil {
-		return subnet.Lease{}, err
+		lease, err := m.leaseOf(own, cfg, want.Attrs)
+		if err != nil {
+			return subnet.Lease{}, err
+		}
+		there, err := m.publish(ctx, own, lease)
+		if err != nil || there {
+			return lease, err
+		}
+		if err := wait(ctx, changed); err != nil { // for the watch to tell as well that the Node is gone
+			return subnet.Lease{}, err
+		}
 	}
-	lease := subnet.Lease{Attrs: want.Attrs}
+}
+
+// leaseOf returns the lease that a Node's podCIDRs are, with what it says of
+// the public addresses.
+func (m *Manager) leaseOf(own *ownNode, cfg *subnet.Config, attrs subnet.Attrs) (subnet.Lease, error) {
+	lease := subnet.Lease{Attrs: attrs}
 	for _, f := range []struct {
 		pool      subnet.Pool
 		have      netip.Prefix
@@ -233,9 +292,6 @@ func (m *Manager) Acquire(ctx context.Context, cfg *subnet.Config, want subnet.L
 			m.compare(own, *f.public)
 		}
 	}
-	if err := m.publish(ctx, own, lease); err != nil {
-		return subnet.Lease{}, err
-	}
 	return lease, nil
 }
 
@@ -243,16 +299,17 @@ func (m *Manager) Acquire(ctx context.Context, cfg *subnet.Config, want subnet.L
 // of that family: the classic mistake on hosts with two interfaces.
 func (m *Manager) compare(own *ownNode, found netip.Addr) {
 	same := func(ip netip.Addr) bool { return ip.BitLen() == found.BitLen() }
-	if found == m.asked.PublicIP || found == m.asked.PublicIPv6 || found == m.warned ||
+	if found == m.asked.PublicIP || found == m.asked.PublicIPv6 || m.warned[found] ||
 		!slices.ContainsFunc(own.addresses, same) || slices.Contains(own.addresses, found) {
 		return
 	}
-	m.warned = found
+	m.warned[found] = true
 	klog.Warningf("The address that peers are told, %s, is not among those of Node %s, %v. If this host has several interfaces, give --iface-node-address or --iface", found, m.name, own.addresses)
 }
 
-// publish writes the lease's annotations where they differ.
-func (m *Manager) publish(ctx context.Context, own *ownNode, lease subnet.Lease) error {
+// publish writes the lease's annotations where they differ, and tells whether
+// the Node is there still.
+func (m *Manager) publish(ctx context.Context, own *ownNode, lease subnet.Lease) (there bool, err error) {
 	patch := map[string]string{}
 	for key, value := range annotationsOf(lease.Attrs) {
 		if own.annotations[key] != value {
@@ -260,13 +317,11 @@ func (m *Manager) publish(ctx context.Context, own *ownNode, lease subnet.Lease)
 		}
 	}
 	if len(patch) == 0 {
-		return nil
+		return true, nil
 	}
-	err := m.retry(ctx, "publish this node's lease", func(ctx context.Context) error {
-		return m.client.patchStatus(ctx, m.name, map[string]any{"metadata": map[string]any{"annotations": patch}})
-	})
-	if err != nil {
-		return err
+	there, err = m.patch(ctx, "publish this node's lease", map[string]any{"metadata": map[string]any{"annotations": patch}})
+	if err != nil || !there {
+		return there, err
 	}
 	// The watch will say the same, later.
 	now := *own
@@ -278,7 +333,20 @@ func (m *Manager) publish(ctx context.Context, own *ownNode, lease subnet.Lease)
 		m.own = &now
 		m.signal()
 	}
-	return nil
+	return true, nil
+}
+
+// patch merges into the Node, and tells whether it is there still.
+func (m *Manager) patch(ctx context.Context, purpose string, patch any) (there bool, err error) {
+	there = true
+	err = m.retry(ctx, purpose, func(ctx context.Context) error {
+		err := m.client.patchStatus(ctx, m.name, patch)
+		if status := (*statusError)(nil); errors.As(err, &status) && status.code == http.StatusNotFound {
+			there, err = false, nil
+		}
+		return err
+	})
+	return there, err
 }
 
 // Ready implements subnet.Manager.
@@ -301,7 +369,7 @@ func (m *Manager) Keep(ctx context.Context, lease subnet.Lease) error {
 		}
 		for _, f := range [][2]netip.Prefix{{lease.IPv4, own.subnets.IPv4}, {lease.IPv6, own.subnets.IPv6}} {
 			if f[0].IsValid() && f[0] != f[1] {
-				klog.Warningf("The podCIDRs of Node %s are %s now, no longer %s", m.name, own.subnets, lease.Subnets)
+				klog.Warningf("The podCIDRs of Node %s are %s now, no longer %s", m.name, cmp.Or(own.subnets.String(), "gone"), lease.Subnets)
 				return subnet.ErrLost
 			}
 		}
@@ -312,36 +380,29 @@ func (m *Manager) Keep(ctx context.Context, lease subnet.Lease) error {
 			return own.annotations[key] != annotationsOf(lease.Attrs)[key]
 		})
 		condition := up && m.options.SetCondition && !own.conditioned
-		if !wrong && !condition {
-			select {
-			case <-changed:
-				continue
-			case <-ctx.Done():
-				return ctx.Err()
-			}
-		}
-		if wrong {
-			klog.Warningf("Somebody changed the annotations of Node %s: writing them again", m.name)
+		if wrong || condition {
+			// Somebody else may want it otherwise, as often as we do.
 			if time.Since(last) > time.Minute {
 				quarrel = backoff{}
 			} else if err := quarrel.sleep(ctx); err != nil {
 				return err
 			}
 			last = time.Now()
-			if err := m.publish(ctx, own, lease); err != nil {
-				return err
-			}
 		}
-		if condition {
-			if err := m.setCondition(ctx); err != nil {
-				return err
-			}
+		switch {
+		case wrong:
+			klog.Warningf("Somebody changed the annotations of Node %s: writing them again", m.name)
+			_, err = m.publish(ctx, own, lease)
+		case condition:
+			err = m.setCondition(ctx)
 		}
-		// The watch brings the Node as it is by then.
-		select {
-		case <-changed:
-		case <-ctx.Done():
-			return ctx.Err()
+		if err != nil {
+			return err
+		}
+		// Also after a change of ours: the watch brings the Node as it is then,
+		// or tells that it is gone.
+		if err := wait(ctx, changed); err != nil {
+			return err
 		}
 	}
 }
@@ -349,12 +410,21 @@ func (m *Manager) Keep(ctx context.Context, lease subnet.Lease) error {
 // setCondition writes the condition that lets the scheduler use the node.
 func (m *Manager) setCondition(ctx context.Context) error {
 	now := time.Now().UTC().Format(time.RFC3339)
-	return m.retry(ctx, "set the condition NetworkUnavailable", func(ctx context.Context) error {
-		return m.client.patchStatus(ctx, m.name, map[string]any{"status": map[string]any{"conditions": []map[string]string{{
-			"type": "NetworkUnavailable", "status": "False", "reason": "FlannelIsUp", "message": "Flannel is running on this node",
-			"lastTransitionTime": now, "lastHeartbeatTime": now,
-		}}}})
-	})
+	_, err := m.patch(ctx, "set the condition NetworkUnavailable", map[string]any{"status": map[string]any{"conditions": []map[string]string{{
+		"type": "NetworkUnavailable", "status": "False", "reason": "FlannelIsUp", "message": "Flannel is running on this node",
+		"lastTransitionTime": now, "lastHeartbeatTime": now,
+	}}}})
+	return err
+}
+
+// wait waits for changed to be closed.
+func wait(ctx context.Context, changed <-chan struct{}) error {
+	select {
+	case <-changed:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 // await waits for a Node for which missing returns "", and otherwise what is
@@ -371,7 +441,8 @@ func (m *Manager) await(ctx context.Context, missing func(*ownNode) string) (own
 		}
 		if what == "" {
 			if said != "" {
-				klog.Infof("Now there is %s", said)
+				what, _, _ = strings.Cut(said, ": ") // without the remedy
+				klog.Infof("No longer waiting for %s", what)
 			}
 			return own, changed, nil
 		}

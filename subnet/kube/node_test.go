@@ -5,7 +5,6 @@ import (
 	"context"
 	"encoding/binary"
 	"fmt"
-	"hash/maphash"
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
@@ -101,7 +100,7 @@ func TestNodeFields(t *testing.T) {
 
 // What a heartbeat changes costs no memory and is no news.
 func TestHeartbeats(t *testing.T) {
-	p := newPeers()
+	p := testPeers()
 	f := fields{prefix: []byte("flannel.alpha.coreos.com/")}
 	n := peerNode(3)
 	tell := func() {
@@ -131,13 +130,12 @@ func TestHeartbeats(t *testing.T) {
 	}
 }
 
-func newPeers() *peers {
-	m := &Manager{client: &client{}, on: subnet.Subnets{IPv4: netip.MustParsePrefix("10.5.0.0/16")}}
-	return &peers{manager: m, byName: map[string]*peer{}, bySubnet: map[subnet.Subnets][]*peer{}, seed: maphash.MakeSeed(), wake: make(chan struct{}, 1)}
+func testPeers() *peers {
+	return newPeers(&Manager{client: &client{}, on: subnet.Subnets{IPv4: netip.MustParsePrefix("10.5.0.0/16")}})
 }
 
 func TestPeers(t *testing.T) {
-	p := newPeers()
+	p := testPeers()
 	f := fields{prefix: []byte("flannel.alpha.coreos.com/")}
 	put := func(n testNode) {
 		t.Helper()
@@ -263,7 +261,7 @@ func TestAnnotations(t *testing.T) {
 
 // The cluster may be dual stack, and this network of IPv4 alone.
 func TestFamiliesThatAreOff(t *testing.T) {
-	p := newPeers()
+	p := testPeers()
 	f := fields{prefix: []byte("flannel.alpha.coreos.com/")}
 	n := peerNode(9)
 	n.cidrs = append(n.cidrs, "fd05:0:0:9::/64")
@@ -282,7 +280,7 @@ func TestFamiliesThatAreOff(t *testing.T) {
 
 // A whole heartbeat, from the frame on, makes no allocation.
 func TestHeartbeatFrames(t *testing.T) {
-	p := newPeers()
+	p := testPeers()
 	w := &feed{client: p.manager.client, fields: fields{prefix: []byte("flannel.alpha.coreos.com/")}, version: make([]byte, 0, 16)}
 	event := frame("MODIFIED", peerNode(3).marshal())
 	r := bytes.NewReader(event)
@@ -329,7 +327,7 @@ func FuzzEvent(f *testing.F) {
 		}
 		n := fields{prefix: []byte("flannel.alpha.coreos.com/")}
 		if n.node(e.object) == nil {
-			newPeers().put(&n)
+			testPeers().put(&n)
 		}
 	})
 }

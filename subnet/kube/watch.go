@@ -3,7 +3,9 @@ package kube
 import (
 	"cmp"
 	"context"
+	"fmt"
 	"hash/maphash"
+	"iter"
 	"net/netip"
 	"slices"
 	"strings"
@@ -54,7 +56,7 @@ func (m *Manager) set(own *ownNode) {
 // Watch implements subnet.Manager.
 func (m *Manager) Watch(ctx context.Context) <-chan subnet.Update {
 	out := make(chan subnet.Update)
-	p := &peers{manager: m, byName: map[string]*peer{}, bySubnet: map[subnet.Subnets][]*peer{}, seed: maphash.MakeSeed(), wake: make(chan struct{}, 1)}
+	p := newPeers(m)
 	var running sync.WaitGroup
 	running.Go(func() { m.follow(ctx, "", "follow the nodes", p) })
 	go func() {
@@ -77,18 +79,31 @@ func (m *Manager) Watch(ctx context.Context) <-chan subnet.Update {
 }
 
 // peers are all nodes that take part, and what of them the reader has not been
-// told yet.
+// told yet. No two leases that it is told of overlap.
 type peers struct {
-	manager  *Manager
-	seed     maphash.Seed
-	byName   map[string]*peer
-	bySubnet map[subnet.Subnets][]*peer // of nodes that claim the same, the one that counts first
-	round    uint                       // of the whole state
-	whole    bool                       // has been told once
+	manager *Manager
+	seed    maphash.Seed
+	byName  map[string]*peer
+	subnets claims // podCIDRs
+	publics claims // public addresses, as prefixes of full length
+	round   uint   // of the whole state
+	telling bool   // the whole state is being told: a node that is gone may be here still
+	whole   bool   // has been told once
+
+	// unsettled are the nodes whose claims, or whose rivals', have changed, as
+	// they were; nil for one that is new.
+	unsettled map[string]*peer
 
 	mu   sync.Mutex
 	news subnet.Update
 	wake chan struct{} // there is news
+}
+
+func newPeers(m *Manager) *peers {
+	return &peers{
+		manager: m, seed: maphash.MakeSeed(), byName: map[string]*peer{}, unsettled: map[string]*peer{},
+		subnets: newClaims(), publics: newClaims(), wake: make(chan struct{}, 1),
+	}
 }
 
 // A peer is what is kept of a Node.
@@ -98,15 +113,27 @@ type peer struct {
 	round   uint   // that saw it last
 	created uint64
 	lease   subnet.Lease // zero: the node takes no part
+	counts  bool         // the lease is one that the reader is told of
+
+	conflicts []conflict // with older nodes
 }
 
-func (p *peers) begin() { p.round++ }
+// older tells which of two nodes is in the right. Seconds are all that is known
+// of their ages.
+func (n *peer) older(than *peer) bool {
+	return cmp.Or(cmp.Compare(n.created, than.created), strings.Compare(n.name, than.name)) < 0
+}
+
+func (p *peers) begin() {
+	p.round++
+	p.telling = true
+}
 
 func (p *peers) put(n *fields) {
 	sum := n.sum(p.seed)
 	if old := p.byName[string(n.name)]; old != nil { // no allocation: heartbeats end here
 		old.round = p.round
-		if old.sum == sum {
+		if old.sum == sum && old.created == n.created {
 			return
 		}
 	}
@@ -136,15 +163,19 @@ func (p *peers) end() {
 			p.replace(n, nil) // went while nobody could tell
 		}
 	}
+	p.telling = false
+	p.settle()
 	if p.whole {
 		return
 	}
 	p.whole = true
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.news = subnet.Update{Snapshot: true, Leases: make(map[subnet.Subnets]subnet.Lease, len(p.bySubnet))}
-	for _, claims := range p.bySubnet {
-		p.news.Put(claims[0].lease)
+	p.news = subnet.Update{Snapshot: true, Leases: make(map[subnet.Subnets]subnet.Lease, len(p.byName))}
+	for _, n := range p.byName {
+		if n.counts {
+			p.news.Put(n.lease)
+		}
 	}
 	p.call()
 }
@@ -152,56 +183,211 @@ func (p *peers) end() {
 // replace puts a node in the place of what was known of it; either may be nil.
 func (p *peers) replace(old, now *peer) {
 	if old != nil {
+		p.unsettle(old)
 		delete(p.byName, old.name)
-		p.claim(old.lease.Subnets, func(claims []*peer) []*peer {
-			return slices.DeleteFunc(claims, func(c *peer) bool { return c == old })
-		})
+		for c, claim := range p.claimed(old) {
+			c.remove(claim, old)
+			c.rivals(claim, old, func(r *peer, _ netip.Prefix) { p.unsettle(r) })
+		}
 	}
 	if now != nil {
+		if _, known := p.unsettled[now.name]; !known {
+			p.unsettled[now.name] = nil
+		}
 		p.byName[now.name] = now
-		p.claim(now.lease.Subnets, func(claims []*peer) []*peer {
-			claims = append(claims, now)
-			slices.SortFunc(claims, func(a, b *peer) int {
-				return cmp.Or(cmp.Compare(a.created, b.created), strings.Compare(a.name, b.name))
-			})
-			if len(claims) > 1 {
-				klog.Errorf("Nodes %s and %s both have the podCIDR %s: it counts as %s's, the older one's. Delete one of the Nodes, or correct its spec.podCIDR",
-					claims[0].name, claims[1].name, now.lease.Subnets, claims[0].name)
-			}
-			return claims
-		})
+		for c, claim := range p.claimed(now) {
+			c.add(claim, now)
+			c.rivals(claim, now, func(r *peer, _ netip.Prefix) { p.unsettle(r) })
+		}
+	}
+	if !p.telling {
+		p.settle()
 	}
 }
 
-// claim changes who claims some subnets, and notes the news that makes.
-func (p *peers) claim(s subnet.Subnets, change func([]*peer) []*peer) {
-	if len(s.Each()) == 0 {
-		return
+// unsettle has a node looked at again.
+func (p *peers) unsettle(n *peer) {
+	if _, known := p.unsettled[n.name]; !known {
+		p.unsettled[n.name] = n
 	}
-	var before *peer
-	if claims := p.bySubnet[s]; len(claims) > 0 {
-		before = claims[0]
+}
+
+// claimed are a node's claims of the families that are on, and where they are
+// kept.
+func (p *peers) claimed(n *peer) iter.Seq2[*claims, netip.Prefix] {
+	return func(yield func(*claims, netip.Prefix) bool) {
+		for _, s := range n.lease.Each() {
+			if !yield(&p.subnets, s) {
+				return
+			}
+		}
+		for _, ip := range n.lease.Attrs.PublicIPs() {
+			if on := p.manager.on; ip.Is4() && !on.IPv4.IsValid() || ip.Is6() && !on.IPv6.IsValid() {
+				continue
+			}
+			if !yield(&p.publics, netip.PrefixFrom(ip, ip.BitLen())) {
+				return
+			}
+		}
 	}
-	claims := change(p.bySubnet[s])
-	if len(claims) == 0 {
-		delete(p.bySubnet, s)
-	} else {
-		p.bySubnet[s] = claims
-	}
-	if !p.whole {
+}
+
+// settle decides anew which of the unsettled nodes count: those without an older
+// rival for their subnets. What that changes is news, and conflicts that have
+// come or gone are said.
+func (p *peers) settle() {
+	if len(p.unsettled) == 0 {
 		return
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	var put []*peer
+	for name, before := range p.unsettled {
+		// Where nothing but a rival has changed, these two are one.
+		now := p.byName[name]
+		var was, is peer
+		if before != nil {
+			was = *before
+		}
+		if now != nil {
+			now.conflicts = p.conflicts(now)
+			now.counts = len(now.lease.Each()) > 0 && !slices.ContainsFunc(now.conflicts, func(c conflict) bool { return !c.public })
+			is = *now
+		}
+		say(name, was.conflicts, is.conflicts)
+		if was.counts && !(is.counts && is.lease.Subnets == was.lease.Subnets) {
+			p.news.Delete(was.lease.Subnets)
+		}
+		if is.counts && !(was.counts && is.lease.Subnets == was.lease.Subnets && is.lease.Attrs.Equal(was.lease.Attrs)) {
+			put = append(put, now)
+		}
+	}
+	for _, n := range put { // after all deletions: what one node loses, another may get
+		p.news.Put(n.lease)
+	}
+	p.unsettled = map[string]*peer{}
+	if p.whole && len(p.news.Leases)+len(p.news.Gone) > 0 {
+		p.call()
+	}
+}
+
+// conflicts are those of a node with older ones: with the oldest, for each of
+// its claims.
+func (p *peers) conflicts(n *peer) []conflict {
+	var all []conflict
+	for c, claim := range p.claimed(n) {
+		var oldest *peer
+		var overlaps netip.Prefix
+		c.rivals(claim, n, func(r *peer, theirs netip.Prefix) {
+			if r.older(n) && (oldest == nil || r.older(oldest)) {
+				oldest, overlaps = r, theirs
+			}
+		})
+		if oldest != nil {
+			all = append(all, conflict{oldest.name, overlaps, claim, c == &p.publics})
+		}
+	}
+	return all
+}
+
+// A conflict is that of a node with an older one, which claims the same, or what
+// overlaps.
+type conflict struct {
+	with         string // the older node
+	theirs, ours netip.Prefix
+	public       bool // they are addresses rather than podCIDRs
+}
+
+func (c conflict) String() string {
 	switch {
-	case len(claims) == 0:
-		p.news.Delete(s)
-	case claims[0] != before:
-		p.news.Put(claims[0].lease)
-	default:
+	case c.public:
+		return "the public address " + c.ours.Addr().String()
+	case c.theirs == c.ours:
+		return "the podCIDR " + c.ours.String()
+	}
+	return fmt.Sprintf("podCIDRs that overlap, %s and %s", c.theirs, c.ours)
+}
+
+// say logs the conflicts of a node that are new, and those that are over.
+func say(name string, before, now []conflict) {
+	for _, c := range now {
+		switch {
+		case slices.Contains(before, c):
+		case c.public:
+			klog.Errorf("Nodes %s and %s both have %s: delete the one that is no more, or give flanneld on one of them --iface, --iface-node-address or --public-ip, for an address of its own",
+				c.with, name, c)
+		default:
+			klog.Errorf("Nodes %s and %s both have %s: %s, the older one, counts, and pods on %s cannot be reached. Delete the Node that is no more; or delete %s and restart its kubelet, for another podCIDR",
+				c.with, name, c, c.with, name, name)
+		}
+	}
+	for _, c := range before {
+		if !slices.Contains(now, c) {
+			klog.Infof("Nodes %s and %s no longer both have %s", c.with, name, c)
+		}
+	}
+}
+
+// claims are prefixes and the nodes that claim them.
+type claims struct {
+	nodes   map[netip.Prefix][]*peer
+	lengths map[length]int // how many of the prefixes have so many bits
+}
+
+// A length is that of a prefix, in a family: of 32 or 128 bits.
+type length struct{ bits, of int }
+
+func newClaims() claims {
+	return claims{nodes: map[netip.Prefix][]*peer{}, lengths: map[length]int{}}
+}
+
+func (c *claims) add(p netip.Prefix, n *peer) {
+	c.nodes[p] = append(c.nodes[p], n)
+	c.lengths[length{p.Bits(), p.Addr().BitLen()}]++
+}
+
+func (c *claims) remove(p netip.Prefix, n *peer) {
+	rest := slices.DeleteFunc(c.nodes[p], func(other *peer) bool { return other == n })
+	if len(rest) == 0 {
+		delete(c.nodes, p)
+	} else {
+		c.nodes[p] = rest
+	}
+	l := length{p.Bits(), p.Addr().BitLen()}
+	if c.lengths[l]--; c.lengths[l] == 0 {
+		delete(c.lengths, l)
+	}
+}
+
+// rivals calls each for the nodes other than n that claim something that
+// overlaps p, and for what it is. As a rule, all prefixes of a family have one
+// length: then it is p itself, and found at once.
+func (c *claims) rivals(p netip.Prefix, n *peer, each func(*peer, netip.Prefix)) {
+	visit := func(at netip.Prefix) {
+		for _, other := range c.nodes[at] {
+			if other != n {
+				each(other, at)
+			}
+		}
+	}
+	inside := false // there may be claims inside of p
+	for l := range c.lengths {
+		switch {
+		case l.of != p.Addr().BitLen():
+		case l.bits <= p.Bits():
+			visit(netip.PrefixFrom(p.Addr(), l.bits).Masked())
+		default:
+			inside = true
+		}
+	}
+	if !inside {
 		return
 	}
-	p.call()
+	for at := range c.nodes {
+		if at.Bits() > p.Bits() && p.Overlaps(at) {
+			visit(at)
+		}
+	}
 }
 
 // call tells the reader that there is news. The caller holds p.mu.

@@ -12,41 +12,85 @@ import (
 	"github.com/flanneld/flanneld/test/lab/labtest"
 )
 
-const dualConfig = `{` + ipv4Network + `, ` + ipv6Network + `, "Backend": {"Type": %q}}`
+const (
+	dualConfig = `{` + ipv4Network + `, ` + ipv6Network + `, "Backend": {"Type": %q}}`
+	dualCIDR   = "10.5.0.0/16,fd00:5::/48"
+)
 
-// newKube makes a lab with a control plane, and no more rights for the daemons
-// than are published.
-func newKube(ctx context.Context, t *testing.T, nodes int, args ...string) (*lab.Lab, *lab.Kube) {
+// newKube makes a lab with a control plane, which hands out podCIDRs of
+// clusterCIDR, and no more rights for the daemons than are published.
+func newKube(ctx context.Context, t *testing.T, clusterCIDR string, nodes []lab.NodeOptions, args ...string) (*lab.Lab, *lab.Kube) {
 	t.Helper()
-	l := labtest.New(ctx, t, "{}", make([]lab.NodeOptions, nodes)...)
-	k := labtest.Must(l.NewKube(ctx, "10.5.0.0/16,fd00:5::/48", args...))(t)
-	labtest.Do(t, k.Apply(ctx, string(labtest.Must(os.ReadFile("../../dist/kubernetes/rbac.yaml"))(t))))
+	l := labtest.New(ctx, t, "{}", nodes...)
+	k := labtest.Must(l.NewKube(ctx, clusterCIDR, args...))(t)
+	labtest.Do(t, k.Install(ctx, string(labtest.Must(os.ReadFile("../../Documentation/kube-flannel.yml"))(t))))
 	return l, k
+}
+
+// daemonArgs are the daemons' for a network.
+func daemonArgs(t *testing.T, k *lab.Kube, config string) []string {
+	t.Helper()
+	return append(labtest.Must(k.DaemonArgs(config))(t), "--ip-masq")
+}
+
+// An outage makes the API server useless to the daemons for some seconds, while
+// meanwhile is done to the cluster, and returns when it is over.
+type outage func(ctx context.Context, t *testing.T, k *lab.Kube, pods []*lab.Pod, meanwhile func(*lab.Kube))
+
+// dead is a server that dies; another one goes on.
+func dead(ctx context.Context, t *testing.T, k *lab.Kube, pods []*lab.Pod, meanwhile func(*lab.Kube)) {
+	t.Helper()
+	k.Kill()
+	spare := labtest.Must(k.Spare(ctx))(t)
+	meanwhile(spare)
+	fifteenSeconds(ctx, t, pods)
+	spare.Kill()
+	labtest.Do(t, k.Start(ctx))
+}
+
+// unreachable is one that the daemons' packets do not get to, and that is
+// another one when they do again.
+func unreachable(ctx context.Context, t *testing.T, k *lab.Kube, pods []*lab.Pod, meanwhile func(*lab.Kube)) {
+	t.Helper()
+	labtest.Do(t, k.Cut(ctx))
+	k.Kill()
+	labtest.Do(t, k.Start(ctx))
+	meanwhile(k)
+	fifteenSeconds(ctx, t, pods)
+	labtest.Do(t, k.Mend(ctx))
+}
+
+// fifteenSeconds are 750 packets.
+func fifteenSeconds(ctx context.Context, t *testing.T, pods []*lab.Pod) {
+	t.Helper()
+	labtest.Must(pods[0].Ping(ctx, pods[1].IPv4, lab.PingOptions{Count: 750}))(t)
 }
 
 // TestKubernetes: subnets come from podCIDRs, peers from the other Nodes, and
 // what happens while the API server is away is caught up with.
 func TestKubernetes(t *testing.T) {
-	for backend, args := range map[string][]string{
-		"vxlan":   nil,
-		"host-gw": {"--feature-gates=WatchList=false"}, // as servers before 1.32: the state comes in pages
+	for name, test := range map[string]struct {
+		backend     string
+		config      string // of the families
+		clusterCIDR string
+		server      []string
+		outage      outage
+	}{
+		"vxlan":   {"vxlan", ipv4Network + `, ` + ipv6Network, dualCIDR, nil, dead},
+		"host-gw": {"host-gw", ipv4Network + `, ` + ipv6Network, dualCIDR, []string{"--feature-gates=WatchList=false"}, unreachable}, // as servers before 1.32: the state comes in pages
+		"IPv4":    {"vxlan", ipv4Network, "10.5.0.0/16", nil, nil},
 	} {
-		t.Run(backend, func(t *testing.T) {
+		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			ctx := labtest.Context(t, 4*time.Minute)
-			l, k := newKube(ctx, t, 4, args...)
-			args := append(labtest.Must(k.DaemonArgs(fmt.Sprintf(dualConfig, backend)))(t), "--ip-masq")
+			l, k := newKube(ctx, t, test.clusterCIDR, make([]lab.NodeOptions, 4), test.server...)
+			args := daemonArgs(t, k, fmt.Sprintf(`{%s, "Backend": {"Type": %q}}`, test.config, test.backend))
 			nodes := l.Nodes()
 			early, rest, late := nodes[0], nodes[1:3], nodes[3]
 
 			// One starts before there is a Node.
 			labtest.Do(t, early.Start(args...))
-			labtest.Do(t, lab.Poll(ctx, "the daemon to say what it waits for", func() error {
-				if !strings.Contains(early.Log(), "Waiting for Node n1") {
-					return fmt.Errorf("it says\n%s", early.Log())
-				}
-				return nil
-			}))
+			waitSaid(ctx, t, early, "Waiting for Node n1, which kubelet registers")
 			labtest.Do(t, k.AddNode(ctx, early))
 			for _, n := range rest {
 				labtest.Do(t, k.AddNode(ctx, n))
@@ -56,40 +100,236 @@ func TestKubernetes(t *testing.T) {
 				labtest.Do(t, n.WaitReady(ctx))
 			}
 			for _, n := range nodes[:3] {
-				checkNode(ctx, t, k, n, backend)
+				checkNode(ctx, t, k, n, test.backend)
 			}
 			pods := addPodsTo(ctx, t, nodes[:3])
 			checkPaths(ctx, t, l, pods)
 
 			// Somebody meddles.
-			_, err := k.Do(ctx, "PATCH", "/api/v1/nodes/n1", []byte(`{"metadata":{"annotations":{"flannel.alpha.coreos.com/public-ip":"192.0.2.1","flannel.alpha.coreos.com/kube-subnet-manager":"false"}}}`))
-			labtest.Do(t, err)
-			labtest.Do(t, lab.Poll(ctx, "the annotations to be right again", func() error {
-				return nodeIs(ctx, k, early, backend)
-			}))
+			labtest.Do(t, k.Annotate(ctx, "n1", "public-ip=192.0.2.1", "kube-subnet-manager=false", "backend-type"))
+			checkNode(ctx, t, k, early, test.backend)
 
-			// The API server dies; meanwhile a node goes and another comes.
-			lossless := startPings(ctx, t, pods)
 			gone := nodes[2]
 			route := trace{"ip route show proto 70", labtest.Must(gone.SubnetEnv())(t).Subnets.IPv4.String() + " via "}
-			waitTraces(ctx, t, early, []trace{route}, true)
+			for _, n := range nodes[:2] {
+				waitTraces(ctx, t, n, []trace{route}, true)
+			}
 			labtest.Do(t, gone.Stop(ctx))
-			k.Kill()
-			labtest.Must(pods[0].Ping(ctx, pods[1].IPv4, lab.PingOptions{Count: 250}))(t) // five seconds
-			labtest.Do(t, late.Start(args...))
-			labtest.Do(t, k.Start(ctx))
-			labtest.Do(t, k.DeleteNode(ctx, gone.Hostname))
-			labtest.Do(t, k.AddNode(ctx, late))
+			lossless := startPings(ctx, t, pods)
+			if test.outage == nil {
+				deleted := time.Now()
+				labtest.Do(t, k.DeleteNode(ctx, gone.Hostname))
+				for _, n := range nodes[:2] {
+					waitTraces(ctx, t, n, []trace{route}, false)
+				}
+				t.Logf("the deleted node's routes were gone after %v", time.Since(deleted).Round(time.Millisecond))
+				lossless()
+				return
+			}
+
+			// A node goes and another comes while the API server is away.
+			subnets := []string{"10.5.200.0/24", "fd00:5:0:c8::/64"}
+			test.outage(ctx, t, k, pods, func(k *lab.Kube) {
+				labtest.Do(t, k.DeleteNode(ctx, gone.Hostname))
+				labtest.Do(t, k.AddNode(ctx, late, subnets...))
+				labtest.Do(t, late.Start(args...))
+				waitSaid(ctx, t, late, "Waiting to read Node n4")
+			})
+			back := time.Now()
 			labtest.Do(t, late.WaitReady(ctx))
 			for _, n := range nodes[:2] {
+				waitTraces(ctx, t, n, []trace{{route.command, subnets[0] + " via "}, {"ip -6 route show proto 70", subnets[1] + " via "}}, true)
 				waitTraces(ctx, t, n, []trace{route}, false)
 			}
+			t.Logf("all is caught up with %v after the API server's return", time.Since(back).Round(time.Millisecond))
 			pod := labtest.Must(late.AddPod(ctx, "pod"))(t)
 			labtest.Do(t, pods[0].WaitPing(ctx, pod.IPv4))
 			labtest.Do(t, pod.WaitPing(ctx, pods[0].IPv6))
 			lossless()
 		})
 	}
+}
+
+// TestPodCIDRs: a daemon waits for its Node and its podCIDR, follows when they
+// change, and does not start with one that is wrong.
+func TestPodCIDRs(t *testing.T) {
+	t.Parallel()
+	ctx := labtest.Context(t, 2*time.Minute)
+	l, k := newKube(ctx, t, "", make([]lab.NodeOptions, 2))
+	n, misfit := l.Nodes()[0], l.Nodes()[1]
+	args := daemonArgs(t, k, fmt.Sprintf(dualConfig, "vxlan"))
+	labtest.Do(t, k.AddNode(ctx, n))
+	labtest.Do(t, n.Start(args...))
+	const missing = "Waiting for spec.podCIDR of Node n1: set --allocate-node-cidrs and --cluster-cidr on kube-controller-manager, or spec.podCIDR on the node"
+	waitSaid(ctx, t, n, missing)
+	if n.Ready(ctx) == nil {
+		t.Error("a node without podCIDR is ready")
+	}
+	labtest.Do(t, k.StartControllers(dualCIDR))
+	labtest.Do(t, n.WaitReady(ctx))
+	checkNode(ctx, t, k, n, "vxlan")
+	if times := strings.Count(n.Log(), missing); times != 1 {
+		t.Errorf("what is missing is said %d times", times)
+	}
+
+	// kubelet is reset, and registers anew.
+	const away = "Waiting for Node n1, which kubelet registers"
+	labtest.Do(t, k.DeleteNode(ctx, "n1"))
+	waitSaid(ctx, t, n, away)
+	labtest.Do(t, k.AddNode(ctx, n, "10.5.77.0/24", "fd00:5:0:4d::/64"))
+	checkNode(ctx, t, k, n, "vxlan")
+	if env := labtest.Must(n.SubnetEnv())(t); env.Subnets.IPv4.String() != "10.5.77.0/24" {
+		t.Errorf("the subnet is %s still", env.Subnets)
+	}
+	if times := strings.Count(n.Log(), away); times != 1 {
+		t.Errorf("that the Node is away is said %d times", times)
+	}
+
+	labtest.Do(t, k.AddNode(ctx, misfit, "10.99.1.0/24", "fd00:5:0:63::/64"))
+	labtest.Do(t, misfit.Start(args...))
+	waitSaid(ctx, t, misfit, "the podCIDR 10.99.1.0/24 of Node n2 is outside the Network 10.5.0.0/16")
+	labtest.Do(t, lab.Poll(ctx, "the daemon to give up", func() error {
+		if !misfit.Exited() {
+			return fmt.Errorf("it runs still")
+		}
+		return nil
+	}))
+}
+
+// TestNodeAddresses: how a Node chooses what peers reach it at, and that two
+// Nodes that claim the same are told of.
+func TestNodeAddresses(t *testing.T) {
+	t.Parallel()
+	ctx := labtest.Context(t, 3*time.Minute)
+	l, k := newKube(ctx, t, "10.5.0.0/16", []lab.NodeOptions{{}, {NAT: true}, {NAT: true}, {}})
+	nodes := l.Nodes()
+	n1, n2, n3, n4 := nodes[0], nodes[1], nodes[2], nodes[3]
+	args := daemonArgs(t, k, vxlanConfig)
+	for _, n := range nodes[:3] {
+		labtest.Do(t, k.AddNode(ctx, n))
+		labtest.Do(t, n.Start(args...))
+		labtest.Do(t, n.WaitReady(ctx))
+	}
+
+	// Two interfaces, of which the default route's is the wrong one.
+	const mistake = "The address that peers are told, " + lab.NATAddress + ", is not among those of Node n2, [198.18.0.2 fd18::2]. If this host has several interfaces, give --iface-node-address or --iface"
+	waitSaid(ctx, t, n2, mistake)
+	waitSaid(ctx, t, n1, "Nodes n2 and n3 both have the public address "+lab.NATAddress+": ")
+	labtest.Do(t, n3.Stop(ctx))
+	labtest.Do(t, n3.Start(append(args, "--iface-node-address")...))
+	waitSaid(ctx, t, n1, "Nodes n2 and n3 no longer both have the public address "+lab.NATAddress)
+	waitAnnotation(ctx, t, k, n3, "public-ip", "198.18.0.3")
+	labtest.Do(t, k.DeleteNode(ctx, "n2")) // which brings a new lease, with the old address
+	labtest.Do(t, k.AddNode(ctx, n2))
+	waitAnnotation(ctx, t, k, n2, "public-ip", lab.NATAddress)
+	for said, n := range map[string]*lab.Node{mistake: n2, "Nodes n2 and n3 both have": n1} {
+		if times := strings.Count(n.Log(), said); times != 1 {
+			t.Errorf("%s says %d times: %s", n.Hostname, times, said)
+		}
+	}
+	if strings.Contains(n1.Log(), "is not among those of Node") {
+		t.Error("n1 warns of its own address")
+	}
+
+	// The Node says which address it is to be.
+	labtest.Do(t, k.Annotate(ctx, "n2", "node-public-ip=198.18.0.2"))
+	labtest.Do(t, n2.Restart(ctx))
+	labtest.Do(t, n2.WaitReady(ctx)) // with the subnet of its new Node
+	waitAnnotation(ctx, t, k, n2, "public-ip", "198.18.0.2")
+	waitSaid(ctx, t, n2, "Uplink eth0 198.18.0.2")
+	pods := addPodsTo(ctx, t, nodes[:3])
+	for _, from := range pods {
+		for _, to := range pods {
+			labtest.Do(t, from.WaitPing(ctx, to.IPv4))
+		}
+	}
+	labtest.Do(t, k.Annotate(ctx, "n2", "public-ip-overwrite=203.0.113.7"))
+	labtest.Do(t, n2.Restart(ctx))
+	waitAnnotation(ctx, t, k, n2, "public-ip", "203.0.113.7")
+	waitTraces(ctx, t, n1, []trace{{"bridge fdb show dev flannel.1", " dst 203.0.113.7 "}}, true)
+
+	// A second Node with a podCIDR that there is.
+	taken := labtest.Must(n1.SubnetEnv())(t).Subnets.IPv4.String()
+	labtest.Do(t, k.AddNode(ctx, n4, taken))
+	labtest.Do(t, n4.Start(args...))
+	for _, n := range []*lab.Node{n1, n3, n4} {
+		waitSaid(ctx, t, n, "Nodes n1 and n4 both have the podCIDR "+taken+": n1, the older one, counts")
+	}
+	labtest.Do(t, pods[2].WaitPing(ctx, pods[0].IPv4))
+	labtest.Do(t, n4.Stop(ctx))
+	labtest.Do(t, k.DeleteNode(ctx, "n4"))
+	waitSaid(ctx, t, n3, "Nodes n1 and n4 no longer both have the podCIDR "+taken)
+
+	// A Node whose address is nobody's here, at first.
+	elsewhere := *n4
+	elsewhere.IPv4 = elsewhere.IPv4.Next()
+	labtest.Do(t, k.AddNode(ctx, &elsewhere))
+	labtest.Do(t, n4.Start(append(args, "--iface-node-address")...))
+	waitSaid(ctx, t, n4, "Waiting for an interface that holds an InternalIP of Node n4, [198.18.0.5]: ")
+	labtest.Do(t, n4.Script(ctx, "addr add 198.18.0.5/24 dev eth0"))
+	labtest.Do(t, n4.WaitReady(ctx))
+	waitAnnotation(ctx, t, k, n4, "public-ip", "198.18.0.5")
+}
+
+// TestToken: the token is another one after a while, as kubelet rotates it, and
+// what the first one was is of no use any more.
+func TestToken(t *testing.T) {
+	t.Parallel()
+	ctx := labtest.Context(t, 2*time.Minute)
+	l, k := newKube(ctx, t, dualCIDR, make([]lab.NodeOptions, 1))
+	n := l.Nodes()[0]
+	bound := func(name string) { // to a Secret: it ends with that
+		labtest.Must(k.Do(ctx, "POST", "/api/v1/namespaces/kube-flannel/secrets", fmt.Appendf(nil, `{"metadata": {"name": %q}}`, name)))(t)
+		labtest.Do(t, k.WriteToken(ctx, fmt.Sprintf(`{"boundObjectRef": {"apiVersion": "v1", "kind": "Secret", "name": %q}}`, name)))
+	}
+	bound("first")
+	labtest.Do(t, k.AddNode(ctx, n))
+	labtest.Do(t, n.Start(daemonArgs(t, k, fmt.Sprintf(dualConfig, "vxlan"))...))
+	labtest.Do(t, n.WaitReady(ctx))
+	bound("second")
+	labtest.Must(k.Do(ctx, "DELETE", "/api/v1/namespaces/kube-flannel/secrets/first", nil))(t)
+	k.Kill() // which ends the watch, and whatever the server remembers of the token
+	labtest.Do(t, k.Start(ctx))
+	labtest.Do(t, k.Annotate(ctx, "n1", "public-ip=192.0.2.1"))
+	checkNode(ctx, t, k, n, "vxlan")
+}
+
+// TestManifest: the API server takes the manifest as it is published, as a
+// whole.
+func TestManifest(t *testing.T) {
+	t.Parallel()
+	ctx := labtest.Context(t, time.Minute)
+	_, k := newKube(ctx, t, "", nil)
+	labtest.Do(t, k.DryRun(ctx, string(labtest.Must(os.ReadFile("../../Documentation/kube-flannel.yml"))(t))))
+	if err := k.DryRun(ctx, "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: x}\ndatum: {}\n"); err == nil {
+		t.Error("a misspelt field is accepted")
+	}
+}
+
+// waitSaid waits until the daemon has said something.
+func waitSaid(ctx context.Context, t *testing.T, n *lab.Node, text string) {
+	t.Helper()
+	labtest.Do(t, lab.Poll(ctx, n.Hostname+" to say: "+text, func() error {
+		if !strings.Contains(n.Log(), text) {
+			return fmt.Errorf("it says\n%s", n.Log())
+		}
+		return nil
+	}))
+}
+
+// waitAnnotation waits until a Node has an annotation of flannel's.
+func waitAnnotation(ctx context.Context, t *testing.T, k *lab.Kube, n *lab.Node, key, want string) {
+	t.Helper()
+	labtest.Do(t, lab.Poll(ctx, fmt.Sprintf("Node %s to have %s %s", n.Hostname, key, want), func() error {
+		node, err := k.Node(ctx, n.Hostname)
+		if err != nil {
+			return err
+		}
+		if got := node.Metadata.Annotations["flannel.alpha.coreos.com/"+key]; got != want {
+			return fmt.Errorf("it is %q", got)
+		}
+		return nil
+	}))
 }
 
 func addPodsTo(ctx context.Context, t *testing.T, nodes []*lab.Node) []*lab.Pod {
@@ -120,9 +360,11 @@ func nodeIs(ctx context.Context, k *lab.Kube, n *lab.Node, backend string) error
 	if cidrs := strings.Join(got.Spec.PodCIDRs, ","); cidrs != env.Subnets.String() {
 		return fmt.Errorf("podCIDRs are %s, the subnet file says %s", cidrs, env.Subnets)
 	}
-	for key, want := range map[string]string{
-		"kube-subnet-manager": "true", "backend-type": backend, "public-ip": n.IPv4.String(), "public-ipv6": n.IPv6.String(),
-	} {
+	annotations := map[string]string{"kube-subnet-manager": "true", "backend-type": backend, "public-ip": n.IPv4.String()}
+	if env.Subnets.IPv6.IsValid() {
+		annotations["public-ipv6"] = n.IPv6.String()
+	}
+	for key, want := range annotations {
 		if a := got.Metadata.Annotations["flannel.alpha.coreos.com/"+key]; a != want {
 			return fmt.Errorf("annotation %s is %q, want %q", key, a, want)
 		}

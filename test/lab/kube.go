@@ -2,96 +2,204 @@ package lab
 
 import (
 	"bytes"
+	"cmp"
 	"context"
-	"crypto/rand"
-	"crypto/rsa"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strings"
 	"time"
+
+	"sigs.k8s.io/yaml"
 )
 
-// kubeURL is where the API server is, as nodes see it.
-const kubeURL = "https://198.18.0.254:6443"
+const (
+	// kubeURL is where the API server is, as nodes see it.
+	kubeURL = "https://198.18.0.254:6443"
+	// spareURL is where a second one is, see Spare.
+	spareURL = "https://198.18.0.254:6444"
+
+	// Services get addresses of serviceRange, the API server the first.
+	serviceRange = "198.19.128.0/24"
+	serviceIP    = "198.19.128.1"
+)
 
 // Kube is a control plane on the lab's etcd: a real kube-apiserver, and a real
-// kube-controller-manager that hands out podCIDRs.
+// kube-controller-manager that hands out podCIDRs. Who talks to it knows it by
+// its certificate.
 type Kube struct {
 	lab         *Lab
 	dir         string
+	url         string
 	args        []string // of the API server, besides ours
-	http        *http.Client
+	ca          *authority
+	http        *http.Client // an administrator's
 	server      *Process
 	controllers *Process
 }
 
-// The users, by their token: an administrator, and the one that the daemon is.
+// The users: an administrator, and the service account that the daemon is.
 const (
 	kubeAdmin  = "admin"
 	kubeDaemon = "flannel"
 )
 
-// NewKube starts a control plane whose nodes get podCIDRs of clusterCIDR. More
-// arguments are for the API server.
+// The names of the daemon's service account, and of the namespace that it is
+// in: those of the published manifest.
+const kubeNamespace, kubeAccount = "kube-flannel", "flannel"
+
+// NewKube starts a control plane whose nodes get podCIDRs of clusterCIDR; none
+// do, until StartControllers, where that is "". More arguments are for the API
+// server.
 func (l *Lab) NewKube(ctx context.Context, clusterCIDR string, args ...string) (*Kube, error) {
-	k := &Kube{lab: l, dir: filepath.Join(l.Dir, "kube"), args: args}
-	k.http = &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{
-		DialContext:     l.net.Dial,
-		TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, // its certificate is its own
-	}}
+	k := &Kube{lab: l, dir: filepath.Join(l.Dir, "kube"), url: kubeURL, args: args}
 	if err := os.MkdirAll(k.dir, 0o755); err != nil {
 		return nil, err
 	}
-	key, err := rsa.GenerateKey(rand.Reader, 2048)
-	if err != nil {
-		return nil, err
-	}
-	files := map[string]string{
-		"sa.key": string(pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(key)})),
-		"tokens": kubeAdmin + ",admin,1,system:masters\n" + kubeDaemon + ",flannel,2\n",
-	}
-	for _, user := range []string{kubeAdmin, kubeDaemon} {
-		files[user+".kubeconfig"] = fmt.Sprintf(`{"apiVersion": "v1", "kind": "Config", "current-context": "lab",
-			"clusters": [{"name": "lab", "cluster": {"server": %q, "insecure-skip-tls-verify": true}}],
-			"users": [{"name": "lab", "user": {"token": %q}}],
-			"contexts": [{"name": "lab", "context": {"cluster": "lab", "user": "lab"}}]}`, kubeURL, user)
-	}
-	for name, text := range files {
-		if err := os.WriteFile(filepath.Join(k.dir, name), []byte(text), 0o600); err != nil {
-			return nil, err
-		}
+	if err := k.credentials(); err != nil {
+		return nil, fmt.Errorf("credentials for kube-apiserver: %w", err)
 	}
 	if err := k.Start(ctx); err != nil {
 		return nil, err
 	}
-	k.controllers, err = k.launch("kube-controller-manager",
-		"--kubeconfig="+k.Kubeconfig(kubeAdmin),
-		"--controllers=node-ipam-controller",
-		"--allocate-node-cidrs", "--cluster-cidr="+clusterCIDR,
-		"--leader-elect=false", "--bind-address=127.0.0.1")
-	return k, err
+	if clusterCIDR == "" {
+		return k, nil
+	}
+	return k, k.StartControllers(clusterCIDR)
+}
+
+// credentials makes all keys, certificates and kubeconfigs.
+func (k *Kube) credentials() (err error) {
+	if k.ca, err = newAuthority(); err != nil {
+		return err
+	}
+	var caKey, accounts, cert, key []byte
+	if caKey, err = keyPEM(k.ca.key); err != nil {
+		return err
+	}
+	signer, err := newKey()
+	if err == nil {
+		accounts, err = keyPEM(signer)
+	}
+	if err != nil {
+		return err
+	}
+	cert, key, err = k.ca.server([]string{"kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local"},
+		Gateway.AsSlice(), net.ParseIP(serviceIP))
+	if err != nil {
+		return err
+	}
+	for name, text := range map[string][]byte{
+		"ca.crt": k.ca.pem, "ca.key": caKey, "sa.key": accounts, "apiserver.crt": cert, "apiserver.key": key,
+	} {
+		if err := os.WriteFile(k.file(name), text, 0o600); err != nil {
+			return err
+		}
+	}
+	if cert, key, err = k.addUser(kubeAdmin, "system:masters"); err != nil {
+		return err
+	}
+	admin, err := tls.X509KeyPair(cert, key)
+	if err != nil {
+		return err
+	}
+	roots := x509.NewCertPool()
+	roots.AddCert(k.ca.certificate)
+	k.http = &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{
+		DialContext:     k.lab.net.Dial,
+		TLSClientConfig: &tls.Config{RootCAs: roots, Certificates: []tls.Certificate{admin}},
+	}}
+	return k.writeKubeconfig(kubeDaemon, map[string]any{"tokenFile": k.TokenFile()})
+}
+
+func (k *Kube) file(name string) string { return filepath.Join(k.dir, name) }
+
+// AddUser makes the Kubeconfig of a user who proves by a certificate to be one
+// of groups.
+func (k *Kube) AddUser(user string, groups ...string) error {
+	_, _, err := k.addUser(user, groups...)
+	return err
+}
+
+func (k *Kube) addUser(user string, groups ...string) (cert, key []byte, err error) {
+	if cert, key, err = k.ca.client(user, groups...); err == nil {
+		err = k.writeKubeconfig(user, map[string]any{"client-certificate-data": cert, "client-key-data": key})
+	}
+	return cert, key, err
+}
+
+func (k *Kube) writeKubeconfig(user string, credentials map[string]any) error {
+	type object = map[string]any
+	text, err := json.MarshalIndent(object{
+		"apiVersion": "v1", "kind": "Config", "current-context": "lab",
+		"clusters": []object{{"name": "lab", "cluster": object{"server": kubeURL, "certificate-authority-data": k.ca.pem}}},
+		"users":    []object{{"name": user, "user": credentials}},
+		"contexts": []object{{"name": "lab", "context": object{"cluster": "lab", "user": user}}},
+	}, "", "  ")
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(k.Kubeconfig(user), text, 0o600)
 }
 
 // Kubeconfig is the path of a user's credentials.
-func (k *Kube) Kubeconfig(user string) string { return filepath.Join(k.dir, user+".kubeconfig") }
+func (k *Kube) Kubeconfig(user string) string { return k.file(user + ".kubeconfig") }
+
+// TokenFile is where the daemons' token is, see Install.
+func (k *Kube) TokenFile() string { return k.file(kubeDaemon + ".token") }
 
 // DaemonArgs are the flags with which a daemon takes its lease from here, with
-// the network's configuration in a file.
+// the network's configuration in a file. Its rights are those of Install.
 func (k *Kube) DaemonArgs(config string) ([]string, error) {
-	file := filepath.Join(k.dir, "net-conf.json")
+	file := k.file("net-conf.json")
 	if err := os.WriteFile(file, []byte(config), 0o644); err != nil {
 		return nil, err
 	}
 	return []string{"--kube-subnet-mgr", "--kubeconfig-file=" + k.Kubeconfig(kubeDaemon), "--net-config-path=" + file}, nil
+}
+
+// Install applies a manifest but for its DaemonSets, and gives the lab's
+// daemons a token of its service account: they may do what that may.
+func (k *Kube) Install(ctx context.Context, manifest string) error {
+	objects, err := parseObjects(manifest)
+	if err != nil {
+		return err
+	}
+	objects = slices.DeleteFunc(objects, func(o kubeObject) bool { return o.Kind == "DaemonSet" })
+	if err := k.apply(ctx, objects, ""); err != nil {
+		return err
+	}
+	return k.WriteToken(ctx, "{}")
+}
+
+// WriteToken puts a new token in the place of the daemons'. What is asked for is
+// the spec of a TokenRequest, JSON.
+func (k *Kube) WriteToken(ctx context.Context, spec string) error {
+	answer, err := k.Do(ctx, http.MethodPost, "/api/v1/namespaces/"+kubeNamespace+"/serviceaccounts/"+kubeAccount+"/token",
+		[]byte(`{"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": `+spec+`}`))
+	if err != nil {
+		return err
+	}
+	var request struct{ Status struct{ Token string } }
+	if err := json.Unmarshal(answer, &request); err != nil {
+		return err
+	}
+	// Replaced rather than written, as kubelet does.
+	if err := os.WriteFile(k.TokenFile()+".new", []byte(request.Status.Token), 0o600); err != nil {
+		return err
+	}
+	return os.Rename(k.TokenFile()+".new", k.TokenFile())
 }
 
 func (k *Kube) launch(program string, args ...string) (*Process, error) {
@@ -99,7 +207,7 @@ func (k *Kube) launch(program string, args ...string) (*Process, error) {
 	if err != nil {
 		return nil, err
 	}
-	log, err := os.OpenFile(filepath.Join(k.dir, program+".log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	log, err := os.OpenFile(k.file(program+".log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
 		return nil, err
 	}
@@ -112,22 +220,26 @@ func (k *Kube) launch(program string, args ...string) (*Process, error) {
 // Start starts the API server, also again after Kill, and returns when it is
 // ready.
 func (k *Kube) Start(ctx context.Context) error {
-	sa := filepath.Join(k.dir, "sa.key")
-	var err error
+	at, err := url.Parse(k.url)
+	if err != nil {
+		return err
+	}
+	sa := k.file("sa.key")
 	k.server, err = k.launch("kube-apiserver", append([]string{
 		"--etcd-servers=" + Endpoint,
-		"--bind-address=198.18.0.254", "--advertise-address=198.18.0.254",
-		"--cert-dir=" + k.dir,
-		"--service-cluster-ip-range=198.19.128.0/24",
+		"--bind-address=" + at.Hostname(), "--advertise-address=" + at.Hostname(), "--secure-port=" + at.Port(),
+		"--cert-dir=" + k.dir, "--tls-cert-file=" + k.file("apiserver.crt"), "--tls-private-key-file=" + k.file("apiserver.key"),
+		"--client-ca-file=" + k.file("ca.crt"),
+		"--service-cluster-ip-range=" + serviceRange,
 		"--service-account-issuer=https://lab", "--service-account-key-file=" + sa, "--service-account-signing-key-file=" + sa,
-		"--authorization-mode=RBAC", "--token-auth-file=" + filepath.Join(k.dir, "tokens"),
+		"--authorization-mode=RBAC",
 	}, k.args...)...)
 	if err != nil {
 		return err
 	}
 	return Poll(ctx, "kube-apiserver", func() error {
 		if k.server.Exited() {
-			return fmt.Errorf("it has exited\n%s", tail(filepath.Join(k.dir, "kube-apiserver.log")))
+			return fmt.Errorf("it has exited\n%s", tail(k.file("kube-apiserver.log")))
 		}
 		_, err := k.Do(ctx, http.MethodGet, "/readyz", nil)
 		return err
@@ -137,21 +249,63 @@ func (k *Kube) Start(ctx context.Context) error {
 // Kill ends the API server as a crash would.
 func (k *Kube) Kill() { k.server.Kill() }
 
+// Spare starts a second API server on the same etcd, of which no daemon knows:
+// it is for what happens while the first is down.
+func (k *Kube) Spare(ctx context.Context) (*Kube, error) {
+	spare := *k
+	spare.url = spareURL
+	return &spare, spare.Start(ctx)
+}
+
+// StartControllers starts kube-controller-manager, which hands out podCIDRs of
+// clusterCIDR. More arguments are for it; it does nothing else unless these name
+// more --controllers.
+func (k *Kube) StartControllers(clusterCIDR string, args ...string) (err error) {
+	k.controllers, err = k.launch("kube-controller-manager", append([]string{
+		"--kubeconfig=" + k.Kubeconfig(kubeAdmin),
+		"--root-ca-file=" + k.file("ca.crt"), "--service-account-private-key-file=" + k.file("sa.key"),
+		"--controllers=node-ipam-controller",
+		"--allocate-node-cidrs", "--cluster-cidr=" + clusterCIDR,
+		"--leader-elect=false", "--bind-address=127.0.0.1",
+	}, args...)...)
+	return err
+}
+
+// Cut keeps everybody outside of the underlay's own namespace from the API
+// server: packets vanish on the way.
+func (k *Kube) Cut(ctx context.Context) error {
+	_, err := k.lab.net.run(ctx, `
+		add table inet cut-kube
+		add chain inet cut-kube in { type filter hook input priority 0; }
+		add rule inet cut-kube in iifname != "lo" tcp dport 6443 drop`, "nft", "-f", "-")
+	return err
+}
+
+// Mend ends a Cut.
+func (k *Kube) Mend(ctx context.Context) error {
+	_, err := k.lab.net.Run(ctx, "nft delete table inet cut-kube")
+	return err
+}
+
 // Do sends an administrator's request and returns the answer. A body is JSON,
-// or YAML where it begins like that.
+// or YAML where it does not begin like that; a patch is a strategic merge patch.
 func (k *Kube) Do(ctx context.Context, method, path string, body []byte) ([]byte, error) {
-	req, err := http.NewRequestWithContext(ctx, method, kubeURL+path, bytes.NewReader(body))
+	kind := "application/json"
+	switch {
+	case method == http.MethodPatch:
+		kind = "application/strategic-merge-patch+json"
+	case !bytes.HasPrefix(bytes.TrimSpace(body), []byte("{")):
+		kind = "application/yaml"
+	}
+	return k.send(ctx, method, path, kind, body)
+}
+
+func (k *Kube) send(ctx context.Context, method, path, contentType string, body []byte) ([]byte, error) {
+	req, err := http.NewRequestWithContext(ctx, method, k.url+path, bytes.NewReader(body))
 	if err != nil {
 		return nil, err
 	}
-	req.Header.Set("Authorization", "Bearer "+kubeAdmin)
-	req.Header.Set("Content-Type", "application/json")
-	if !bytes.HasPrefix(bytes.TrimSpace(body), []byte("{")) {
-		req.Header.Set("Content-Type", "application/yaml")
-	}
-	if method == http.MethodPatch {
-		req.Header.Set("Content-Type", "application/strategic-merge-patch+json")
-	}
+	req.Header.Set("Content-Type", contentType)
 	resp, err := k.http.Do(req)
 	if err != nil {
 		return nil, err
@@ -165,11 +319,14 @@ func (k *Kube) Do(ctx context.Context, method, path string, body []byte) ([]byte
 }
 
 // AddNode registers a node as kubelet does. Podless, it has no podCIDR until
-// the controllers, or somebody, give it one.
-func (k *Kube) AddNode(ctx context.Context, n *Node) error {
+// the controllers, or somebody, give it one; podCIDRs gives it these.
+func (k *Kube) AddNode(ctx context.Context, n *Node, podCIDRs ...string) error {
 	node := map[string]any{
 		"apiVersion": "v1", "kind": "Node",
 		"metadata": map[string]any{"name": n.Hostname},
+	}
+	if len(podCIDRs) > 0 {
+		node["spec"] = map[string]any{"podCIDR": podCIDRs[0], "podCIDRs": podCIDRs}
 	}
 	body, err := json.Marshal(node)
 	if err != nil {
@@ -185,6 +342,25 @@ func (k *Kube) AddNode(ctx context.Context, n *Node) error {
 		return err
 	}
 	_, err = k.Do(ctx, http.MethodPatch, "/api/v1/nodes/"+n.Hostname+"/status", status)
+	return err
+}
+
+// Annotate sets annotations of a node, key=value, or removes them, key alone.
+// They are flannel's.
+func (k *Kube) Annotate(ctx context.Context, name string, annotations ...string) error {
+	patch := map[string]any{}
+	for _, a := range annotations {
+		key, value, set := strings.Cut(a, "=")
+		patch["flannel.alpha.coreos.com/"+key] = nil
+		if set {
+			patch["flannel.alpha.coreos.com/"+key] = value
+		}
+	}
+	body, err := json.Marshal(map[string]any{"metadata": map[string]any{"annotations": patch}})
+	if err != nil {
+		return err
+	}
+	_, err = k.Do(ctx, http.MethodPatch, "/api/v1/nodes/"+name, body)
 	return err
 }
 
@@ -216,29 +392,90 @@ func (k *Kube) Node(ctx context.Context, name string) (KubeNode, error) {
 	return n, json.Unmarshal(answer, &n)
 }
 
-// Apply creates the objects of a YAML file, one after the other, at the paths
-// that go with their kinds.
+// Apply applies the objects of a YAML file, one after the other, as
+// `kubectl apply --server-side` does.
 func (k *Kube) Apply(ctx context.Context, text string) error {
-	paths := map[string]string{
-		"ClusterRole":        "/apis/rbac.authorization.k8s.io/v1/clusterroles",
-		"ClusterRoleBinding": "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings",
+	objects, err := parseObjects(text)
+	if err != nil {
+		return err
 	}
+	return k.apply(ctx, objects, "")
+}
+
+// DryRun has the API server say whether it would take the objects, and changes
+// nothing: their namespaces must be there.
+func (k *Kube) DryRun(ctx context.Context, text string) error {
+	objects, err := parseObjects(text)
+	if err != nil {
+		return err
+	}
+	return k.apply(ctx, objects, "&dryRun=All")
+}
+
+func (k *Kube) apply(ctx context.Context, objects []kubeObject, query string) error {
 	var errs []error
-	for _, doc := range strings.Split(text, "\n---\n") {
-		kind := ""
-		for line := range strings.Lines(doc) {
-			if rest, ok := strings.CutPrefix(line, "kind: "); ok {
-				kind = strings.TrimSpace(rest)
-				break
-			}
+	for _, o := range objects {
+		path, err := k.path(ctx, o)
+		if err == nil {
+			_, err = k.send(ctx, http.MethodPatch, path+"?fieldManager=lab&force=true&fieldValidation=Strict"+query, "application/apply-patch+yaml", o.text)
 		}
-		path, ok := paths[kind]
-		if !ok {
-			errs = append(errs, fmt.Errorf("no path for kind %q", kind))
-			continue
-		}
-		_, err := k.Do(ctx, http.MethodPost, path, []byte(doc))
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
+}
+
+// A kubeObject is one of the objects of a YAML file.
+type kubeObject struct {
+	APIVersion, Kind string
+	Metadata         struct{ Name, Namespace string }
+
+	text []byte
+}
+
+var documentEnd = regexp.MustCompile(`(?m)^---.*$`)
+
+// parseObjects splits a YAML file. A document without content is none.
+func parseObjects(text string) ([]kubeObject, error) {
+	var all []kubeObject
+	for _, doc := range documentEnd.Split(text, -1) {
+		o := kubeObject{text: []byte(doc)}
+		if err := yaml.Unmarshal(o.text, &o); err != nil {
+			return nil, fmt.Errorf("%w:\n%s", err, doc)
+		}
+		if o.Kind != "" {
+			all = append(all, o)
+		}
+	}
+	return all, nil
+}
+
+// path asks the API server where an object is.
+func (k *Kube) path(ctx context.Context, o kubeObject) (string, error) {
+	base := "/apis/" + o.APIVersion
+	if !strings.Contains(o.APIVersion, "/") {
+		base = "/api/" + o.APIVersion
+	}
+	answer, err := k.Do(ctx, http.MethodGet, base, nil)
+	if err != nil {
+		return "", err
+	}
+	var list struct {
+		Resources []struct {
+			Name, Kind string
+			Namespaced bool
+		}
+	}
+	if err := json.Unmarshal(answer, &list); err != nil {
+		return "", err
+	}
+	for _, r := range list.Resources {
+		if r.Kind != o.Kind || strings.Contains(r.Name, "/") { // a subresource
+			continue
+		}
+		if r.Namespaced {
+			base += "/namespaces/" + cmp.Or(o.Metadata.Namespace, "default")
+		}
+		return base + "/" + r.Name + "/" + o.Metadata.Name, nil
+	}
+	return "", fmt.Errorf("%s has no kind %s", o.APIVersion, o.Kind)
 }

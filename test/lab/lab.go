@@ -148,10 +148,27 @@ func (l *Lab) namespace(ctx context.Context, name string, settle func() error) (
 	if err != nil {
 		return nil, err
 	}
+	l.own(ns)
+	return ns, nil
+}
+
+// own has a namespace go with the lab.
+func (l *Lab) own(ns *Namespace) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.spaces = append(l.spaces, ns)
-	return ns, nil
+}
+
+// owned returns the namespace of that name; nil: the lab has none.
+func (l *Lab) owned(name string) *Namespace {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, ns := range l.spaces {
+		if ns.Name == name {
+			return ns
+		}
+	}
+	return nil
 }
 
 // drop removes a namespace before its time.
@@ -205,7 +222,12 @@ func Remove(ctx context.Context, name string) error {
 			err = errors.Join(err, removeNamespace(ctx, ns))
 		}
 	}
-	return errors.Join(err, os.RemoveAll(filepath.Join(os.TempDir(), name)))
+	// Containers end when nobody is left who would start them again. The
+	// directory goes last: by it the rest is found, should something fail.
+	if err := errors.Join(err, removeCgroups(ctx, name+"-")); err != nil {
+		return err
+	}
+	return os.RemoveAll(filepath.Join(os.TempDir(), name))
 }
 
 // Exists tells whether there is a lab of that name.

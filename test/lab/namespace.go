@@ -42,6 +42,15 @@ func newNamespace(ctx context.Context, name string, keep bool, settle func() err
 	if err := ip(ctx, "netns add "+name); err != nil {
 		return nil, err
 	}
+	ns, err := inhabit(name, keep, settle)
+	if err != nil {
+		return nil, err
+	}
+	return ns, ns.Script(ctx, "link set lo up")
+}
+
+// inhabit starts the thread that lives in a namespace.
+func inhabit(name string, keep bool, settle func() error) (*Namespace, error) {
 	ns := &Namespace{Name: name, keep: keep, calls: make(chan func()), quit: make(chan struct{})}
 	ready := make(chan error, 1)
 	ownThread(func() {
@@ -62,7 +71,7 @@ func newNamespace(ctx context.Context, name string, keep bool, settle func() err
 	if err := <-ready; err != nil {
 		return nil, fmt.Errorf("namespace %s: %w", name, err)
 	}
-	return ns, ns.Script(ctx, "link set lo up")
+	return ns, nil
 }
 
 // ownThread runs f on a thread that nothing else ever runs on: it ends when f

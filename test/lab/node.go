@@ -122,8 +122,17 @@ func (n *Node) settle() error {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
 		return fmt.Errorf("making / a slave mount: %w", err)
 	}
+	// A new /sys shows the namespace's devices; control groups are as before.
+	cgroups, err := unix.OpenTree(unix.AT_FDCWD, cgroupRoot, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_RECURSIVE)
+	if err != nil {
+		return fmt.Errorf("opening %s: %w", cgroupRoot, err)
+	}
+	defer unix.Close(cgroups)
 	if err := unix.Mount("sysfs", "/sys", "sysfs", 0, ""); err != nil {
 		return fmt.Errorf("mounting /sys: %w", err)
+	}
+	if err := unix.MoveMount(cgroups, "", unix.AT_FDCWD, cgroupRoot, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
+		return fmt.Errorf("mounting %s: %w", cgroupRoot, err)
 	}
 	// A machine without the file, a container perhaps, has none to hide.
 	if err := unix.Mount(n.machineID(), "/etc/machine-id", "", unix.MS_BIND, ""); err != nil && !errors.Is(err, unix.ENOENT) {

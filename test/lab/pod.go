@@ -15,8 +15,8 @@ import (
 	"github.com/containernetworking/cni/pkg/version"
 )
 
-// A Pod is a namespace attached to a node's cni0 by the bridge and host-local
-// plugins.
+// A Pod is a namespace attached to a node's cni0 by flannel's CNI plugin, which
+// has the bridge and host-local plugins do so.
 type Pod struct {
 	*Namespace
 	IPv4, IPv6 netip.Addr // invalid where the family is off
@@ -28,17 +28,20 @@ type Pod struct {
 	run    *libcni.RuntimeConf
 }
 
-// AddPod attaches a pod to the node, whose daemon must be ready: the plugins'
-// configuration is what flannel's own CNI plugin makes of subnet.env.
-func (n *Node) AddPod(ctx context.Context, name string) (_ *Pod, err error) {
-	p := &Pod{node: n}
-	if p.config, p.MTU, err = n.cniConfig(); err != nil {
+// AddPod attaches a pod to the node, whose daemon must be ready.
+func (n *Node) AddPod(ctx context.Context, name string) (*Pod, error) {
+	env, err := n.SubnetEnv()
+	if err != nil {
+		return nil, err
+	}
+	p := &Pod{node: n, MTU: env.MTU}
+	if p.config, err = n.cniConfig(); err != nil {
 		return nil, err
 	}
 	if p.Namespace, err = n.lab.namespace(ctx, n.Hostname+"-"+name, nil); err != nil {
 		return nil, err
 	}
-	p.cni = libcni.NewCNIConfigWithCacheDir([]string{filepath.Join(n.lab.Build, "cni")}, n.cniDir(), &plugins{node: n})
+	p.cni = libcni.NewCNIConfigWithCacheDir([]string{filepath.Join(n.lab.Build, "bin"), filepath.Join(n.lab.Build, "cni")}, n.cniDir(), &plugins{node: n})
 	p.run = &libcni.RuntimeConf{ContainerID: p.Namespace.Name, NetNS: p.path(), IfName: "eth0"}
 	added, err := p.cni.AddNetworkList(ctx, p.config, p.run)
 	if err != nil {
@@ -85,44 +88,25 @@ func (p *Pod) Delete(ctx context.Context) error {
 
 func (n *Node) cniDir() string { return filepath.Join(n.Dir, "cni") }
 
-// cniConfig makes the plugins' configuration from subnet.env.
-func (n *Node) cniConfig() (*libcni.NetworkConfigList, int, error) {
-	env, err := n.SubnetEnv()
-	if err != nil {
-		return nil, 0, err
-	}
+// cniConfig is what is in /etc/cni/net.d of a real node, with paths of this
+// node's own. The bridge does not masquerade, lest it hide what the daemon does.
+func (n *Node) cniConfig() (*libcni.NetworkConfigList, error) {
 	type object = map[string]any
-	var ranges [][]object
-	var routes []object
-	for i, s := range []netip.Prefix{env.Subnets.IPv4, env.Subnets.IPv6} {
-		if !s.IsValid() {
-			continue
-		}
-		network, all := env.Networks.IPv4, "0.0.0.0/0"
-		if i == 1 {
-			network, all = env.Networks.IPv6, "::/0"
-		}
-		ranges = append(ranges, []object{{"subnet": s}})
-		routes = append(routes, object{"dst": network}, object{"dst": all})
-	}
 	text, err := json.Marshal(object{
 		"cniVersion": "1.0.0",
 		"name":       "cbr0",
 		"plugins": []object{{
-			"type":        "bridge",
-			"bridge":      "cni0",
-			"isGateway":   true,
-			"ipMasq":      false,
-			"hairpinMode": true,
-			"mtu":         env.MTU,
-			"ipam":        object{"type": "host-local", "dataDir": n.cniDir(), "ranges": ranges, "routes": routes},
+			"type":       "flannel",
+			"subnetFile": n.SubnetFile(),
+			"dataDir":    filepath.Join(n.cniDir(), "flannel"),
+			"ipam":       object{"dataDir": filepath.Join(n.cniDir(), "networks")},
+			"delegate":   object{"hairpinMode": true, "isDefaultGateway": true, "ipMasq": false},
 		}},
 	})
 	if err != nil {
-		return nil, 0, err
+		return nil, err
 	}
-	list, err := libcni.NetworkConfFromBytes(text)
-	return list, env.MTU, err
+	return libcni.NetworkConfFromBytes(text)
 }
 
 // plugins runs CNI plugins on a node, as the container runtime does there.
@@ -148,7 +132,7 @@ func (x *plugins) ExecPlugin(ctx context.Context, path string, stdin []byte, env
 func (x *plugins) FindInPath(plugin string, paths []string) (string, error) {
 	path, err := invoke.FindInPath(plugin, paths)
 	if err != nil {
-		return "", fmt.Errorf("%w: run make tools", err)
+		return "", fmt.Errorf("%w: run make build tools", err)
 	}
 	return path, nil
 }

@@ -6,6 +6,9 @@
 //	IPV6=1         both families
 //	NFTABLES=1     rules in nftables
 //	KEEP=1         leave it running; demo -down takes it down
+//
+// With -kube it is a whole Kubernetes cluster, NODES=2, whose network is the
+// published manifest. NFTABLES=1 is then for kube-proxy.
 package main
 
 import (
@@ -13,6 +16,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"net/netip"
 	"os"
 	"os/signal"
@@ -31,13 +35,14 @@ const keptName = "fldemo"
 
 func main() {
 	down := flag.Bool("down", false, "take down what KEEP=1 left")
+	kube := flag.Bool("kube", false, "show a Kubernetes cluster")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	var err error
 	if *down {
 		err = lab.Remove(ctx, keptName)
 	} else {
-		err = run(ctx)
+		err = run(ctx, *kube)
 	}
 	stop()
 	if err != nil {
@@ -53,8 +58,11 @@ type settings struct {
 	ipv6, nftables, keep bool
 }
 
-func readSettings() (settings, error) {
+func readSettings(kube bool) (settings, error) {
 	s := settings{nodes: 3, backend: "vxlan"}
+	if kube {
+		s.nodes = 2
+	}
 	if text := os.Getenv("NODES"); text != "" {
 		n, err := strconv.Atoi(text)
 		if err != nil || n < 2 || n > 100 {
@@ -72,6 +80,9 @@ func readSettings() (settings, error) {
 				return s, fmt.Errorf("%s=%s: 1 or 0", name, text)
 			}
 		}
+	}
+	if kube && (s.ipv6 || s.backend != "vxlan") {
+		return s, errors.New("IPV6 and BACKEND are not for a Kubernetes cluster: its network is the published manifest, IPv4 and vxlan")
 	}
 	return s, nil
 }
@@ -93,8 +104,8 @@ type demo struct {
 	failed int
 }
 
-func run(ctx context.Context) error {
-	s, err := readSettings()
+func run(ctx context.Context, kube bool) error {
+	s, err := readSettings(kube)
 	if err != nil {
 		return err
 	}
@@ -110,7 +121,11 @@ func run(ctx context.Context) error {
 		return err
 	}
 	d := &demo{Lab: l}
-	err = d.show(ctx, s)
+	show, hints := d.show, d.hints
+	if kube {
+		show, hints = d.showKube, d.hintsKube
+	}
+	err = show(ctx, s)
 	if err == nil && d.failed > 0 {
 		err = fmt.Errorf("%d of the above failed", d.failed)
 	}
@@ -119,10 +134,15 @@ func run(ctx context.Context) error {
 	}
 	heading("Still there")
 	w := table()
-	fmt.Fprintf(w, "  ip netns exec %s-n1 bash\tenter a node; %s-n2 and others, its pod %s-n1-pod\n", l.Name, l.Name, l.Name)
-	fmt.Fprintf(w, "  less %s/n1/flanneld.log\tread what its daemon said\n", l.Dir)
+	hints(w)
 	fmt.Fprintf(w, "  make demo-down\ttake it all down\n")
 	return errors.Join(err, w.Flush())
+}
+
+// hints says what to do with a cluster that stays.
+func (d *demo) hints(w io.Writer) {
+	fmt.Fprintf(w, "  ip netns exec %s-n1 bash\tenter a node; %s-n2 and others, its pod %s-n1-pod\n", d.Name, d.Name, d.Name)
+	fmt.Fprintf(w, "  less %s/n1/flanneld.log\tread what its daemon said\n", d.Dir)
 }
 
 func (d *demo) show(ctx context.Context, s settings) error {

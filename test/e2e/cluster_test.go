@@ -1,0 +1,229 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"maps"
+	"net/http"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/flanneld/flanneld/test/lab"
+	"github.com/flanneld/flanneld/test/lab/labtest"
+)
+
+// TestCluster: kubelet, kube-proxy, pods from a Deployment; the network comes
+// from the manifest as it is published, or from the chart, and stays.
+func TestCluster(t *testing.T) {
+	for _, from := range []string{"manifest", "chart"} {
+		proxy := map[string]string{"manifest": "iptables", "chart": "nftables"}[from]
+		t.Run(from+"/"+proxy, func(t *testing.T) {
+			ctx := labtest.Context(t, 4*time.Minute)
+			l := labtest.New(ctx, t, "{}")
+			c := newCluster(ctx, t, l, proxy)
+			manifest := labtest.Must(os.ReadFile("../../Documentation/kube-flannel.yml"))(t)
+			if from == "chart" {
+				manifest = renderChart(ctx, t, l, "createNamespace=true,nftables=true")
+			}
+			if conditions := kubectl(ctx, t, c, "get nodes -o jsonpath={.items[*].status.conditions[?(@.type=='Ready')].status}"); conditions != "False False" {
+				t.Errorf("before there is a network, nodes are Ready: %s", conditions)
+			}
+			labtest.Must(c.KubectlApply(ctx, string(manifest)))(t)
+			labtest.Must(c.KubectlApply(ctx, lab.Echo))(t)
+			waitRollout(ctx, t, c, flannelDaemonSet)
+			kubectl(ctx, t, c, "wait nodes --all --for=condition=Ready --timeout=60s")
+			waitRollout(ctx, t, c, "deployment/echo")
+
+			pods := enterPods(ctx, t, c)
+			checkEcho(ctx, t, c, pods)
+			checkRights(ctx, t, c)
+
+			p1, p2 := labtest.Must(pods[0].StartPing(ctx, pods[1].ip))(t), labtest.Must(pods[1].StartPing(ctx, pods[0].ip))(t)
+			kubectl(ctx, t, c, "-n kube-flannel rollout restart "+flannelDaemonSet)
+			waitRollout(ctx, t, c, flannelDaemonSet)
+			kubectl(ctx, t, c, "-n kube-flannel delete pods --all")
+			waitRollout(ctx, t, c, flannelDaemonSet)
+			for _, file := range []string{"/etc/cni/net.d/10-flannel.conflist", "/opt/cni/bin/flannel"} {
+				n := c.Nodes[0]
+				labtest.Must(n.Run(ctx, "rm "+file))(t)
+				labtest.Do(t, lab.Poll(ctx, file+" to return", func() error {
+					_, err := n.Run(ctx, "test -e "+file)
+					return err
+				}))
+			}
+			for _, p := range []*lab.Pinging{p1, p2} {
+				if got := labtest.Must(p.Stop())(t); len(got.Lost) > 0 {
+					t.Errorf("%s: of %d packets these were lost: %d", p, got.Sent, got.Lost)
+				} else {
+					t.Logf("%s: %d of %d answered", p, got.Received, got.Sent)
+				}
+			}
+
+			// What came back works: two more pods start, one on each node.
+			kubectl(ctx, t, c, "scale deployment/echo --replicas=4")
+			waitRollout(ctx, t, c, "deployment/echo")
+			checkEcho(ctx, t, c, enterPods(ctx, t, c))
+		})
+	}
+}
+
+const flannelDaemonSet = "daemonset/kube-flannel-ds"
+
+// newCluster makes a cluster of two nodes that has the image. When the test
+// fails, the cluster is asked about its pods.
+func newCluster(ctx context.Context, t *testing.T, l *lab.Lab, proxy string) *lab.Cluster {
+	t.Helper()
+	c := labtest.Must(l.NewCluster(ctx, lab.ClusterOptions{Nodes: 2, ProxyMode: proxy, ClusterCIDR: "10.244.0.0/16"}))(t)
+	t.Cleanup(func() {
+		if !t.Failed() {
+			return
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+		defer cancel()
+		for _, line := range []string{
+			"get nodes,pods -A -o wide", "get events -A --field-selector type=Warning", "-n kube-flannel logs -l app=flannel --all-containers --prefix --tail=50",
+		} {
+			out, err := c.Kubectl(ctx, strings.Fields(line)...)
+			t.Logf("kubectl %s\n%s\n%v", line, out, err)
+		}
+	})
+	labtest.Do(t, c.Import(ctx, filepath.Join(l.Build, "image", "flannel-"+runtime.GOARCH+".tar")))
+	return c
+}
+
+// renderChart returns what helm makes of the chart with these settings.
+func renderChart(ctx context.Context, t *testing.T, l *lab.Lab, set string) []byte {
+	t.Helper()
+	helm := labtest.Must(l.Program("bin/helm"))(t)
+	return labtest.Must(exec.CommandContext(ctx, helm, "template", "flannel", "../../chart/flannel", "--namespace=kube-flannel", "--set="+set).Output())(t)
+}
+
+// kubectl runs a line of arguments.
+func kubectl(ctx context.Context, t *testing.T, c *lab.Cluster, line string) string {
+	t.Helper()
+	return labtest.Must(c.Kubectl(ctx, strings.Fields(line)...))(t)
+}
+
+// waitRollout waits until all pods are of the newest kind and ready.
+func waitRollout(ctx context.Context, t *testing.T, c *lab.Cluster, what string) {
+	t.Helper()
+	namespace := "default"
+	if what == flannelDaemonSet {
+		namespace = "kube-flannel"
+	}
+	kubectl(ctx, t, c, "-n "+namespace+" rollout status --timeout=90s "+what)
+}
+
+// An echoPod is one of the Deployment's, entered.
+type echoPod struct {
+	*lab.Namespace
+	name string
+	ip   netip.Addr
+}
+
+func enterPods(ctx context.Context, t *testing.T, c *lab.Cluster) []echoPod {
+	t.Helper()
+	var pods []echoPod
+	nodes := map[string]bool{}
+	for _, p := range labtest.Must(c.Pods(ctx, "default", "app=echo"))(t) {
+		ns := labtest.Must(c.Enter(ctx, p))(t)
+		nodes[p.Spec.NodeName] = true
+		pods = append(pods, echoPod{ns, p.Metadata.Name, p.Status.PodIP})
+	}
+	if len(nodes) < len(c.Nodes) {
+		t.Fatalf("only these nodes have pods: %v", nodes)
+	}
+	return pods
+}
+
+// checkEcho: every pod reaches every other as itself, and through the Service
+// all of them; so do nodes.
+func checkEcho(ctx context.Context, t *testing.T, c *lab.Cluster, pods []echoPod) {
+	t.Helper()
+	service := kubectl(ctx, t, c, "get service echo -o jsonpath={.spec.clusterIP}")
+	all := map[string]bool{}
+	callers := []*lab.Namespace{c.Nodes[0].Namespace, c.Nodes[1].Namespace}
+	for _, p := range pods {
+		all[p.name] = true
+		callers = append(callers, p.Namespace)
+	}
+	for _, from := range pods {
+		for _, to := range pods {
+			name, seen, err := ask(ctx, from.Namespace, to.ip.String()+":8080")
+			if err != nil || name != to.name || seen != from.ip.String() && from.name != to.name {
+				t.Errorf("%s calls %s: %s answers and saw %s, %v", from.name, to.name, name, seen, err)
+			}
+		}
+	}
+	for _, from := range callers {
+		answered := map[string]bool{}
+		err := lab.Poll(ctx, "all pods to answer "+from.Name+" through the Service", func() error {
+			name, _, err := ask(ctx, from, service+":80")
+			answered[name] = err == nil
+			delete(answered, "")
+			if err == nil && !maps.Equal(answered, all) {
+				err = fmt.Errorf("these have: %v", answered)
+			}
+			return err
+		})
+		if err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// ask calls an echo pod, and returns its name and whom it saw.
+func ask(ctx context.Context, from *lab.Namespace, address string) (name, seen string, err error) {
+	client := &http.Client{Timeout: 2 * time.Second, Transport: &http.Transport{DialContext: from.Dial, DisableKeepAlives: true}}
+	answer, err := client.Get("http://" + address)
+	if err != nil {
+		return "", "", err
+	}
+	defer answer.Body.Close()
+	text, err := io.ReadAll(answer.Body)
+	if err == nil {
+		_, err = fmt.Sscan(string(text), &name, &seen)
+	}
+	return name, seen, err
+}
+
+// checkRights looks at what the kernel lets the processes of the DaemonSet's
+// pods do.
+func checkRights(ctx context.Context, t *testing.T, c *lab.Cluster) {
+	t.Helper()
+	for _, p := range labtest.Must(c.Pods(ctx, "kube-flannel", "app=flannel"))(t) {
+		want := map[string]string{
+			"flanneld": "CapBnd 0000000000003000 NoNewPrivs 1 Seccomp 2", // CAP_NET_ADMIN and CAP_NET_RAW
+			"flannel":  "CapBnd 0000000000000000 NoNewPrivs 1 Seccomp 2",
+		}
+		for _, pid := range labtest.Must(c.Processes(p))(t) {
+			var program string
+			var rights []string
+			for line := range strings.Lines(string(labtest.Must(os.ReadFile("/proc/" + pid + "/status"))(t))) {
+				switch key, value, _ := strings.Cut(line, ":"); key {
+				case "Name":
+					program = strings.TrimSpace(value)
+				case "CapBnd", "NoNewPrivs", "Seccomp":
+					rights = append(rights, key, strings.TrimSpace(value))
+				}
+			}
+			if program == "pause" {
+				continue // the container runtime's
+			}
+			if got := strings.Join(rights, " "); got != want[program] {
+				t.Errorf("%s on %s has %s, want %s", program, p.Spec.NodeName, got, want[program])
+			}
+			delete(want, program)
+		}
+		if len(want) > 0 {
+			t.Errorf("on %s these do not run: %v", p.Spec.NodeName, want)
+		}
+	}
+}

@@ -1,0 +1,152 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	// writers is how many requests are under way at once.
+	writers = 16
+
+	// requestTimeout bounds one of them.
+	requestTimeout = 30 * time.Second
+)
+
+// api is a user of the API server.
+type api struct {
+	http          *http.Client
+	server, token string
+}
+
+// newAPI takes what it needs from a kubeconfig of the lab's, which is JSON.
+func newAPI(kubeconfig string, dial func(ctx context.Context, network, address string) (net.Conn, error)) (*api, error) {
+	text, err := os.ReadFile(kubeconfig)
+	if err != nil {
+		return nil, err
+	}
+	var config struct {
+		Clusters []struct {
+			Cluster struct {
+				Server string
+				CA     []byte `json:"certificate-authority-data"`
+			}
+		}
+		Users []struct {
+			User struct {
+				TokenFile   string
+				Certificate []byte `json:"client-certificate-data"`
+				Key         []byte `json:"client-key-data"`
+			}
+		}
+	}
+	if err := json.Unmarshal(text, &config); err != nil {
+		return nil, fmt.Errorf("%s: %w", kubeconfig, err)
+	}
+	if len(config.Clusters) != 1 || len(config.Users) != 1 {
+		return nil, fmt.Errorf("%s is not one of the lab's", kubeconfig)
+	}
+	cluster, user := config.Clusters[0].Cluster, config.Users[0].User
+	a := &api{server: cluster.Server}
+	trust := &tls.Config{RootCAs: x509.NewCertPool()}
+	trust.RootCAs.AppendCertsFromPEM(cluster.CA)
+	if user.TokenFile != "" {
+		if text, err = os.ReadFile(user.TokenFile); err != nil {
+			return nil, err
+		}
+		a.token = string(text)
+	} else {
+		certificate, err := tls.X509KeyPair(user.Certificate, user.Key)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", kubeconfig, err)
+		}
+		trust.Certificates = []tls.Certificate{certificate}
+	}
+	a.http = &http.Client{Transport: &http.Transport{DialContext: dial, TLSClientConfig: trust, MaxIdleConnsPerHost: writers}}
+	return a, nil
+}
+
+// do sends a request. What is not answered as wished is an error.
+func (a *api) do(ctx context.Context, method, path string, header http.Header, body []byte) (*http.Response, error) {
+	req, err := http.NewRequestWithContext(ctx, method, a.server+path, bytes.NewReader(body))
+	if err != nil {
+		return nil, err
+	}
+	req.Header = header
+	if a.token != "" {
+		req.Header.Set("Authorization", "Bearer "+a.token)
+	}
+	resp, err := a.http.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	if resp.StatusCode/100 != 2 {
+		defer resp.Body.Close()
+		answer, _ := io.ReadAll(resp.Body)
+		return nil, fmt.Errorf("%s %s: %s: %s", method, path, resp.Status, bytes.TrimSpace(answer))
+	}
+	return resp, nil
+}
+
+// write sends an object, or a patch of one, as a component that the API server
+// knows the fields of.
+func (a *api) write(ctx context.Context, method, path, manager string, object any) error {
+	body, err := json.Marshal(object)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	header := http.Header{"Content-Type": {"application/json"}, "Accept": {"application/vnd.kubernetes.protobuf"}}
+	if method == http.MethodPatch {
+		header.Set("Content-Type", "application/strategic-merge-patch+json")
+	}
+	resp, err := a.do(ctx, method, path+"?fieldManager="+url.QueryEscape(manager), header, body)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	_, err = io.Copy(io.Discard, resp.Body)
+	return err
+}
+
+// size returns how long a Node is in protobuf.
+func (a *api) size(ctx context.Context, name string) (int64, error) {
+	resp, err := a.do(ctx, http.MethodGet, "/api/v1/nodes/"+name, http.Header{"Accept": {"application/vnd.kubernetes.protobuf"}}, nil)
+	if err != nil {
+		return 0, err
+	}
+	defer resp.Body.Close()
+	return io.Copy(io.Discard, resp.Body)
+}
+
+// each calls f for 0 to n-1, several at once, until one fails.
+func (a *api) each(ctx context.Context, n int, f func(ctx context.Context, i int) error) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var next atomic.Int64
+	var running sync.WaitGroup
+	for range writers {
+		running.Go(func() {
+			for i := int(next.Add(1)) - 1; i < n && ctx.Err() == nil; i = int(next.Add(1)) - 1 {
+				if err := f(ctx, i); err != nil {
+					cancel(err)
+				}
+			}
+		})
+	}
+	running.Wait()
+	return context.Cause(ctx)
+}

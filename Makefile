@@ -19,7 +19,8 @@ PROGRAMS := iptables:iptables nft:nftables ip:iproute2 ping:iputils-ping iperf3:
 export PATH := $(PATH):/usr/sbin:/sbin
 # The version comes from git describe below; git may refuse to serve root.
 export GOFLAGS := $(GOFLAGS) -buildvcs=false
-STATIC := CGO_ENABLED=0 go build -trimpath
+# Without the tag, gRPC's tracing keeps the linker from leaving out what is unused.
+STATIC := CGO_ENABLED=0 go build -trimpath -tags grpcnotrace
 # The race detector needs cgo, and that a C compiler.
 RACE := $(if $(shell command -v gcc),-race)
 
@@ -62,7 +63,9 @@ build/image/base-$(ARCH).tar: Makefile
 
 build/image/flannel-$(ARCH).tar: Dockerfile Documentation/kube-flannel.yml build/image/bin/$(ARCH)/flanneld build/image/bin/$(ARCH)/flannel $(if $(BASE),,build/image/base-$(ARCH).tar)
 	@dist/image/with-docker bash -euxc '\
-		base=$(BASE); [ "$$base" ] || { base=flannel-base:$(ARCH); docker import --platform linux/$(ARCH) build/image/base-$(ARCH).tar $$base; }; \
+		export DOCKER_BUILDKIT=1; \
+		base=$(BASE); [ "$$base" ] || { base=flannel-base:$(ARCH); \
+			echo -e "FROM scratch\nADD base-$(ARCH).tar /" | docker build --platform linux/$(ARCH) --tag $$base --file - build/image; }; \
 		docker build --platform linux/$(ARCH) --build-arg BASE=$$base --build-arg TARGETARCH=$(ARCH) --tag $(IMAGE) --file Dockerfile build/image/bin; \
 		docker save --output $@ $(IMAGE)'
 

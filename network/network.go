@@ -9,6 +9,7 @@ import (
 	"maps"
 	"net/netip"
 	"os"
+	"runtime/debug"
 	"sync"
 	"time"
 
@@ -32,15 +33,15 @@ type Options struct {
 	Forward     bool          // accept forwarding to and from the network
 	RulesResync time.Duration // between checks of the rules
 
+	// KernelResync is the time between comparisons of all that the kernel holds
+	// with what is wanted, whatever the kernel has told meanwhile.
+	KernelResync time.Duration
+
 	Blackhole bool           // drop what is sent to our subnet and has no pod there
 	Health    netip.AddrPort // where /healthz and /readyz are served; port 0: nowhere
 }
 
 const (
-	// All of the kernel's tables are compared this often, whatever the kernel
-	// has told meanwhile.
-	compareInterval = time.Minute
-
 	// What fails is tried again after retryFirst, then after twice as long
 	// each time, up to retryMax.
 	retryFirst = time.Second
@@ -142,7 +143,7 @@ func (n *node) run(ctx context.Context) error {
 
 	configs := n.Manager.Configs(ctx)
 	err = n.look(ctx, n.target.cfg)
-	compare := time.NewTicker(compareInterval)
+	compare := time.NewTicker(n.KernelResync)
 	defer compare.Stop()
 	for err == nil {
 		n.converge()
@@ -455,6 +456,7 @@ func (n *node) converge() {
 		n.ready = true
 		n.health.setReady()
 		n.Manager.Ready()
+		debug.FreeOSMemory() // what it took to read everything will not be needed again
 		klog.Infof("Ready after %v: subnet %s, %d peers", time.Since(n.started).Round(time.Millisecond), n.lease.Subnets, n.others())
 	}
 	switch failed := n.kernel.Failed() || n.kernel.Pending() || n.rulesSet && !n.fileSet; {

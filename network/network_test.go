@@ -158,7 +158,7 @@ func begin(t *testing.T, m *manager, change func(*Options)) *flanneld {
 	d := &flanneld{manager: m, file: filepath.Join(t.TempDir(), "run", "subnet.env"), done: make(chan error, 1)}
 	o := Options{
 		Manager: m, Uplink: iface.Selector{Names: []string{"eth0"}}, SubnetFile: d.file,
-		IPMasq: true, Forward: true, RulesResync: 100 * time.Millisecond,
+		IPMasq: true, Forward: true, RulesResync: 100 * time.Millisecond, KernelResync: time.Minute,
 		Health: netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), healthPort),
 	}
 	if change != nil {

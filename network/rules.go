@@ -48,6 +48,7 @@ func (r *rules) keep(ctx context.Context, resync time.Duration) {
 	}
 	var driver *firewall.Driver
 	said, set, told := "", false, false
+	var undone quarrel
 	after := retryFirst
 	next := time.NewTimer(0)
 	defer next.Stop()
@@ -64,7 +65,7 @@ func (r *rules) keep(ctx context.Context, resync time.Duration) {
 			want, changed = latest, true
 		case <-next.C:
 		}
-		err := r.look(ctx, &driver, want, set && !changed)
+		err := r.look(ctx, &driver, want, set && !changed, &undone)
 		set = err == nil
 		switch {
 		case ctx.Err() != nil:
@@ -96,7 +97,7 @@ func (r *rules) keep(ctx context.Context, resync time.Duration) {
 }
 
 // look sets the rules, unless they are said to be set already and still are.
-func (r *rules) look(ctx context.Context, driver **firewall.Driver, want wish, set bool) error {
+func (r *rules) look(ctx context.Context, driver **firewall.Driver, want wish, set bool, undone *quarrel) error {
 	if *driver == nil {
 		d, err := firewall.New(ctx, want.nftables)
 		if err != nil {
@@ -110,12 +111,39 @@ func (r *rules) look(ctx context.Context, driver **firewall.Driver, want wish, s
 	}
 	if set {
 		ok, err := (*driver).Check(ctx)
-		if ok || err != nil {
+		if err != nil {
 			return err
 		}
-		klog.Warningf("Rules: somebody changed ours in %s: setting them again", *driver)
+		if undone.say(ok, (*driver).String()); ok {
+			return nil
+		}
 	}
 	return (*driver).Apply(ctx, want.Desired)
+}
+
+// A quarrel counts how many checks on end found the rules changed.
+type quarrel int
+
+// quarrelTimes is how many are said one by one.
+const quarrelTimes = 5
+
+// say takes what a check found, and says it: each of the first changes, then
+// that there is no end of them, and the end.
+func (q *quarrel) say(ok bool, driver string) {
+	if ok {
+		if *q >= quarrelTimes {
+			klog.Infof("Rules: nobody changes ours in %s any more", driver)
+		}
+		*q = 0
+		return
+	}
+	switch *q++; {
+	case *q == quarrelTimes:
+		klog.Warningf("Rules: at each of the last %d checks somebody had changed ours in %s: they are set again at each check (--iptables-resync); "+
+			"look for another firewall manager on this host (`nft monitor` shows each change) and tell it to leave flannel's chains alone", quarrelTimes, driver)
+	case *q < quarrelTimes:
+		klog.Warningf("Rules: somebody changed ours in %s: setting them again", driver)
+	}
 }
 
 // warn says what keeps the rules from having an effect.

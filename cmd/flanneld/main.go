@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
+	"runtime/debug"
 	"strings"
 	"syscall"
 
@@ -29,6 +30,9 @@ import (
 var version = "unknown"
 
 func main() {
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(50) // the node's memory is the pods'; collecting costs little where little changes
+	}
 	o, err := parseOptions(os.Args[1:], os.Environ())
 	switch {
 	case errors.Is(err, errHelp):
@@ -66,15 +70,16 @@ func run(ctx context.Context, o *options) error {
 	}
 	defer manager.Close()
 	return network.Run(ctx, network.Options{
-		Manager:     manager,
-		Uplink:      o.Uplink,
-		SubnetFile:  o.SubnetFile,
-		IPMasq:      o.IPMasq,
-		RandomFully: !o.IPMasqNotRandom,
-		Forward:     o.ForwardRules,
-		RulesResync: o.RulesResync,
-		Blackhole:   o.BlackholeRoute,
-		Health:      netip.AddrPortFrom(o.HealthzIP, uint16(o.HealthzPort)),
+		Manager:      manager,
+		Uplink:       o.Uplink,
+		SubnetFile:   o.SubnetFile,
+		IPMasq:       o.IPMasq,
+		RandomFully:  !o.IPMasqNotRandom,
+		Forward:      o.ForwardRules,
+		RulesResync:  o.RulesResync,
+		KernelResync: o.KernelResync,
+		Blackhole:    o.BlackholeRoute,
+		Health:       netip.AddrPortFrom(o.HealthzIP, uint16(o.HealthzPort)),
 	})
 }
 

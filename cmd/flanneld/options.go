@@ -49,6 +49,7 @@ type options struct {
 	IPMasqNotRandom bool // without --random-fully
 	ForwardRules    bool
 	RulesResync     time.Duration
+	KernelResync    time.Duration
 	BlackholeRoute  bool
 
 	HealthzIP   netip.Addr
@@ -155,6 +156,8 @@ func flags(o *options) []group {
 			{name: "iptables-forward-rules", def: "true", set: into(&o.ForwardRules, boolean), help: "accept forwarding from and to the overlay"},
 			{name: "iptables-resync", arg: "SECONDS", def: "5", set: into(&o.RulesResync, duration("seconds", time.Second, 1, math.MaxInt32)),
 				help: "how often to check the rules: 1 or more"},
+			{name: "kernel-resync", arg: "SECONDS", def: "60", set: into(&o.KernelResync, duration("seconds", time.Second, 1, math.MaxInt32)),
+				help: "how often to check devices and routes, which are set right at once when the kernel tells of a change: 1 or more"},
 			{name: "ip-blackhole-route", def: "false", set: into(&o.BlackholeRoute, boolean),
 				help: "drop what is sent to pods that are gone: a blackhole route for the node's own subnet"},
 		}},
@@ -354,11 +357,18 @@ func (o *options) check() error {
 		}
 		return nil
 	}
+	nodeAddress := o.setting("iface-node-address")
+	apart := func(name string) error {
+		if s := o.setting(name); o.IfaceNodeAddress && strings.Join(s.texts, "") != "" {
+			return fmt.Errorf("%s and %s each choose the uplink: give one of them alone", s.from, nodeAddress.from)
+		}
+		return nil
+	}
 	if o.KubeSubnetMgr {
-		return readable("kubeconfig-file")
+		return cmp.Or(apart("iface"), apart("iface-regex"), apart("iface-can-reach"), readable("kubeconfig-file"))
 	}
 	if o.IfaceNodeAddress {
-		return fmt.Errorf("%s is of use only with --kube-subnet-mgr: give --iface instead", o.setting("iface-node-address").from)
+		return fmt.Errorf("%s is of use only with --kube-subnet-mgr: give --iface instead", nodeAddress.from)
 	}
 	for i, e := range o.EtcdEndpoints {
 		switch {

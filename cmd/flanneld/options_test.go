@@ -31,6 +31,7 @@ func defaults() options {
 		SetNodeNetworkUnavailable: true,
 		ForwardRules:              true,
 		RulesResync:               5 * time.Second,
+		KernelResync:              time.Minute,
 		HealthzIP:                 netip.IPv4Unspecified(),
 	}
 }
@@ -119,8 +120,8 @@ func TestParseOptions(t *testing.T) {
 		}},
 		{name: "annotation prefix with a dash", args: []string{"--kube-annotation-prefix=example.com/flannel-"}, want: func(o *options) { o.KubeAnnotationPrefix = "example.com/flannel-" }},
 		{name: "annotation prefix with a slash", args: []string{"--kube-annotation-prefix=example.com/"}, want: func(o *options) { o.KubeAnnotationPrefix = "example.com/" }},
-		{name: "numbers", args: []string{"--subnet-lease-renew-margin=1439", "--iptables-resync=60", "--healthz-port=65535", "--healthz-ip=::"}, want: func(o *options) {
-			o.LeaseRenewMargin, o.RulesResync, o.HealthzPort, o.HealthzIP = 1439*time.Minute, time.Minute, 65535, netip.IPv6Unspecified()
+		{name: "numbers", args: []string{"--subnet-lease-renew-margin=1439", "--iptables-resync=60", "--kernel-resync=7", "--healthz-port=65535", "--healthz-ip=::"}, want: func(o *options) {
+			o.LeaseRenewMargin, o.RulesResync, o.KernelResync, o.HealthzPort, o.HealthzIP = 1439*time.Minute, time.Minute, 7*time.Second, 65535, netip.IPv6Unspecified()
 		}},
 		{name: "addresses", args: []string{"--public-ip=198.18.0.1", "--public-ipv6=2001:DB8::0001", "--iface-can-reach=2001:db8::2"}, want: func(o *options) {
 			o.Uplink.PublicIP, o.Uplink.PublicIPv6, o.Uplink.CanReach = ip("198.18.0.1"), ip("2001:db8::1"), ip("2001:db8::2")
@@ -173,6 +174,7 @@ func TestParseOptionsError(t *testing.T) {
 		{args: "--subnet-lease-renew-margin=1440", want: `--subnet-lease-renew-margin: "1440" is not a number of minutes: 1 to 1439`},
 		{args: "--subnet-lease-renew-margin=60m", want: `--subnet-lease-renew-margin: "60m" is not a number of minutes: 1 to 1439`},
 		{args: "--iptables-resync=0", want: `--iptables-resync: "0" is not a number of seconds: 1 or more`},
+		{args: "--kernel-resync=0", want: `--kernel-resync: "0" is not a number of seconds: 1 or more`},
 		{args: "--iptables-resync=99999999999", want: `--iptables-resync: "99999999999" is not a number of seconds: 1 or more`},
 		{args: "--public-ip=2001:db8::1", want: `--public-ip: "2001:db8::1" is not an IPv4 address`},
 		{args: "--public-ip=0.0.0.0", want: `--public-ip: "0.0.0.0" is not an address that peers can reach this node at`},
@@ -203,6 +205,9 @@ func TestParseOptionsError(t *testing.T) {
 		{env: "FLANNELD_ETCD_CAFILE=/", want: "FLANNELD_ETCD_CAFILE: / is a directory, not a file"},
 		{args: "--kube-subnet-mgr|--kubeconfig-file=/nowhere/k", want: "--kubeconfig-file: cannot read the file: open /nowhere/k: no such file or directory"},
 		{args: "--iface-node-address", want: `--iface-node-address is of use only with --kube-subnet-mgr: give --iface instead`},
+		{args: "--kube-subnet-mgr|--iface-node-address|--iface=eth0", want: `--iface and --iface-node-address each choose the uplink: give one of them alone`},
+		{args: "--kube-subnet-mgr|--iface-node-address", env: "FLANNELD_IFACE_REGEX=^eth", want: `FLANNELD_IFACE_REGEX and --iface-node-address each choose the uplink: give one of them alone`},
+		{args: "--kube-subnet-mgr|--iface-can-reach=192.0.2.1", env: "FLANNELD_IFACE_NODE_ADDRESS=true", want: `--iface-can-reach and FLANNELD_IFACE_NODE_ADDRESS each choose the uplink: give one of them alone`},
 		{args: "--kube-api-url=api.example.com", want: `--kube-api-url: "api.example.com" is not a URL: https://HOST:PORT, or http`},
 		{args: "--kube-api-url=https://u:hunter2@api", want: `--kube-api-url: "...@api" holds a user name: credentials belong into --kubeconfig-file`},
 		{args: "--kube-annotation-prefix=a/b/c", want: `--kube-annotation-prefix: "a/b/c" is not a prefix of annotations: DOMAIN or DOMAIN/NAME, such as flannel.alpha.coreos.com or example.com/flannel`},
@@ -344,6 +349,7 @@ ip-masq false
 ip-masq-fully-random-disable false
 iptables-forward-rules true
 iptables-resync 5
+kernel-resync 60
 kube-annotation-prefix flannel.alpha.coreos.com
 kube-api-url
 kube-subnet-mgr false

@@ -128,15 +128,21 @@ func defaultRoute(ipv4 bool) (int, error) {
 	if ipv4 {
 		family = netlink.FAMILY_V4
 	}
-	routes, err := dump(func() ([]netlink.Route, error) { return netlink.RouteList(nil, family) })
+	// One at a time: a node has a route to each peer.
+	routes, err := dump(func() (found []netlink.Route, err error) {
+		err = netlink.RouteListFilteredIter(family, &netlink.Route{}, 0, func(r netlink.Route) bool {
+			if ones, _ := r.Dst.Mask.Size(); ones == 0 && r.Type == unix.RTN_UNICAST {
+				found = append(found, r)
+			}
+			return true
+		})
+		return found, err
+	})
 	if err != nil {
 		return 0, err
 	}
 	best, index := 0, 0
 	for _, r := range routes {
-		if ones, _ := r.Dst.Mask.Size(); ones != 0 || r.Type != unix.RTN_UNICAST {
-			continue
-		}
 		via := r.LinkIndex
 		if len(r.MultiPath) > 0 {
 			via = r.MultiPath[0].LinkIndex

@@ -22,7 +22,7 @@ type devices struct {
 
 type device struct {
 	name string
-	up   bool
+	up   bool // and has a carrier
 }
 
 func newDevices() devices { return devices{map[int]device{}, map[string]int{}} }
@@ -70,11 +70,7 @@ func (r *Reconciler) changeLink(e *entry, name string) error {
 		return nil
 	}
 	if !exists {
-		link, err := r.netlink(want)
-		if err != nil {
-			return err
-		}
-		if err := r.links.LinkAdd(link); err != nil {
+		if err := r.addLink(want); err != nil {
 			return err
 		}
 	}
@@ -111,6 +107,17 @@ func (r *Reconciler) changeLink(e *entry, name string) error {
 func isNoDevice(err error) bool {
 	var notFound netlink.LinkNotFoundError
 	return errors.Is(err, unix.ENODEV) || errors.As(err, &notFound)
+}
+
+func (r *Reconciler) addLink(l Link) error {
+	if _, ok := l.Type.(TUN); ok {
+		return addTUN(l.Name)
+	}
+	link, err := r.netlink(l)
+	if err != nil {
+		return err
+	}
+	return r.links.LinkAdd(link)
 }
 
 // netlink returns the link as the netlink library takes it.
@@ -154,6 +161,9 @@ func (r *Reconciler) readLink(l netlink.Link) Link {
 			VNI: v.VxlanId, Port: v.Port, Local: local.Unmap(), Dev: r.devices.name(v.VtepDevIndex),
 			Learning: v.Learning, GBP: v.GBP,
 		}
+	}
+	if t, ok := l.(*netlink.Tuntap); ok && isTUN(t) {
+		have.Type = TUN{}
 	}
 	return have
 }

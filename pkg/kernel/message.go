@@ -9,9 +9,10 @@ import (
 )
 
 // encode returns the rtnetlink request that brings an object about (add), or
-// removes it. dev is the number of its device. Links are not among the objects
-// it knows: they take more than one message.
-func encode(o Object, dev int, add bool) request {
+// removes it. dev is the number of its device, via that of the nexthop that a
+// route goes through, 0 if none. Links are not among the objects it knows: they
+// take more than one message.
+func encode(o Object, dev int, via uint32, add bool) request {
 	r := request{flags: unix.NLM_F_CREATE | unix.NLM_F_REPLACE}
 	var undo uint16
 	switch o := o.(type) {
@@ -22,9 +23,11 @@ func encode(o Object, dev int, add bool) request {
 	case FDBEntry:
 		r.kind, undo, r.body = unix.RTM_NEWNEIGH, unix.RTM_DELNEIGH, fdbBody(o, dev)
 	case Route:
-		r.kind, undo, r.body = unix.RTM_NEWROUTE, unix.RTM_DELROUTE, routeBody(o, dev, add)
+		r.kind, undo, r.body = unix.RTM_NEWROUTE, unix.RTM_DELROUTE, routeBody(o, dev, via, add)
+	case nexthop:
+		r.kind, undo, r.body = unix.RTM_NEWNEXTHOP, unix.RTM_DELNEXTHOP, nexthopBody(o, dev, add)
 	case foreign:
-		return encode(o.Route, dev, add)
+		return encode(o.Route, dev, via, add)
 	default:
 		panic(fmt.Sprintf("kernel: no message for a %T", o))
 	}
@@ -77,12 +80,13 @@ func ndmsg(family uint8, dev int, state uint16, flags uint8) []byte {
 // routeBody is a struct rtmsg with attributes. To remove a route, its
 // destination and metric say enough, and they still do where a fellow daemon
 // has another protocol or gateway there: what is removed is what has our key.
-func routeBody(r Route, dev int, add bool) []byte {
+// A route through a nexthop must name that, and nothing that it implies.
+func routeBody(r Route, dev int, via uint32, add bool) []byte {
 	kind, flags := uint8(unix.RTN_UNICAST), uint32(0)
 	if r.Blackhole {
 		kind = unix.RTN_BLACKHOLE
 	}
-	if r.Onlink && add {
+	if r.Onlink && add && via == 0 {
 		flags = unix.RTNH_F_ONLINK
 	}
 	scope := uint8(unix.RT_SCOPE_UNIVERSE)
@@ -96,11 +100,15 @@ func routeBody(r Route, dev int, add bool) []byte {
 	b := []byte{family(r.Dst.Addr()), uint8(r.Dst.Bits()), 0, 0, unix.RT_TABLE_MAIN, protocol, scope, kind}
 	b = binary.NativeEndian.AppendUint32(b, flags)
 	b = appendAttr(b, unix.RTA_DST, r.Dst.Addr().AsSlice())
-	if r.Via.IsValid() {
-		b = appendAttr(b, unix.RTA_GATEWAY, r.Via.AsSlice())
-	}
-	if dev != 0 {
-		b = appendAttr32(b, unix.RTA_OIF, uint32(dev))
+	if via != 0 {
+		b = appendAttr32(b, attrNexthop, via)
+	} else {
+		if r.Via.IsValid() {
+			b = appendAttr(b, unix.RTA_GATEWAY, r.Via.AsSlice())
+		}
+		if dev != 0 {
+			b = appendAttr32(b, unix.RTA_OIF, uint32(dev))
+		}
 	}
 	if r.Metric != 0 {
 		b = appendAttr32(b, unix.RTA_PRIORITY, r.Metric)
@@ -114,10 +122,11 @@ type decoded struct {
 	Object          // nil: something that we never make
 	protocol uint8  // of a route
 	dev      string // also of a blackhole, which the kernel may put on lo
+	via      uint32 // the nexthop that a route goes through, 0 if none
 }
 
 // decode reads the body of an RTM_NEW* or RTM_DEL* message of an address,
-// neighbour, FDB entry or route. name gives the name of a device, "" if gone.
+// neighbour, FDB entry, nexthop or route. name gives the name of a device, "" if gone.
 // What cannot be one of our objects decodes to a nil Object.
 func decode(kind uint16, body []byte, name func(int) string) decoded {
 	switch kind {
@@ -127,6 +136,8 @@ func decode(kind uint16, body []byte, name func(int) string) decoded {
 		return decodeNeighbor(body, name)
 	case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
 		return decodeRoute(body, name)
+	case unix.RTM_NEWNEXTHOP, unix.RTM_DELNEXTHOP:
+		return decodeNexthop(body, name)
 	}
 	return decoded{}
 }
@@ -216,6 +227,8 @@ func decodeRoute(body []byte, name func(int) string) decoded {
 			r.Metric = binary.NativeEndian.Uint32(value)
 		case unix.RTA_TABLE:
 			table = binary.NativeEndian.Uint32(value)
+		case attrNexthop:
+			d.via = binary.NativeEndian.Uint32(value)
 		case unix.RTA_MULTIPATH, unix.RTA_ENCAP, unix.RTA_VIA:
 			plain = false
 		}

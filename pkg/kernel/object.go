@@ -39,6 +39,7 @@ const (
 	KindAddr
 	KindNeighbor
 	KindFDB
+	KindNexthop
 	KindRoute
 	kinds // how many there are
 )
@@ -46,8 +47,8 @@ const (
 // Key identifies an object. Which fields count depends on the kind.
 type Key struct {
 	Kind   Kind
-	Dev    string       // all but routes
-	Prefix netip.Prefix // addresses, neighbours (as /32 or /128), routes
+	Dev    string       // all but routes and nexthops
+	Prefix netip.Prefix // addresses, neighbours (as /32 or /128), nexthops (their number), routes
 	MAC    MAC          // FDB entries
 	Metric uint32       // routes
 }
@@ -88,7 +89,7 @@ type Link struct {
 }
 
 // A LinkType is what makes a device the sort of device it is. It cannot be
-// changed once the device exists. VXLAN is one.
+// changed once the device exists: VXLAN or TUN.
 type LinkType interface {
 	String() string // as it follows "type" in "ip link add"
 	lower() string  // the device that it sits on, "" if none
@@ -122,6 +123,13 @@ func (l Link) device() string { return l.Name }
 func (l Link) Undo() string   { return "ip link del " + l.Name }
 func (l Link) String() string {
 	var b strings.Builder
+	if _, ok := l.Type.(TUN); ok {
+		fmt.Fprintf(&b, "ip tuntap add %s mode %v && ip link set %s mtu %d", l.Name, l.Type, l.Name, l.MTU)
+		if !l.down {
+			b.WriteString(" up")
+		}
+		return b.String()
+	}
 	fmt.Fprintf(&b, "ip link add %s", l.Name)
 	if l.MAC != (MAC{}) {
 		fmt.Fprintf(&b, " address %s", l.MAC)

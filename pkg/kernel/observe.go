@@ -51,7 +51,7 @@ func (r *Reconciler) Handle(ev Event) {
 		switch h.Type {
 		case unix.RTM_NEWLINK, unix.RTM_DELLINK:
 			r.handleLink(h, body)
-		case unix.RTM_NEWADDR, unix.RTM_NEWNEIGH, unix.RTM_NEWROUTE:
+		case unix.RTM_NEWADDR, unix.RTM_NEWNEIGH, unix.RTM_NEWROUTE, unix.RTM_NEWNEXTHOP:
 			r.observe(decode(h.Type, body, r.devices.name), false)
 		case unix.RTM_DELADDR:
 			d := decode(h.Type, body, r.devices.name)
@@ -60,7 +60,7 @@ func (r *Reconciler) Handle(ev Event) {
 				// With a device's last IPv4 address go, unsaid, all of its routes.
 				r.unknown = true
 			}
-		case unix.RTM_DELNEIGH, unix.RTM_DELROUTE:
+		case unix.RTM_DELNEIGH, unix.RTM_DELROUTE, unix.RTM_DELNEXTHOP:
 			r.observe(decode(h.Type, body, r.devices.name), true)
 		case unix.NLMSG_OVERRUN:
 			r.unknown = true
@@ -86,16 +86,38 @@ func (r *Reconciler) observe(d decoded, gone bool) {
 		e = &entry{} // left over by somebody: to be removed
 		r.entries[k] = e
 	}
-	e.have, e.round = d.Object, r.round
-	if gone {
+	before := e.have
+	e.have, e.via, e.round = d.Object, d.via, r.round
+	switch {
+	case gone:
 		e.have = nil
+	case d.Object == e.want:
+		e.have = e.want // one copy is enough
 	}
 	if e.want == nil && e.have == nil {
 		delete(r.entries, k)
 		return
 	}
-	if e.want != e.have {
-		e.drift = true
+	switch {
+	case e.want == e.have:
+	case k.Kind == KindNexthop && e.want != nil:
+		// The routes through it went or changed with it, mostly unsaid.
+		r.unknown = r.unknown || before == e.want
+	default:
+		r.drifted(e, before)
+	}
+}
+
+// drifted queues what somebody changed, or holds it where he does that without
+// end.
+func (r *Reconciler) drifted(e *entry, before Object) {
+	e.drift = true
+	switch {
+	case e.state == held:
+	case e.want != nil && e.want == before && r.fights.undone(e.want):
+		e.state = held
+		r.held = append(r.held, e)
+	default:
 		r.queue(e)
 	}
 }
@@ -109,6 +131,8 @@ func (r *Reconciler) ours(o Object) bool {
 		return true // readLinks looks at no others
 	case Route:
 		return true
+	case nexthop:
+		return !o.foreign
 	case foreign:
 		if o.protocol == unix.RTPROT_KERNEL {
 			return false
@@ -147,7 +171,7 @@ func (r *Reconciler) handleLink(h unix.NlMsghdr, body []byte) {
 			return // a message to come says that it is gone
 		}
 		own = r.readLink(l)
-		now.up = !own.(Link).down
+		now.up = usable(l.Attrs().RawFlags)
 	}
 	before := r.devices.at[index]
 	if now.name == "" {
@@ -166,11 +190,12 @@ func (r *Reconciler) handleLink(h unix.NlMsghdr, body []byte) {
 		r.observe(decoded{Object: own}, false)
 	}
 	if !now.up && before.up {
-		// IPv4 routes go with a device that goes down, and nobody says so.
+		// IPv4 routes go with a device that goes down, those through nexthops
+		// with its carrier too, and nobody says so.
 		r.lost(now.name)
 	}
 	if now != before {
-		r.Retry() // what failed for want of the device
+		r.again() // what failed for want of the device
 	}
 }
 
@@ -183,11 +208,12 @@ func (r *Reconciler) lost(dev string) {
 		}
 		e.drift = e.drift || e.have != nil
 		e.have = nil
-		if e.want == nil {
+		switch {
+		case e.want == nil:
 			delete(r.entries, k)
-			continue
+		case k.Kind != KindNexthop:
+			r.queue(e)
 		}
-		r.queue(e)
 	}
 }
 
@@ -198,7 +224,7 @@ func linkHeader(body []byte) (index int, d device, alias string, ok bool) {
 		return 0, device{}, "", false
 	}
 	index = int(int32(binary.NativeEndian.Uint32(body[4:])))
-	d.up = binary.NativeEndian.Uint32(body[8:])&unix.IFF_UP != 0
+	d.up = usable(binary.NativeEndian.Uint32(body[8:]))
 	eachAttr(body[unix.SizeofIfInfomsg:], func(kind uint16, value []byte) {
 		switch kind {
 		case unix.IFLA_IFNAME:
@@ -208,6 +234,11 @@ func linkHeader(body []byte) (index int, d device, alias string, ok bool) {
 		}
 	})
 	return index, d, alias, d.name != ""
+}
+
+// usable tells of a device's flags whether it is up and has a carrier.
+func usable(flags uint32) bool {
+	return flags&unix.IFF_UP != 0 && flags&(unix.IFF_RUNNING|unix.IFF_LOWER_UP) != 0
 }
 
 // compare reads the kernel's tables and queues every difference from what is
@@ -225,15 +256,17 @@ func (r *Reconciler) compare() error {
 	}
 	for k, e := range r.entries {
 		if e.have != nil && e.round != r.round {
+			before := e.have
 			e.have = nil
-			if e.want == nil {
+			switch {
+			case e.want == nil:
 				delete(r.entries, k)
-				continue
+			case k.Kind != KindNexthop:
+				r.drifted(e, before)
 			}
-			e.drift = true
-			r.queue(e)
 		}
 	}
+	r.fights.forget()
 	return nil
 }
 
@@ -274,6 +307,12 @@ func (r *Reconciler) readAll() error {
 	}
 	if err := dump(unix.RTM_GETADDR, make([]byte, unix.SizeofIfAddrmsg), observe); err != nil {
 		return err
+	}
+	r.nexthops = r.nexthopsKnown && nexthopsTold()
+	if r.nexthopsKnown { // before the routes that go through them
+		if err := dump(unix.RTM_GETNEXTHOP, make([]byte, unix.SizeofNhmsg), observe); err != nil {
+			return err
+		}
 	}
 	for _, fam := range []uint8{unix.AF_INET, unix.AF_INET6} {
 		if err := dump(unix.RTM_GETROUTE, append([]byte{fam}, make([]byte, unix.SizeofRtMsg-1)...), observe); err != nil {

@@ -20,7 +20,7 @@ import (
 //
 //   - links that it was told to hold, or made in an earlier life;
 //   - what sits on these links, but for what the kernel put there itself;
-//   - routes that carry RouteProtocol;
+//   - routes, and nexthop objects, that carry RouteProtocol;
 //   - gateway routes inside Networks that carry no protocol of their own
 //     (RTPROT_BOOT): upstream's daemon leaves these.
 //
@@ -34,14 +34,21 @@ type Reconciler struct {
 	events chan Event
 
 	entries map[Key]*entry
-	owners  map[string][]Key // the keys that an owner claims
-	dirty   []*entry         // may differ from the kernel
-	failed  []*entry         // the kernel refused; tried again by Retry
+	owners  map[string][]*entry // what an owner claims
+	dirty   []*entry            // may differ from the kernel
+	failed  []*entry            // the kernel refused; tried again by Retry
+	held    []*entry            // somebody undoes them at once; set again by Retry
+	fights  fights
 
 	devices devices
 	uses    map[string]int // how many wanted objects need the device of this name
 	round   uint           // of comparisons
 	unknown bool           // the kernel must be read before anything is done
+
+	nexthopsKnown bool // the kernel has nexthop objects
+	nexthops      bool // and our routes may go through them
+	gateways      int  // how many nexthops are claimed
+	fewGateways   int  // up to so many, routes are plain
 }
 
 // An entry is what is wanted, and what there is, under one key.
@@ -49,6 +56,7 @@ type entry struct {
 	claim
 	others []claim // that come to their turn when the claim is dropped
 	have   Object  // nil: nothing
+	via    uint32  // the nexthop that have, a route, goes through; 0: none
 
 	round uint // the comparison that saw have
 	state state
@@ -62,6 +70,7 @@ const (
 	idle   state = iota
 	dirty        // in Reconciler.dirty
 	failed       // in Reconciler.failed
+	held         // in Reconciler.held
 )
 
 // key returns what the entry is filed under. An entry that stands for nothing
@@ -87,8 +96,13 @@ func New() (*Reconciler, error) {
 	if err != nil {
 		return nil, err
 	}
-	notify, err := rtnl.Listen(ignore(sock.pid), unix.RTNLGRP_LINK, unix.RTNLGRP_NEIGH,
-		unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE)
+	groups := []int{unix.RTNLGRP_LINK, unix.RTNLGRP_NEIGH,
+		unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE}
+	known := nexthopsKnown(sock)
+	if known {
+		groups = append(groups, unix.RTNLGRP_NEXTHOP)
+	}
+	notify, err := rtnl.Listen(ignore(sock.pid), groups...)
 	if err != nil {
 		sock.close()
 		return nil, err
@@ -101,9 +115,9 @@ func New() (*Reconciler, error) {
 	}
 	r := &Reconciler{
 		sock: sock, links: links, notify: notify, events: make(chan Event),
-		entries: map[Key]*entry{}, owners: map[string][]Key{},
+		entries: map[Key]*entry{}, owners: map[string][]*entry{},
 		devices: newDevices(), uses: map[string]int{},
-		unknown: true,
+		unknown: true, fights: fights{over: map[Key]*fight{}}, nexthopsKnown: known, fewGateways: fewGateways,
 	}
 	go r.read()
 	return r, nil
@@ -122,32 +136,41 @@ func (r *Reconciler) Close() {
 // want stays until the last of them gives it up; where they differ, who came
 // first has it.
 func (r *Reconciler) Set(owner string, objects []Object) {
-	old := r.owners[owner]
-	keys := make([]Key, 0, len(objects))
-	for _, o := range objects {
-		keys = append(keys, o.Key())
+	wants, keys := make([]Object, 0, 2*len(objects)), make([]Key, 0, 2*len(objects))
+	want := func(o Object) {
+		if k := o.Key(); !slices.Contains(keys, k) { // two routes may have one gateway
+			wants, keys = append(wants, o), append(keys, k)
+		}
 	}
-	for _, k := range old {
-		if !slices.Contains(keys, k) {
+	for _, o := range objects {
+		if n, ok := nexthopOf(o); ok {
+			want(n)
+		}
+		want(o)
+	}
+	for _, e := range r.owners[owner] {
+		if k := e.key(); !slices.Contains(keys, k) {
 			r.claim(k, claim{owner: owner})
 		}
 	}
-	for i, o := range objects {
-		r.claim(keys[i], claim{owner, o})
-	}
-	if len(keys) == 0 {
+	if len(wants) == 0 {
 		delete(r.owners, owner)
-	} else {
-		r.owners[owner] = keys
+		return
 	}
+	claimed := make([]*entry, len(wants))
+	for i, o := range wants {
+		claimed[i] = r.claim(keys[i], claim{owner, o})
+	}
+	r.owners[owner] = claimed
 }
 
-// claim puts, changes or (with a nil want) drops one owner's claim to a key.
-func (r *Reconciler) claim(k Key, c claim) {
+// claim puts, changes or (with a nil want) drops one owner's claim to a key,
+// and returns the entry.
+func (r *Reconciler) claim(k Key, c claim) *entry {
 	e := r.entries[k]
 	if e == nil {
 		if c.want == nil {
-			return
+			return nil
 		}
 		e = &entry{}
 		r.entries[k] = e
@@ -165,7 +188,7 @@ func (r *Reconciler) claim(k Key, c claim) {
 			e.others[i] = c
 		case c.want != nil:
 			e.others = append(e.others, c)
-			if c.want != e.want {
+			if c.want != e.want && k.Kind != KindNexthop {
 				klog.Warningf("%s and %s cannot both have their way: %s stays, instead of %s", e.owner, c.owner, e.want, c.want)
 			}
 		}
@@ -174,16 +197,27 @@ func (r *Reconciler) claim(k Key, c claim) {
 		e.claim, e.others = e.others[0], e.others[1:]
 	}
 	if e.want == before {
-		return
+		return e
+	}
+	if k.Kind == KindNexthop {
+		switch {
+		case before == nil:
+			r.gateways++
+		case e.want == nil:
+			r.gateways--
+		}
 	}
 	r.use(before, -1)
 	r.use(e.want, +1)
 	e.drift = false
 	if e.want == nil && e.have == nil {
 		delete(r.entries, k)
-		return
+		return e
 	}
-	r.queue(e)
+	if k.Kind != KindNexthop || e.want == nil {
+		r.queue(e)
+	}
+	return e
 }
 
 // use counts the devices that an object needs.
@@ -205,6 +239,7 @@ func (r *Reconciler) use(o Object, n int) {
 	}
 }
 
+// queue has the next Apply look at an entry.
 func (r *Reconciler) queue(e *entry) {
 	if e.state != dirty {
 		e.state = dirty
@@ -212,14 +247,35 @@ func (r *Reconciler) queue(e *entry) {
 	}
 }
 
+// nexthop returns the entry of the nexthop that an entry's route could go
+// through, nil if there is none.
+func (r *Reconciler) nexthop(e *entry) *entry {
+	if n, ok := nexthopOf(e.want); ok {
+		return r.entries[n.Key()]
+	}
+	return nil
+}
+
 // Pending tells whether Apply has anything to do.
 func (r *Reconciler) Pending() bool { return r.unknown || len(r.dirty) > 0 }
 
-// Failed tells whether there is anything that the kernel refused.
-func (r *Reconciler) Failed() bool { return len(r.failed) > 0 }
+// Failed tells whether there is anything that the kernel refused, or that
+// somebody undoes as soon as it is done. It waits for Retry.
+func (r *Reconciler) Failed() bool { return len(r.failed) > 0 || len(r.held) > 0 }
 
-// Retry queues what the kernel refused, for the next Apply.
+// Retry queues what Failed tells of, for the next Apply.
 func (r *Reconciler) Retry() {
+	r.again()
+	for _, e := range r.held {
+		if e.state == held {
+			r.queue(e)
+		}
+	}
+	r.held = nil
+}
+
+// again queues what the kernel refused.
+func (r *Reconciler) again() {
 	for _, e := range r.failed {
 		if e.state == failed {
 			r.queue(e)
@@ -236,6 +292,7 @@ func (r *Reconciler) Compare() { r.unknown = true }
 // stays for Retry; the rest is done all the same.
 func (r *Reconciler) Apply() error {
 	var failures failures
+	r.fights.say()
 	if r.unknown {
 		if err := r.compare(); err != nil {
 			return fmt.Errorf("reading the kernel's tables: %w", err)
@@ -244,7 +301,9 @@ func (r *Reconciler) Apply() error {
 	var log changes
 	todo := r.take()
 	for k := kinds; k > 0; k-- {
-		r.apply(k-1, todo, false, &log, &failures)
+		if k-1 != KindNexthop {
+			r.apply(k-1, todo, false, &log, &failures)
+		}
 	}
 	r.apply(KindLink, todo, true, &log, &failures)
 	for _, e := range todo {
@@ -253,9 +312,18 @@ func (r *Reconciler) Apply() error {
 		}
 	}
 	todo = r.take() // with what went when a link was replaced
+	for _, e := range todo {
+		if n := r.nexthop(e); n != nil {
+			r.queue(n)
+		}
+	}
+	todo = append(todo, r.take()...)
 	for k := KindAddr; k < kinds; k++ {
 		r.apply(k, todo, true, &log, &failures)
 	}
+	// Last, since with a nexthop the kernel removes the routes that still go
+	// through it.
+	r.apply(KindNexthop, todo, false, &log, &failures)
 	log.write()
 	if r.unknown { // the kernel lost track of the requests
 		failures.add(errors.New("some of the kernel's answers were lost: its tables will be read again"))
@@ -277,6 +345,7 @@ func (r *Reconciler) take() []*entry {
 func (r *Reconciler) apply(kind Kind, todo []*entry, add bool, log *changes, failures *failures) {
 	var batch []*entry
 	var requests []request
+	var via []uint32 // by which nexthop
 	for _, e := range todo {
 		if e.want == e.have || e.state == failed || (e.want != nil) != add || e.key().Kind != kind {
 			continue // settled or failed meanwhile, or not its turn
@@ -290,9 +359,16 @@ func (r *Reconciler) apply(kind Kind, todo []*entry, add bool, log *changes, fai
 			r.done(e, r.link(e), log, failures)
 			continue
 		}
-		o := e.want
+		if n, ok := e.have.(nexthop); kind == KindNexthop && add && (!r.useNexthops() || ok && n.foreign) {
+			continue
+		}
+		o, by := e.want, uint32(0)
 		if !add {
-			o = e.have
+			o, by = e.have, e.via
+		} else if n := r.nexthop(e); n != nil && n.have != nil && r.useNexthops() {
+			if own, _ := nexthopOf(o); own == n.have {
+				by = own.id
+			}
 		}
 		dev := 0
 		if name := o.device(); name != "" {
@@ -306,8 +382,8 @@ func (r *Reconciler) apply(kind Kind, todo []*entry, add bool, log *changes, fai
 				continue
 			}
 		}
-		batch = append(batch, e)
-		requests = append(requests, encode(o, dev, add))
+		batch, via = append(batch, e), append(via, by)
+		requests = append(requests, encode(o, dev, by, add))
 	}
 	if len(batch) == 0 {
 		return
@@ -322,6 +398,9 @@ func (r *Reconciler) apply(kind Kind, todo []*entry, add bool, log *changes, fai
 		if !add && isGone(results[i]) {
 			results[i] = nil
 		}
+		if results[i] == nil {
+			e.via = via[i]
+		}
 		r.done(e, results[i], log, failures)
 	}
 }
@@ -335,6 +414,10 @@ func isGone(err error) bool {
 
 // done takes note of the kernel's answer.
 func (r *Reconciler) done(e *entry, err error, log *changes, failures *failures) {
+	if err != nil && e.key().Kind == KindNexthop {
+		klog.V(1).Infof("%s: %v: the route will be plain", command(e), err)
+		return
+	}
 	if err != nil {
 		// A device that goes takes its objects first, then itself: news of it
 		// is on the way, and brings the entry back.
@@ -345,7 +428,9 @@ func (r *Reconciler) done(e *entry, err error, log *changes, failures *failures)
 		r.failed = append(r.failed, e)
 		return
 	}
-	log.add(e)
+	if !r.fights.done(e.key()) {
+		log.add(e)
+	}
 	if e.want == nil {
 		delete(r.entries, e.key())
 	}
@@ -358,8 +443,11 @@ func (r *Reconciler) done(e *entry, err error, log *changes, failures *failures)
 
 // Has tells whether the kernel holds all that an owner wants.
 func (r *Reconciler) Has(owner string) bool {
-	for _, k := range r.owners[owner] {
-		if e := r.entries[k]; e.owner != owner && !slices.ContainsFunc(e.others, func(c claim) bool { return c == claim{owner, e.want} }) || e.want != e.have {
+	for _, e := range r.owners[owner] {
+		if e.key().Kind == KindNexthop {
+			continue
+		}
+		if e.owner != owner && !slices.ContainsFunc(e.others, func(c claim) bool { return c == claim{owner, e.want} }) || e.want != e.have {
 			return false
 		}
 	}

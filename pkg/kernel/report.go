@@ -27,6 +27,9 @@ type changes struct {
 const wordy = 20
 
 func (c *changes) add(e *entry) {
+	if e.key().Kind == KindNexthop && (e.want != nil || !e.drift) {
+		return // the route that goes through it says all
+	}
 	if e.want != nil {
 		c.added[e.want.Key().Kind]++
 	} else {
@@ -55,7 +58,7 @@ func (c *changes) write() {
 		return
 	}
 	var parts []string
-	for kind, name := range [kinds]string{"links", "addresses", "neighbours", "FDB entries", "routes"} {
+	for kind, name := range [kinds]string{"links", "addresses", "neighbours", "FDB entries", "nexthops", "routes"} {
 		if n := c.added[kind]; n > 0 {
 			parts = append(parts, fmt.Sprintf("%d %s set", n, name))
 		}

@@ -23,6 +23,8 @@ import (
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/client-go/transport"
+
+	"github.com/flanneld/flanneld/pkg/iface"
 )
 
 const (
@@ -63,7 +65,7 @@ type client struct {
 	server string // URL
 }
 
-func newClient(apiURL, kubeconfig string) (*client, error) {
+func newClient(ctx context.Context, apiURL, kubeconfig string) (*client, error) {
 	var config *rest.Config
 	var err error
 	if apiURL == "" && kubeconfig == "" {
@@ -78,11 +80,16 @@ func newClient(apiURL, kubeconfig string) (*client, error) {
 	// HTTP/1.1: an event costs half of what it does with HTTP/2, where it passes
 	// through one more goroutine, and gives back its piece of the window.
 	config.NextProtos = []string{"http/1.1"}
-	config.Dial = (&net.Dialer{
+	dialer, err := iface.NewDialer(ctx)
+	if err != nil {
+		return nil, err
+	}
+	dialer.Dialer = net.Dialer{
 		Timeout:         dialFor,
 		KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: probeAfter, Interval: probeAfter, Count: int(lostAfter / probeAfter)},
 		Control:         limitWait,
-	}).DialContext
+	}
+	config.Dial = dialer.DialContext
 	if config.BearerTokenFile != "" {
 		// client-go reads the file once a minute. This way, a token that is
 		// refused is also read again for the next request.

@@ -96,12 +96,13 @@ func New(ctx context.Context, o Options) (*Manager, error) {
 	if o.NodeName == "" && (o.Namespace == "" || o.Pod == "") {
 		return nil, errors.New("which Node is this? Set the environment variable NODE_NAME, or POD_NAME and POD_NAMESPACE (in a pod: valueFrom: fieldRef: spec.nodeName)")
 	}
-	c, err := newClient(o.APIURL, o.Kubeconfig)
+	ctx, cancel := context.WithCancel(ctx)
+	c, err := newClient(ctx, o.APIURL, o.Kubeconfig)
 	if err != nil {
+		cancel()
 		return nil, err
 	}
-	m := &Manager{options: o, client: c, name: o.NodeName, changed: make(chan struct{}), warned: map[netip.Addr]bool{}}
-	m.ctx, m.cancel = context.WithCancel(ctx)
+	m := &Manager{options: o, client: c, name: o.NodeName, ctx: ctx, cancel: cancel, changed: make(chan struct{}), warned: map[netip.Addr]bool{}}
 	m.running.Go(m.followOwn)
 	return m, nil
 }

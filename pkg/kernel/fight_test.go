@@ -1,0 +1,149 @@
+package kernel
+
+import (
+	"bytes"
+	"flag"
+	"strings"
+	"testing"
+	"time"
+
+	"k8s.io/klog/v2"
+
+	"github.com/flanneld/flanneld/pkg/nstest"
+)
+
+// logged catches what is logged, until it is asked.
+func logged(t *testing.T) func() string {
+	t.Helper()
+	state := klog.CaptureState()
+	t.Cleanup(state.Restore)
+	var fs flag.FlagSet
+	klog.InitFlags(&fs)
+	fs.Set("logtostderr", "false")
+	fs.Set("one_output", "true") // warnings not once more among the rest
+	var out bytes.Buffer
+	klog.SetOutput(&out)
+	return func() string {
+		klog.Flush()
+		return out.String()
+	}
+}
+
+// hear handles what the kernel tells, until the entry of that route is such.
+func hear(r *Reconciler, such func(have Object) bool) {
+	for k := peerDirect()[0].Key(); !such(r.entries[k].have); {
+		r.Handle(<-r.Events()) // without news, the test's deadline ends this
+	}
+}
+
+func gone(have Object) bool { return have == nil }
+
+// undo has somebody undo a route of ours, and the reconciler hear of it.
+func undo(t *testing.T, r *Reconciler) {
+	t.Helper()
+	nstest.Run(t, "ip route del 10.5.3.0/24")
+	hear(r, gone)
+}
+
+// there tells whether that route is there.
+func there(t *testing.T) bool {
+	t.Helper()
+	return nstest.Run(t, "ip route show 10.5.3.0/24") != ""
+}
+
+// Somebody removes a route whenever we set it: after a while we do so at the
+// pace of the main loop's retries, and say so once.
+func TestFight(t *testing.T) {
+	host(t)
+	log := logged(t)
+	r := start(t)
+	for i := 1; i < fightTimes; i++ {
+		undo(t, r)
+		apply(t, r)
+		if !there(t) || r.Failed() {
+			t.Fatalf("after %d times the route is there: %t; waits: %t", i, there(t), r.Failed())
+		}
+	}
+	for i := range 3 {
+		undo(t, r)
+		if r.Pending() || !r.Failed() {
+			t.Fatalf("round %d: no wait", i)
+		}
+		nstest.Run(t, "ip route add 10.5.3.0/24 via 198.18.0.66 dev eth0 proto static") // hastens it no more than ...
+		hear(r, func(have Object) bool { return have != nil })
+		nstest.Run(t, "ip route del 10.5.3.0/24")
+		hear(r, gone)
+		if r.Pending() {
+			t.Fatalf("round %d: no wait, after something else was there", i)
+		}
+		r.Compare() // ... this,
+		r.again()   // or news of some device
+		apply(t, r)
+		if there(t) {
+			t.Fatalf("round %d: set again at once", i)
+		}
+		// Others need not wait.
+		r.Set("peer", peer([]MAC{mac2, mac3}[i%2]))
+		apply(t, r)
+		if !r.Has("peer") || there(t) {
+			t.Errorf("round %d: the peer has what it wants: %t; the route is there: %t", i, r.Has("peer"), there(t))
+		}
+		r.Retry()
+		apply(t, r)
+		if !there(t) || r.Failed() {
+			t.Fatalf("round %d: the route is there: %t; waits: %t", i, there(t), r.Failed())
+		}
+	}
+	if got := strings.Count(log(), "Somebody undoes what is set, 20 times in "); got != 1 || !strings.Contains(log(), ": ip route replace 10.5.3.0/24 via 198.18.0.3 dev eth0 proto 70:") {
+		t.Errorf("said %d times:\n%s", got, log())
+	}
+
+	if got := strings.Count(log(), "(it was missing)"); got != fightTimes-1 {
+		t.Errorf("each of %d repairs is said:\n%s", got, log())
+	}
+
+	// An opponent who takes his time does not have to be slowed down.
+	g := r.fights.over[peerDirect()[0].Key()]
+	g.set = g.set.Add(-fightPace)
+	undo(t, r)
+	apply(t, r)
+	if !there(t) {
+		t.Error("undone a second after it was set, it waits")
+	}
+	// And one who has given up is forgotten.
+	g.last = g.last.Add(-fightCalm - time.Second)
+	r.Compare()
+	apply(t, r)
+	if len(r.fights.over) != 0 || !strings.Contains(log(), "Nobody undoes any more") {
+		t.Errorf("%d fights are remembered:\n%s", len(r.fights.over), log())
+	}
+	undo(t, r)
+	apply(t, r)
+	if !there(t) {
+		t.Error("after the peace, the first time, it waits")
+	}
+}
+
+// A wish that changes has nothing to do with the fight over the former one.
+func TestFightOverFormerWish(t *testing.T) {
+	host(t)
+	r := start(t)
+	for range fightTimes - 1 {
+		undo(t, r)
+		apply(t, r)
+	}
+	undo(t, r)
+	other := peerDirect()
+	other[0] = Route{Dst: prefix("10.5.3.0/24"), Via: addr("198.18.0.33"), Dev: "eth0"}
+	r.Set("direct", other)
+	apply(t, r)
+	if !there(t) {
+		t.Error("it waits")
+	}
+	r.Set("direct", nil)
+	apply(t, r)
+	r.Retry()
+	if there(t) || r.Pending() || r.Failed() {
+		t.Errorf("dropped: there %t, pending %t, waits %t", there(t), r.Pending(), r.Failed())
+	}
+}

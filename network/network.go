@@ -135,6 +135,10 @@ func (n *node) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	files, err := watchFile(ctx, n.SubnetFile)
+	if err != nil { // it is looked at now and then all the same
+		klog.Warning(err)
+	}
 	n.rules = keepRules(ctx, &n.group, n.RulesResync)
 	n.tenant = newTenant(n.Manager)
 	defer func() { n.tenant.leave() }()
@@ -163,6 +167,8 @@ func (n *node) run(ctx context.Context) error {
 		case err = <-n.worker.failed:
 		case s := <-n.rules.states:
 			n.rulesSet = s
+		case <-files:
+			n.lookAtFile()
 		case _, ok := <-links:
 			if !ok {
 				return nil
@@ -445,8 +451,7 @@ func (n *node) converge() {
 	case !n.rulesSet:
 		n.health.waitFor("the rules: see the log")
 	case !n.fileSet:
-		env := subnet.Env{Networks: n.cfg.Networks(), Subnets: n.lease.Subnets, MTU: n.backend.MTU(), IPMasq: n.IPMasq}
-		err := env.WriteFile(n.SubnetFile)
+		err := n.env().WriteFile(n.SubnetFile)
 		n.say("Subnet file", err)
 		if n.fileSet = err == nil; !n.fileSet {
 			n.health.waitFor(err.Error())

@@ -38,6 +38,14 @@ func (r *rules) set(want firewall.Desired, nftables bool) {
 	r.wants <- wish{want, nftables}
 }
 
+// ruleRest is the least time between checks that follow somebody's changes: a
+// firewall that restarts makes many. It doubles with each time that they had to
+// be set, until they are left alone for ruleCalm.
+const (
+	ruleRest = 50 * time.Millisecond
+	ruleCalm = time.Second
+)
+
 func (r *rules) keep(ctx context.Context, resync time.Duration) {
 	var want wish
 	select {
@@ -49,11 +57,19 @@ func (r *rules) keep(ctx context.Context, resync time.Duration) {
 	var driver *firewall.Driver
 	said, set, told := "", false, false
 	var undone quarrel
+	news, err := firewall.Changes(ctx)
+	if err != nil {
+		klog.Warningf("Rules are checked every %v, and not as soon as somebody changes them: %v", resync, err)
+	}
+	var checked, written time.Time
+	haste := 0 // how often they were written lately
+	soon := time.NewTimer(time.Hour)
+	defer soon.Stop()
 	after := retryFirst
 	next := time.NewTimer(0)
 	defer next.Stop()
 	for {
-		changed := false
+		changed, hasty := false, false
 		select {
 		case <-ctx.Done():
 			return
@@ -64,9 +80,23 @@ func (r *rules) keep(ctx context.Context, resync time.Duration) {
 			}
 			want, changed = latest, true
 		case <-next.C:
+		case <-news:
+			if undone < quarrelTimes { // else the next check is soon enough
+				soon.Reset(max(0, min(ruleRest<<min(haste, 10), resync)-time.Since(checked)))
+			}
+			continue
+		case <-soon.C:
+			hasty = true
 		}
-		err := r.look(ctx, &driver, want, set && !changed, &undone)
+		checked = time.Now()
+		if hasty && checked.Sub(written) > ruleCalm {
+			haste, undone = 0, 0
+		}
+		wrote, err := r.look(ctx, &driver, want, set && !changed, hasty, &undone)
 		set = err == nil
+		if wrote {
+			written, haste = time.Now(), haste+1
+		}
 		switch {
 		case ctx.Err() != nil:
 			return
@@ -96,29 +126,33 @@ func (r *rules) keep(ctx context.Context, resync time.Duration) {
 	}
 }
 
-// look sets the rules, unless they are said to be set already and still are.
-func (r *rules) look(ctx context.Context, driver **firewall.Driver, want wish, set bool, undone *quarrel) error {
+// look sets the rules, unless they are said to be set already and still are. It
+// tells whether it wrote any.
+func (r *rules) look(ctx context.Context, driver **firewall.Driver, want wish, set, hasty bool, undone *quarrel) (wrote bool, err error) {
 	if *driver == nil {
 		d, err := firewall.New(ctx, want.nftables)
 		if err != nil {
 			if want.IPv4.IsZero() && want.IPv6.IsZero() {
 				klog.V(1).Infof("No rules are wanted, and none can be there: %v", err)
-				return nil
+				return false, nil
 			}
-			return err
+			return false, err
 		}
 		*driver, set = d, false
 	}
 	if set {
 		ok, err := (*driver).Check(ctx)
 		if err != nil {
-			return err
+			return false, err
 		}
-		if undone.say(ok, (*driver).String()); ok {
-			return nil
+		if !ok || !hasty { // what we set ourselves is news, too, and no sign of peace
+			undone.say(ok, (*driver).String())
+		}
+		if ok {
+			return false, nil
 		}
 	}
-	return (*driver).Apply(ctx, want.Desired)
+	return true, (*driver).Apply(ctx, want.Desired)
 }
 
 // A quarrel counts how many checks on end found the rules changed.

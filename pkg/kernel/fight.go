@@ -10,22 +10,27 @@ import (
 // fights remembers what others undo, in case they do so again and again.
 type fights struct {
 	over   map[Key]*fight
+	blink  time.Duration // see fightBlink
 	unsaid []*fight
 }
 
 // A fight is over one object.
 type fight struct {
-	object Object
-	times  int // that it was undone
-	first  time.Time
-	last   time.Time
-	set    time.Time // when we set it again
+	object  Object
+	times   int       // that it was undone
+	counted time.Time // for the last time
+	first   time.Time
+	last    time.Time
+	set     time.Time // when we set it again
 }
 
 const (
 	// From so many times on it is a fight: by then it is no person who tries
 	// things.
 	fightTimes = 20
+	// What happens within this time is once: "ip route flush" alone goes ten
+	// rounds in two milliseconds before it gives up.
+	fightBlink = 50 * time.Millisecond
 	// Who waits longer than this has to be counted afresh.
 	fightCalm = time.Minute
 	// What is undone sooner than this after it was set waits for Retry.
@@ -42,8 +47,11 @@ func (f *fights) undone(o Object) bool {
 		f.over[o.Key()] = g
 	}
 	g.last = now
-	if g.times++; g.times == fightTimes {
-		f.unsaid = append(f.unsaid, g)
+	if now.Sub(g.counted) >= f.blink {
+		g.counted = now
+		if g.times++; g.times == fightTimes {
+			f.unsaid = append(f.unsaid, g)
+		}
 	}
 	return g.times >= fightTimes && now.Sub(g.set) < fightPace
 }

@@ -51,12 +51,24 @@ func there(t *testing.T) bool {
 	return nstest.Run(t, "ip route show 10.5.3.0/24") != ""
 }
 
+// Some programs remove a route ten times before they take a breath: that is
+// once.
+func TestFightBlinks(t *testing.T) {
+	f := fights{over: map[Key]*fight{}, blink: time.Hour}
+	for range 3 * fightTimes {
+		if o := peerDirect()[0]; f.undone(o) || f.over[o.Key()].times != 1 {
+			t.Fatalf("counted %d times", f.over[o.Key()].times)
+		}
+	}
+}
+
 // Somebody removes a route whenever we set it: after a while we do so at the
 // pace of the main loop's retries, and say so once.
 func TestFight(t *testing.T) {
 	host(t)
 	log := logged(t)
 	r := start(t)
+	r.fights.blink = 0
 	for i := 1; i < fightTimes; i++ {
 		undo(t, r)
 		apply(t, r)

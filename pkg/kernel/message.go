@@ -262,6 +262,13 @@ type foreign struct {
 	protocol uint8
 }
 
+// connects tells whether it is a route to a device's own link, through which
+// gateways can be reached.
+func (d decoded) connects() bool {
+	f, ok := d.Object.(foreign)
+	return ok && !f.Via.IsValid() && !f.Blackhole
+}
+
 // defaultMetricIPv6 is what the kernel gives to a route that names no metric
 // (IP6_RT_PRIO_USER, linux/ipv6_route.h).
 const defaultMetricIPv6 = 1024

@@ -52,7 +52,11 @@ func (r *Reconciler) Handle(ev Event) {
 		case unix.RTM_NEWLINK, unix.RTM_DELLINK:
 			r.handleLink(h, body)
 		case unix.RTM_NEWADDR, unix.RTM_NEWNEIGH, unix.RTM_NEWROUTE, unix.RTM_NEWNEXTHOP:
-			r.observe(decode(h.Type, body, r.devices.name), false)
+			d := decode(h.Type, body, r.devices.name)
+			r.observe(d, false)
+			if r.uses[d.dev] > 0 && (h.Type == unix.RTM_NEWADDR || d.connects()) {
+				r.again() // what failed for want of a way to the gateway
+			}
 		case unix.RTM_DELADDR:
 			d := decode(h.Type, body, r.devices.name)
 			r.observe(d, true)

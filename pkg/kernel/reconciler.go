@@ -117,7 +117,7 @@ func New() (*Reconciler, error) {
 		sock: sock, links: links, notify: notify, events: make(chan Event),
 		entries: map[Key]*entry{}, owners: map[string][]*entry{},
 		devices: newDevices(), uses: map[string]int{},
-		unknown: true, fights: fights{over: map[Key]*fight{}}, nexthopsKnown: known, fewGateways: fewGateways,
+		unknown: true, fights: fights{over: map[Key]*fight{}, blink: fightBlink}, nexthopsKnown: known, fewGateways: fewGateways,
 	}
 	go r.read()
 	return r, nil
@@ -389,6 +389,9 @@ func (r *Reconciler) apply(kind Kind, todo []*entry, add bool, log *changes, fai
 		return
 	}
 	results, err := r.sock.do(requests)
+	if err == nil && add && kind == KindRoute {
+		err = r.evict(batch, requests, results)
+	}
 	for i, e := range batch {
 		if err != nil {
 			r.done(e, err, log, failures)
@@ -403,6 +406,33 @@ func (r *Reconciler) apply(kind Kind, todo []*entry, add bool, log *changes, fai
 		}
 		r.done(e, results[i], log, failures)
 	}
+}
+
+// evict tries again what the kernel refused to put in place of another route,
+// after removing that. It does not replace a route when, with the same key, it
+// has ours further down (EEXIST), nor in IPv6 when the gateway would be reached
+// by that very route (EINVAL).
+func (r *Reconciler) evict(batch []*entry, requests []request, results []error) error {
+	var tried []int
+	var again []request
+	for i, e := range batch {
+		if e.have == nil || !errors.Is(results[i], unix.EEXIST) && !errors.Is(results[i], unix.EINVAL) {
+			continue
+		}
+		tried = append(tried, i)
+		again = append(again, encode(e.have, r.devices.number[e.have.device()], 0, false), requests[i])
+	}
+	if len(again) == 0 {
+		return nil
+	}
+	answers, err := r.sock.do(again)
+	if err != nil {
+		return err
+	}
+	for n, i := range tried {
+		results[i] = answers[2*n+1]
+	}
+	return nil
 }
 
 // isGone tells the errors that the kernel answers to the removal of what is

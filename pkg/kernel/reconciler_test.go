@@ -517,3 +517,15 @@ func TestManyPeers(t *testing.T) {
 		t.Errorf("%d routes, want %d", routes, n)
 	}
 }
+
+// The kernel replaces no route that hides ours, and in IPv6 none that is the
+// way to our gateway.
+func TestEvict(t *testing.T) {
+	host(t)
+	r := start(t)
+	nstest.Run(t, "ip route prepend 10.5.3.0/24 via 198.18.0.66 dev eth0")
+	settle(t, r, "our route alone", func() bool {
+		got := nstest.Run(t, "ip route show 10.5.3.0/24")
+		return !strings.Contains(got, "198.18.0.66") && strings.Contains(got, "198.18.0.3")
+	})
+}

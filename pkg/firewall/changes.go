@@ -1,0 +1,103 @@
+package firewall
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"syscall"
+
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+	"k8s.io/klog/v2"
+)
+
+// Changes signals when somebody, ourselves included, may have changed rules of
+// ours in the calling thread's network namespace, as nftables tells: iptables-nft
+// keeps its rules there too, but of iptables-legacy there is no news. Signals
+// that nobody took are merged into one. The channel is closed when ctx ends.
+func Changes(ctx context.Context) (<-chan struct{}, error) {
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_NETFILTER)
+	if err != nil {
+		return nil, fmt.Errorf("listening for changes of nftables: %w", err)
+	}
+	f := os.NewFile(uintptr(fd), "nfnetlink") // non-blocking: the runtime waits for it
+	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("listening for changes of nftables: %w", err)
+	}
+	if err := unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, unix.NFNLGRP_NFTABLES); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("listening for changes of nftables: %w", err)
+	}
+	changes := make(chan struct{}, 1)
+	stop := context.AfterFunc(ctx, func() { f.Close() })
+	go func() {
+		defer close(changes)
+		defer stop()
+		buf := make([]byte, 1<<16)
+		for {
+			n, err := f.Read(buf)
+			switch {
+			case errors.Is(err, unix.ENOBUFS): // anything may have changed
+			case err != nil:
+				if ctx.Err() == nil {
+					klog.Errorf("Changes of rules are noticed at checks alone from now on: netlink: %v", err)
+					<-ctx.Done()
+				}
+				return
+			case !concernsUs(buf[:n]):
+				continue
+			}
+			select {
+			case changes <- struct{}{}:
+			default: // there is one already
+			}
+		}
+	}()
+	return changes, nil
+}
+
+// concernsUs tells whether a datagram is about chains or rules that are ours,
+// or that may be about ours: a table's end, and what leads to our chains.
+func concernsUs(datagram []byte) bool {
+	messages, err := syscall.ParseNetlinkMessage(datagram)
+	if err != nil {
+		return true
+	}
+	for _, m := range messages {
+		if len(m.Data) < nl.SizeofNfgenmsg || m.Header.Type>>8 != unix.NFNL_SUBSYS_NFTABLES {
+			continue
+		}
+		attrs, err := nl.ParseRouteAttr(m.Data[nl.SizeofNfgenmsg:])
+		if err != nil {
+			return true
+		}
+		text := func(kind uint16) string {
+			for _, a := range attrs {
+				if a.Attr.Type == kind {
+					return nl.BytesToString(a.Value)
+				}
+			}
+			return ""
+		}
+		// Tables, chains and rules all name their table in their first
+		// attribute, rules their chain in the second, chains themselves in the third.
+		table, name := text(unix.NFTA_RULE_TABLE), ""
+		switch m.Header.Type & 0xff {
+		case unix.NFT_MSG_DELTABLE:
+		case unix.NFT_MSG_NEWCHAIN, unix.NFT_MSG_DELCHAIN:
+			name = text(unix.NFTA_CHAIN_NAME)
+		case unix.NFT_MSG_NEWRULE, unix.NFT_MSG_DELRULE:
+			name = text(unix.NFTA_RULE_CHAIN)
+		default:
+			continue
+		}
+		for _, c := range []chain{postrouting, forward} {
+			if table == ipv4.table || table == ipv6.table || table == c.table && (name == "" || name == c.base || name == c.name) {
+				return true
+			}
+		}
+	}
+	return false
+}

@@ -1,0 +1,43 @@
+package firewall
+
+import (
+	"testing"
+	"time"
+
+	"github.com/flanneld/flanneld/pkg/nstest"
+)
+
+// News is of our rules, of what leads to them, and of their tables.
+func TestChanges(t *testing.T) {
+	nstest.Need(t, "nft")
+	nstest.New(t)
+	nstest.Run(t, "nft add table ip nat")
+	nstest.Run(t, "nft add chain ip nat OTHER")
+	nstest.Run(t, "nft add chain ip nat POSTROUTING")
+	nstest.Run(t, "nft add chain ip nat FLANNEL-POSTRTG")
+	nstest.Run(t, "nft add table ip flannel-ipv4")
+	changes, err := Changes(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, line := range []string{
+		"nft add rule ip nat FLANNEL-POSTRTG accept", "nft add rule ip nat POSTROUTING accept", "nft flush chain ip nat FLANNEL-POSTRTG",
+		"nft add chain ip flannel-ipv4 x", "nft delete table ip nat", "nft flush ruleset",
+	} {
+		for _, unrelated := range []string{"nft add table ip other", "nft add chain ip other POSTROUTING", "nft add rule ip other POSTROUTING accept", "nft delete table ip other"} {
+			nstest.Run(t, unrelated)
+		}
+		nstest.Try("nft add rule ip nat OTHER accept")
+		select {
+		case <-changes:
+			t.Errorf("before %q, there is news of others' rules", line)
+		case <-time.After(50 * time.Millisecond): // enough to fail where it is wrong
+		}
+		nstest.Run(t, line)
+		select {
+		case <-changes:
+		case <-time.After(time.Minute):
+			t.Fatalf("%s: no news", line)
+		}
+	}
+}

@@ -66,6 +66,14 @@ type Solitary interface {
 	Solitary()
 }
 
+// A Bystander lets others make the routes inside the network: commands that it
+// runs, a routing daemon, the operator. They are not taken for what an earlier
+// daemon has left.
+type Bystander interface {
+	Backend
+	StandBy()
+}
+
 // A Factory makes a backend. The errors it returns are for the operator:
 // neither waiting nor retrying will mend them.
 type Factory func(cfg *subnet.Config, uplink iface.Uplink) (Backend, error)

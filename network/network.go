@@ -130,7 +130,6 @@ func (n *node) run(ctx context.Context) error {
 		return err
 	}
 	defer n.kernel.Close()
-	n.kernel.Networks = n.cfg.Networks().Each()
 	links, err := iface.Changes(ctx)
 	if err != nil {
 		return err
@@ -300,7 +299,6 @@ func (n *node) moveIn(ctx context.Context, t tenancy) {
 	if t.cfg != n.cfg {
 		klog.Infof("The configuration has changed: network %s, backend %s", t.cfg.Networks(), t.cfg.BackendType)
 		n.situation = t.situation
-		n.kernel.Networks = n.cfg.Networks().Each()
 		n.askForPeers(ctx)
 	}
 	if n.lease != nil && n.lease.Subnets != l.Subnets {
@@ -326,6 +324,10 @@ func (n *node) wantedRules() firewall.Desired {
 // program wants of the kernel, and of the backend's worker, what the lease and
 // all of the peers call for.
 func (n *node) program(ctx context.Context) {
+	n.kernel.Networks = n.cfg.Networks().Each()
+	if _, ok := n.backend.(backend.Bystander); ok {
+		n.kernel.Networks = nil
+	}
 	objects := n.backend.Local(*n.lease)
 	if n.Blackhole {
 		for _, s := range n.lease.Each() {

@@ -22,6 +22,9 @@ import (
 	"github.com/flanneld/flanneld/subnet/etcd"
 	"github.com/flanneld/flanneld/subnet/kube"
 
+	_ "github.com/flanneld/flanneld/backend/alloc"
+	_ "github.com/flanneld/flanneld/backend/awsvpc"
+	_ "github.com/flanneld/flanneld/backend/extension"
 	_ "github.com/flanneld/flanneld/backend/hostgw"
 	_ "github.com/flanneld/flanneld/backend/vxlan"
 )

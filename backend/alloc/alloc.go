@@ -1,0 +1,48 @@
+// Package alloc leases a subnet for the node and leaves the way to the other
+// nodes' to somebody else. See README.md.
+package alloc
+
+import (
+	"context"
+
+	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/pkg/iface"
+	"github.com/flanneld/flanneld/pkg/kernel"
+	"github.com/flanneld/flanneld/subnet"
+)
+
+// Type is the backend's name in configurations. Leases carry none.
+const Type = "alloc"
+
+func init() { backend.Register(Type, New) }
+
+type alloc struct{ mtu int }
+
+var (
+	_ backend.Solitary  = (*alloc)(nil)
+	_ backend.Bystander = (*alloc)(nil)
+)
+
+// New makes the backend.
+func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
+	if err := backend.Options(cfg, &struct{}{}); err != nil {
+		return nil, err
+	}
+	return &alloc{uplink.MTU}, nil
+}
+
+// Solitary implements backend.Solitary: peers are none of our business.
+func (a *alloc) Solitary() {}
+
+// StandBy implements backend.Bystander.
+func (a *alloc) StandBy() {}
+
+func (a *alloc) MTU() int { return a.mtu }
+
+func (a *alloc) Attrs(context.Context, subnet.Attrs) (subnet.Attrs, error) {
+	return subnet.Attrs{}, nil
+}
+
+func (a *alloc) Local(subnet.Lease) []kernel.Object { return nil }
+
+func (a *alloc) Peer(subnet.Lease, subnet.Lease) ([]kernel.Object, error) { return nil, nil }

@@ -1,0 +1,76 @@
+// Package awsvpc has an Amazon VPC route pods' packets as they are: each node
+// puts a route to its own subnet into the VPC's route tables. See README.md.
+package awsvpc
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"regexp"
+	"slices"
+
+	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/pkg/iface"
+	"github.com/flanneld/flanneld/pkg/kernel"
+	"github.com/flanneld/flanneld/subnet"
+)
+
+// Type is the backend's name in configurations. Leases carry none.
+const Type = "aws-vpc"
+
+func init() { backend.Register(Type, New) }
+
+// tableIDs are route tables, written as one text or as a list of them.
+type tableIDs []string
+
+var tableIDForm = regexp.MustCompile(`^rtb-[0-9a-f]+$`)
+
+func (t *tableIDs) UnmarshalJSON(data []byte) error {
+	var one string
+	var all []string
+	if json.Unmarshal(data, &one) == nil {
+		if one != "" {
+			all = []string{one}
+		}
+	} else if json.Unmarshal(data, &all) != nil {
+		return errors.New(`RouteTableID: want a text such as "rtb-0a1b2c3d4e5f60718", or a list of these`)
+	}
+	for _, id := range all {
+		if !tableIDForm.MatchString(id) {
+			return fmt.Errorf("RouteTableID %q is not the ID of a route table, such as rtb-0a1b2c3d4e5f60718", id)
+		}
+	}
+	slices.Sort(all)
+	*t = slices.Compact(all)
+	return nil
+}
+
+type vpc struct {
+	tables   tableIDs // empty: those that the uplink's subnet uses
+	uplink   iface.Uplink
+	networks subnet.Subnets
+}
+
+var _ backend.Worker = (*vpc)(nil)
+
+// New makes the backend.
+func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
+	v := &vpc{uplink: uplink, networks: cfg.Networks()}
+	if err := backend.Options(cfg, &struct{ RouteTableID *tableIDs }{&v.tables}); err != nil {
+		return nil, err
+	}
+	return v, nil
+}
+
+func (v *vpc) MTU() int { return v.uplink.MTU }
+
+func (v *vpc) Attrs(context.Context, subnet.Attrs) (subnet.Attrs, error) {
+	return subnet.Attrs{}, nil
+}
+
+func (v *vpc) Local(subnet.Lease) []kernel.Object { return nil }
+
+// Peer wants nothing of the kernel: the default route leads to the VPC's
+// router, which knows.
+func (v *vpc) Peer(subnet.Lease, subnet.Lease) ([]kernel.Object, error) { return nil, nil }

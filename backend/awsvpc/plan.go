@@ -1,0 +1,109 @@
+package awsvpc
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/aws/aws-sdk-go-v2/aws"
+	"github.com/aws/aws-sdk-go-v2/service/ec2/types"
+)
+
+// wishes are what this node wants of every route table.
+type wishes struct {
+	eni      string         // this node's network interface
+	own      []netip.Prefix // the subnets that must be routed to it
+	networks []netip.Prefix // that all nodes' subnets are part of
+	peers    []netip.Prefix // the subnets of the other nodes
+	known    bool           // who they are
+}
+
+// A step is one change to a route table.
+type step struct {
+	verb  verb
+	table string
+	dst   netip.Prefix
+	eni   string // empty where a route is deleted
+}
+
+type verb string
+
+const (
+	createRoute  verb = "create-route"
+	replaceRoute verb = "replace-route"
+	deleteRoute  verb = "delete-route"
+)
+
+// String returns the command that would do the same.
+func (s step) String() string {
+	option := "--destination-cidr-block"
+	if s.dst.Addr().Is6() {
+		option = "--destination-ipv6-cidr-block"
+	}
+	text := fmt.Sprintf("aws ec2 %s --route-table-id %s %s %s", s.verb, s.table, option, s.dst)
+	if s.eni != "" {
+		text += " --network-interface-id " + s.eni
+	}
+	return text
+}
+
+// plan returns the steps that a route table takes, deletions first: they make
+// room. It tells whether there will be more to say once the peers are known.
+//
+// Besides this node's own routes it touches two kinds, inside the networks and
+// never to a peer's subnet: those that lead to an interface that is gone, and
+// those that lead to our own, from an earlier lease.
+func plan(table types.RouteTable, w wishes) (steps []step, unsure bool) {
+	id := aws.ToString(table.RouteTableId)
+	missing := slices.Clone(w.own)
+	var changes []step
+	for _, route := range table.Routes {
+		dst, ok := destination(route)
+		if !ok {
+			continue
+		}
+		target := aws.ToString(route.NetworkInterfaceId)
+		blackhole := route.State == types.RouteStateBlackhole
+		switch {
+		case slices.Contains(w.own, dst):
+			missing = slices.DeleteFunc(missing, func(p netip.Prefix) bool { return p == dst })
+			if target != w.eni {
+				changes = append(changes, step{replaceRoute, id, dst, w.eni})
+			}
+		case !blackhole && target != w.eni, !inside(dst, w.networks), overlaps(dst, w.own), overlaps(dst, w.peers):
+		case target == "" && aws.ToString(route.InstanceId) == "":
+			// A gateway's, for instance: no node has made it.
+		case !w.known:
+			unsure = true
+		default:
+			steps = append(steps, step{verb: deleteRoute, table: id, dst: dst})
+		}
+	}
+	for _, dst := range missing {
+		changes = append(changes, step{createRoute, id, dst, w.eni})
+	}
+	return append(steps, changes...), unsure
+}
+
+// destination returns where a route leads, if somebody has made it who can also
+// take it back: routes that a gateway propagates come and go with it.
+func destination(route types.Route) (netip.Prefix, bool) {
+	if route.Origin != types.RouteOriginCreateRoute && route.Origin != "" {
+		return netip.Prefix{}, false
+	}
+	text := aws.ToString(route.DestinationCidrBlock)
+	if text == "" {
+		text = aws.ToString(route.DestinationIpv6CidrBlock)
+	}
+	dst, err := netip.ParsePrefix(text) // fails for a prefix list
+	return dst.Masked(), err == nil
+}
+
+// inside tells whether a prefix is a part of one of the networks.
+func inside(p netip.Prefix, networks []netip.Prefix) bool {
+	return slices.ContainsFunc(networks, func(n netip.Prefix) bool { return n.Bits() < p.Bits() && n.Contains(p.Addr()) })
+}
+
+func overlaps(p netip.Prefix, with []netip.Prefix) bool {
+	return slices.ContainsFunc(with, p.Overlaps)
+}

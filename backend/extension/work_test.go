@@ -1,0 +1,322 @@
+package extension
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/pkg/iface"
+	"github.com/flanneld/flanneld/subnet"
+)
+
+// A node is a place where extensions live, one after the other. Their commands
+// write lines to $OUT, which heard returns.
+type node struct {
+	t      *testing.T
+	dir    string
+	lines  chan string
+	peers  chan subnet.Update
+	cancel context.CancelCauseFunc
+	done   chan error
+}
+
+func newNode(t *testing.T) *node {
+	n := &node{t: t, dir: t.TempDir(), lines: make(chan string, 100)}
+	pipe := filepath.Join(n.dir, "pipe")
+	if err := syscall.Mkfifo(pipe, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.OpenFile(pipe, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	t.Setenv("OUT", pipe)
+	t.Setenv("DIR", n.dir)
+	t.Setenv("SUBNET", "of flanneld's own environment")
+	go func() {
+		for lines := bufio.NewScanner(f); lines.Scan(); {
+			n.lines <- lines.Text()
+		}
+	}()
+	return n
+}
+
+// start has an extension work with these commands.
+func (n *node) start(o options) {
+	n.t.Helper()
+	x := n.extension(o)
+	ctx, cancel := context.WithCancelCause(n.t.Context())
+	n.cancel, n.done, n.peers = cancel, make(chan error, 1), make(chan subnet.Update, 1)
+	own := lease("10.5.1.0-24", `{"PublicIP":"198.18.0.1","PublicIPv6":null,"BackendType":"extension"}`)
+	go func() { n.done <- x.Work(ctx, own, n.peers) }()
+	n.t.Cleanup(func() { n.stop(nil) })
+}
+
+func (n *node) extension(o options) *extension {
+	n.t.Helper()
+	text, err := json.Marshal(struct {
+		Type string
+		options
+	}{"extension", o})
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	cfg, err := subnet.ParseConfig(fmt.Appendf(nil, `{"Network": "10.5.0.0/16", "Backend": %s}`, text))
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	b, err := New(cfg, iface.Uplink{Name: "eth0", MTU: 1500})
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	x := b.(*extension)
+	x.record, x.retry = filepath.Join(n.dir, "run", "record.json"), 10*time.Millisecond
+	return x
+}
+
+// stop ends the extension for a reason, and waits for it.
+func (n *node) stop(cause error) {
+	n.t.Helper()
+	n.cancel(cause)
+	if err := <-n.done; err != nil {
+		n.t.Errorf("Work returned %v", err)
+	}
+	n.done <- nil
+}
+
+// expect waits for what commands write next.
+func (n *node) expect(lines ...string) {
+	n.t.Helper()
+	for _, want := range lines {
+		if got := n.next(); got != want {
+			n.t.Errorf("got  %s\nwant %s", got, want)
+		}
+	}
+}
+
+func (n *node) next() string {
+	n.t.Helper()
+	select {
+	case line := <-n.lines:
+		return line
+	case <-time.After(20 * time.Second):
+		n.t.Fatal("no command wrote anything for 20 s")
+		return ""
+	}
+}
+
+func lease(key, value string) subnet.Lease {
+	s, err := subnet.ParseKey(key)
+	if err != nil {
+		panic(err)
+	}
+	l := subnet.Lease{Subnets: s}
+	if err := json.Unmarshal([]byte(value), &l.Attrs); err != nil {
+		panic(err)
+	}
+	return l
+}
+
+// peerLease returns the lease of the peer 198.18.0.N.
+func peerLease(number int, data string) subnet.Lease {
+	return lease(fmt.Sprintf("10.5.%d.0-24", number),
+		fmt.Sprintf(`{"PublicIP":"198.18.0.%d","PublicIPv6":null,"BackendType":"extension","BackendData":%q}`, number, data))
+}
+
+func snapshot(leases ...subnet.Lease) subnet.Update {
+	u := subnet.Update{Snapshot: true}
+	for _, l := range leases {
+		u.Put(l)
+	}
+	return u
+}
+
+func change(l subnet.Lease) (u subnet.Update) { u.Put(l); return u }
+
+func removal(l subnet.Lease) (u subnet.Update) { u.Delete(l.Subnets); return u }
+
+const (
+	add      = `read DATA; echo "add $SUBNET $IPV6SUBNET $PUBLIC_IP $PUBLIC_IPV6 $DATA" >$OUT`
+	remove   = `read DATA; echo "remove $SUBNET $IPV6SUBNET $PUBLIC_IP $PUBLIC_IPV6 $DATA" >$OUT`
+	start    = `echo "start $NETWORK $SUBNET $IPV6SUBNET $PUBLIC_IP $PUBLIC_IPV6" >$OUT`
+	shutdown = `echo "shutdown $NETWORK $SUBNET $IPV6SUBNET $PUBLIC_IP $PUBLIC_IPV6" >$OUT`
+)
+
+func TestWork(t *testing.T) {
+	n := newNode(t)
+	n.start(options{PostStartupCommand: start, SubnetAddCommand: add, SubnetRemoveCommand: remove, ShutdownCommand: shutdown})
+	n.peers <- snapshot(peerLease(2, "two"), peerLease(3, "three"),
+		lease("10.5.4.0-24&fd05:0:0:4::-64", `{"PublicIP":"198.18.0.4","PublicIPv6":"fd18::4","BackendType":"extension"}`))
+	n.expect("start 10.5.0.0/16 10.5.1.0/24  198.18.0.1 ",
+		"add 10.5.2.0/24  198.18.0.2  two", "add 10.5.3.0/24  198.18.0.3  three", "add 10.5.4.0/24 fd05:0:0:4::/64 198.18.0.4 fd18::4 ")
+
+	// What stays as it is, is left alone.
+	n.peers <- change(peerLease(2, "two"))
+	n.peers <- change(peerLease(3, "three, changed"))
+	n.expect("remove 10.5.3.0/24  198.18.0.3  three", "add 10.5.3.0/24  198.18.0.3  three, changed")
+	n.peers <- removal(peerLease(2, ""))
+	n.expect("remove 10.5.2.0/24  198.18.0.2  two")
+	n.peers <- removal(peerLease(2, ""))
+	n.peers <- change(lease("10.5.6.0-24", `{"PublicIP":"198.18.0.6","PublicIPv6":null,"BackendType":"extension","BackendData":{}}`))
+	n.peers <- snapshot(peerLease(3, "three, changed"), peerLease(5, "five"))
+	n.expect("remove 10.5.4.0/24 fd05:0:0:4::/64 198.18.0.4 fd18::4 ", "add 10.5.5.0/24  198.18.0.5  five")
+	n.stop(backend.Stopping)
+	n.expect("shutdown 10.5.0.0/16 10.5.1.0/24  198.18.0.1 ")
+}
+
+// What left, or changed, while flanneld was down is removed as it was added.
+// What stayed is added again: only the commands know what is still there.
+func TestRestart(t *testing.T) {
+	n := newNode(t)
+	n.start(options{SubnetAddCommand: add, SubnetRemoveCommand: remove, ShutdownCommand: shutdown})
+	n.peers <- snapshot(peerLease(2, "two"), peerLease(3, "three"), peerLease(4, "four"))
+	for range 3 {
+		n.next()
+	}
+	n.stop(nil)
+	n.start(options{SubnetAddCommand: add, SubnetRemoveCommand: remove, ShutdownCommand: shutdown})
+	n.peers <- snapshot(peerLease(2, "two"), peerLease(4, "changed"))
+	n.expect("remove 10.5.3.0/24  198.18.0.3  three",
+		"add 10.5.2.0/24  198.18.0.2  two",
+		"remove 10.5.4.0/24  198.18.0.4  four", "add 10.5.4.0/24  198.18.0.4  changed")
+	n.stop(nil)
+
+	n.start(options{PostStartupCommand: start, SubnetAddCommand: "echo other >$OUT"})
+	n.peers <- snapshot(peerLease(2, "two"))
+	n.expect("start 10.5.0.0/16 10.5.1.0/24  198.18.0.1 ",
+		"remove 10.5.4.0/24  198.18.0.4  changed",
+		"remove 10.5.2.0/24  198.18.0.2  two", "other")
+	n.stop(backend.Stopping)
+	if _, err := os.Stat(filepath.Join(n.dir, "run", "record.json")); !os.IsNotExist(err) {
+		t.Errorf("though nothing can be removed, there is a record: %v", err)
+	}
+}
+
+// A peer that is being added when flanneld dies is removed when it is gone.
+func TestKilledWhileAdding(t *testing.T) {
+	n := newNode(t)
+	n.start(options{SubnetAddCommand: `echo "add $SUBNET" >$OUT; cp -r $DIR/run $DIR/copy; echo copied >$OUT`, SubnetRemoveCommand: remove})
+	n.peers <- snapshot(peerLease(2, "two"))
+	n.expect("add 10.5.2.0/24", "copied")
+	n.stop(nil)
+	if err := os.Rename(filepath.Join(n.dir, "copy", "record.json"), filepath.Join(n.dir, "run", "record.json")); err != nil {
+		t.Fatal(err)
+	}
+	n.start(options{SubnetAddCommand: add, SubnetRemoveCommand: remove})
+	n.peers <- snapshot()
+	n.expect("remove 10.5.2.0/24  198.18.0.2  two")
+}
+
+// What fails is tried again, after what was done halfway has been undone.
+func TestFailure(t *testing.T) {
+	n := newNode(t)
+	n.start(options{
+		PostStartupCommand:  start + `; [ -e $DIR/started ] || { touch $DIR/started; exit 7; }`,
+		SubnetAddCommand:    add + `; { [ $DATA = good ] || [ -e $DIR/fixed ]; } && echo well >$OUT`,
+		SubnetRemoveCommand: remove + `; exit 1`,
+	})
+	n.peers <- snapshot(peerLease(2, "bad"), peerLease(3, "good"))
+	const bad, undo = "add 10.5.2.0/24  198.18.0.2  bad", "remove 10.5.2.0/24  198.18.0.2  bad"
+	n.expect("start 10.5.0.0/16 10.5.1.0/24  198.18.0.1 ", "start 10.5.0.0/16 10.5.1.0/24  198.18.0.1 ",
+		bad, "add 10.5.3.0/24  198.18.0.3  good", "well", undo, bad, undo, bad)
+	if err := os.WriteFile(filepath.Join(n.dir, "fixed"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for n.next() != "well" {
+	}
+	// Removing is given up.
+	n.peers <- snapshot(peerLease(3, "good"))
+	for range removeTries {
+		n.expect(undo)
+	}
+	n.peers <- change(peerLease(2, "good"))
+	n.expect("add 10.5.2.0/24  198.18.0.2  good", "well")
+}
+
+// A command that hangs is ended with all that it has started.
+func TestHang(t *testing.T) {
+	n := newNode(t)
+	x := n.extension(options{PreStartupCommand: `sleep 1000 & echo $! >$OUT; echo so far; wait`})
+	x.runner.limit = 200 * time.Millisecond
+	_, err := x.Attrs(t.Context(), subnet.Attrs{})
+	if want := "PreStartupCommand: ended, since it took longer than 200ms; it printed: so far"; err == nil || err.Error() != want {
+		t.Errorf("got %v, want %s", err, want)
+	}
+	n.expectEnd()
+
+	// One that runs when flanneld ends gets a little time.
+	x.runner = runner{limit: time.Minute, grace: 200 * time.Millisecond}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error)
+	go func() {
+		_, err := x.Attrs(ctx, subnet.Attrs{})
+		done <- err
+	}()
+	child := n.next()
+	cancel()
+	if err := <-done; err == nil || !strings.Contains(err.Error(), "could not wait") {
+		t.Errorf("got %v", err)
+	}
+	n.lines <- child
+	n.expectEnd()
+}
+
+// expectEnd reads a process id from the commands, and waits for its end.
+func (n *node) expectEnd() {
+	n.t.Helper()
+	pid, err := strconv.Atoi(n.next())
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	for deadline := time.Now().Add(20 * time.Second); !ended(pid); {
+		if time.Now().After(deadline) {
+			n.t.Fatalf("process %d still runs", pid)
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+}
+
+// ended tells whether a process has ended; nobody may have waited for it yet.
+func ended(pid int) bool {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	return err != nil || strings.Contains(string(stat), ") Z ")
+}
+
+func TestBackground(t *testing.T) {
+	n := newNode(t)
+	x := n.extension(options{PreStartupCommand: `sleep 1000 & echo $! >$OUT; echo data`})
+	attrs, err := x.Attrs(t.Context(), subnet.Attrs{})
+	if err != nil || string(attrs.BackendData) != `"data"` {
+		t.Errorf("got %s, %v", attrs.BackendData, err)
+	}
+	pid, err := strconv.Atoi(n.next())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if ended(pid) {
+		t.Error("what was left in the background has been ended")
+	}
+	syscall.Kill(pid, syscall.SIGKILL)
+}
+
+func TestOutput(t *testing.T) {
+	n := newNode(t)
+	x := n.extension(options{PreStartupCommand: `head -c 1000000 /dev/zero; exit 3`})
+	if _, err := x.Attrs(t.Context(), subnet.Attrs{}); err == nil || !strings.HasPrefix(err.Error(), "PreStartupCommand: exit status 3; it printed: ") || len(err.Error()) > 2*maxOutput {
+		t.Errorf("got an error of %d bytes", len(err.Error()))
+	}
+	x.PreStartupCommand = `printf 'one\n\n  two\n'; echo three >&2; exit 3`
+	if _, err := x.Attrs(t.Context(), subnet.Attrs{}); err == nil || err.Error() != "PreStartupCommand: exit status 3; it printed: one | two | three" {
+		t.Errorf("got %v", err)
+	}
+}

@@ -56,9 +56,9 @@ type Worker interface {
 	Work(ctx context.Context, own subnet.Lease, peers <-chan subnet.Update) error
 }
 
-// Stopping is why (context.Cause) the context of a Worker ends when flanneld
+// ErrStopping is why (context.Cause) the context of a Worker ends when flanneld
 // does, rather than the lease or the configuration changing.
-var Stopping = errors.New("flanneld ends")
+var ErrStopping = errors.New("flanneld ends")
 
 // A Solitary backend needs no peers: nobody is asked for them.
 type Solitary interface {

@@ -142,7 +142,7 @@ func (n *node) run(ctx context.Context) error {
 	n.tenant = newTenant(n.Manager)
 	defer func() { n.tenant.leave() }()
 	n.worker = newWorker()
-	defer func() { n.worker.leave(backend.Stopping) }()
+	defer func() { n.worker.leave(backend.ErrStopping) }()
 
 	configs := n.Manager.Configs(ctx)
 	err = n.look(ctx, n.target.cfg)

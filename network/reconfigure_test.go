@@ -193,7 +193,7 @@ func TestWorker(t *testing.T) {
 	m.configure(t, `{"Network": "10.5.0.0/16", "Backend": {"Type": "toy", "Name": "b"}}`)
 	m.grants <- lease("10.5.1.0-24", "")
 	<-w.ctx.Done()
-	if cause := context.Cause(w.ctx); cause == backend.Stopping {
+	if cause := context.Cause(w.ctx); cause == backend.ErrStopping {
 		t.Error("it is told that flanneld ends")
 	}
 	again := <-toys
@@ -202,7 +202,7 @@ func TestWorker(t *testing.T) {
 	}
 	d.stop()
 	d.done <- nil
-	if cause := context.Cause(again.ctx); cause != backend.Stopping {
+	if cause := context.Cause(again.ctx); cause != backend.ErrStopping {
 		t.Errorf("at the end, the cause is %v", cause)
 	}
 }

@@ -67,7 +67,7 @@ func (x *extension) Work(ctx context.Context, own subnet.Lease, peers <-chan sub
 		}
 	}
 	j.save()
-	if context.Cause(ctx) == backend.Stopping {
+	if context.Cause(ctx) == backend.ErrStopping {
 		j.end(context.WithoutCancel(ctx))
 	}
 	return nil

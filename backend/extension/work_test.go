@@ -170,7 +170,7 @@ func TestWork(t *testing.T) {
 	n.peers <- change(lease("10.5.6.0-24", `{"PublicIP":"198.18.0.6","PublicIPv6":null,"BackendType":"extension","BackendData":{}}`))
 	n.peers <- snapshot(peerLease(3, "three, changed"), peerLease(5, "five"))
 	n.expect("remove 10.5.4.0/24 fd05:0:0:4::/64 198.18.0.4 fd18::4 ", "add 10.5.5.0/24  198.18.0.5  five")
-	n.stop(backend.Stopping)
+	n.stop(backend.ErrStopping)
 	n.expect("shutdown 10.5.0.0/16 10.5.1.0/24  198.18.0.1 ")
 }
 
@@ -196,7 +196,7 @@ func TestRestart(t *testing.T) {
 	n.expect("start 10.5.0.0/16 10.5.1.0/24  198.18.0.1 ",
 		"remove 10.5.4.0/24  198.18.0.4  changed",
 		"remove 10.5.2.0/24  198.18.0.2  two", "other")
-	n.stop(backend.Stopping)
+	n.stop(backend.ErrStopping)
 	if _, err := os.Stat(filepath.Join(n.dir, "run", "record.json")); !os.IsNotExist(err) {
 		t.Errorf("though nothing can be removed, there is a record: %v", err)
 	}

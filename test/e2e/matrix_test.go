@@ -35,6 +35,7 @@ func TestMatrix(t *testing.T) {
 		{"vxlan", `{"Type": "vxlan"}`, twoLinks, [2]int{50, 70}, "flannel", "flannel"},
 		{"vxlan direct", `{"Type": "vxlan", "DirectRouting": true}`, twoLinks, [2]int{50, 70}, "eth0", "flannel"},
 		{"host-gw", `{"Type": "host-gw"}`, oneLink, [2]int{}, "eth0", ""},
+		{"udp", `{"Type": "udp"}`, twoLinks, [2]int{28, 48}, "flannel", "flannel"},
 	}
 	families := []struct {
 		name, config string

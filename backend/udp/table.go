@@ -1,0 +1,90 @@
+package udp
+
+import (
+	"encoding/binary"
+	"net/netip"
+	"unsafe"
+
+	"github.com/gaissmai/bart"
+	"golang.org/x/sys/unix"
+
+	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/subnet"
+)
+
+// A table says which peer has an address, and who may send to us. It is never
+// changed, only replaced, so that packets take no lock.
+type table struct {
+	own   [2]netip.Prefix
+	peers bart.Table[*endpoint]       // by their subnets
+	known map[netip.AddrPort]struct{} // who the peers are
+}
+
+// An endpoint is where a peer's proxy listens, as the kernel takes it.
+type endpoint struct {
+	addr netip.AddrPort
+	name unix.RawSockaddrAny
+	size uint32 // of name
+	six  int    // 1 for IPv6, else 0
+}
+
+// newTable makes the table of a node's peers.
+func newTable(own subnet.Lease, peers map[subnet.Subnets]subnet.Lease, port int) *table {
+	t := &table{own: [2]netip.Prefix{own.IPv4, own.IPv6}, known: map[netip.AddrPort]struct{}{}}
+	for _, l := range peers {
+		for _, f := range backend.Families(own, l) {
+			if f.On {
+				e := newEndpoint(netip.AddrPortFrom(f.PublicIP, uint16(port)))
+				t.peers.Insert(f.Peer, e)
+				t.known[e.addr] = struct{}{}
+			}
+		}
+	}
+	return t
+}
+
+// way returns where to send what is for dst; nil: nowhere.
+func (t *table) way(dst netip.Addr) *endpoint {
+	e, _ := t.peers.Lookup(dst)
+	return e
+}
+
+// knows tells whether a peer's proxy sends from there.
+func (t *table) knows(from netip.AddrPort) bool {
+	_, ok := t.known[from]
+	return ok
+}
+
+// mine tells whether an address is of this node's own subnets.
+func (t *table) mine(dst netip.Addr) bool {
+	return t.own[0].Contains(dst) || t.own[1].Contains(dst)
+}
+
+func newEndpoint(addr netip.AddrPort) *endpoint {
+	e := &endpoint{addr: addr}
+	if ip := addr.Addr(); ip.Is4() {
+		name := (*unix.RawSockaddrInet4)(unsafe.Pointer(&e.name))
+		name.Family, name.Addr, e.size = unix.AF_INET, ip.As4(), unix.SizeofSockaddrInet4
+		binary.BigEndian.PutUint16((*[2]byte)(unsafe.Pointer(&name.Port))[:], addr.Port())
+	} else {
+		name := (*unix.RawSockaddrInet6)(unsafe.Pointer(&e.name))
+		name.Family, name.Addr, e.size, e.six = unix.AF_INET6, ip.As16(), unix.SizeofSockaddrInet6, 1
+		binary.BigEndian.PutUint16((*[2]byte)(unsafe.Pointer(&name.Port))[:], addr.Port())
+	}
+	return e
+}
+
+// addrPort returns the address that the kernel wrote.
+func addrPort(name *unix.RawSockaddrAny) netip.AddrPort {
+	switch name.Addr.Family {
+	case unix.AF_INET:
+		four := (*unix.RawSockaddrInet4)(unsafe.Pointer(name))
+		port := binary.BigEndian.Uint16((*[2]byte)(unsafe.Pointer(&four.Port))[:])
+		return netip.AddrPortFrom(netip.AddrFrom4(four.Addr), port)
+	case unix.AF_INET6:
+		six := (*unix.RawSockaddrInet6)(unsafe.Pointer(name))
+		port := binary.BigEndian.Uint16((*[2]byte)(unsafe.Pointer(&six.Port))[:])
+		return netip.AddrPortFrom(netip.AddrFrom16(six.Addr), port)
+	}
+	return netip.AddrPort{}
+}

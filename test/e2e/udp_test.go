@@ -1,0 +1,172 @@
+package e2e
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/flanneld/flanneld/test/lab"
+	"github.com/flanneld/flanneld/test/lab/labtest"
+)
+
+// A udpScene is two nodes with the udp backend, and a pod on each.
+type udpScene struct {
+	*lab.Lab
+	node *lab.Node
+	pods []*lab.Pod
+	held string // by the node's kernel, as it should be
+}
+
+func setUDPScene(ctx context.Context, t *testing.T) *udpScene {
+	t.Helper()
+	l := labtest.New(ctx, t, fmt.Sprintf(`{%s, %s, "Backend": {"Type": "udp"}}`, ipv4Network, ipv6Network), make([]lab.NodeOptions, 2)...)
+	labtest.Start(ctx, t, l, "--ip-masq")
+	s := &udpScene{Lab: l, node: l.Nodes()[0], pods: addPods(ctx, t, l)}
+	s.talk(ctx, t)
+	s.held = labtest.Must(s.holds(ctx))(t)
+	return s
+}
+
+// talk waits until pods reach each other, with small packets and whole ones.
+func (s *udpScene) talk(ctx context.Context, t *testing.T) {
+	t.Helper()
+	for i, from := range s.pods {
+		for _, dst := range s.pods[1-i].Addrs() {
+			labtest.Do(t, from.WaitPing(ctx, dst))
+			labtest.Must(from.Ping(ctx, dst, lab.PingOptions{Packet: from.MTU, DF: true}))(t)
+		}
+	}
+}
+
+// holds tells what the node's kernel has of the backend's.
+func (s *udpScene) holds(ctx context.Context) (string, error) {
+	var all []string
+	for _, command := range []string{
+		"ip -o -4 addr show dev flannel0 scope global", "ip -o -6 addr show dev flannel0 scope global",
+		"ip route show proto 70", "ip -6 route show proto 70", "cat /sys/class/net/flannel0/mtu", "ip tuntap show dev flannel0",
+	} {
+		out, err := s.node.Run(ctx, command)
+		if err != nil {
+			return "", err
+		}
+		all = append(all, out)
+	}
+	return ofMoment.ReplaceAllString(strings.Join(all, "\n"), ""), nil
+}
+
+// ofMoment matches the device's number, and that the daemon is not there.
+var ofMoment = regexp.MustCompile(`(?m)^[0-9]+: | linkdown`)
+
+// whole waits until it is as it should be.
+func (s *udpScene) whole(ctx context.Context, t *testing.T) {
+	t.Helper()
+	labtest.Do(t, lab.Poll(ctx, "the kernel to hold what it should", func() error {
+		now, err := s.holds(ctx)
+		if err == nil && now != s.held {
+			err = errors.New(difference(s.held, now))
+		}
+		return err
+	}))
+}
+
+// TestUDPFaults: whatever befalls the device, it is back and the proxy on it, and
+// pods talk again.
+func TestUDPFaults(t *testing.T) {
+	t.Parallel()
+	ctx := labtest.Context(t, 4*time.Minute)
+	s := setUDPScene(ctx, t)
+	if !strings.Contains(s.held, "persist") {
+		t.Errorf("the device does not outlive the daemon:\n%s", s.held)
+	}
+	for _, commands := range [][]string{
+		{"ip link del flannel0"},
+		{"ip link set flannel0 down"},
+		{"ip link set flannel0 mtu 1300"},
+		{"ip link set flannel0 down", "ip link set flannel0 name lost", "ip link del lost"},
+		{"ip link del flannel0", "ip link add flannel0 type bridge"},
+		{"ip link del flannel0", "ip tuntap add flannel0 mode tun"},
+		{"ip addr flush dev flannel0"},
+		{"ip route flush proto 70", "ip -6 route flush proto 70"},
+		{"ip link set eth0 mtu 1400", "ip link set eth0 mtu 1500"},
+		{"ip -4 addr flush dev eth0", "ip addr add 198.18.0.1/24 dev eth0", "ip route add default via 198.18.0.254"},
+	} {
+		name := strings.Join(commands, ", ")
+		for i, command := range commands {
+			// The daemon may be faster than the command that follows.
+			if _, err := s.node.Run(ctx, command); err != nil && i == 0 {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+		s.talk(ctx, t)
+		s.whole(ctx, t)
+		if t.Failed() {
+			t.Fatalf("after %s", name)
+		}
+	}
+}
+
+// TestUDPRestart: the device and the routes stay while the daemon is away, and
+// pods talk as soon as it is back.
+func TestUDPRestart(t *testing.T) {
+	t.Parallel()
+	ctx := labtest.Context(t, 2*time.Minute)
+	s := setUDPScene(ctx, t)
+	before := labtest.Must(s.node.SubnetEnv())(t)
+	index := labtest.Must(s.node.Run(ctx, "cat /sys/class/net/flannel0/ifindex"))(t)
+	for _, end := range []func() error{
+		func() error { return s.node.Stop(ctx) },
+		func() error { s.node.Kill(); return nil },
+	} {
+		labtest.Do(t, end())
+		s.whole(ctx, t)
+		labtest.Do(t, s.node.Restart(ctx))
+		labtest.Do(t, s.node.WaitReady(ctx))
+		s.talk(ctx, t)
+		s.whole(ctx, t)
+	}
+	if after := labtest.Must(s.node.SubnetEnv())(t); after != before {
+		t.Errorf("the subnet file said %+v, says %+v", before, after)
+	}
+	if after := labtest.Must(s.node.Run(ctx, "cat /sys/class/net/flannel0/ifindex"))(t); after != index {
+		t.Errorf("the device is another one")
+	}
+}
+
+// TestUDPPeers: a node that comes, goes and comes with another address is
+// followed, and etcd's absence changes nothing.
+func TestUDPPeers(t *testing.T) {
+	t.Parallel()
+	ctx := labtest.Context(t, 2*time.Minute)
+	s := setUDPScene(ctx, t)
+	third := labtest.Must(s.AddNode(ctx, lab.NodeOptions{Routed: true}))(t)
+	labtest.Do(t, third.Start("--ip-masq"))
+	labtest.Do(t, third.WaitReady(ctx))
+	pod := labtest.Must(third.AddPod(ctx, "pod"))(t)
+	for _, other := range s.pods {
+		for i, dst := range pod.Addrs() {
+			labtest.Do(t, other.WaitPing(ctx, dst))
+			labtest.Do(t, pod.WaitPing(ctx, other.Addrs()[i]))
+		}
+	}
+	lossless := startPings(ctx, t, s.pods)
+	s.Etcd.Kill()
+	labtest.Must(pod.Ping(ctx, s.pods[0].IPv4, lab.PingOptions{Count: 50}))(t)
+	labtest.Do(t, s.Etcd.Start(ctx))
+	key, _ := leaseOf(ctx, t, s.Lab, third)
+	labtest.Do(t, third.Stop(ctx))
+	labtest.Do(t, s.Etcd.Delete(ctx, key))
+	labtest.Do(t, lab.Poll(ctx, "the third node to be unreachable", func() error {
+		out, err := s.pods[0].Run(ctx, "ping -c 1 -W 1 "+pod.IPv4.String())
+		if err == nil || !strings.Contains(out, "Destination Net Unreachable") {
+			return fmt.Errorf("ping says\n%s", out)
+		}
+		return nil
+	}))
+	labtest.Do(t, third.Start("--ip-masq"))
+	labtest.Do(t, third.WaitReady(ctx))
+	lossless()
+}

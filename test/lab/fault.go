@@ -1,0 +1,300 @@
+package lab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// ConfigureUplink does what a host's network manager does when it starts: eth0
+// gets its addresses and the default routes, and is up. ipv4 may differ from
+// the node's first one.
+func (n *Node) ConfigureUplink(ctx context.Context, ipv4 netip.Addr) error {
+	return n.Script(ctx,
+		"link set eth0 up",
+		"addr replace "+ipv4.String()+"/24 dev eth0",
+		"addr replace "+n.IPv6.String()+"/64 dev eth0 nodad",
+		"route replace default via "+Gateway.String(),
+		"route replace default via "+GatewayV6.String())
+}
+
+// PullCable takes eth0's carrier away, PlugCable gives it back.
+func (n *Node) PullCable(ctx context.Context) error {
+	return n.lab.net.Script(ctx, "link set "+n.Hostname+" down")
+}
+
+func (n *Node) PlugCable(ctx context.Context) error {
+	return n.lab.net.Script(ctx, "link set "+n.Hostname+" up")
+}
+
+// RemoveUplink makes eth0 vanish with all that is on it. ReplaceUplink makes
+// another of the same name and MAC, not configured yet.
+func (n *Node) RemoveUplink(ctx context.Context) error {
+	return n.lab.net.Script(ctx, "link del "+n.Hostname)
+}
+
+func (n *Node) ReplaceUplink(ctx context.Context) error {
+	return n.lab.net.Script(ctx,
+		fmt.Sprintf("link add %s type veth peer name eth0 address 02:00:c6:12:00:%02x netns %s", n.Hostname, n.Number, n.Namespace.Name),
+		"link set "+n.Hostname+" master br0",
+		"link set "+n.Hostname+" up")
+}
+
+// Freeze stops the daemon where it stands (SIGSTOP), Thaw lets it go on. A
+// daemon that is frozen does nothing more, in any of its threads.
+func (d *Daemon) Freeze(ctx context.Context) error {
+	if err := d.proc.cmd.Process.Signal(unix.SIGSTOP); err != nil {
+		return err
+	}
+	return Poll(ctx, "flanneld to stand still", func() error {
+		threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", d.proc.cmd.Process.Pid))
+		if err != nil {
+			return err
+		}
+		for _, thread := range threads {
+			stat, err := os.ReadFile(thread)
+			if err != nil {
+				return err
+			}
+			// The state follows the name, which is in brackets (proc_pid_stat(5)).
+			if _, state, _ := strings.Cut(string(stat), ") "); !strings.HasPrefix(state, "T ") {
+				return fmt.Errorf("%s: %s", thread, stat)
+			}
+		}
+		return nil
+	})
+}
+
+func (d *Daemon) Thaw() error { return d.proc.cmd.Process.Signal(unix.SIGCONT) }
+
+// NetlinkDrops tells how many notifications the namespace's netlink sockets
+// have lost so far, for want of room.
+func (ns *Namespace) NetlinkDrops(ctx context.Context) (int, error) {
+	out, err := ns.Run(ctx, "cat /proc/net/netlink")
+	if err != nil {
+		return 0, err
+	}
+	lines := strings.Split(out, "\n")
+	column := slices.Index(strings.Fields(lines[0]), "Drops")
+	drops := 0
+	for _, line := range lines[1:] {
+		fields := strings.Fields(line)
+		if column < 0 || column >= len(fields) {
+			return 0, fmt.Errorf("/proc/net/netlink: no drops in %q", line)
+		}
+		n, err := strconv.Atoi(fields[column])
+		if err != nil {
+			return 0, fmt.Errorf("/proc/net/netlink: %w", err)
+		}
+		drops += n
+	}
+	return drops, nil
+}
+
+// Holds returns what the daemon keeps in the node's kernel, sorted: devices
+// with their addresses, neighbours and FDB entries, routes, rules. What the
+// kernel chooses, such as numbers of devices, is left out, so that equal state
+// is equal text.
+func (n *Node) Holds(ctx context.Context) (string, error) {
+	var lines []string
+	for _, show := range []struct{ stdin, command string }{
+		{"link show type vxlan\naddr show scope global\nroute show\nneigh show nud permanent", "ip -d -o -4 -force -batch -"},
+		{"addr show scope global\nroute show\nneigh show nud permanent", "ip -o -6 -force -batch -"},
+		{"", "bridge fdb show"},
+		{"", "nft -s list ruleset"},
+	} {
+		out, err := n.run(ctx, show.stdin, strings.Fields(show.command)...)
+		if err != nil {
+			return "", err
+		}
+		lines = append(lines, keep(out)...)
+	}
+	slices.Sort(lines)
+	return strings.Join(lines, "\n"), nil
+}
+
+var (
+	// ofDaemon matches what the daemon's objects have in their lines.
+	ofDaemon = regexp.MustCompile(`\bflannel|FLANNEL|proto 70`)
+	// ofKernel matches what comes and goes with the kernel's own addresses.
+	ofKernel = regexp.MustCompile(`^33:33:|^01:00:5e:|proto kernel`)
+	// byKernel matches what the kernel chooses anew.
+	byKernel = regexp.MustCompile(`^[0-9]+: |@\S+|\bnhid [0-9]+ |\bnumtxqueues.*|\bsrcport [0-9 ]+|\bqdisc \S+|\bstate \S+|\bqlen [0-9]+|\balias \S+|\bpref \S+|\blinkdown\b`)
+)
+
+// keep returns the lines that the daemon keeps: of its tables and chains all.
+func keep(out string) (lines []string) {
+	table, chain := false, false
+	for line := range strings.Lines(out) {
+		line = strings.Join(strings.Fields(byKernel.ReplaceAllString(strings.TrimRight(line, "\n"), "")), " ")
+		switch {
+		case strings.HasPrefix(line, "table "):
+			table, chain = ofDaemon.MatchString(line), false
+		case strings.HasPrefix(line, "chain "):
+			chain = ofDaemon.MatchString(line)
+		case line == "}":
+			chain = false
+			continue
+		case line == "" || strings.HasPrefix(line, "#"):
+			continue
+		}
+		if (table || chain || ofDaemon.MatchString(line)) && !ofKernel.MatchString(line) {
+			lines = append(lines, line)
+		}
+	}
+	return lines
+}
+
+// A Probe asks a mirror fifty times a second, each time from a new port, so
+// that neither connection tracking nor a cached route answers for it. What is
+// answered later than probeWait is lost.
+type Probe struct {
+	What string // from where to where
+
+	ns   *Namespace
+	dst  netip.Addr
+	size int        // of the packet, the IP header included
+	as   netip.Addr // what the mirror must see; invalid: any
+
+	stop chan struct{}
+	done sync.WaitGroup
+
+	mu   sync.Mutex
+	sent []attempt
+}
+
+const (
+	probePace = 20 * time.Millisecond
+	probeWait = 300 * time.Millisecond
+)
+
+// An attempt is one packet of a Probe.
+type attempt struct {
+	at       time.Time
+	over     bool // answered, or given up
+	answered bool
+}
+
+// StartProbe probes the mirror at dst with packets of that size, which may not
+// be fragmented.
+func (ns *Namespace) StartProbe(dst netip.Addr, size int, as netip.Addr) *Probe {
+	p := &Probe{What: ns.Name + " to " + dst.String(), ns: ns, dst: dst, size: size, as: as, stop: make(chan struct{})}
+	p.done.Go(func() {
+		tick := time.NewTicker(probePace)
+		defer tick.Stop()
+		for i := 0; ; i++ {
+			p.mu.Lock()
+			p.sent = append(p.sent, attempt{at: time.Now()})
+			p.mu.Unlock()
+			p.done.Go(func() {
+				answered := p.ask() == nil
+				p.mu.Lock()
+				defer p.mu.Unlock()
+				p.sent[i].over, p.sent[i].answered = true, answered
+			})
+			select {
+			case <-tick.C:
+			case <-p.stop:
+				return
+			}
+		}
+	})
+	return p
+}
+
+// ask sends one packet and waits for the answer.
+func (p *Probe) ask() error {
+	network, level, option, value, headers := "udp4", unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_PROBE, 20+8
+	if p.dst.Is6() {
+		network, level, option, value, headers = "udp6", unix.IPPROTO_IPV6, unix.IPV6_MTU_DISCOVER, unix.IPV6_PMTUDISC_PROBE, 40+8
+	}
+	dialer := net.Dialer{Control: func(_, _ string, c syscall.RawConn) (err error) {
+		failed := c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), level, option, value) })
+		return errors.Join(failed, err)
+	}}
+	var conn net.Conn
+	err := p.ns.Do(func() (err error) {
+		conn, err = dialer.Dial(network, netip.AddrPortFrom(p.dst, mirrorPort).String())
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(probeWait))
+	if _, err := conn.Write(make([]byte, p.size-headers)); err != nil {
+		return err
+	}
+	var buf [64]byte
+	n, err := conn.Read(buf[:])
+	if err != nil {
+		return err
+	}
+	seen, err := netip.ParseAddrPort(string(buf[:n]))
+	if err == nil && p.as.IsValid() && seen.Addr().Unmap() != p.as {
+		err = fmt.Errorf("seen as %s", seen)
+	}
+	return err
+}
+
+// Steady tells whether packets that were sent after that time are answered:
+// a few, the latest of which it is known.
+func (p *Probe) Steady(since time.Time) bool {
+	const few = 5
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	good := 0
+	for _, a := range slices.Backward(p.sent) {
+		switch {
+		case a.at.Before(since) || a.over && !a.answered:
+			return false
+		case a.over:
+			if good++; good == few {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// Silence returns how long after that time the last packet was sent that
+// nobody answered: up to the next one. Zero: all were answered. It waits until
+// that is known of all that are sent by now.
+func (p *Probe) Silence(ctx context.Context, since time.Time) (silence time.Duration, err error) {
+	now := time.Now()
+	err = Poll(ctx, p.What+" to be answered or not", func() error {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		silence = 0
+		for i, a := range p.sent {
+			switch {
+			case a.at.Before(since) || a.at.After(now):
+			case !a.over:
+				return errors.New("some are on their way")
+			case !a.answered && i+1 < len(p.sent):
+				silence = p.sent[i+1].at.Sub(since)
+			}
+		}
+		return nil
+	})
+	return silence, err
+}
+
+// Stop ends the probe.
+func (p *Probe) Stop() {
+	close(p.stop)
+	p.done.Wait()
+}

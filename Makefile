@@ -34,7 +34,7 @@ ETCD := build/bin/etcd build/bin/etcdctl
 CNI := $(addprefix build/cni/,bridge host-local loopback portmap)
 KUBE := $(addprefix build/kube/,kube-apiserver kube-controller-manager kube-scheduler kube-proxy kubelet kubectl)
 
-.PHONY: help build image manifest tools programs check test unit fuzz e2e bench bench-kube bench-udp demo demo-kube demo-down clean FORCE
+.PHONY: help build image manifest tools programs check test unit fuzz e2e bench bench-faults bench-kube bench-udp demo demo-kube demo-down clean FORCE
 .NOTPARALLEL: # the go tool uses all processors itself
 
 help: ## List the targets
@@ -151,6 +151,9 @@ demo: build programs $(ETCD) $(CNI) ## A cluster to look at: NODES=3 BACKEND=vxl
 
 bench: build programs $(ETCD) ## One node among up to 20000, beside what ip and bridge need
 	@cd test && go run ./cmd/bench
+
+bench-faults: build programs $(ETCD) $(CNI) ## How long pods are silent after each kind of fault
+	cd test && go test -run '^$$' -bench '^BenchmarkFaults$$' -benchtime 3x -timeout 60m ./e2e
 
 bench-udp: build programs $(ETCD) $(CNI) ## The udp backend beside vxlan and host-gw
 	@cd test && go run ./cmd/bench-udp

@@ -300,10 +300,8 @@ func (r *Reconciler) Apply() error {
 	}
 	var log changes
 	todo := r.take()
-	for k := kinds; k > 0; k-- {
-		if k-1 != KindNexthop {
-			r.apply(k-1, todo, false, &log, &failures)
-		}
+	for _, k := range []Kind{KindRoute, KindLink} {
+		r.apply(k, todo, false, &log, &failures)
 	}
 	r.apply(KindLink, todo, true, &log, &failures)
 	for _, e := range todo {
@@ -321,9 +319,11 @@ func (r *Reconciler) Apply() error {
 	for k := KindAddr; k < kinds; k++ {
 		r.apply(k, todo, true, &log, &failures)
 	}
-	// Last, since with a nexthop the kernel removes the routes that still go
-	// through it.
-	r.apply(KindNexthop, todo, false, &log, &failures)
+	// Last, what routes may have needed until they were replaced; with a nexthop
+	// the kernel even removes the routes that still go through it.
+	for _, k := range []Kind{KindNexthop, KindFDB, KindNeighbor, KindAddr} {
+		r.apply(k, todo, false, &log, &failures)
+	}
 	log.write()
 	if r.unknown { // the kernel lost track of the requests
 		failures.add(errors.New("some of the kernel's answers were lost: its tables will be read again"))

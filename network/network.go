@@ -67,6 +67,7 @@ type node struct {
 	rules   *rules
 	tenant  *tenant
 	worker  *worker
+	file    *fileWatch           // of the subnet file; nil: it cannot be watched
 	leases  <-chan subnet.Update // nil: not asked for
 
 	situation               // in force
@@ -134,9 +135,11 @@ func (n *node) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	files, err := watchFile(ctx, n.SubnetFile)
-	if err != nil { // it is looked at now and then all the same
+	var fileChanges <-chan struct{}
+	if n.file, err = watchFile(ctx, n.SubnetFile); err != nil {
 		klog.Warning(err)
+	} else {
+		fileChanges = n.file.changes
 	}
 	n.rules = keepRules(ctx, &n.group, n.RulesResync)
 	n.tenant = newTenant(n.Manager)
@@ -166,7 +169,7 @@ func (n *node) run(ctx context.Context) error {
 		case err = <-n.worker.failed:
 		case s := <-n.rules.states:
 			n.rulesSet = s
-		case <-files:
+		case <-fileChanges:
 			n.lookAtFile()
 		case _, ok := <-links:
 			if !ok {
@@ -457,6 +460,8 @@ func (n *node) converge() {
 		n.say("Subnet file", err)
 		if n.fileSet = err == nil; !n.fileSet {
 			n.health.waitFor(err.Error())
+		} else if n.file != nil {
+			n.say("Watching the subnet file", n.file.again())
 		}
 	}
 	if !n.ready && n.fileSet {

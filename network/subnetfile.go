@@ -12,45 +12,55 @@ import (
 	"github.com/flanneld/flanneld/subnet"
 )
 
-// watchFile signals when somebody, ourselves included, has written, replaced or
-// removed the file. Signals that nobody took are merged into one. The channel
-// is closed when ctx ends.
-func watchFile(ctx context.Context, path string) (<-chan struct{}, error) {
-	dir := filepath.Dir(path)
-	if err := os.MkdirAll(dir, 0o755); err != nil { // as the file's first writer would
-		return nil, fmt.Errorf("watching %s: %w", path, err)
+// A fileWatch signals when somebody, ourselves included, has written, replaced
+// or removed a file. Signals that nobody took are merged into one. They end when
+// the context does.
+type fileWatch struct {
+	changes chan struct{}
+	watcher *fsnotify.Watcher
+	dir     string // not the file, which is replaced
+}
+
+func watchFile(ctx context.Context, path string) (*fileWatch, error) {
+	f := &fileWatch{changes: make(chan struct{}, 1), dir: filepath.Dir(path)}
+	err := os.MkdirAll(f.dir, 0o755) // as the file's first writer would
+	if err == nil {
+		f.watcher, err = fsnotify.NewWatcher()
 	}
-	w, err := fsnotify.NewWatcher()
+	if err == nil {
+		err = f.again()
+	}
 	if err != nil {
-		return nil, fmt.Errorf("watching %s: %w", path, err)
+		if f.watcher != nil {
+			f.watcher.Close()
+		}
+		return nil, fmt.Errorf("changes of %s are noticed at comparisons alone (--kernel-resync): %w", path, err)
 	}
-	if err := w.Add(dir); err != nil { // not the file, which is replaced
-		w.Close()
-		return nil, fmt.Errorf("watching %s: %w", dir, err)
-	}
-	changes := make(chan struct{}, 1)
 	go func() {
-		defer close(changes)
-		defer w.Close()
+		defer f.watcher.Close()
 		for {
 			select {
 			case <-ctx.Done():
 				return
-			case e := <-w.Events:
-				if filepath.Base(e.Name) != filepath.Base(path) {
+			case e := <-f.watcher.Events:
+				if filepath.Base(e.Name) != filepath.Base(path) && e.Name != f.dir {
 					continue
 				}
-			case err := <-w.Errors:
-				klog.V(1).Infof("Watching %s: %v", dir, err)
+			case err := <-f.watcher.Errors:
+				klog.V(1).Infof("Watching %s: %v", f.dir, err)
 			}
 			select {
-			case changes <- struct{}{}:
+			case f.changes <- struct{}{}:
 			default: // there is one already
 			}
 		}
 	}()
-	return changes, nil
+	return f, nil
 }
+
+// again watches the directory, which is another one by now if somebody removed
+// it. One that is watched already stays so.
+func (f *fileWatch) again() error { return f.watcher.Add(f.dir) }
 
 // env is what the subnet file is to say.
 func (n *node) env() subnet.Env {

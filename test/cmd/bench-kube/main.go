@@ -213,7 +213,7 @@ func (b *bench) measure(ctx context.Context, run int) error {
 		pid int
 	}{{&floor, stream.Process.Pid}, {&daemon, flanneld.Process.Pid}}
 	for _, p := range both {
-		cpu, err := cpuOf(p.pid)
+		cpu, err := lab.CPU(p.pid)
 		if err != nil {
 			return err
 		}
@@ -232,7 +232,7 @@ func (b *bench) measure(ctx context.Context, run int) error {
 		return fmt.Errorf("%w; see %s", err, log.Name())
 	}
 	for _, p := range both {
-		cpu, err := atRest(ctx, p.pid)
+		cpu, err := lab.AtRest(ctx, p.pid)
 		if err != nil {
 			return err
 		}
@@ -250,7 +250,7 @@ func (b *bench) measure(ctx context.Context, run int) error {
 
 // started takes note of what a program has taken once it is at rest.
 func (r *result) started(ctx context.Context, pid int) (err error) {
-	r.startCPU, err = atRest(ctx, pid)
+	r.startCPU, err = lab.AtRest(ctx, pid)
 	return err
 }
 

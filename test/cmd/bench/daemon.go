@@ -72,7 +72,7 @@ func (b *bench) coldStart(ctx context.Context, backend backend, n int) (r result
 	if err := b.holds(ctx, backend, n); err != nil {
 		return r, b.explain(err)
 	}
-	if r.cpu, err = atRest(ctx, d.pid); err != nil {
+	if r.cpu, err = lab.AtRest(ctx, d.pid); err != nil {
 		return r, err
 	}
 	r.memory, err = memoryOf(d.pid)
@@ -121,7 +121,7 @@ func (b *bench) bursts(ctx context.Context, backend backend) (results [3]result,
 	if err := w.routes(ctx, b.base); err != nil {
 		return results, b.explain(err)
 	}
-	before, err := atRest(ctx, d.pid)
+	before, err := lab.AtRest(ctx, d.pid)
 	if err != nil {
 		return results, err
 	}
@@ -149,7 +149,7 @@ func (b *bench) bursts(ctx context.Context, backend backend) (results [3]result,
 		if err := b.holds(ctx, backend, step.left); err != nil {
 			return results, b.explain(err)
 		}
-		now, err := atRest(ctx, d.pid)
+		now, err := lab.AtRest(ctx, d.pid)
 		if err != nil {
 			return results, err
 		}
@@ -175,7 +175,7 @@ func (b *bench) bursts(ctx context.Context, backend backend) (results [3]result,
 		return results, b.explain(err)
 	}
 	r.took = time.Since(d.began)
-	if r.cpu, err = atRest(ctx, d.pid); err != nil {
+	if r.cpu, err = lab.AtRest(ctx, d.pid); err != nil {
 		return results, err
 	}
 	if err := w.soFar(); err != nil {

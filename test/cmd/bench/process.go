@@ -3,7 +3,6 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -13,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/flanneld/flanneld/test/lab"
 )
 
 // memory is what a process has, in KiB.
@@ -41,43 +42,6 @@ func status(file string, fields map[string]*int) error {
 	return lines.Err()
 }
 
-// cpuOf returns the CPU time that a process has taken, by the clock that the
-// kernel has for it (clock_getcpuclockid(3)).
-func cpuOf(pid int) (time.Duration, error) {
-	const sched = 2 // CPUCLOCK_SCHED, include/linux/posix-timers_types.h
-	var t unix.Timespec
-	if err := unix.ClockGettime(^int32(pid)<<3|sched, &t); err != nil {
-		return 0, fmt.Errorf("the CPU clock of process %d: %w", pid, err)
-	}
-	return time.Duration(t.Nano()), nil
-}
-
-// atRest waits until a process has taken next to no CPU for a second, and
-// returns what it has taken.
-func atRest(ctx context.Context, pid int) (time.Duration, error) {
-	const every, quiet = 100 * time.Millisecond, time.Second
-	tick := time.NewTicker(every)
-	defer tick.Stop()
-	since, before := time.Now(), time.Duration(0)
-	for {
-		now, err := cpuOf(pid)
-		if err != nil {
-			return 0, err
-		}
-		if now-before > time.Millisecond {
-			since = time.Now()
-		}
-		if before = now; time.Since(since) > quiet {
-			return now, nil
-		}
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			return 0, ctx.Err()
-		}
-	}
-}
-
 // activity is what a process has done so far.
 type activity struct {
 	cpu      time.Duration
@@ -86,7 +50,7 @@ type activity struct {
 }
 
 func activityOf(pid int) (a activity, err error) {
-	if a.cpu, err = cpuOf(pid); err != nil {
+	if a.cpu, err = lab.CPU(pid); err != nil {
 		return a, err
 	}
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))

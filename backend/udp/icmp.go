@@ -138,11 +138,10 @@ func deserves(b []byte) bool {
 	if b[9] != unix.IPPROTO_ICMP {
 		return true
 	}
-	header := int(b[0]&15) * 4
-	if len(b) <= header {
+	if len(b) <= header(b) {
 		return false
 	}
-	switch b[header] {
+	switch b[header(b)] {
 	case 0, 8, 13, 14: // echo and timestamp, queries
 		return true
 	}

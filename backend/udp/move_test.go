@@ -256,6 +256,8 @@ func FuzzSend(f *testing.F) {
 		f.Add(flow.burst(100, tcpACK, random(300), 100))
 		f.Add(append(make([]byte, virtioSize), flow.finished(100, tcpACK, random(60))...))
 	}
+	// A checksum that would be written over the destination.
+	f.Add(append([]byte{unix.VIRTIO_NET_HDR_F_NEEDS_CSUM, 0, 0, 0, 100, 0, 0, 0, 16, 0}, flows[0].finished(100, tcpACK, random(300))...))
 	f.Add([]byte{})
 	f.Fuzz(func(t *testing.T, b []byte) {
 		out, _ := newOut(t)

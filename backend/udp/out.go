@@ -98,7 +98,7 @@ func (o *outlet) send(b []byte, t *table) {
 	if h.gso == unix.VIRTIO_NET_HDR_GSO_NONE {
 		n = length(b)
 	}
-	if n < ipv4Header || !isIPv4(b) && (b[0]>>4 != 6 || n < ipv6Header) {
+	if n < ipv4Header || n < header(b) || header(b) < ipv4Header || !isIPv4(b) && b[0]>>4 != 6 {
 		o.tally.drop(Malformed, 1)
 		return
 	}
@@ -142,7 +142,7 @@ func (o *outlet) send(b []byte, t *table) {
 // complete finishes a checksum of which only the pseudo header's is there.
 func complete(b []byte, h virtioHeader) bool {
 	start, at := int(h.start), int(h.start)+int(h.check)
-	if start > len(b) || at+2 > len(b) {
+	if start < header(b) || at+2 > len(b) {
 		return false
 	}
 	protocol := uint8(unix.IPPROTO_TCP)
@@ -172,11 +172,7 @@ func split(b []byte, h virtioHeader, to *endpoint, out *batch) bool {
 	default:
 		return false
 	}
-	least := ipv4Header
-	if !isIPv4(b) {
-		least = ipv6Header
-	}
-	if start < least || headers > maxHeaders || headers >= len(b) || size == 0 || headers+size > maxDatagram {
+	if start < header(b) || headers > maxHeaders || headers >= len(b) || size == 0 || headers+size > maxDatagram {
 		return false
 	}
 	be := binary.BigEndian

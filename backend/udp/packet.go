@@ -23,8 +23,8 @@ func length(b []byte) int {
 	}
 	switch b[0] >> 4 {
 	case 4:
-		header, n := int(b[0]&15)*4, int(binary.BigEndian.Uint16(b[2:]))
-		if header >= ipv4Header && header <= n && n <= len(b) {
+		least, n := header(b), int(binary.BigEndian.Uint16(b[2:]))
+		if least >= ipv4Header && least <= n && n <= len(b) {
 			return n
 		}
 	case 6:
@@ -36,6 +36,14 @@ func length(b []byte) int {
 		}
 	}
 	return 0
+}
+
+// header returns the length of the IP header, without IPv6's extensions.
+func header(b []byte) int {
+	if isIPv4(b) {
+		return int(b[0]&15) * 4
+	}
+	return ipv6Header
 }
 
 // isIPv4 tells the version of a packet of which length has approved.

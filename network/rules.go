@@ -40,10 +40,13 @@ func (r *rules) set(want firewall.Desired, nftables bool) {
 
 // ruleRest is the least time between checks that follow somebody's changes: a
 // firewall that restarts makes many. It doubles with each time that they had to
-// be set, until they are left alone for ruleCalm.
+// be set, until they are left alone for ruleCalm. Nor do checks take more than
+// one part in ruleShare of the time: where rules are many, reading them takes long.
 const (
 	ruleRest = 50 * time.Millisecond
 	ruleCalm = time.Second
+
+	ruleShare = 20
 )
 
 func (r *rules) keep(ctx context.Context, resync time.Duration) {
@@ -62,6 +65,7 @@ func (r *rules) keep(ctx context.Context, resync time.Duration) {
 		klog.Warningf("Rules are checked every %v, and not as soon as somebody changes them: %v", resync, err)
 	}
 	var checked, written time.Time
+	var took time.Duration // the last check
 	haste := 0 // how often they were written lately
 	soon := time.NewTimer(time.Hour)
 	defer soon.Stop()
@@ -82,7 +86,8 @@ func (r *rules) keep(ctx context.Context, resync time.Duration) {
 		case <-next.C:
 		case <-news:
 			if undone < quarrelTimes { // else the next check is soon enough
-				soon.Reset(max(0, min(ruleRest<<min(haste, 10), resync)-time.Since(checked)))
+				rest := max(ruleRest<<min(haste, 10), ruleShare*took)
+				soon.Reset(max(0, min(rest, resync)-time.Since(checked)))
 			}
 			continue
 		case <-soon.C:
@@ -93,7 +98,7 @@ func (r *rules) keep(ctx context.Context, resync time.Duration) {
 			haste, undone = 0, 0
 		}
 		wrote, err := r.look(ctx, &driver, want, set && !changed, hasty, &undone)
-		set = err == nil
+		set, took = err == nil, time.Since(checked)
 		if wrote {
 			written, haste = time.Now(), haste+1
 		}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync"
 	"syscall"
 
 	"github.com/vishvananda/netlink/nl"
@@ -13,9 +14,10 @@ import (
 )
 
 // Changes signals when somebody, ourselves included, may have changed rules of
-// ours in the calling thread's network namespace, as nftables tells: iptables-nft
-// keeps its rules there too, but of iptables-legacy there is no news. Signals
-// that nobody took are merged into one. The channel is closed when ctx ends.
+// ours in the calling thread's network namespace: as nftables tells, where
+// iptables-nft keeps its rules too, or when iptables-legacy has more of them, or
+// fewer. Signals that nobody took are merged into one. The channel is closed
+// when ctx ends.
 func Changes(ctx context.Context) (<-chan struct{}, error) {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_NETFILTER)
 	if err != nil {
@@ -30,10 +32,26 @@ func Changes(ctx context.Context) (<-chan struct{}, error) {
 		f.Close()
 		return nil, fmt.Errorf("listening for changes of nftables: %w", err)
 	}
+	old, err := openLegacy()
+	if err != nil {
+		f.Close()
+		return nil, fmt.Errorf("looking at iptables-legacy: %w", err)
+	}
+	entries := old.count()
 	changes := make(chan struct{}, 1)
+	tell := func() {
+		select {
+		case changes <- struct{}{}:
+		default: // there is one already
+		}
+	}
 	stop := context.AfterFunc(ctx, func() { f.Close() })
-	go func() {
-		defer close(changes)
+	var both sync.WaitGroup
+	both.Go(func() {
+		defer old.close()
+		old.watch(ctx, entries, tell)
+	})
+	both.Go(func() {
 		defer stop()
 		buf := make([]byte, 1<<16)
 		for {
@@ -49,11 +67,12 @@ func Changes(ctx context.Context) (<-chan struct{}, error) {
 			case !concernsUs(buf[:n]):
 				continue
 			}
-			select {
-			case changes <- struct{}{}:
-			default: // there is one already
-			}
+			tell()
 		}
+	})
+	go func() {
+		both.Wait()
+		close(changes)
 	}()
 	return changes, nil
 }

@@ -1,6 +1,7 @@
 package firewall
 
 import (
+	"strings"
 	"testing"
 	"time"
 
@@ -39,5 +40,35 @@ func TestChanges(t *testing.T) {
 		case <-time.After(time.Minute):
 			t.Fatalf("%s: no news", line)
 		}
+	}
+}
+
+// Of iptables-legacy there is news when rules come or go. Looking makes no tables.
+func TestLegacyChanges(t *testing.T) {
+	n := newNode(t, "legacy")
+	old, err := openLegacy()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(old.close)
+	n.sh(`iptables-legacy -N OURS; iptables-legacy -A OURS -j ACCEPT; ip6tables-legacy -A FORWARD -j ACCEPT`)
+	for _, line := range []string{"iptables-legacy -I OURS -j DROP", "iptables-legacy -F", "iptables-legacy -X OURS", "ip6tables-legacy -F"} {
+		changes, err := Changes(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		before := old.count()
+		n.sh(line)
+		if now := old.count(); now == before {
+			t.Errorf("%s: %v entries as before", line, now)
+		}
+		select {
+		case <-changes:
+		case <-time.After(time.Minute):
+			t.Fatalf("%s: no news", line)
+		}
+	}
+	if out := n.sh("cat /proc/thread-self/net/ip6_tables_names"); strings.Contains(out, "nat") {
+		t.Errorf("looking has made tables: %q", out)
 	}
 }

@@ -24,6 +24,7 @@ import (
 type ground struct {
 	name, backend string
 	nftables      bool
+	legacy        bool     // iptables is iptables-legacy
 	devices       []string // of the daemon
 	strangers     int      // leases of nodes that are not there
 	faults        []fault  // what is tried
@@ -34,6 +35,7 @@ var grounds = []ground{
 	{name: "host-gw", backend: `{"Type": "host-gw"}`, strangers: 2, faults: everyFault},
 	{name: "vxlan direct", backend: `{"Type": "vxlan", "DirectRouting": true}`, nftables: true, devices: vteps, strangers: 2,
 		faults: slices.Concat(routeFaults, uplinkFaults, ruleFaults)},
+	{name: "host-gw, iptables-legacy", backend: `{"Type": "host-gw"}`, legacy: true, strangers: 2, faults: ruleFaults},
 	// So many that routes go through nexthop objects.
 	{name: "vxlan, 300 peers", backend: `{"Type": "vxlan"}`, nftables: true, devices: vteps, strangers: 300,
 		faults: slices.Concat(deviceFaults, routeFaults, neighbourFaults, uplinkFaults)},
@@ -66,9 +68,20 @@ func setScene(ctx context.Context, t testing.TB, g ground) *scene {
 		// Else the uplink itself takes two seconds to come back.
 		labtest.Must(n.Run(ctx, "sysctl -qw net.ipv6.conf.default.accept_dad=0 net.ipv6.conf.eth0.accept_dad=0"))(t)
 	}
+	if g.legacy {
+		// As kubelet marks the variant that a host uses.
+		for _, n := range l.Nodes() {
+			labtest.Must(n.Run(ctx, "iptables-legacy -t mangle -N KUBE-IPTABLES-HINT"))(t)
+			labtest.Must(n.Run(ctx, "ip6tables-legacy -t mangle -N KUBE-IPTABLES-HINT"))(t)
+		}
+	}
 	// One fault of rules after another is taken for a quarrel, and then set right
 	// by the regular checks alone.
-	labtest.Start(ctx, t, l, "--ip-masq", "--iptables-resync=1")
+	resync := "--iptables-resync=1"
+	if g.legacy {
+		resync = "--iptables-resync=600" // what nobody tells of is seen nevertheless
+	}
+	labtest.Start(ctx, t, l, "--ip-masq", resync)
 	for key, lease := range labtest.Must(l.Etcd.Leases(ctx))(t) {
 		switch lease.Attrs.PublicIP {
 		case s.node.IPv4:
@@ -80,8 +93,9 @@ func setScene(ctx context.Context, t testing.TB, g ground) *scene {
 	if !g.nftables {
 		// As Docker sets it: what the daemon does not accept is dropped.
 		for _, n := range l.Nodes() {
-			labtest.Must(n.Run(ctx, "iptables -P FORWARD DROP"))(t)
-			labtest.Must(n.Run(ctx, "ip6tables -P FORWARD DROP"))(t)
+			for _, program := range s.iptables() {
+				labtest.Must(n.Run(ctx, program+" -P FORWARD DROP"))(t)
+			}
 		}
 	}
 	var pods []*lab.Pod

@@ -115,7 +115,7 @@ var ruleFaults = []fault{
 	{name: "iptables jumps deleted", on: usesIPTables, while: both, harm: commands("{iptables} -F FORWARD", "{iptables} -t nat -F POSTROUTING")},
 	{name: "iptables ruleset replaced", on: usesIPTables, while: both, harm: replaceIPTables},
 	{name: "iptables rule among ours", on: usesIPTables, while: both, harm: commands("{iptables} -I FLANNEL-FWD -j DROP")},
-	{name: "nftables flushed, and iptables", on: usesIPTables, while: both, harm: commands("nft flush ruleset", "{iptables} -P FORWARD DROP")},
+	{name: "nftables flushed, and iptables", on: usesIPTablesNFT, while: both, harm: commands("nft flush ruleset", "{iptables} -P FORWARD DROP")},
 	{name: "nftables flushed", on: usesNFTables, while: both, harm: commands("nft flush ruleset")},
 	{name: "nftables tables deleted", on: usesNFTables, while: both, harm: commands("nft delete table {nft} flannel-ipv{4}")},
 	{name: "nftables rules deleted", on: usesNFTables, while: both, harm: commands("nft flush chain {nft} flannel-ipv{4} postrouting")},
@@ -192,12 +192,13 @@ var etcdFaults = []fault{
 		undo: func(ctx context.Context, s *scene) error { return errors.Join(s.Etcd.Start(ctx), s.Etcd.Mend(ctx)) }},
 }
 
-func hasDevice(g ground) bool    { return len(g.devices) > 0 }
-func isVXLAN(g ground) bool      { return strings.Contains(g.backend, `"vxlan"`) }
-func usesIPTables(g ground) bool { return !g.nftables }
-func usesNFTables(g ground) bool { return g.nftables }
-func fewPeers(g ground) bool     { return !manyPeers(g) }
-func manyPeers(g ground) bool    { return g.strangers > 256 }
+func hasDevice(g ground) bool       { return len(g.devices) > 0 }
+func isVXLAN(g ground) bool         { return strings.Contains(g.backend, `"vxlan"`) }
+func usesIPTables(g ground) bool    { return !g.nftables }
+func usesNFTables(g ground) bool    { return g.nftables }
+func usesIPTablesNFT(g ground) bool { return !g.nftables && !g.legacy }
+func fewPeers(g ground) bool        { return !manyPeers(g) }
+func manyPeers(g ground) bool       { return g.strangers > 256 }
 
 // all does several deeds, until one fails.
 func (s *scene) all(ctx context.Context, deeds ...deed) error {
@@ -247,23 +248,32 @@ func commands(lines ...string) deed {
 
 // words are what stands for the words in braces, for each family.
 func (s *scene) words() (all [2][]string) {
+	iptables := s.iptables()
 	for i, f := range []struct {
-		four, nobody, extra, iptables, nft string
-		subnet                             netip.Prefix
-		data                               json.RawMessage
+		four, nobody, extra, nft string
+		subnet                   netip.Prefix
+		data                     json.RawMessage
 	}{
-		{"4", "198.18.0.250", "10.4.0.99/32", "iptables", "ip", s.theirs.IPv4, s.theirs.Attrs.BackendData},
-		{"6", "fd18::250", "fd00:5::99/128", "ip6tables", "ip6", s.theirs.IPv6, s.theirs.Attrs.BackendV6Data},
+		{"4", "198.18.0.250", "10.4.0.99/32", "ip", s.theirs.IPv4, s.theirs.Attrs.BackendData},
+		{"6", "fd18::250", "fd00:5::99/128", "ip6", s.theirs.IPv6, s.theirs.Attrs.BackendV6Data},
 	} {
 		var vtep struct{ VtepMAC string }
 		_ = json.Unmarshal(f.data, &vtep) // not every backend has one
 		all[i] = []string{"{4}", f.four, "{subnet}", f.subnet.String(), "{vtep}", f.subnet.Addr().String(), "{mac}", vtep.VtepMAC,
-			"{nobody}", f.nobody, "{extra}", f.extra, "{iptables}", f.iptables, "{nft}", f.nft}
+			"{nobody}", f.nobody, "{extra}", f.extra, "{iptables}", iptables[i], "{nft}", f.nft}
 		if i < len(s.devices) {
 			all[i] = append(all[i], "{dev}", s.devices[i])
 		}
 	}
 	return all
+}
+
+// iptables are the programs for the two families.
+func (s *scene) iptables() [2]string {
+	if s.legacy {
+		return [2]string{"iptables-legacy", "ip6tables-legacy"}
+	}
+	return [2]string{"iptables", "ip6tables"}
 }
 
 func startNetwork(ctx context.Context, s *scene) error {

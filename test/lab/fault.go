@@ -115,6 +115,8 @@ func (n *Node) Holds(ctx context.Context) (string, error) {
 		{"addr show scope global\nroute show\nneigh show nud permanent", "ip -o -6 -force -batch -"},
 		{"", "bridge fdb show"},
 		{"", "nft -s list ruleset"},
+		{"", "iptables-legacy-save"},
+		{"", "ip6tables-legacy-save"},
 	} {
 		out, err := n.run(ctx, show.stdin, strings.Fields(show.command)...)
 		if err != nil {

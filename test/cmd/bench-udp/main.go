@@ -1,7 +1,7 @@
 // Command bench-udp measures what pods on two nodes can send each other: through
-// the udp backend's proxy and, side by side in the same run, the kernel's VXLAN
-// and no tunnel at all. One TCP stream, four of them, small UDP packets, ping;
-// taken in turns, medians printed, and their ratios, since the machine may be
+// the udp backend's proxy and, side by side in the same run, the kernel's VXLAN,
+// no tunnel at all, and the plainest relay in user space that there can be. One
+// TCP stream, four of them, small UDP packets, ping; taken in turns, medians printed, and their ratios, since the machine may be
 // busy with other things too. With -soak, one run of the proxy at full load for so
 // long, with the memory that the daemons take.
 package main
@@ -13,6 +13,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"net/netip"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -30,10 +31,16 @@ func main() {
 	flag.IntVar(&s.runs, "runs", 5, "how often each is measured: the median counts")
 	flag.DurationVar(&s.each, "each", 3*time.Second, "how long each measurement takes")
 	flag.IntVar(&s.size, "size", 64, "bytes in a small packet, without headers")
-	flag.StringVar(&s.backends, "backends", "udp,vxlan,host-gw", "which, the first being compared with the others")
+	flag.StringVar(&s.backends, "backends", "udp,vxlan,host-gw,plain", "which, the first being compared with the others")
 	flag.BoolVar(&s.six, "6", false, "over IPv6")
 	flag.DurationVar(&s.soak, "soak", 0, "load the first one for so long instead")
+	ends := flag.String("relay", "", "be a plain relay between two addresses, of this host and of the other: for the benchmark itself")
 	flag.Parse()
+	if from, to, ok := strings.Cut(*ends, ","); ok {
+		err := relay(netip.MustParseAddr(from), netip.MustParseAddr(to))
+		fmt.Fprintf(os.Stderr, "bench-udp: relay: %v\n", err)
+		os.Exit(1)
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	err := run(ctx, s)
 	stop()
@@ -91,7 +98,11 @@ func lay(ctx context.Context, backend string, six bool) (*track, error) {
 		return nil, err
 	}
 	t := &track{Lab: l, name: backend}
-	config := fmt.Sprintf(`{"Network": "10.5.0.0/16", "EnableIPv6": %v, "IPv6Network": "fd00:5::/48", "Backend": {"Type": %q}}`, six, backend)
+	kind := backend
+	if backend == plain {
+		kind = "alloc" // a lease and nothing else
+	}
+	config := fmt.Sprintf(`{"Network": "10.5.0.0/16", "EnableIPv6": %v, "IPv6Network": "fd00:5::/48", "Backend": {"Type": %q}}`, six, kind)
 	if err := l.Etcd.Configure(ctx, config); err != nil {
 		return t, err
 	}
@@ -114,6 +125,11 @@ func lay(ctx context.Context, backend string, six bool) (*track, error) {
 		pods = append(pods, p)
 	}
 	t.from, t.to = pods[0], pods[1]
+	if backend == plain {
+		if err := connect(ctx, l.Nodes()[0], l.Nodes()[1]); err != nil {
+			return t, err
+		}
+	}
 	addrs := t.to.Addrs()
 	dst := addrs[len(addrs)-1]
 	t.target = dst.String()
@@ -138,13 +154,17 @@ func compare(ctx context.Context, s settings, tracks []*track) error {
 			return r.End.Received.BitsPerSecond / 1e9, err
 		}
 	}
+	flood := func(burst int) func(context.Context, *track) (float64, error) {
+		return func(ctx context.Context, t *track) (float64, error) {
+			perSecond, err := t.flood(ctx, s.size, burst, s.each)
+			return perSecond / 1e3, err
+		}
+	}
 	measures := []measure{
 		{"one TCP stream", "Gbit/s", tcp("1")},
 		{"four TCP streams", "Gbit/s", tcp("4")},
-		{fmt.Sprintf("UDP, %d bytes each", s.size), "thousand/s", func(ctx context.Context, t *track) (float64, error) {
-			perSecond, err := t.flood(ctx, s.size, s.each)
-			return perSecond / 1e3, err
-		}},
+		{fmt.Sprintf("UDP, %d bytes each", s.size), "thousand/s", flood(1)},
+		{fmt.Sprintf("the same, sent %d at once", floodBatch), "thousand/s", flood(floodBatch)},
 		{"ping, 200 a second", "µs", func(ctx context.Context, t *track) (float64, error) { return t.ping(ctx) }},
 		{"ping, each at once", "µs", func(ctx context.Context, t *track) (float64, error) { return t.pingOnEnd(ctx) }},
 	}

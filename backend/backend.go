@@ -74,6 +74,23 @@ type Bystander interface {
 	StandBy()
 }
 
+// A Metered backend moves packets itself, and counts them.
+type Metered interface {
+	Backend
+
+	// Flows tells what has been moved since Work began; nothing while it does
+	// not run. It may be called at any time.
+	Flows() []Flow
+}
+
+// A Flow is what one queue has moved in one direction.
+type Flow struct {
+	Queue          int
+	Direction      string // "sent" to peers, "received" from them
+	Packets, Bytes uint64
+	Drops          map[string]uint64 // packets, by reason
+}
+
 // A Factory makes a backend. The errors it returns are for the operator:
 // neither waiting nor retrying will mend them.
 type Factory func(cfg *subnet.Config, uplink iface.Uplink) (Backend, error)

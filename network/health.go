@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/http/pprof"
 	"net/netip"
 	"sync"
 	"time"
@@ -20,9 +21,10 @@ type health struct {
 	missing string // what the node waits for; "" once it is ready
 }
 
-// serveHealth serves /healthz and /readyz until ctx ends; nowhere, if the port
-// is 0.
-func serveHealth(ctx context.Context, group *sync.WaitGroup, at netip.AddrPort) (*health, error) {
+// serveHealth serves /healthz, /readyz, /metrics, and /debug/pprof where that is
+// wanted, until ctx ends; nowhere, if the port is 0. Nothing of it changes
+// anything.
+func serveHealth(ctx context.Context, group *sync.WaitGroup, at netip.AddrPort, metrics http.Handler, profile bool) (*health, error) {
 	h := &health{missing: "to start"}
 	if at.Port() == 0 {
 		return h, nil
@@ -34,6 +36,13 @@ func serveHealth(ctx context.Context, group *sync.WaitGroup, at netip.AddrPort) 
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
 	mux.HandleFunc("GET /readyz", h.readyz)
+	mux.Handle("GET /metrics", metrics)
+	if profile {
+		// Without the command line, which may hold a password.
+		mux.HandleFunc("GET /debug/pprof/", pprof.Index)
+		mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
+		mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
+	}
 	server := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}
 	group.Go(func() {
 		if err := server.Serve(l); ctx.Err() == nil {

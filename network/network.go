@@ -38,7 +38,9 @@ type Options struct {
 	KernelResync time.Duration
 
 	Blackhole bool           // drop what is sent to our subnet and has no pod there
-	Health    netip.AddrPort // where /healthz and /readyz are served; port 0: nowhere
+	Health    netip.AddrPort // where /healthz, /readyz and /metrics are served; port 0: nowhere
+	Profile   bool           // /debug/pprof as well
+	Version   string         // of this program
 }
 
 const (
@@ -63,6 +65,7 @@ type node struct {
 	started time.Time
 	group   sync.WaitGroup // of all the goroutines
 	health  *health
+	metrics *metrics
 	kernel  *kernel.Reconciler
 	rules   *rules
 	tenant  *tenant
@@ -76,6 +79,7 @@ type node struct {
 
 	peers  map[subnet.Subnets]subnet.Lease // all leases, our own too; nil: not known yet
 	warned map[subnet.Subnets]string       // what was last said of a peer
+	unheld map[subnet.Subnets]time.Time    // news of leases, see measure
 
 	rulesSet   bool // the rules of the lease are in place
 	fileSet    bool // so is the subnet file
@@ -112,7 +116,8 @@ func Run(ctx context.Context, o Options) error {
 
 func (n *node) run(ctx context.Context) error {
 	var err error
-	if n.health, err = serveHealth(ctx, &n.group, n.Health); err != nil {
+	n.metrics = newMetrics(n.Manager, n.Version)
+	if n.health, err = serveHealth(ctx, &n.group, n.Health, n.metrics, n.Profile); err != nil {
 		return err
 	}
 	n.health.waitFor("the network's configuration")
@@ -141,8 +146,8 @@ func (n *node) run(ctx context.Context) error {
 	} else {
 		fileChanges = n.file.changes
 	}
-	n.rules = keepRules(ctx, &n.group, n.RulesResync)
-	n.tenant = newTenant(n.Manager)
+	n.rules = keepRules(ctx, &n.group, n.RulesResync, n.metrics)
+	n.tenant = newTenant(n.Manager, n.metrics)
 	defer func() { n.tenant.leave() }()
 	n.worker = newWorker()
 	defer func() { n.worker.leave(backend.ErrStopping) }()
@@ -153,6 +158,7 @@ func (n *node) run(ctx context.Context) error {
 	defer compare.Stop()
 	for err == nil {
 		n.converge()
+		n.measure()
 		select {
 		case <-ctx.Done():
 			return nil
@@ -338,6 +344,7 @@ func (n *node) program(ctx context.Context) {
 		}
 	}
 	n.kernel.Set(nodeOwner, objects)
+	n.metrics.setBackend(n.backend)
 	n.worker.begin(ctx, n.backend, *n.lease)
 	if n.peers != nil {
 		n.programPeers(subnet.Update{Snapshot: true, Leases: n.peers})
@@ -362,6 +369,7 @@ func (n *node) programPeers(u subnet.Update) {
 
 // update takes news of leases.
 func (n *node) update(u subnet.Update) {
+	n.note(u)
 	if u.Snapshot {
 		for s := range n.peers {
 			if _, still := u.Leases[s]; !still {
@@ -467,6 +475,7 @@ func (n *node) converge() {
 	if !n.ready && n.fileSet {
 		n.ready = true
 		n.health.setReady()
+		n.metrics.ready.Set(1)
 		n.Manager.Ready()
 		debug.FreeOSMemory() // what it took to read everything will not be needed again
 		klog.Infof("Ready after %v: subnet %s, %d peers", time.Since(n.started).Round(time.Millisecond), n.lease.Subnets, n.others())
@@ -494,6 +503,7 @@ func (n *node) say(duty string, err error) {
 	text := ""
 	if err != nil {
 		text = err.Error()
+		n.metrics.failed(duty)
 	}
 	switch before := n.said[duty]; {
 	case text == before:

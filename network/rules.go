@@ -15,6 +15,8 @@ import (
 type rules struct {
 	wants  chan wish // the latest only
 	states chan bool // whether the latest are in place
+
+	metrics *metrics
 }
 
 // A wish is for rules, and where they are kept.
@@ -23,8 +25,8 @@ type wish struct {
 	nftables bool // or else iptables
 }
 
-func keepRules(ctx context.Context, group *sync.WaitGroup, resync time.Duration) *rules {
-	r := &rules{make(chan wish, 1), make(chan bool)}
+func keepRules(ctx context.Context, group *sync.WaitGroup, resync time.Duration, m *metrics) *rules {
+	r := &rules{make(chan wish, 1), make(chan bool), m}
 	group.Go(func() { r.keep(ctx, resync) })
 	return r
 }
@@ -99,6 +101,8 @@ func (r *rules) keep(ctx context.Context, resync time.Duration) {
 		}
 		wrote, err := r.look(ctx, &driver, want, set && !changed, hasty, &undone)
 		set, took = err == nil, time.Since(checked)
+		r.metrics.rulesChecked.SetToCurrentTime()
+		r.metrics.rulesInPlace.Set(truth(set))
 		if wrote {
 			written, haste = time.Now(), haste+1
 		}
@@ -112,6 +116,7 @@ func (r *rules) keep(ctx context.Context, resync time.Duration) {
 			said, after = "", retryFirst
 			next.Reset(resync)
 		default:
+			r.metrics.failed("Rules")
 			if err.Error() != said {
 				said = err.Error()
 				klog.Errorf("Rules: %v", err)
@@ -146,9 +151,13 @@ func (r *rules) look(ctx context.Context, driver **firewall.Driver, want wish, s
 		*driver, set = d, false
 	}
 	if set {
+		r.metrics.rulesChecks.Inc()
 		ok, err := (*driver).Check(ctx)
 		if err != nil {
 			return false, err
+		}
+		if !ok {
+			r.metrics.rulesRepairs.Inc()
 		}
 		if !ok || !hasty { // what we set ourselves is news, too, and no sign of peace
 			undone.say(ok, (*driver).String())
@@ -157,6 +166,7 @@ func (r *rules) look(ctx context.Context, driver **firewall.Driver, want wish, s
 			return false, nil
 		}
 	}
+	r.metrics.rulesWrites.Inc()
 	return true, (*driver).Apply(ctx, want.Desired)
 }
 

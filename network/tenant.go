@@ -18,6 +18,7 @@ type tenant struct {
 	failed chan error   // what no waiting can mend
 
 	manager subnet.Manager
+	metrics *metrics
 	leave   func() // ends the goroutine and waits for it
 
 	// Of the goroutine alone.
@@ -31,8 +32,8 @@ type tenancy struct {
 	situation
 }
 
-func newTenant(m subnet.Manager) *tenant {
-	return &tenant{leases: make(chan tenancy), failed: make(chan error), manager: m, leave: func() {}}
+func newTenant(m subnet.Manager, s *metrics) *tenant {
+	return &tenant{leases: make(chan tenancy), failed: make(chan error), manager: m, metrics: s, leave: func() {}}
 }
 
 // settle has a lease for s acquired and kept, in place of any before: with
@@ -101,6 +102,9 @@ func (t *tenant) furnish(ctx context.Context, s situation) (subnet.Attrs, error)
 		if err == nil {
 			attrs.PublicIP, attrs.PublicIPv6 = self.PublicIP, self.PublicIPv6
 			return attrs, nil
+		}
+		if ctx.Err() == nil {
+			t.metrics.failed("Publishing")
 		}
 		if ctx.Err() == nil && err.Error() != said {
 			said = err.Error()

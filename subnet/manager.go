@@ -3,6 +3,7 @@ package subnet
 import (
 	"context"
 	"errors"
+	"time"
 
 	"github.com/flanneld/flanneld/pkg/iface"
 )
@@ -46,6 +47,16 @@ type Manager interface {
 	// then changes, and a snapshot again after any gap. A slow reader gets
 	// the changes merged, never a backlog. The channel is closed when ctx ends.
 	Watch(ctx context.Context) <-chan Update
+
+	// State tells how things stand. It may be called at any time, and does not
+	// wait.
+	State() State
+}
+
+// A State is how a Manager stands with its store.
+type State struct {
+	Connected bool      // the store does what it is asked
+	Expires   time.Time // when this node's lease ends unless it is renewed; zero: never, or there is none
 }
 
 // ErrLost says that a lease's subnets now belong to another node.
@@ -57,6 +68,7 @@ type Update struct {
 	Snapshot bool
 	Leases   map[Subnets]Lease
 	Gone     map[Subnets]bool // nil in a snapshot
+	Since    time.Time        // when the first of the changes was learned; zero: not known
 }
 
 // Put records a new or changed lease.

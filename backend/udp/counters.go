@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"strings"
 	"sync/atomic"
+
+	"github.com/flanneld/flanneld/backend"
 )
 
 // A Reason is why a packet is dropped.
@@ -28,6 +30,13 @@ func (r Reason) String() string {
 	}[r]
 }
 
+// label is the reason's name in metrics.
+func (r Reason) label() string {
+	return [...]string{
+		"malformed", "not_from_peer", "not_ours", "no_route", "on_link", "ttl_expired", "not_sent", "not_received",
+	}[r]
+}
+
 // Counters count what one queue has moved in one direction.
 type Counters struct {
 	Packets, Bytes uint64
@@ -36,6 +45,24 @@ type Counters struct {
 
 // A Traffic is what one queue has moved so far.
 type Traffic struct{ Sent, Received Counters }
+
+// Flows implements backend.Metered.
+func (u *udp) Flows() []backend.Flow {
+	var all []backend.Flow
+	for queue, t := range u.Traffic() {
+		for _, side := range []struct {
+			direction string
+			Counters
+		}{{"sent", t.Sent}, {"received", t.Received}} {
+			f := backend.Flow{Queue: queue, Direction: side.direction, Packets: side.Packets, Bytes: side.Bytes, Drops: map[string]uint64{}}
+			for r, n := range side.Drops {
+				f.Drops[Reason(r).label()] = n
+			}
+			all = append(all, f)
+		}
+	}
+	return all
+}
 
 // A tally is Counters that are written by one goroutine and read by any.
 type tally struct {

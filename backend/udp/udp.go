@@ -39,7 +39,10 @@ type udp struct {
 	running  atomic.Pointer[proxy] // by Work
 }
 
-var _ backend.Worker = (*udp)(nil)
+var (
+	_ backend.Worker  = (*udp)(nil)
+	_ backend.Metered = (*udp)(nil)
+)
 
 // New makes the backend.
 func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {

@@ -84,6 +84,8 @@ func run(ctx context.Context, o *options) error {
 		KernelResync: o.KernelResync,
 		Blackhole:    o.BlackholeRoute,
 		Health:       netip.AddrPortFrom(o.HealthzIP, uint16(o.HealthzPort)),
+		Profile:      o.Profile,
+		Version:      version,
 	})
 }
 

@@ -54,6 +54,7 @@ type options struct {
 
 	HealthzIP   netip.Addr
 	HealthzPort int // 0: off
+	Profile     bool
 
 	// Warnings are remarks on an environment that works, one line each.
 	Warnings []string
@@ -162,8 +163,9 @@ func flags(o *options) []group {
 				help: "drop what is sent to pods that are gone: a blackhole route for the node's own subnet"},
 		}},
 		{"Health", []*setting{
-			{name: "healthz-ip", arg: "IP", def: "0.0.0.0", set: into(&o.HealthzIP, address), help: "address to serve /healthz and /readyz on"},
+			{name: "healthz-ip", arg: "IP", def: "0.0.0.0", set: into(&o.HealthzIP, address), help: "address to serve /healthz, /readyz and /metrics on"},
 			{name: "healthz-port", arg: "PORT", def: "0", set: into(&o.HealthzPort, port), help: "and the port; 0 is off"},
+			{name: "pprof", def: "false", set: into(&o.Profile, boolean), help: "serve /debug/pprof there too"},
 		}},
 		{"Logging (to standard error)", []*setting{
 			{name: "v", arg: "LEVEL", def: "0", set: logFlag("v", "a log level: 0 or more"), help: "how much to log; 4 is much"},
@@ -363,6 +365,9 @@ func (o *options) check() error {
 			return fmt.Errorf("%s and %s each choose the uplink: give one of them alone", s.from, nodeAddress.from)
 		}
 		return nil
+	}
+	if o.Profile && o.HealthzPort == 0 {
+		return fmt.Errorf("%s is served on --healthz-port, which is off: give that too", o.setting("pprof").from)
 	}
 	if o.KubeSubnetMgr {
 		return cmp.Or(apart("iface"), apart("iface-regex"), apart("iface-can-reach"), readable("kubeconfig-file"))

@@ -204,6 +204,7 @@ func TestParseOptionsError(t *testing.T) {
 		{args: "--etcd-keyfile=/nowhere/k.pem|--etcd-certfile=" + file, want: "--etcd-keyfile: cannot read the file: open /nowhere/k.pem: no such file or directory"},
 		{env: "FLANNELD_ETCD_CAFILE=/", want: "FLANNELD_ETCD_CAFILE: / is a directory, not a file"},
 		{args: "--kube-subnet-mgr|--kubeconfig-file=/nowhere/k", want: "--kubeconfig-file: cannot read the file: open /nowhere/k: no such file or directory"},
+		{args: "--pprof", want: `--pprof is served on --healthz-port, which is off: give that too`},
 		{args: "--iface-node-address", want: `--iface-node-address is of use only with --kube-subnet-mgr: give --iface instead`},
 		{args: "--kube-subnet-mgr|--iface-node-address|--iface=eth0", want: `--iface and --iface-node-address each choose the uplink: give one of them alone`},
 		{args: "--kube-subnet-mgr|--iface-node-address", env: "FLANNELD_IFACE_REGEX=^eth", want: `FLANNELD_IFACE_REGEX and --iface-node-address each choose the uplink: give one of them alone`},
@@ -356,6 +357,7 @@ kube-subnet-mgr false
 kubeconfig-file
 log_backtrace_at
 net-config-path /etc/kube-flannel/net-conf.json
+pprof false
 public-ip
 public-ipv6
 set-node-network-unavailable true

@@ -12,6 +12,8 @@ type fights struct {
 	over   map[Key]*fight
 	blink  time.Duration // see fightBlink
 	unsaid []*fight
+	count  int    // how many go on
+	text   string // what was said of the last one
 }
 
 // A fight is over one object.
@@ -43,6 +45,9 @@ func (f *fights) undone(o Object) bool {
 	now := time.Now()
 	g := f.over[o.Key()]
 	if g == nil || now.Sub(g.last) > fightCalm {
+		if g != nil && g.times >= fightTimes {
+			f.count--
+		}
 		g = &fight{object: o, first: now}
 		f.over[o.Key()] = g
 	}
@@ -50,6 +55,7 @@ func (f *fights) undone(o Object) bool {
 	if now.Sub(g.counted) >= f.blink {
 		g.counted = now
 		if g.times++; g.times == fightTimes {
+			f.count++
 			f.unsaid = append(f.unsaid, g)
 		}
 	}
@@ -75,9 +81,10 @@ func (f *fights) say() {
 	if n := len(f.unsaid) - 1; n > 0 {
 		more = fmt.Sprintf(" (and %d more)", n)
 	}
-	klog.Warningf("Somebody undoes what is set, %d times in %v: %s%s: it is set once a second while that goes on; "+
+	f.text = fmt.Sprintf("Somebody undoes what is set, %d times in %v: %s%s: it is set once a second while that goes on; "+
 		"`ip monitor all` shows each change, and mostly it is another network manager on this host, to be told to leave this alone",
 		g.times, g.last.Sub(g.first).Round(time.Millisecond), g.object, more)
+	klog.Warning(f.text)
 	f.unsaid = nil
 }
 
@@ -91,6 +98,10 @@ func (f *fights) forget() {
 				ended++
 			}
 		}
+	}
+	f.count -= ended
+	if f.count == 0 {
+		f.text = ""
 	}
 	if ended > 0 {
 		klog.Infof("Nobody undoes any more what is set (%d objects were fought over)", ended)

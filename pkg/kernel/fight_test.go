@@ -110,6 +110,11 @@ func TestFight(t *testing.T) {
 		t.Errorf("said %d times:\n%s", got, log())
 	}
 
+	if s := r.Stats(); s.Fights != 1 || !strings.HasPrefix(s.Fight, "Somebody undoes what is set") ||
+		s.Kinds[KindRoute].Repairs[Missing] != fightTimes-1 || s.Kinds[KindRoute].Repairs[Fight] != 3 {
+		t.Errorf("the counts are %+v", s)
+	}
+
 	if got := strings.Count(log(), "(it was missing)"); got != fightTimes-1 {
 		t.Errorf("each of %d repairs is said:\n%s", got, log())
 	}
@@ -128,6 +133,9 @@ func TestFight(t *testing.T) {
 	apply(t, r)
 	if len(r.fights.over) != 0 || !strings.Contains(log(), "Nobody undoes any more") {
 		t.Errorf("%d fights are remembered:\n%s", len(r.fights.over), log())
+	}
+	if s := r.Stats(); s.Fights != 0 || s.Fight != "" {
+		t.Errorf("after the peace, the counts are %+v", s)
 	}
 	undo(t, r)
 	apply(t, r)

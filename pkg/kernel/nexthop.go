@@ -132,4 +132,4 @@ const fewGateways = 256
 // useNexthops tells whether routes that are set now go through nexthops. As
 // long as they are few they do not: plain routes outlive a loss of the uplink's
 // carrier, and can be removed by commands that name their gateway.
-func (r *Reconciler) useNexthops() bool { return r.nexthops && r.gateways > r.fewGateways }
+func (r *Reconciler) useNexthops() bool { return r.nexthops && r.wanted[KindNexthop] > r.fewGateways }

@@ -82,8 +82,8 @@ func TestRoutesThroughNexthops(t *testing.T) {
 	if tables(t) != alone || nexthops(t) != "" {
 		t.Errorf("without peers: want\n%s\ngot\n%s\n%s", alone, tables(t), nexthops(t))
 	}
-	if len(r.entries) != len(node()) || r.gateways != 0 {
-		t.Errorf("%d entries are remembered, and %d gateways", len(r.entries), r.gateways)
+	if len(r.entries) != len(node()) || r.wanted[KindNexthop] != 0 {
+		t.Errorf("%d entries are remembered, and %d gateways", len(r.entries), r.wanted[KindNexthop])
 	}
 }
 

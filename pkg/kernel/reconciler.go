@@ -47,8 +47,10 @@ type Reconciler struct {
 
 	nexthopsKnown bool // the kernel has nexthop objects
 	nexthops      bool // and our routes may go through them
-	gateways      int  // how many nexthops are claimed
-	fewGateways   int  // up to so many, routes are plain
+	fewGateways   int  // up to so many gateways, routes are plain
+
+	wanted  [kinds]int // how many objects are
+	repairs [kinds][causes]uint64
 }
 
 // An entry is what is wanted, and what there is, under one key.
@@ -199,13 +201,11 @@ func (r *Reconciler) claim(k Key, c claim) *entry {
 	if e.want == before {
 		return e
 	}
-	if k.Kind == KindNexthop {
-		switch {
-		case before == nil:
-			r.gateways++
-		case e.want == nil:
-			r.gateways--
-		}
+	switch {
+	case before == nil:
+		r.wanted[k.Kind]++
+	case e.want == nil:
+		r.wanted[k.Kind]--
 	}
 	r.use(before, -1)
 	r.use(e.want, +1)
@@ -458,9 +458,11 @@ func (r *Reconciler) done(e *entry, err error, log *changes, failures *failures)
 		r.failed = append(r.failed, e)
 		return
 	}
-	if !r.fights.done(e.key()) {
+	fought := r.fights.done(e.key())
+	if !fought {
 		log.add(e)
 	}
+	r.count(e, fought)
 	if e.want == nil {
 		delete(r.entries, e.key())
 	}

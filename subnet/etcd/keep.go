@@ -21,6 +21,8 @@ import (
 // when nothing is left to do waits until something changes or falls due.
 func (m *Manager) Keep(ctx context.Context, lease subnet.Lease) error {
 	defer m.release()
+	defer m.expire(time.Time{})
+	m.expire(lease.Expires)
 	value, err := json.Marshal(lease.Attrs)
 	if err != nil {
 		return fmt.Errorf("what to publish with the lease: %w", err)
@@ -99,6 +101,7 @@ func (m *Manager) Keep(ctx context.Context, lease subnet.Lease) error {
 			}
 			if ok {
 				m.wrote = r
+				m.expire(expires)
 				renewAt = expires.Add(-min(m.options.RenewMargin, time.Until(expires)-time.Second))
 			}
 			continue

@@ -86,12 +86,13 @@ type Manager struct {
 
 	configured []byte // what Config read
 
-	mu     sync.Mutex
-	client *clientv3.Client // nil as long as nobody needed it
-	closed bool
-	latest moment
-	warned map[string]int64 // bad records, by key: the revision that was warned of
-	claim  *claim           // nil: none held
+	mu      sync.Mutex
+	client  *clientv3.Client // nil as long as nobody needed it
+	closed  bool
+	latest  moment
+	warned  map[string]int64 // bad records, by key: the revision that was warned of
+	claim   *claim           // nil: none held
+	expires time.Time        // of the lease that is kept
 
 	// Of Acquire and Keep alone: our own record as we wrote or found it last,
 	// and the revision of its creation once no older lease overlaps it.
@@ -252,6 +253,20 @@ func (m *Manager) Select(_ context.Context, sel iface.Selector) (iface.Selector,
 
 // Ready implements subnet.Manager. That a lease is there says enough.
 func (m *Manager) Ready() {}
+
+// State implements subnet.Manager.
+func (m *Manager) State() subnet.State {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return subnet.State{Connected: m.outage.over(), Expires: m.expires}
+}
+
+// expire takes note of when the lease ends.
+func (m *Manager) expire(at time.Time) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.expires = at
+}
 
 // Previous implements subnet.Manager.
 func (m *Manager) Previous(ctx context.Context, self subnet.Attrs) (subnet.Attrs, error) {

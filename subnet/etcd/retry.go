@@ -165,6 +165,7 @@ type outage struct {
 	// By kind of failure: what was to be done. Empty where nothing else would
 	// succeed either.
 	said map[string]string
+	used bool // something could be done
 }
 
 func (o *outage) say(purpose, endpoints string, err error) {
@@ -189,6 +190,7 @@ func (o *outage) say(purpose, endpoints string, err error) {
 func (o *outage) end(purpose, endpoints string) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	o.used = true
 	if len(o.said) == 0 {
 		return
 	}
@@ -196,6 +198,13 @@ func (o *outage) end(purpose, endpoints string) {
 	if len(o.said) == 0 {
 		klog.Infof("etcd at %s is back", endpoints)
 	}
+}
+
+// over tells whether there is none: etcd does what it is asked.
+func (o *outage) over() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.used && len(o.said) == 0
 }
 
 // Kinds of failure, apart from those that have an advice of their own.

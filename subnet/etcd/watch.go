@@ -79,6 +79,9 @@ func (m *Manager) follow(ctx context.Context, out chan<- subnet.Update) error {
 			if len(answer.Events) > 0 {
 				m.learn(at, answer.Header.Revision)
 			}
+			if len(answer.Events) > 0 && news.Since.IsZero() {
+				news.Since = time.Now()
+			}
 			for _, e := range answer.Events {
 				m.note(&news, e)
 			}

@@ -358,6 +358,9 @@ func (m *Manager) Ready() {
 	m.signal()
 }
 
+// State implements subnet.Manager. A lease lasts as long as the Node.
+func (m *Manager) State() subnet.State { return subnet.State{Connected: m.outage.over()} }
+
 // Keep implements subnet.Manager: annotations, and the condition once the
 // network is up, are written again when somebody changes them.
 func (m *Manager) Keep(ctx context.Context, lease subnet.Lease) error {
@@ -527,6 +530,7 @@ var bothFamilies = subnet.Subnets{IPv4: netip.PrefixFrom(netip.IPv4Unspecified()
 type outage struct {
 	mu   sync.Mutex
 	said map[string]bool // by what explain adds to an error; "" where it adds nothing
+	used bool            // it has done something
 }
 
 func (o *outage) say(server, purpose string, err error) {
@@ -547,10 +551,18 @@ func (o *outage) say(server, purpose string, err error) {
 func (o *outage) end(server string) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	o.used = true
 	if len(o.said) > 0 {
 		o.said = nil
 		klog.Infof("API server %s is back", server)
 	}
+}
+
+// over tells whether there is none: the API server does what it is asked.
+func (o *outage) over() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.used && len(o.said) == 0
 }
 
 // retry calls f until it succeeds or ctx ends.

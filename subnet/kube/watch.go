@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"k8s.io/klog/v2"
 
@@ -267,6 +268,9 @@ func (p *peers) settle() {
 	}
 	p.unsettled = map[string]*peer{}
 	if p.whole && len(p.news.Leases)+len(p.news.Gone) > 0 {
+		if p.news.Since.IsZero() {
+			p.news.Since = time.Now()
+		}
 		p.call()
 	}
 }

@@ -1,0 +1,80 @@
+package kernel
+
+// Stats are counts of what a Reconciler holds and has done. They are values and
+// compare with ==.
+type Stats struct {
+	Kinds  [kinds]KindStats // by Kind
+	Fights int              // objects that somebody undoes as often as they are set
+	Fight  string           // what the log said of the latest, while there are any
+}
+
+// KindStats are those of one kind of objects.
+type KindStats struct {
+	Wanted  int
+	Held    int            // of these, by the kernel as they should be
+	Repairs [causes]uint64 // by Cause
+}
+
+// A Cause is why something was set right that was not a wish of ours.
+type Cause uint8
+
+const (
+	Missing  Cause = iota // somebody removed it
+	Changed               // somebody changed it, or put another in its place
+	LeftOver              // it was there and nobody wants it: removed
+	Fight                 // any of these, time and again
+	causes                // how many there are
+)
+
+func (c Cause) String() string {
+	return [...]string{"missing", "changed", "left_over", "fight"}[c]
+}
+
+func (k Kind) String() string {
+	return [...]string{"link", "address", "neighbor", "fdb", "nexthop", "route"}[k]
+}
+
+// Stats returns the counts of now. It takes as long as there are objects that
+// are not as they should be.
+func (r *Reconciler) Stats() Stats {
+	s := Stats{Fights: r.fights.count, Fight: r.fights.text}
+	for k := range s.Kinds {
+		s.Kinds[k] = KindStats{Wanted: r.wanted[k], Held: r.wanted[k], Repairs: r.repairs[k]}
+	}
+	// Whatever differs is in the list that its state names, maybe twice.
+	// Nexthops may differ for good, and are a means only.
+	var seen map[*entry]bool
+	for _, l := range [...]struct {
+		state   state
+		entries []*entry
+	}{{dirty, r.dirty}, {failed, r.failed}, {held, r.held}} {
+		for _, e := range l.entries {
+			if e.state != l.state || e.want == nil || e.want == e.have || seen[e] {
+				continue
+			}
+			if seen == nil {
+				seen = map[*entry]bool{}
+			}
+			seen[e] = true
+			s.Kinds[e.key().Kind].Held--
+		}
+	}
+	s.Kinds[KindNexthop] = KindStats{}
+	return s
+}
+
+// count takes note of what was done about an entry, before the entry does.
+func (r *Reconciler) count(e *entry, fought bool) {
+	cause := Missing
+	switch {
+	case !e.drift:
+		return
+	case fought:
+		cause = Fight
+	case e.want == nil:
+		cause = LeftOver
+	case e.have != nil:
+		cause = Changed
+	}
+	r.repairs[e.key().Kind][cause]++
+}

@@ -36,6 +36,10 @@ type options struct {
 	Learning      bool
 	DirectRouting bool
 	MTU           int // of the underlay; 0: the uplink's
+
+	// DisableTxChecksumOffload is for uplinks that compute the checksums of
+	// packets inside others wrongly.
+	DisableTxChecksumOffload bool
 }
 
 // data is what a VTEP tells its peers, in its lease.
@@ -156,7 +160,7 @@ func (v *vxlan) Local(own subnet.Lease) []kernel.Object {
 		objects = append(objects,
 			kernel.Link{Name: t.dev, MAC: d.VtepMAC, MTU: t.mtu, Type: kernel.VXLAN{
 				VNI: v.VNI, Port: v.Port, Local: t.local, Dev: v.uplink.Name, Learning: v.Learning, GBP: v.GBP,
-			}},
+			}, TXChecksumOff: v.DisableTxChecksumOffload},
 			// A host address, so that there is no broadcast. It is what the
 			// node itself sends from to remote pods.
 			kernel.Addr{Dev: t.dev, Prefix: netip.PrefixFrom(base, base.BitLen())},

@@ -89,6 +89,11 @@ func (r *Reconciler) changeLink(e *entry, name string) error {
 			return fmt.Errorf("setting its MTU: %w", err)
 		}
 	}
+	if want.TXChecksumOff || exists && have.TXChecksumOff {
+		if err := r.sock.setTXChecksumOff(name, want.TXChecksumOff); err != nil {
+			return err
+		}
+	}
 	if attrs.Alias != linkAlias {
 		if err := r.links.LinkSetAlias(at, linkAlias); err != nil {
 			return fmt.Errorf("setting its alias: %w", err)
@@ -145,15 +150,19 @@ func (r *Reconciler) netlink(l Link) (netlink.Link, error) {
 }
 
 // readLink returns a device as the kernel has it. Type is nil for one of a type
-// that we would never make, MAC zero where any will do.
+// that we would never make, MAC zero where any will do, TXChecksumOff looked at
+// only where it is wanted, or was.
 func (r *Reconciler) readLink(l netlink.Link) Link {
 	attrs := l.Attrs()
 	have := Link{Name: attrs.Name, MTU: attrs.MTU, down: attrs.Flags&net.FlagUp == 0}
 	copy(have.MAC[:], attrs.HardwareAddr)
 	if e := r.entries[have.Key()]; e != nil {
-		if want, ok := e.want.(Link); ok && want.MAC == (MAC{}) {
+		want, _ := e.want.(Link)
+		if want.MAC == (MAC{}) {
 			have.MAC = MAC{}
 		}
+		before, _ := e.have.(Link)
+		have.TXChecksumOff = (want.TXChecksumOff || before.TXChecksumOff) && r.sock.txChecksumOff(have.Name)
 	}
 	if v, ok := l.(*netlink.Vxlan); ok && v.Group == nil && !v.L2miss && !v.L3miss && !v.Proxy && !v.RSC && !v.FlowBased {
 		local, _ := netip.AddrFromSlice(v.SrcAddr)

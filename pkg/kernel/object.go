@@ -85,6 +85,10 @@ type Link struct {
 	MTU  int // in bytes
 	Type LinkType
 
+	// TXChecksumOff has the kernel compute the checksums of what it sends,
+	// rather than leave it to the hardware. False: as it is.
+	TXChecksumOff bool
+
 	down bool // read from the kernel: it is there, but not up
 }
 
@@ -139,6 +143,9 @@ func (l Link) String() string {
 		b.WriteString(" up")
 	}
 	fmt.Fprintf(&b, " type %v", l.Type)
+	if l.TXChecksumOff {
+		fmt.Fprintf(&b, " && ethtool -K %s tx-checksum-ip-generic off", l.Name)
+	}
 	return b.String()
 }
 

@@ -2,9 +2,7 @@ package udp
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
-	"net"
 	"os"
 	"syscall"
 	"unsafe"
@@ -53,27 +51,11 @@ type queue struct {
 	able abilities
 }
 
-// errNoDevice says that there is no device yet, or not ours.
-var errNoDevice = errors.New("there is no " + device)
-
-// attach opens one more queue of the device, which must exist: it is for
-// kernel.Reconciler to make.
+// attach opens one more queue of the device.
 func attach(able abilities) (*queue, error) {
-	if _, err := net.InterfaceByName(device); err != nil {
-		return nil, errNoDevice
-	}
-	fd, err := unix.Open(kernel.TUNClone, unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	fd, err := kernel.OpenTUN(device)
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", kernel.TUNClone, err)
-	}
-	request, err := unix.NewIfreq(device)
-	if err == nil {
-		request.SetUint16(kernel.TUNFlags)
-		err = unix.IoctlIfreq(fd, unix.TUNSETIFF, request)
-	}
-	if err != nil {
-		unix.Close(fd)
-		return nil, fmt.Errorf("attaching to %s: %w", device, err)
+		return nil, err
 	}
 	q := &queue{able: able}
 	q.offload(fd)

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
 
+	"github.com/flanneld/flanneld/pkg/kernel"
 	"github.com/flanneld/flanneld/pkg/rtnl"
 	"github.com/flanneld/flanneld/subnet"
 )
@@ -59,9 +60,9 @@ type lane struct {
 
 // Work implements backend.Worker.
 func (u *udp) Work(ctx context.Context, own subnet.Lease, peers <-chan subnet.Update) error {
-	links, err := listenLinks(ctx)
+	links, err := rtnl.Signals(ctx, unix.RTNLGRP_LINK)
 	if err != nil {
-		return err
+		return fmt.Errorf("listening for %s: %w", device, err)
 	}
 	p := &proxy{udp: u, own: own, peers: map[subnet.Subnets]subnet.Lease{}, gone: make(chan error, u.queues)}
 	for range u.queues {
@@ -93,7 +94,7 @@ func (u *udp) Work(ctx context.Context, own subnet.Lease, peers <-chan subnet.Up
 		case <-retry.C:
 		}
 		err := p.open()
-		if !errors.Is(err, errNoDevice) { // it will be made, or the log says why not
+		if !errors.Is(err, kernel.ErrNoDevice) { // it will be made, or the log says why not
 			p.say(err)
 		} else {
 			err = nil
@@ -105,31 +106,6 @@ func (u *udp) Work(ctx context.Context, own subnet.Lease, peers <-chan subnet.Up
 			after = retryFirst
 		}
 	}
-}
-
-// listenLinks signals when a device comes or changes. Signals that nobody took
-// are merged into one.
-func listenLinks(ctx context.Context) (<-chan struct{}, error) {
-	l, err := rtnl.Listen(nil, unix.RTNLGRP_LINK)
-	if err != nil {
-		return nil, fmt.Errorf("listening for %s: %w", device, err)
-	}
-	changes := make(chan struct{}, 1)
-	stop := context.AfterFunc(ctx, func() { l.Close() })
-	go func() {
-		defer stop()
-		buf := make([]byte, 1<<16)
-		for {
-			if _, err := l.Next(buf); err != nil && !errors.Is(err, rtnl.ErrLost) {
-				return
-			}
-			select {
-			case changes <- struct{}{}:
-			default:
-			}
-		}
-	}()
-	return changes, nil
 }
 
 // update takes news of peers.

@@ -28,6 +28,7 @@ import (
 	_ "github.com/flanneld/flanneld/backend/hostgw"
 	_ "github.com/flanneld/flanneld/backend/udp"
 	_ "github.com/flanneld/flanneld/backend/vxlan"
+	_ "github.com/flanneld/flanneld/backend/wireguard"
 )
 
 // version is set when the program is linked: -ldflags "-X main.version=v1.2.3".

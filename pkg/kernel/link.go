@@ -145,6 +145,8 @@ func (r *Reconciler) netlink(l Link) (netlink.Link, error) {
 			LinkAttrs: attrs, VxlanId: t.VNI, VtepDevIndex: lower, SrcAddr: t.Local.AsSlice(),
 			Port: t.Port, Learning: t.Learning, GBP: t.GBP,
 		}, nil
+	case WireGuard:
+		return &netlink.Wireguard{LinkAttrs: attrs}, nil
 	}
 	return nil, fmt.Errorf("no link of type %T can be made", l.Type)
 }
@@ -173,6 +175,9 @@ func (r *Reconciler) readLink(l netlink.Link) Link {
 	}
 	if t, ok := l.(*netlink.Tuntap); ok && isTUN(t) {
 		have.Type = TUN{}
+	}
+	if _, ok := l.(*netlink.Wireguard); ok {
+		have.Type = WireGuard{}
 	}
 	return have
 }

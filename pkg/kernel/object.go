@@ -93,7 +93,7 @@ type Link struct {
 }
 
 // A LinkType is what makes a device the sort of device it is. It cannot be
-// changed once the device exists: VXLAN or TUN.
+// changed once the device exists: VXLAN, TUN or WireGuard.
 type LinkType interface {
 	String() string // as it follows "type" in "ip link add"
 	lower() string  // the device that it sits on, "" if none

@@ -1,6 +1,7 @@
 package kernel
 
 import (
+	"errors"
 	"fmt"
 
 	"github.com/vishvananda/netlink"
@@ -19,9 +20,9 @@ func (TUN) String() string { return "tun multi_queue" }
 // TUNClone is the file that gives access to TUN devices (linux/if_tun.h).
 const TUNClone = "/dev/net/tun"
 
-// TUNFlags say what a queue of such a device is: packets are preceded by a
+// tunFlags say what a queue of such a device is: packets are preceded by a
 // struct virtio_net_hdr, not by the older struct tun_pi.
-const TUNFlags = unix.IFF_TUN | unix.IFF_NO_PI | unix.IFF_VNET_HDR | unix.IFF_MULTI_QUEUE
+const tunFlags = unix.IFF_TUN | unix.IFF_NO_PI | unix.IFF_VNET_HDR | unix.IFF_MULTI_QUEUE
 
 // addTUN makes the device. Netlink cannot.
 func addTUN(name string) error {
@@ -34,7 +35,7 @@ func addTUN(name string) error {
 	if err != nil {
 		return err
 	}
-	request.SetUint16(TUNFlags | unix.IFF_TUN_EXCL)
+	request.SetUint16(tunFlags | unix.IFF_TUN_EXCL)
 	if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, request); err != nil {
 		return fmt.Errorf("TUNSETIFF: %w", err)
 	}
@@ -42,6 +43,31 @@ func addTUN(name string) error {
 		return fmt.Errorf("TUNSETPERSIST: %w", err)
 	}
 	return nil
+}
+
+// ErrNoDevice says that there is no such device.
+var ErrNoDevice = errors.New("no such device")
+
+// OpenTUN opens one more queue of a TUN device, which must exist: it is for a
+// Reconciler to make. Reads do not block.
+func OpenTUN(name string) (fd int, err error) {
+	if _, err := netlink.LinkByName(name); err != nil {
+		return -1, fmt.Errorf("%s: %w", name, ErrNoDevice)
+	}
+	fd, err = unix.Open(TUNClone, unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return -1, fmt.Errorf("%s: %w", TUNClone, err)
+	}
+	request, err := unix.NewIfreq(name)
+	if err == nil {
+		request.SetUint16(tunFlags)
+		err = unix.IoctlIfreq(fd, unix.TUNSETIFF, request)
+	}
+	if err != nil {
+		unix.Close(fd)
+		return -1, fmt.Errorf("attaching to %s: %w", name, err)
+	}
+	return fd, nil
 }
 
 // isTUN tells whether a device is a TUN. Linux tells more than the mere kind

@@ -36,6 +36,8 @@ func TestMatrix(t *testing.T) {
 		{"vxlan direct", `{"Type": "vxlan", "DirectRouting": true}`, twoLinks, [2]int{50, 70}, "eth0", "flannel"},
 		{"host-gw", `{"Type": "host-gw"}`, oneLink, [2]int{}, "eth0", ""},
 		{"udp", `{"Type": "udp"}`, twoLinks, [2]int{28, 48}, "flannel", "flannel"},
+		{"wireguard", `{"Type": "wireguard"}`, twoLinks, [2]int{80, 80}, "flannel-wg", "flannel-wg"},
+		{"wireguard auto", `{"Type": "wireguard", "Mode": "auto"}`, twoLinks, [2]int{80, 80}, "flannel-wg", "flannel-wg"},
 	}
 	families := []struct {
 		name, config string

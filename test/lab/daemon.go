@@ -57,7 +57,9 @@ func (d *Daemon) Start(args ...string) error {
 	}
 	defer log.Close()
 	cmd := exec.Command(program, full...)
-	cmd.Env = append(os.Environ(), "NODE_NAME="+d.node.Hostname) // for Kubernetes
+	cmd.Env = append(os.Environ(),
+		"NODE_NAME="+d.node.Hostname, // for Kubernetes
+		"WIREGUARD_KEY_FILE="+d.KeyFile())
 	cmd.Stdout, cmd.Stderr = log, log
 	d.proc, err = d.node.Launch(cmd)
 	return err
@@ -149,6 +151,9 @@ func (d *Daemon) SubnetFile() string { return filepath.Join(d.node.Dir, "subnet.
 
 // SubnetEnv reads it.
 func (d *Daemon) SubnetEnv() (subnet.Env, error) { return subnet.ReadEnv(d.SubnetFile()) }
+
+// KeyFile is where the wireguard backend keeps its private key.
+func (d *Daemon) KeyFile() string { return filepath.Join(d.node.Dir, "wgkey") }
 
 func (d *Daemon) logFile() string { return filepath.Join(d.node.Dir, "flanneld.log") }
 

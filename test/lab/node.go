@@ -138,6 +138,13 @@ func (n *Node) settle() error {
 	if err := unix.Mount(n.machineID(), "/etc/machine-id", "", unix.MS_BIND, ""); err != nil && !errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("mounting /etc/machine-id: %w", err)
 	}
+	// WireGuard in user space is found by a socket.
+	if err := os.MkdirAll("/run/wireguard", 0o755); err != nil {
+		return err
+	}
+	if err := unix.Mount("tmpfs", "/run/wireguard", "tmpfs", 0, "size=1m"); err != nil {
+		return fmt.Errorf("mounting /run/wireguard: %w", err)
+	}
 	if err := unix.Sethostname([]byte(n.Hostname)); err != nil {
 		return fmt.Errorf("sethostname: %w", err)
 	}
@@ -172,7 +179,7 @@ func (n *Node) Reboot(ctx context.Context) error {
 		return err
 	}
 	// These live in /run on a real node.
-	if err := errors.Join(os.RemoveAll(n.cniDir()), os.RemoveAll(n.SubnetFile())); err != nil {
+	if err := errors.Join(os.RemoveAll(n.cniDir()), os.RemoveAll(n.SubnetFile()), os.RemoveAll(n.KeyFile())); err != nil {
 		return err
 	}
 	return n.boot(ctx)

@@ -1,0 +1,190 @@
+package wireguard
+
+import (
+	"bytes"
+	"fmt"
+	"maps"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+)
+
+const (
+	// A session is over this long after its handshake, unless there was
+	// another (REJECT_AFTER_TIME, section 6 of the WireGuard paper).
+	sessionEnd = 180 * time.Second
+
+	// wakeKeepalive is a keepalive interval that does not last: switching it on
+	// has the device send at once.
+	wakeKeepalive = 25 * time.Second
+
+	// wakeMost is how many peers are woken at once. More would keep everybody
+	// busy with handshakes; the rest finds out within 15 seconds.
+	wakeMost = 1000
+)
+
+// sights are how a device's peers looked last time.
+type sights map[wgtypes.Key]sight
+
+type sight struct {
+	lease    netip.AddrPort // where its lease said that it is
+	endpoint netip.AddrPort // where it was
+	received int64          // bytes
+}
+
+// A step is something to configure, and the commands that do the same. Steps
+// are taken one after the other.
+type step struct {
+	wgtypes.Config
+	commands []string
+}
+
+// changes compares what a device holds with what is wanted, and returns what to
+// configure, and what was seen. Peers come before others go: a subnet that moves
+// from one to another belongs to one of them at any time. again says that the
+// device has lost its sessions.
+func changes(dev string, have *wgtypes.Device, want config, before sights, again bool, now time.Time) ([]step, sights) {
+	var first, second step
+	after := sights{}
+	say := func(s *step, format string, args ...any) {
+		s.commands = append(s.commands, "wg set "+dev+" "+fmt.Sprintf(format, args...))
+	}
+	if private := wgtypes.Key(want.private); have.PrivateKey != private {
+		again = true
+		first.PrivateKey = &private
+		say(&first, "private-key %s", keyFile())
+	}
+	if have.ListenPort != want.port {
+		first.ListenPort = &want.port
+		say(&first, "listen-port %d", want.port)
+	}
+	held := map[wgtypes.Key]wgtypes.Peer{}
+	for _, p := range have.Peers {
+		held[p.PublicKey] = p
+	}
+	woken := 0
+	for _, key := range slices.SortedFunc(maps.Keys(want.peers), compareKeys) {
+		w := want.peers[key]
+		h, there := held[key]
+		s, known := before[key]
+		c, command := changeOf(h, there, w, want, !stays(h, w, s, known, now))
+		// A session that this node has lost lives on at the peer, who sends into
+		// the void until it hears of a new one.
+		if lost := !there && (known || len(have.Peers) == 0); (lost || again) && woken < wakeMost {
+			woken++
+			if want.keepalive == 0 {
+				on, off := wakeKeepalive, time.Duration(0)
+				c.PersistentKeepaliveInterval = &on
+				second.Peers = append(second.Peers, wgtypes.PeerConfig{PublicKey: key, UpdateOnly: true, PersistentKeepaliveInterval: &off})
+			}
+		}
+		if command != "" || c.PersistentKeepaliveInterval != nil {
+			c.PublicKey, c.UpdateOnly = key, there
+			first.Peers = append(first.Peers, c)
+		}
+		if command != "" {
+			say(&first, "peer %s%s", key, command)
+		}
+		after[key] = sight{w.endpoint, endpointOf(h), h.ReceiveBytes}
+		if c.Endpoint != nil {
+			after[key] = sight{w.endpoint, w.endpoint, h.ReceiveBytes}
+		}
+	}
+	for _, key := range slices.SortedFunc(maps.Keys(held), compareKeys) {
+		if _, wanted := want.peers[key]; !wanted {
+			first.Peers = append(first.Peers, wgtypes.PeerConfig{PublicKey: key, UpdateOnly: true, Remove: true})
+			say(&first, "peer %s remove", key)
+		}
+	}
+	var steps []step
+	if first.PrivateKey != nil || first.ListenPort != nil || len(first.Peers) > 0 {
+		steps = append(steps, first)
+	}
+	if len(second.Peers) > 0 {
+		steps = append(steps, second)
+	}
+	return steps, after
+}
+
+// changeOf returns what to configure of one peer, and the end of the command that
+// does it, which is empty where nothing differs.
+func changeOf(have wgtypes.Peer, there bool, want peer, all config, move bool) (wgtypes.PeerConfig, string) {
+	var c wgtypes.PeerConfig
+	var b strings.Builder
+	if !there {
+		b.WriteString(" ") // a new one is told of in any case
+	}
+	if psk := wgtypes.Key(all.psk); have.PresharedKey != psk {
+		c.PresharedKey = &psk
+		b.WriteString(" preshared-key PSK")
+	}
+	if move {
+		c.Endpoint = net.UDPAddrFromAddrPort(want.endpoint)
+		fmt.Fprintf(&b, " endpoint %s", want.endpoint)
+	}
+	if have.PersistentKeepaliveInterval != all.keepalive {
+		c.PersistentKeepaliveInterval = &all.keepalive
+		fmt.Fprintf(&b, " persistent-keepalive %d", int(all.keepalive.Seconds()))
+	}
+	allowed := prefixes(have.AllowedIPs)
+	missing := slices.DeleteFunc(slices.Clone(want.allowed), func(p netip.Prefix) bool { return slices.Contains(allowed, p) })
+	switch {
+	case len(allowed)-(len(want.allowed)-len(missing)) > 0: // there are others
+		c.ReplaceAllowedIPs, missing = true, want.allowed
+		fallthrough
+	case len(missing) > 0:
+		for _, p := range missing {
+			c.AllowedIPs = append(c.AllowedIPs, net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())})
+		}
+		fmt.Fprintf(&b, " allowed-ips %s", join(want.allowed))
+	}
+	return c, strings.Replace(b.String(), "  ", " ", 1)
+}
+
+// stays tells whether a peer's endpoint is left as it is: where its lease says or,
+// if the peer has moved and is alive, where it was last heard from. A new lease
+// overrules that, and so does an endpoint that changes without a packet from the
+// peer: that was somebody else.
+func stays(have wgtypes.Peer, want peer, before sight, known bool, now time.Time) bool {
+	at := endpointOf(have)
+	switch {
+	case at == want.endpoint:
+		return true
+	case !at.IsValid() || now.Sub(have.LastHandshakeTime) > sessionEnd || known && before.lease != want.endpoint:
+		return false
+	}
+	return !known || at == before.endpoint || have.ReceiveBytes > before.received
+}
+
+func endpointOf(p wgtypes.Peer) netip.AddrPort {
+	if p.Endpoint == nil {
+		return netip.AddrPort{}
+	}
+	at := p.Endpoint.AddrPort()
+	return netip.AddrPortFrom(at.Addr().Unmap(), at.Port())
+}
+
+// prefixes returns what wgtypes has as net.IPNet.
+func prefixes(all []net.IPNet) []netip.Prefix {
+	var out []netip.Prefix
+	for _, n := range all {
+		ip, _ := netip.AddrFromSlice(n.IP)
+		bits, _ := n.Mask.Size()
+		out = append(out, netip.PrefixFrom(ip.Unmap(), bits))
+	}
+	return out
+}
+
+func join(all []netip.Prefix) string {
+	var parts []string
+	for _, p := range all {
+		parts = append(parts, p.String())
+	}
+	return strings.Join(parts, ",")
+}
+
+func compareKeys(a, b wgtypes.Key) int { return bytes.Compare(a[:], b[:]) }

@@ -1,0 +1,110 @@
+package wireguard
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/google/renameio/v2"
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+)
+
+// A secret is a private key or a preshared one. It never shows in a log.
+type secret wgtypes.Key
+
+// String tells nothing.
+func (secret) String() string { return "(secret)" }
+
+// GoString tells nothing.
+func (secret) GoString() string { return "(secret)" }
+
+func (s secret) public() wgtypes.Key { return wgtypes.Key(s).PublicKey() }
+
+// UnmarshalText reads what "wg genpsk" prints; of nothing it makes no key.
+func (s *secret) UnmarshalText(text []byte) error {
+	*s = secret{}
+	if len(text) == 0 {
+		return nil
+	}
+	key, err := wgtypes.ParseKey(strings.TrimSpace(string(text)))
+	if err != nil {
+		return errors.New("PSK is not a key of 32 bytes in base64, as wg genpsk prints one") // err shows it
+	}
+	*s = secret(key)
+	return nil
+}
+
+// keyFile is where the node's private key is.
+func keyFile() string {
+	if file := os.Getenv("WIREGUARD_KEY_FILE"); file != "" {
+		return file
+	}
+	return "/run/flannel/wgkey"
+}
+
+// privateKey returns the key that a file holds. Where there is no file, or there
+// is nothing in it, it gets a new key: peers must never see half of one, nor two.
+func privateKey(file string) (secret, error) {
+	for range 2 {
+		text, err := os.ReadFile(file)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return secret{}, fmt.Errorf("the private key: %w", err)
+		}
+		if line := strings.TrimSpace(string(text)); line != "" {
+			key, err := wgtypes.ParseKey(line)
+			if err != nil { // err may show what there is
+				return secret{}, fmt.Errorf("%s does not hold a private key: delete it, and a new one is made", file)
+			}
+			return secret(key), shut(file)
+		}
+		if err := makeKey(file, err == nil); err != nil {
+			return secret{}, fmt.Errorf("making a private key: %w", err)
+		}
+	}
+	return secret{}, fmt.Errorf("%s: somebody deletes the private key", file)
+}
+
+// shut has none but the owner read a key.
+func shut(file string) error {
+	info, err := os.Stat(file)
+	if err == nil && info.Mode().Perm()&0o077 != 0 {
+		err = os.Chmod(file, 0o600)
+	}
+	if err != nil {
+		return fmt.Errorf("the private key: %w", err)
+	}
+	return nil
+}
+
+// makeKey writes a new key, in place of an empty file or where there is none.
+// Whoever comes first wins.
+func makeKey(file string, replace bool) error {
+	key, err := wgtypes.GeneratePrivateKey()
+	if err != nil {
+		return err
+	}
+	dir := filepath.Dir(file)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	text := []byte(key.String() + "\n")
+	if replace {
+		return renameio.WriteFile(file, text, 0o600)
+	}
+	temp, err := os.CreateTemp(dir, ".wgkey") // 0600
+	if err != nil {
+		return err
+	}
+	defer os.Remove(temp.Name())
+	_, err = temp.Write(text)
+	if err = errors.Join(err, temp.Sync(), temp.Close()); err != nil {
+		return err
+	}
+	if err := os.Link(temp.Name(), file); !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	return nil
+}

@@ -1,0 +1,148 @@
+package wireguard
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+
+	"github.com/flanneld/flanneld/subnet"
+)
+
+// A config is what a device is wanted to hold.
+type config struct {
+	private   secret
+	port      int
+	psk       secret
+	keepalive time.Duration
+	peers     map[wgtypes.Key]peer
+}
+
+// A peer is what a device is wanted to hold of one node.
+type peer struct {
+	endpoint netip.AddrPort // as its lease says; it may be heard from elsewhere
+	allowed  []netip.Prefix // sent to it, and taken from it; sorted
+}
+
+// config returns what a device must hold for this node and its peers. Leases
+// that are no good are left out; Peer has told of them.
+func (w *wireguard) config(t tunnel, private secret, own subnet.Lease, leases map[subnet.Subnets]subnet.Lease) config {
+	c := config{
+		private: private, port: t.port, psk: w.PSK, keepalive: time.Duration(w.PersistentKeepaliveInterval) * time.Second,
+		peers: map[wgtypes.Key]peer{},
+	}
+	// Leases of two generations of a node, IPv4's and dual stack's, may name one
+	// subnet. A device takes it for one peer; it should always be the same.
+	holder := map[netip.Prefix]wgtypes.Key{}
+	for _, s := range slices.SortedFunc(maps.Keys(leases), func(a, b subnet.Subnets) int { return strings.Compare(a.String(), b.String()) }) {
+		key, p, err := w.peerOf(t, own, leases[s])
+		if err != nil || !p.endpoint.IsValid() {
+			continue
+		}
+		for _, a := range p.allowed {
+			holder[a] = key
+		}
+		c.peers[key] = peer{endpoint: p.endpoint}
+	}
+	for a, key := range holder {
+		p := c.peers[key]
+		p.allowed = append(p.allowed, a)
+		c.peers[key] = p
+	}
+	for _, p := range c.peers {
+		slices.SortFunc(p.allowed, netip.Prefix.Compare)
+	}
+	return c
+}
+
+// peerOf returns what a device must hold of a peer: no endpoint, if there is
+// nothing in common.
+func (w *wireguard) peerOf(t tunnel, own, l subnet.Lease) (wgtypes.Key, peer, error) {
+	var p peer
+	var text json.RawMessage
+	for i, f := range []struct {
+		own, peer netip.Prefix
+		data      json.RawMessage
+	}{{own.IPv4, l.IPv4, l.Attrs.BackendData}, {own.IPv6, l.IPv6, l.Attrs.BackendV6Data}} {
+		if !t.families[i] || !f.own.IsValid() || !f.peer.IsValid() {
+			continue
+		}
+		p.allowed = append(p.allowed, f.peer)
+		if len(f.data) > 0 { // with one device for both, both are the same
+			text = f.data
+		}
+	}
+	ip := w.publicIP(t, l.Attrs)
+	if len(p.allowed) == 0 || !ip.IsValid() {
+		return wgtypes.Key{}, peer{}, nil
+	}
+	d, err := parse(text)
+	if err != nil {
+		return wgtypes.Key{}, peer{}, err
+	}
+	for _, text := range []json.RawMessage{own.Attrs.BackendData, own.Attrs.BackendV6Data} {
+		if ours, err := parse(text); err == nil && ours.PublicKey == d.PublicKey {
+			return wgtypes.Key{}, peer{}, fmt.Errorf("its public key %v is this node's own: delete %s on one of them and start its flanneld again", d.PublicKey, keyFile())
+		}
+	}
+	port := d.Port
+	if port == 0 {
+		port = t.port
+	}
+	p.endpoint = netip.AddrPortFrom(ip, uint16(port))
+	return d.PublicKey, p, nil
+}
+
+// publicIP returns the address that a peer is reached at through a device.
+func (w *wireguard) publicIP(t tunnel, a subnet.Attrs) netip.Addr {
+	four, six := a.PublicIP, a.PublicIPv6
+	switch {
+	case w.Mode == overIPv4 || w.Mode == separate && t.families[0]:
+		return four
+	case w.Mode == overIPv6 || w.Mode == separate:
+		return six
+	}
+	// Whichever both have. Of two, IPv4, unless it is behind NAT and IPv6 is
+	// not, on both sides.
+	canFour, canSix := four.IsValid() && w.uplink.IPv4.IsValid(), six.IsValid() && w.uplink.IPv6.IsValid()
+	if canSix && (!canFour || four.IsPrivate() && !six.IsPrivate() && !w.uplink.IPv6.IsPrivate()) {
+		return six
+	}
+	return four
+}
+
+// parse reads what a node published.
+func parse(text json.RawMessage) (data, error) {
+	if len(text) == 0 {
+		return data{}, errors.New("the lease has no backend data")
+	}
+	var d struct {
+		PublicKey string
+		Port      int
+	}
+	if err := json.Unmarshal(text, &d); err != nil {
+		return data{}, fmt.Errorf("backend data %s: %w", text, err)
+	}
+	key, err := wgtypes.ParseKey(d.PublicKey)
+	if err != nil || key == (wgtypes.Key{}) {
+		return data{}, fmt.Errorf("backend data %s: PublicKey must be 32 bytes in base64", text)
+	}
+	if d.Port < 0 || d.Port > 65535 {
+		return data{}, fmt.Errorf("backend data %s: Port must be 1 to 65535", text)
+	}
+	return data{key, d.Port}, nil
+}
+
+// MarshalJSON writes the key in base64.
+func (d data) MarshalJSON() ([]byte, error) {
+	return json.Marshal(struct {
+		PublicKey string
+		Port      int
+	}{d.PublicKey.String(), d.Port})
+}

@@ -1,0 +1,248 @@
+package wireguard
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+	"k8s.io/klog/v2"
+
+	"github.com/flanneld/flanneld/pkg/rtnl"
+	"github.com/flanneld/flanneld/subnet"
+)
+
+const (
+	// WireGuard tells nobody when its configuration changes: it is looked at
+	// every lookFirst or, where that takes long, so that it takes a
+	// lookShare-th of the time.
+	lookFirst = time.Second
+	lookMost  = time.Minute
+	lookShare = 1000
+
+	// What fails is tried again after retryFirst, then after twice as long
+	// each time, up to retryMax.
+	retryFirst = time.Second
+	retryMax   = 30 * time.Second
+
+	// wordy is how many changes at once are logged one by one.
+	wordy = 20
+)
+
+// A keeper is Work for one device, and one lease of this node's.
+type keeper struct {
+	tunnel
+	inKernel bool
+	gone     chan<- struct{} // told when the device is of no more use
+	want     config
+
+	device  device // nil: not open
+	number  int    // of the link that it is
+	again   bool   // it was open before: its sessions are lost
+	sights  sights
+	due     time.Time     // when it is looked at next
+	failing time.Duration // how long it is waited after a failure; 0: all is well
+	said    string        // the last error
+}
+
+// Work implements backend.Worker.
+func (w *wireguard) Work(ctx context.Context, own subnet.Lease, peers <-chan subnet.Update) error {
+	links, err := rtnl.Signals(ctx, unix.RTNLGRP_LINK)
+	if err != nil {
+		return fmt.Errorf("listening for devices: %w", err)
+	}
+	if !w.inKernel {
+		klog.Info("wireguard: this kernel has no WireGuard: flanneld encrypts packets itself")
+	}
+	gone := make(chan struct{}, 1)
+	var keepers []*keeper
+	for _, t := range w.tunnels {
+		k := &keeper{tunnel: t, inKernel: w.inKernel, gone: gone}
+		defer k.close()
+		keepers = append(keepers, k)
+	}
+	leases := map[subnet.Subnets]subnet.Lease{}
+	known := false // a device keeps what it has until peers are known
+	var key secret
+	next := time.NewTimer(0)
+	defer next.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case u := <-peers:
+			update(leases, u)
+			known = known || u.Snapshot
+			for _, k := range keepers {
+				k.want = w.config(k.tunnel, key, own, leases)
+				k.due = time.Time{}
+			}
+		case <-links:
+			for _, k := range keepers {
+				k.follow()
+			}
+		case <-gone:
+			for _, k := range keepers {
+				k.follow()
+			}
+		case <-next.C:
+		}
+		if !known {
+			continue
+		}
+		if key == (secret{}) {
+			if key, err = privateKey(keyFile()); err != nil {
+				keepers[0].say(err)
+				next.Reset(retryFirst)
+				continue
+			}
+			for _, k := range keepers {
+				k.want.private = key
+			}
+		}
+		soonest := time.Now().Add(lookMost)
+		for _, k := range keepers {
+			if !time.Now().Before(k.due) {
+				k.due = time.Now().Add(k.look())
+			}
+			if k.due.Before(soonest) {
+				soonest = k.due
+			}
+		}
+		next.Reset(time.Until(soonest))
+	}
+}
+
+// update takes news of leases.
+func update(leases map[subnet.Subnets]subnet.Lease, u subnet.Update) {
+	if u.Snapshot {
+		clear(leases)
+	}
+	for s := range u.Gone {
+		delete(leases, s)
+	}
+	maps.Copy(leases, u.Leases)
+}
+
+// follow finds out whether the device is still the one that it was, or is there
+// again.
+func (k *keeper) follow() {
+	if k.device != nil {
+		select {
+		case <-k.device.Gone():
+			k.close()
+		default:
+			if link := k.link(); link == nil || link.Attrs().Index != k.number {
+				k.close()
+			}
+		}
+	}
+	if k.device == nil && k.link() != nil {
+		k.due = time.Time{}
+	}
+}
+
+// link returns the device if it is there, up, and of the right kind.
+func (k *keeper) link() netlink.Link {
+	link, err := netlink.LinkByName(k.dev)
+	if err != nil || link.Attrs().Flags&net.FlagUp == 0 {
+		return nil
+	}
+	kind := "tuntap"
+	if k.inKernel {
+		kind = "wireguard"
+	}
+	if link.Type() != kind {
+		return nil
+	}
+	return link
+}
+
+// look makes the device hold what it should, and tells after what time it should
+// be looked at again.
+func (k *keeper) look() time.Duration {
+	took, err := k.settle()
+	k.say(err)
+	if err != nil {
+		k.failing = min(max(2*k.failing, retryFirst), retryMax)
+		return k.failing
+	}
+	k.failing = 0
+	return min(max(lookFirst, lookShare*took), lookMost)
+}
+
+func (k *keeper) settle() (took time.Duration, err error) {
+	if k.device == nil {
+		link := k.link()
+		if link == nil {
+			return 0, nil // it will be made, or the log says why not
+		}
+		if k.inKernel {
+			k.device, err = openKernel(k.dev)
+		} else {
+			k.device, err = openUser(k.dev, k.want.private, k.port, k.gone)
+		}
+		if err != nil {
+			k.device = nil
+			return 0, err
+		}
+		k.number = link.Attrs().Index
+	}
+	start := time.Now()
+	have, err := k.device.Device()
+	if errors.Is(err, errGone) {
+		k.close()
+		return 0, nil
+	}
+	if err != nil {
+		return 0, fmt.Errorf("reading %s: %w", k.dev, err)
+	}
+	steps, sights := changes(k.dev, have, k.want, k.sights, k.again, start)
+	took = time.Since(start)
+	for _, s := range steps {
+		if err := k.device.Configure(s.Config); err != nil {
+			return 0, fmt.Errorf("configuring %s: %w", k.dev, err)
+		}
+		tell(s.commands)
+	}
+	k.sights, k.again = sights, false
+	return took, nil
+}
+
+// tell logs what was done: a line for each of a few changes, a count of many.
+func tell(commands []string) {
+	if len(commands) > wordy && !klog.V(2).Enabled() {
+		klog.Infof("%s …, and %d more changes (--v=2 shows each)", commands[0], len(commands)-1)
+		return
+	}
+	for _, c := range commands {
+		klog.Info(c)
+	}
+}
+
+func (k *keeper) close() {
+	if k.device != nil {
+		k.device.Close()
+		k.device, k.again = nil, true
+	}
+}
+
+// say logs an error, once, and when it is over.
+func (k *keeper) say(err error) {
+	text := ""
+	if err != nil {
+		text = err.Error()
+	}
+	switch {
+	case text == k.said:
+	case text == "":
+		klog.Info("wireguard: all is well again")
+	default:
+		klog.Errorf("wireguard: %s; it is tried again", text)
+	}
+	k.said = text
+}

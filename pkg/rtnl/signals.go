@@ -1,0 +1,31 @@
+package rtnl
+
+import (
+	"context"
+	"errors"
+)
+
+// Signals signals that there are notifications of groups. Signals that nobody
+// took are merged into one; none follows the end of ctx.
+func Signals(ctx context.Context, groups ...int) (<-chan struct{}, error) {
+	l, err := Listen(nil, groups...)
+	if err != nil {
+		return nil, err
+	}
+	changes := make(chan struct{}, 1)
+	stop := context.AfterFunc(ctx, func() { l.Close() })
+	go func() {
+		defer stop()
+		buf := make([]byte, 1<<16)
+		for {
+			if _, err := l.Next(buf); err != nil && !errors.Is(err, ErrLost) {
+				return
+			}
+			select {
+			case changes <- struct{}{}:
+			default:
+			}
+		}
+	}()
+	return changes, nil
+}

@@ -82,6 +82,9 @@ func (d *Daemon) WaitReady(ctx context.Context) error {
 	return nil
 }
 
+// Health is where the daemon answers, for node.Dial.
+func (d *Daemon) Health() string { return net.JoinHostPort(healthzIP, healthzPort) }
+
 // Ready returns nil when /readyz answers 200 and the subnet file is there.
 func (d *Daemon) Ready(ctx context.Context) error {
 	if d.proc == nil {
@@ -93,7 +96,7 @@ func (d *Daemon) Ready(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
 	client := &http.Client{Transport: &http.Transport{DialContext: d.node.Dial, DisableKeepAlives: true}}
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+net.JoinHostPort(healthzIP, healthzPort)+"/readyz", nil)
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+d.Health()+"/readyz", nil)
 	if err != nil {
 		return err
 	}

@@ -34,6 +34,7 @@ func main() {
 	flag.StringVar(&s.backends, "backends", "udp,vxlan,host-gw,plain", "which, the first being compared with the others")
 	flag.BoolVar(&s.six, "6", false, "over IPv6")
 	flag.DurationVar(&s.soak, "soak", 0, "load the first one for so long instead")
+	flag.StringVar(&s.profile, "profile", "", "with -soak: where to write CPU profiles of the daemons meanwhile, FILE.n1 and FILE.n2")
 	ends := flag.String("relay", "", "be a plain relay between two addresses, of this host and of the other: for the benchmark itself")
 	flag.Parse()
 	if from, to, ok := strings.Cut(*ends, ","); ok {
@@ -55,6 +56,7 @@ type settings struct {
 	runs, size int
 	each, soak time.Duration
 	backends   string
+	profile    string
 	six        bool
 }
 
@@ -77,7 +79,7 @@ func run(ctx context.Context, s settings) (err error) {
 		}
 	}()
 	for _, name := range strings.Split(s.backends, ",") {
-		t, err := lay(ctx, name, s.six)
+		t, err := lay(ctx, name, s)
 		if t != nil {
 			tracks = append(tracks, t)
 		}
@@ -86,13 +88,13 @@ func run(ctx context.Context, s settings) (err error) {
 		}
 	}
 	if s.soak > 0 {
-		return tracks[0].soak(ctx, s.soak)
+		return tracks[0].soak(ctx, s.soak, s.profile)
 	}
 	return compare(ctx, s, tracks)
 }
 
 // lay makes a track.
-func lay(ctx context.Context, backend string, six bool) (*track, error) {
+func lay(ctx context.Context, backend string, s settings) (*track, error) {
 	l, err := lab.New(ctx, lab.Options{})
 	if err != nil {
 		return nil, err
@@ -102,7 +104,7 @@ func lay(ctx context.Context, backend string, six bool) (*track, error) {
 	if backend == plain {
 		kind = "alloc" // a lease and nothing else
 	}
-	config := fmt.Sprintf(`{"Network": "10.5.0.0/16", "EnableIPv6": %v, "IPv6Network": "fd00:5::/48", "Backend": {"Type": %q}}`, six, kind)
+	config := fmt.Sprintf(`{"Network": "10.5.0.0/16", "EnableIPv6": %v, "IPv6Network": "fd00:5::/48", "Backend": {"Type": %q}}`, s.six, kind)
 	if err := l.Etcd.Configure(ctx, config); err != nil {
 		return t, err
 	}
@@ -110,7 +112,7 @@ func lay(ctx context.Context, backend string, six bool) (*track, error) {
 	for range 2 {
 		n, err := l.AddNode(ctx, lab.NodeOptions{})
 		if err == nil {
-			err = n.Start()
+			err = n.Start(fmt.Sprintf("--pprof=%v", s.profile != ""))
 		}
 		if err == nil {
 			err = n.WaitReady(ctx)

@@ -4,15 +4,20 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
 	"time"
+
+	"github.com/flanneld/flanneld/test/lab"
 )
 
 // soak loads a track for long, and prints every now and then what memory the
-// daemons have by then.
-func (t *track) soak(ctx context.Context, long time.Duration) error {
+// daemons have by then. profile, if not empty, is where what they do meanwhile
+// goes.
+func (t *track) soak(ctx context.Context, long time.Duration, profile string) error {
 	const times = 20
 	fmt.Printf("%s, at full load for %v: resident memory of the daemons\n", t.name, long)
 	done := make(chan error, 1)
@@ -22,6 +27,14 @@ func (t *track) soak(ctx context.Context, long time.Duration) error {
 		fmt.Printf("%.3g Gbit/s one way\n", r.End.Received.BitsPerSecond/1e9)
 		done <- err
 	}()
+	profiled := make(chan error, len(t.Nodes()))
+	for _, n := range t.Nodes() {
+		if profile != "" {
+			go func() { profiled <- record(ctx, n, long, profile+"."+n.Hostname) }()
+		} else {
+			profiled <- nil
+		}
+	}
 	tick := time.NewTicker(long / times)
 	defer tick.Stop()
 	for {
@@ -33,9 +46,32 @@ func (t *track) soak(ctx context.Context, long time.Duration) error {
 		select {
 		case <-tick.C:
 		case err := <-done:
-			return err
+			return errors.Join(err, <-profiled, <-profiled)
 		}
 	}
+}
+
+// record writes a CPU profile of a node's daemon.
+func record(ctx context.Context, n *lab.Node, long time.Duration, file string) error {
+	client := &http.Client{Transport: &http.Transport{DialContext: n.Dial}}
+	url := fmt.Sprintf("http://%s/debug/pprof/profile?seconds=%d", n.Health(), int(long.Seconds()))
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return err
+	}
+	answer, err := client.Do(request)
+	if err != nil {
+		return err
+	}
+	defer answer.Body.Close()
+	profile, err := io.ReadAll(answer.Body)
+	if err == nil && answer.StatusCode != http.StatusOK {
+		err = fmt.Errorf("%s: %s: %s", url, answer.Status, profile)
+	}
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(file, profile, 0o644)
 }
 
 // memory tells what each node's daemon has.

@@ -2,6 +2,7 @@ package network
 
 import (
 	"bytes"
+	"fmt"
 	"net/http"
 	"runtime"
 	"strconv"
@@ -183,6 +184,14 @@ func (s *metrics) ServeHTTP(w http.ResponseWriter, _ *http.Request) {
 	w.Write(out.Bytes())
 }
 
+// herald tells people what needs a hand, where the store is a place for that; ""
+// says that it is over.
+func herald(m subnet.Manager, about, reason, message string) {
+	if h, ok := m.(subnet.Herald); ok {
+		h.Notify(about, reason, message)
+	}
+}
+
 // measure tells the metrics what this goroutine knows.
 func (n *node) measure() {
 	if n.lease != nil {
@@ -192,6 +201,13 @@ func (n *node) measure() {
 	if now, before := n.kernel.Stats(), n.metrics.kernel.Load(); before == nil || now != *before {
 		stats := now
 		n.metrics.kernel.Store(&stats)
+		if before == nil || now.Fight != before.Fight {
+			text := ""
+			if now.Fight != nil {
+				text = fmt.Sprintf("Somebody undoes what flanneld sets, again and again: %s. `ip monitor all` shows each change; mostly it is another network manager on the host, to be told to leave this alone", now.Fight)
+			}
+			herald(n.Manager, "kernel", "KernelFight", text)
+		}
 	}
 	for s, since := range n.unheld {
 		if n.peers != nil && n.kernel.Has(s.String()) {

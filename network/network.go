@@ -146,7 +146,7 @@ func (n *node) run(ctx context.Context) error {
 	} else {
 		fileChanges = n.file.changes
 	}
-	n.rules = keepRules(ctx, &n.group, n.RulesResync, n.metrics)
+	n.rules = keepRules(ctx, &n.group, n.RulesResync, n.metrics, n.Manager)
 	n.tenant = newTenant(n.Manager, n.metrics)
 	defer func() { n.tenant.leave() }()
 	n.worker = newWorker()

@@ -2,12 +2,14 @@ package network
 
 import (
 	"context"
+	"fmt"
 	"sync"
 	"time"
 
 	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/pkg/firewall"
+	"github.com/flanneld/flanneld/subnet"
 )
 
 // rules keeps the node's firewall rules, in a goroutine of its own: the
@@ -17,6 +19,7 @@ type rules struct {
 	states chan bool // whether the latest are in place
 
 	metrics *metrics
+	manager subnet.Manager
 }
 
 // A wish is for rules, and where they are kept.
@@ -25,8 +28,8 @@ type wish struct {
 	nftables bool // or else iptables
 }
 
-func keepRules(ctx context.Context, group *sync.WaitGroup, resync time.Duration, m *metrics) *rules {
-	r := &rules{make(chan wish, 1), make(chan bool), m}
+func keepRules(ctx context.Context, group *sync.WaitGroup, resync time.Duration, s *metrics, m subnet.Manager) *rules {
+	r := &rules{make(chan wish, 1), make(chan bool), s, m}
 	group.Go(func() { r.keep(ctx, resync) })
 	return r
 }
@@ -163,7 +166,12 @@ func (r *rules) look(ctx context.Context, driver **firewall.Driver, want wish, s
 			undone.say(ok, (*driver).String())
 		}
 		if ok {
+			herald(r.manager, "rules", "", "")
 			return false, nil
+		}
+		if *undone == quarrelTimes {
+			herald(r.manager, "rules", "FirewallFight", fmt.Sprintf("Somebody changes flannel's rules in %s, again and again. "+
+				"`nft monitor` shows each change; mostly it is another firewall manager on the host, to be told to leave flannel's chains alone", *driver))
 		}
 	}
 	r.metrics.rulesWrites.Inc()

@@ -53,6 +53,17 @@ type Manager interface {
 	State() State
 }
 
+// A Herald is a Manager whose store is a place to tell people, beside the log,
+// what needs a hand on this node.
+type Herald interface {
+	Manager
+
+	// Notify tells of something, for a short reason in CamelCase, until it is
+	// called again with the same about: with another message, or with "" when
+	// it is over. It does not wait.
+	Notify(about, reason, message string)
+}
+
 // A State is how a Manager stands with its store.
 type State struct {
 	Connected bool      // the store does what it is asked

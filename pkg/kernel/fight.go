@@ -13,7 +13,7 @@ type fights struct {
 	blink  time.Duration // see fightBlink
 	unsaid []*fight
 	count  int    // how many go on
-	text   string // what was said of the last one
+	latest Object // over which one was said to; nil: none goes on
 }
 
 // A fight is over one object.
@@ -81,10 +81,10 @@ func (f *fights) say() {
 	if n := len(f.unsaid) - 1; n > 0 {
 		more = fmt.Sprintf(" (and %d more)", n)
 	}
-	f.text = fmt.Sprintf("Somebody undoes what is set, %d times in %v: %s%s: it is set once a second while that goes on; "+
+	f.latest = g.object
+	klog.Warningf("Somebody undoes what is set, %d times in %v: %s%s: it is set once a second while that goes on; "+
 		"`ip monitor all` shows each change, and mostly it is another network manager on this host, to be told to leave this alone",
 		g.times, g.last.Sub(g.first).Round(time.Millisecond), g.object, more)
-	klog.Warning(f.text)
 	f.unsaid = nil
 }
 
@@ -101,7 +101,7 @@ func (f *fights) forget() {
 	}
 	f.count -= ended
 	if f.count == 0 {
-		f.text = ""
+		f.latest = nil
 	}
 	if ended > 0 {
 		klog.Infof("Nobody undoes any more what is set (%d objects were fought over)", ended)

@@ -110,7 +110,7 @@ func TestFight(t *testing.T) {
 		t.Errorf("said %d times:\n%s", got, log())
 	}
 
-	if s := r.Stats(); s.Fights != 1 || !strings.HasPrefix(s.Fight, "Somebody undoes what is set") ||
+	if s := r.Stats(); s.Fights != 1 || s.Fight != peerDirect()[0] ||
 		s.Kinds[KindRoute].Repairs[Missing] != fightTimes-1 || s.Kinds[KindRoute].Repairs[Fight] != 3 {
 		t.Errorf("the counts are %+v", s)
 	}
@@ -134,7 +134,7 @@ func TestFight(t *testing.T) {
 	if len(r.fights.over) != 0 || !strings.Contains(log(), "Nobody undoes any more") {
 		t.Errorf("%d fights are remembered:\n%s", len(r.fights.over), log())
 	}
-	if s := r.Stats(); s.Fights != 0 || s.Fight != "" {
+	if s := r.Stats(); s.Fights != 0 || s.Fight != nil {
 		t.Errorf("after the peace, the counts are %+v", s)
 	}
 	undo(t, r)

@@ -400,6 +400,7 @@ func (r *Reconciler) apply(kind Kind, todo []*entry, add bool, log *changes, fai
 		}
 		if !add && isGone(results[i]) {
 			results[i] = nil
+			e.drift = false // late news of what had gone: nothing was left over
 		}
 		if results[i] == nil {
 			e.via = via[i]

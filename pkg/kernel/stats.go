@@ -5,7 +5,7 @@ package kernel
 type Stats struct {
 	Kinds  [kinds]KindStats // by Kind
 	Fights int              // objects that somebody undoes as often as they are set
-	Fight  string           // what the log said of the latest, while there are any
+	Fight  Object           // the latest of these that the log has named; nil: none
 }
 
 // KindStats are those of one kind of objects.
@@ -37,7 +37,7 @@ func (k Kind) String() string {
 // Stats returns the counts of now. It takes as long as there are objects that
 // are not as they should be.
 func (r *Reconciler) Stats() Stats {
-	s := Stats{Fights: r.fights.count, Fight: r.fights.text}
+	s := Stats{Fights: r.fights.count, Fight: r.fights.latest}
 	for k := range s.Kinds {
 		s.Kinds[k] = KindStats{Wanted: r.wanted[k], Held: r.wanted[k], Repairs: r.repairs[k]}
 	}

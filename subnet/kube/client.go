@@ -120,18 +120,21 @@ func limitWait(_, _ string, c syscall.RawConn) error {
 
 // do sends a request and returns the answer to it; anything but success is an
 // error, a *statusError where the server has answered.
-func (c *client) do(ctx context.Context, method, path string, query url.Values, accept string, patch []byte) (*http.Response, error) {
+func (c *client) do(ctx context.Context, method, path string, query url.Values, accept string, body []byte) (*http.Response, error) {
 	target := c.server + path
 	if len(query) > 0 {
 		target += "?" + query.Encode()
 	}
-	req, err := http.NewRequestWithContext(ctx, method, target, bytes.NewReader(patch))
+	req, err := http.NewRequestWithContext(ctx, method, target, bytes.NewReader(body))
 	if err != nil {
 		return nil, err
 	}
 	req.Header.Set("Accept", accept)
-	if patch != nil {
+	switch {
+	case method == http.MethodPatch:
 		req.Header.Set("Content-Type", "application/strategic-merge-patch+json")
+	case body != nil:
+		req.Header.Set("Content-Type", "application/json")
 	}
 	resp, err := c.http.Do(req)
 	if err != nil {
@@ -141,12 +144,12 @@ func (c *client) do(ctx context.Context, method, path string, query url.Values, 
 		return resp, nil
 	}
 	defer resp.Body.Close()
-	body, _ := io.ReadAll(io.LimitReader(resp.Body, 64<<10))
+	answer, _ := io.ReadAll(io.LimitReader(resp.Body, 64<<10))
 	e := &statusError{code: resp.StatusCode}
 	var status struct{ Message, Reason string }
-	if raw, err := unwrap(body); err == nil {
+	if raw, err := unwrap(answer); err == nil {
 		errors.As(decodeStatus(raw), &e)
-	} else if json.Unmarshal(body, &status) == nil {
+	} else if json.Unmarshal(answer, &status) == nil {
 		e.message, e.reason = status.Message, status.Reason
 	}
 	return nil, e

@@ -63,6 +63,7 @@ type Manager struct {
 	options Options
 	client  *client
 	outage  outage
+	notices *notices
 	name    string // this node's
 
 	ctx     context.Context // ends with Close
@@ -88,7 +89,10 @@ type ownNode struct {
 	conditioned bool
 }
 
-var _ subnet.Manager = (*Manager)(nil)
+var (
+	_ subnet.Manager = (*Manager)(nil)
+	_ subnet.Herald  = (*Manager)(nil)
+)
 
 // New returns a manager. An error is about the options: it does not talk to the
 // API server yet.
@@ -103,7 +107,9 @@ func New(ctx context.Context, o Options) (*Manager, error) {
 		return nil, err
 	}
 	m := &Manager{options: o, client: c, name: o.NodeName, ctx: ctx, cancel: cancel, changed: make(chan struct{}), warned: map[netip.Addr]bool{}}
+	m.notices = newNotices(c, m.node)
 	m.running.Go(m.followOwn)
+	m.running.Go(func() { m.notices.run(ctx) })
 	return m, nil
 }
 
@@ -112,6 +118,22 @@ func (m *Manager) Close() error {
 	m.cancel()
 	m.running.Wait()
 	return nil
+}
+
+// node returns the name of this node's Node; "" while it is not known.
+func (m *Manager) node() string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.name
+}
+
+// Notify implements subnet.Herald: as an Event of the Node.
+func (m *Manager) Notify(about, reason, message string) {
+	if message == "" {
+		m.notices.end(about)
+	} else {
+		m.notices.begin(about, reason, message)
+	}
 }
 
 // Config implements subnet.Manager. The file comes with the pod: that it is not
@@ -283,8 +305,10 @@ func (m *Manager) leaseOf(own *ownNode, cfg *subnet.Config, attrs subnet.Attrs) 
 		}
 		// Neither can change while both the Node and this configuration stay.
 		if !f.pool.Network.Contains(f.have.Addr()) || f.have.Bits() < f.pool.Network.Bits() {
-			return subnet.Lease{}, fmt.Errorf("the podCIDR %s of Node %s is outside the Network %s in %s: make Network the same as --cluster-cidr of kube-controller-manager",
+			err := fmt.Errorf("the podCIDR %s of Node %s is outside the Network %s in %s: make Network the same as --cluster-cidr of kube-controller-manager",
 				f.have, m.name, f.pool.Network, m.options.ConfigPath)
+			m.Notify("podCIDR", "PodCIDROutsideNetwork", err.Error())
+			return subnet.Lease{}, err
 		}
 		*f.into = f.have
 		if ip, ok := m.address(own, f.overwrite); ok {
@@ -447,12 +471,16 @@ func (m *Manager) await(ctx context.Context, missing func(*ownNode) string) (own
 			if said != "" {
 				what, _, _ = strings.Cut(said, ": ") // without the remedy
 				klog.Infof("No longer waiting for %s", what)
+				m.Notify("waiting", "", "")
 			}
 			return own, changed, nil
 		}
 		if what != said && told {
 			said = what
 			klog.Warningf("Waiting for %s", what)
+			if own != nil {
+				m.Notify("waiting", "NodeIncomplete", "flanneld waits for "+what)
+			}
 		}
 		select {
 		case <-changed:

@@ -255,7 +255,7 @@ func (p *peers) settle() {
 			now.counts = len(now.lease.Each()) > 0 && !slices.ContainsFunc(now.conflicts, func(c conflict) bool { return !c.public })
 			is = *now
 		}
-		say(name, was.conflicts, is.conflicts)
+		p.say(name, was.conflicts, is.conflicts)
 		if was.counts && !(is.counts && is.lease.Subnets == was.lease.Subnets) {
 			p.news.Delete(was.lease.Subnets)
 		}
@@ -312,22 +312,31 @@ func (c conflict) String() string {
 	return fmt.Sprintf("podCIDRs that overlap, %s and %s", c.theirs, c.ours)
 }
 
-// say logs the conflicts of a node that are new, and those that are over.
-func say(name string, before, now []conflict) {
+// say logs the conflicts of a node that are new, and those that are over. The two
+// nodes themselves make them known as Events, too.
+func (p *peers) say(name string, before, now []conflict) {
+	notify := func(c conflict, reason, message string) {
+		if own := p.manager.node(); own == name || own == c.with {
+			p.manager.Notify(fmt.Sprintf("%s and %s: %s", c.with, name, c), reason, message)
+		}
+	}
 	for _, c := range now {
-		switch {
-		case slices.Contains(before, c):
-		case c.public:
-			klog.Errorf("Nodes %s and %s both have %s: delete the one that is no more, or give flanneld on one of them --iface, --iface-node-address or --public-ip, for an address of its own",
-				c.with, name, c)
-		default:
-			klog.Errorf("Nodes %s and %s both have %s: %s, the older one, counts, and pods on %s cannot be reached. Delete the Node that is no more; or delete %s and restart its kubelet, for another podCIDR",
+		if slices.Contains(before, c) {
+			continue
+		}
+		reason, text := "DuplicatePublicIP", fmt.Sprintf("Nodes %s and %s both have %s: delete the one that is no more, or give flanneld on one of them --iface, --iface-node-address or --public-ip, for an address of its own",
+			c.with, name, c)
+		if !c.public {
+			reason, text = "OverlappingPodCIDRs", fmt.Sprintf("Nodes %s and %s both have %s: %s, the older one, counts, and pods on %s cannot be reached. Delete the Node that is no more; or delete %s and restart its kubelet, for another podCIDR",
 				c.with, name, c, c.with, name, name)
 		}
+		klog.Error(text)
+		notify(c, reason, text)
 	}
 	for _, c := range before {
 		if !slices.Contains(now, c) {
 			klog.Infof("Nodes %s and %s no longer both have %s", c.with, name, c)
+			notify(c, "", "")
 		}
 	}
 }

@@ -48,6 +48,7 @@ func TestChart(t *testing.T) {
 			`args=["--iface-regex=^en.*", "--v=2"]`, `image={"name": "registry.invalid:5000/a/b", "tag": "v9", "pullPolicy": "Always", "pullSecrets": [{"name": "s"}]}`,
 			`resources={"limits": {"memory": "100Mi"}}`, `nodeSelector={"a/b": "c"}`, `tolerations=[{"key": "k", "operator": "Exists"}]`, `maxUnavailable=3`,
 			`cni={"binDir": "/usr/lib/cni", "confDir": "/etc/cni/other", "confName": "20-x.conflist"}`, `healthz={"ip": "0.0.0.0", "port": 8081}`, `priorityClassName="system-cluster-critical"`,
+			`metrics={"annotations": true}`,
 		}, `{"Network": "10.244.0.0/16", "EnableNFTables": true, "Backend": {"Type": "vxlan", "DirectRouting": true, "Port": 4789, "MTU": 1400}}`},
 	} {
 		text, err := render(t, l, c.set...)

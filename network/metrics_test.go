@@ -1,0 +1,223 @@
+package network
+
+import (
+	"bytes"
+	"fmt"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/prometheus/common/expfmt"
+	"github.com/prometheus/common/model"
+
+	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/pkg/nstest"
+	"github.com/flanneld/flanneld/subnet"
+)
+
+// scrape returns the values of all samples, by name and labels as they are
+// written: a histogram's count and buckets are left out, but for the former.
+func scrape(t *testing.T) map[string]float64 {
+	t.Helper()
+	code, text := get("/metrics")
+	if code != http.StatusOK {
+		t.Fatalf("/metrics: %d %s", code, text)
+	}
+	p := expfmt.NewTextParser(model.LegacyValidation)
+	families, err := p.TextToMetricFamilies(strings.NewReader(text + "\n"))
+	if err != nil {
+		t.Fatalf("/metrics: %v", err)
+	}
+	all := map[string]float64{}
+	for name, f := range families {
+		for _, m := range f.Metric {
+			var labels []string
+			for _, l := range m.Label {
+				labels = append(labels, l.GetName()+"="+l.GetValue())
+			}
+			key := name
+			if len(labels) > 0 {
+				key += "{" + strings.Join(labels, ",") + "}"
+			}
+			all[key] = m.GetGauge().GetValue() + m.GetCounter().GetValue() + float64(m.GetHistogram().GetSampleCount())
+		}
+	}
+	return all
+}
+
+// waitMetrics waits for these to be so.
+func waitMetrics(t *testing.T, want map[string]float64) {
+	t.Helper()
+	var got map[string]float64
+	wrong := func() string {
+		got = scrape(t)
+		for key, value := range want {
+			if now, ok := got[key]; !ok || now != value {
+				return fmt.Sprintf("%s is %v (%t), want %v", key, now, ok, value)
+			}
+		}
+		return ""
+	}
+	for deadline := time.Now().Add(20 * time.Second); wrong() != ""; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("not within 20 s: %s", wrong())
+		}
+	}
+}
+
+func TestMetrics(t *testing.T) {
+	m := newManager(vxlanConfig)
+	m.expires = time.Unix(2000000000, 0)
+	begin(t, m, func(o *Options) { o.Version = "v1.2.3" })
+	eventually(t, "healthz", func() bool { code, _ := get("/healthz"); return code == http.StatusOK })
+	waitMetrics(t, map[string]float64{"flannel_ready": 0, "flannel_manager_connected": 1, "flannel_lease_expiry_timestamp_seconds": 2e9})
+	m.grants <- lease("10.5.1.0-24", "")
+	m.updates <- snapshot(peer2, lease("10.9.5.0-24", `{"PublicIP":"198.18.0.5","PublicIPv6":null,"BackendType":"vxlan"}`)) // outside the network
+	eventually(t, "ready", ready)
+	waitMetrics(t, map[string]float64{
+		"flannel_ready": 1, "flannel_peers": 2, "flannel_peers_faulty": 1, "flannel_rules_in_place": 1,
+		`flannel_lease_events_total{event=snapshot}`: 1, `flannel_lease_events_total{event=set}`: 0, "flannel_lease_event_duration_seconds": 0,
+		`flannel_kernel_objects_wanted{kind=route}`: 1, `flannel_kernel_objects_held{kind=route}`: 1, `flannel_kernel_objects_held{kind=link}`: 1,
+		`flannel_kernel_repairs_total{cause=missing,kind=route}`: 0, "flannel_kernel_fights": 0,
+		`flannel_errors_total{operation=kernel}`: 0, `flannel_errors_total{operation=uplink}`: 0,
+	})
+
+	// News of leases, and how long it took.
+	var u subnet.Update
+	u.Put(lease("10.5.3.0-24", `{"PublicIP":"198.18.0.3","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"0e:00:00:00:00:03"}}`))
+	u.Delete(lease("10.9.5.0-24", "").Subnets)
+	u.Since = time.Now()
+	m.updates <- u
+	waitMetrics(t, map[string]float64{
+		"flannel_peers": 2, "flannel_peers_faulty": 0, `flannel_lease_events_total{event=set}`: 1, `flannel_lease_events_total{event=removed}`: 1,
+		"flannel_lease_event_duration_seconds": 2, `flannel_kernel_objects_held{kind=route}`: 2,
+	})
+
+	// Somebody meddles.
+	nstest.Run(t, "ip route del 10.5.2.0/24")
+	nstest.Run(t, "bridge fdb replace 0e:00:00:00:00:02 dev flannel.1 dst 198.18.0.99 self permanent")
+	waitMetrics(t, map[string]float64{
+		`flannel_kernel_repairs_total{cause=missing,kind=route}`: 1, `flannel_kernel_repairs_total{cause=changed,kind=fdb}`: 1,
+		`flannel_kernel_objects_held{kind=route}`: 2,
+	})
+	nstest.Run(t, "iptables -t nat -F FLANNEL-POSTRTG")
+	eventually(t, "the rules' repair to be counted", func() bool { return scrape(t)["flannel_rules_repairs_total"] >= 1 })
+	nstest.Run(t, "ip link del eth0")
+	eventually(t, "the uplink's loss to be counted", func() bool { return scrape(t)[`flannel_errors_total{operation=uplink}`] >= 1 })
+
+	_, text := get("/metrics")
+	if want := `flannel_build_info{goversion="go1.`; !strings.Contains(text, want) || !strings.Contains(text, `version="v1.2.3"} 1`) || !strings.Contains(text, "go_goroutines ") || !strings.Contains(text, "process_resident_memory_bytes ") {
+		t.Errorf("something is missing in\n%s", text)
+	}
+}
+
+// Any number of scrapes at any time: for the race detector.
+func TestScrapesAtAnyTime(t *testing.T) {
+	m := newManager(vxlanConfig)
+	begin(t, m, nil)
+	m.grants <- lease("10.5.1.0-24", "")
+	m.updates <- snapshot()
+	eventually(t, "ready", ready)
+	var scrapers sync.WaitGroup
+	stop := make(chan struct{})
+	for range 3 {
+		scrapers.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+					if code, text := get("/metrics"); code != http.StatusOK {
+						t.Errorf("/metrics: %d %s", code, text)
+						return
+					}
+				}
+			}
+		})
+	}
+	for i := range 50 {
+		u := subnet.Update{Since: time.Now()}
+		l := lease("10.5.2.0-24", fmt.Sprintf(`{"PublicIP":"198.18.0.2","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"0e:00:00:00:00:%02x"}}`, i+2))
+		if u.Put(l); i%5 == 4 {
+			u.Delete(l.Subnets)
+		}
+		m.updates <- u
+	}
+	close(stop)
+	scrapers.Wait()
+	waitMetrics(t, map[string]float64{"flannel_peers": 0, `flannel_lease_events_total{event=set}`: 40, `flannel_lease_events_total{event=removed}`: 10})
+}
+
+// The port serves nothing that changes anything, and profiles only where they
+// are asked for.
+func TestOnlyGet(t *testing.T) {
+	for _, profile := range []bool{false, true} {
+		t.Run(fmt.Sprintf("profile=%t", profile), func(t *testing.T) {
+			begin(t, newManager(vxlanConfig), func(o *Options) { o.Profile = profile })
+			eventually(t, "healthz", func() bool { code, _ := get("/healthz"); return code == http.StatusOK })
+			want := http.StatusNotFound
+			if profile {
+				want = http.StatusOK
+			}
+			for path, want := range map[string]int{"/debug/pprof/": want, "/debug/pprof/heap": want, "/debug/pprof/cmdline": http.StatusNotFound, "/debug/vars": http.StatusNotFound} {
+				if code, _ := get(path); code != want {
+					t.Errorf("GET %s: %d, want %d", path, code, want)
+				}
+			}
+			for _, path := range []string{"/healthz", "/readyz", "/metrics", "/debug/pprof/", "/debug/pprof/profile"} {
+				for _, method := range []string{http.MethodPost, http.MethodPut, http.MethodDelete} {
+					r, err := http.NewRequest(method, fmt.Sprintf("http://127.0.0.1:%d%s", healthPort, path), strings.NewReader("x"))
+					if err != nil {
+						t.Fatal(err)
+					}
+					answer, err := http.DefaultClient.Do(r)
+					if err != nil {
+						t.Fatal(err)
+					}
+					answer.Body.Close()
+					if answer.StatusCode != http.StatusMethodNotAllowed && answer.StatusCode != http.StatusNotFound {
+						t.Errorf("%s %s: %d", method, path, answer.StatusCode)
+					}
+				}
+			}
+		})
+	}
+}
+
+// A counter is a backend that moves packets itself.
+type mover struct{ backend.Backend }
+
+func (mover) Flows() []backend.Flow {
+	return []backend.Flow{{Queue: 1, Direction: "sent", Packets: 3, Bytes: 4500, Drops: map[string]uint64{"no_route": 2}}}
+}
+
+func TestBackendCounters(t *testing.T) {
+	s := newMetrics(newManager(""), "")
+	text := func() string {
+		families, err := s.registry.Gather()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var out bytes.Buffer
+		for _, f := range families {
+			expfmt.MetricFamilyToText(&out, f)
+		}
+		return out.String()
+	}
+	s.setBackend(mover{})
+	got := text()
+	for _, want := range []string{
+		`flannel_backend_packets_total{direction="sent",queue="1"} 3`, `flannel_backend_bytes_total{direction="sent",queue="1"} 4500`,
+		`flannel_backend_dropped_packets_total{direction="sent",queue="1",reason="no_route"} 2`,
+	} {
+		if !strings.Contains(got, want+"\n") {
+			t.Errorf("%s is missing in\n%s", want, got)
+		}
+	}
+	s.setBackend(nil)
+	if got := text(); strings.Contains(got, "flannel_backend_") {
+		t.Errorf("counters of a backend without:\n%s", got)
+	}
+}

@@ -27,7 +27,11 @@ func units(t *testing.T) string {
 	}
 	write(t, filepath.Join(dir, "docker.service"), "[Service]\nExecStart=/bin/false\n")
 	for _, program := range []string{"flanneld", "mk-docker-opts.sh"} {
-		write(t, filepath.Join(dir, program), "#!/bin/sh\n")
+		path := filepath.Join(dir, program)
+		write(t, path, "#!/bin/sh\n")
+		if err := os.Chmod(path, 0o755); err != nil {
+			t.Fatal(err)
+		}
 	}
 	return dir
 }
@@ -37,7 +41,7 @@ func write(t *testing.T, path, text string) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(path, []byte(text), 0o755); err != nil {
+	if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -81,6 +81,20 @@ func (h *health) setReady() {
 	notify("READY=1\nSTATUS=Ready")
 }
 
+// watchdog ticks as often as systemd, where it is our parent, wants to hear that
+// the main loop is alive: twice within the time after which it takes us for hung.
+// It is nil where nobody wants to.
+func watchdog() <-chan time.Time {
+	limit, err := daemon.SdWatchdogEnabled(false)
+	if err != nil {
+		klog.Warningf("systemd: WatchdogSec is without effect: %v", err)
+	}
+	if limit == 0 {
+		return nil
+	}
+	return time.Tick(limit / 2)
+}
+
 // notify tells systemd, where it is our parent and wants to know.
 func notify(state string) {
 	if _, err := daemon.SdNotify(false, state); err != nil {

@@ -156,6 +156,7 @@ func (n *node) run(ctx context.Context) error {
 	err = n.look(ctx, n.target.cfg)
 	compare := time.NewTicker(n.KernelResync)
 	defer compare.Stop()
+	watchdog := watchdog()
 	for err == nil {
 		n.converge()
 		n.measure()
@@ -190,6 +191,8 @@ func (n *node) run(ctx context.Context) error {
 		case <-n.retry.C:
 			n.retrying = false
 			n.kernel.Retry()
+		case <-watchdog:
+			notify("WATCHDOG=1")
 		case <-compare.C:
 			n.kernel.Compare()
 			n.fileSet = false

@@ -265,18 +265,18 @@ func TestFromStartToReady(t *testing.T) {
 	}
 }
 
-// systemd is told when the node is ready, and until then what it waits for.
-func TestNotifiesSystemd(t *testing.T) {
+// notifySocket plays systemd: next returns what it is told.
+func notifySocket(t *testing.T) (next func() string) {
+	t.Helper()
 	socket := filepath.Join(t.TempDir(), "notify")
 	l, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: socket, Net: "unixgram"})
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close()
+	t.Cleanup(func() { l.Close() })
 	t.Setenv("NOTIFY_SOCKET", socket)
-	m := newManager(vxlanConfig)
-	begin(t, m, nil)
-	next := func() string {
+	return func() string {
+		t.Helper()
 		buf := make([]byte, 4096)
 		l.SetReadDeadline(time.Now().Add(20 * time.Second))
 		n, err := l.Read(buf)
@@ -285,6 +285,13 @@ func TestNotifiesSystemd(t *testing.T) {
 		}
 		return string(buf[:n])
 	}
+}
+
+// systemd is told when the node is ready, and until then what it waits for.
+func TestNotifiesSystemd(t *testing.T) {
+	next := notifySocket(t)
+	m := newManager(vxlanConfig)
+	begin(t, m, nil)
 	for got := ""; got != "STATUS=Waiting for a lease"; {
 		if got = next(); strings.Contains(got, "READY") {
 			t.Fatalf("%s without a lease", got)

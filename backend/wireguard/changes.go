@@ -53,7 +53,7 @@ func changes(dev string, have *wgtypes.Device, want config, before sights, again
 	say := func(s *step, format string, args ...any) {
 		s.commands = append(s.commands, "wg set "+dev+" "+fmt.Sprintf(format, args...))
 	}
-	if private := wgtypes.Key(want.private); have.PrivateKey != private {
+	if private := wgtypes.Key(want.Private); have.PrivateKey != private {
 		again = true
 		first.PrivateKey = &private
 		say(&first, "private-key %s", keyFile())
@@ -118,7 +118,7 @@ func changeOf(have wgtypes.Peer, there bool, want peer, all config, move bool) (
 	if !there {
 		b.WriteString(" ") // a new one is told of in any case
 	}
-	if psk := wgtypes.Key(all.psk); have.PresharedKey != psk {
+	if psk := wgtypes.Key(all.PSK); have.PresharedKey != psk {
 		c.PresharedKey = &psk
 		b.WriteString(" preshared-key PSK")
 	}

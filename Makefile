@@ -14,7 +14,7 @@ TESTFLAGS ?=# such as -v or -run=TestRestart
 # Programs that the lab and the tests in namespaces run, and the packages that
 # have them where apt-get is.
 PROGRAMS := iptables:iptables nft:nftables ip:iproute2 ping:iputils-ping iperf3:iperf3 tcpdump:tcpdump ethtool:ethtool \
-	containerd:containerd runc:runc dockerd:docker.io mmdebstrap:mmdebstrap conntrack:conntrack
+	containerd:containerd runc:runc dockerd:docker.io mmdebstrap:mmdebstrap conntrack:conntrack wg:wireguard-tools
 
 export PATH := $(PATH):/usr/sbin:/sbin
 # The version comes from git describe below; git may refuse to serve root.

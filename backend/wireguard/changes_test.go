@@ -157,39 +157,52 @@ func TestChanges(t *testing.T) {
 // TestRoaming: who follows whom.
 func TestRoaming(t *testing.T) {
 	at := netip.MustParseAddrPort
+	seen := func(lease, endpoint string, received int64, heard time.Duration) *sight {
+		return &sight{at(lease), at(endpoint), received, 100, start.Add(-heard)}
+	}
+	const now, lately, long = time.Second, 10 * time.Second, 20 * time.Second
 	for _, c := range []struct {
 		name   string
 		have   wgtypes.Peer
+		sent   int64
 		before *sight
 		stays  bool
 	}{
-		{"where the lease says", held('b', leased, 0, 0), nil, true},
-		{"nowhere", held('b', "", 0, 0), &sight{at(leased), at(leased), 0}, false},
-		{"moved, and heard from", held('b', elsewhere, 6, time.Minute), &sight{at(leased), at(leased), 5}, true},
-		{"set by somebody", held('b', elsewhere, 5, time.Minute), &sight{at(leased), at(leased), 5}, false},
-		{"has been there, alive", held('b', elsewhere, 5, time.Minute), &sight{at(leased), at(elsewhere), 5}, true},
-		{"has been there, silent", held('b', elsewhere, 5, 4*time.Minute), &sight{at(leased), at(elsewhere), 5}, false},
-		{"has moved on", held('b', third, 6, time.Minute), &sight{at(leased), at(elsewhere), 5}, true},
-		{"never heard of", held('b', elsewhere, 0, 0), &sight{at(leased), at(elsewhere), 0}, false},
-		{"a new lease", held('b', elsewhere, 6, time.Second), &sight{at(third), at(elsewhere), 5}, false},
-		{"since before a restart", held('b', elsewhere, 6, time.Minute), nil, true},
-		{"since long before a restart", held('b', elsewhere, 6, time.Hour), nil, false},
+		{"where the lease says", held('b', leased, 0, 0), 0, nil, true},
+		{"where the lease says, silent", held('b', leased, 5, time.Hour), 200, seen(leased, leased, 5, long), true},
+		{"nowhere", held('b', "", 0, 0), 100, seen(leased, leased, 0, now), false},
+		{"moved, and heard from", held('b', elsewhere, 6, time.Minute), 100, seen(leased, leased, 5, long), true},
+		{"set by somebody", held('b', elsewhere, 5, time.Minute), 100, seen(leased, leased, 5, now), false},
+		{"has been there, asked nothing", held('b', elsewhere, 5, time.Minute), 100, seen(leased, elsewhere, 5, long), true},
+		{"has been there, just asked", held('b', elsewhere, 5, time.Minute), 200, seen(leased, elsewhere, 5, lately), true},
+		{"has been there, and does not answer", held('b', elsewhere, 5, time.Minute), 200, seen(leased, elsewhere, 5, long), false},
+		{"has been there, silent", held('b', elsewhere, 5, 4*time.Minute), 100, seen(leased, elsewhere, 5, long), false},
+		{"has moved on", held('b', third, 6, time.Minute), 100, seen(leased, elsewhere, 5, long), true},
+		{"never heard of", held('b', elsewhere, 0, 0), 100, seen(leased, elsewhere, 0, now), false},
+		{"a new lease", held('b', elsewhere, 6, time.Second), 100, seen(third, elsewhere, 5, now), false},
+		{"since before a restart", held('b', elsewhere, 6, time.Minute), 100, nil, true},
+		{"since long before a restart", held('b', elsewhere, 6, time.Hour), 100, nil, false},
 	} {
 		before := sights{}
 		if c.before != nil {
 			before[key('b')] = *c.before
 		}
+		c.have.TransmitBytes = c.sent
 		have := &wgtypes.Device{PrivateKey: key('a'), ListenPort: 51820, Peers: []wgtypes.Peer{c.have}}
 		steps, after := changes("dev", have, usual(map[byte]peer{'b': wanted(leased)}), before, false, start)
-		want, end := "peer b endpoint "+leased, sight{at(leased), at(leased), c.have.ReceiveBytes}
+		want, end := "peer b endpoint "+leased, at(leased)
 		if c.stays {
-			want, end.endpoint = "", endpointOf(c.have)
+			want, end = "", endpointOf(c.have)
 		}
 		if got := brief(steps); got != want {
 			t.Errorf("%s: %q, want %q", c.name, got, want)
 		}
-		if after[key('b')] != end {
-			t.Errorf("%s: seen is %v, want %v", c.name, after[key('b')], end)
+		s := after[key('b')]
+		if s.lease != at(leased) || s.endpoint != end || s.received != c.have.ReceiveBytes {
+			t.Errorf("%s: seen is %+v", c.name, s)
+		}
+		if fresh := c.before == nil || c.before.received != c.have.ReceiveBytes || !c.stays; fresh != (s.heard == start && s.sent == c.sent) && c.before != nil {
+			t.Errorf("%s: heard %v ago, sent %d", c.name, start.Sub(s.heard), s.sent)
 		}
 	}
 }

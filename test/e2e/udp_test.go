@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -62,9 +63,10 @@ func (s *proxyScene) holds(ctx context.Context) (string, error) {
 		if err != nil {
 			return "", err
 		}
-		all = append(all, out)
+		all = append(all, strings.Split(ofMoment.ReplaceAllString(out, ""), "\n")...)
 	}
-	return ofMoment.ReplaceAllString(strings.Join(all, "\n"), ""), nil
+	slices.Sort(all)
+	return strings.Join(all, "\n"), nil
 }
 
 // ofMoment matches the device's number, and that the daemon is not there.

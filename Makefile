@@ -15,7 +15,7 @@ TESTFLAGS ?=# such as -v or -run=TestRestart
 # have them where apt-get is.
 PROGRAMS := iptables:iptables nft:nftables ip:iproute2 ping:iputils-ping iperf3:iperf3 tcpdump:tcpdump ethtool:ethtool \
 	systemd-analyze:systemd containerd:containerd runc:runc dockerd:docker.io mmdebstrap:mmdebstrap conntrack:conntrack \
-	promtool:prometheus
+	promtool:prometheus wg:wireguard-tools
 
 export PATH := $(PATH):/usr/sbin:/sbin
 # The version comes from git describe below; git may refuse to serve root.

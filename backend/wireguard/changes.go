@@ -18,6 +18,10 @@ const (
 	// another (REJECT_AFTER_TIME, section 6 of the WireGuard paper).
 	sessionEnd = 180 * time.Second
 
+	// Who is sent something answers within this time, be it that there is
+	// nothing to say (KEEPALIVE_TIMEOUT + REKEY_TIMEOUT).
+	answerTime = 15 * time.Second
+
 	// wakeKeepalive is a keepalive interval that does not last: switching it on
 	// has the device send at once.
 	wakeKeepalive = 25 * time.Second
@@ -34,6 +38,8 @@ type sight struct {
 	lease    netip.AddrPort // where its lease said that it is
 	endpoint netip.AddrPort // where it was
 	received int64          // bytes
+	sent     int64          // bytes, by the time that it was heard
+	heard    time.Time      // when received was last seen to grow
 }
 
 // A step is something to configure, and the commands that do the same. Steps
@@ -53,7 +59,7 @@ func changes(dev string, have *wgtypes.Device, want config, before sights, again
 	say := func(s *step, format string, args ...any) {
 		s.commands = append(s.commands, "wg set "+dev+" "+fmt.Sprintf(format, args...))
 	}
-	if private := wgtypes.Key(want.private); have.PrivateKey != private {
+	if private := wgtypes.Key(want.Private); have.PrivateKey != private {
 		again = true
 		first.PrivateKey = &private
 		say(&first, "private-key %s", keyFile())
@@ -89,10 +95,14 @@ func changes(dev string, have *wgtypes.Device, want config, before sights, again
 		if command != "" {
 			say(&first, "peer %s%s", key, command)
 		}
-		after[key] = sight{w.endpoint, endpointOf(h), h.ReceiveBytes}
-		if c.Endpoint != nil {
-			after[key] = sight{w.endpoint, w.endpoint, h.ReceiveBytes}
+		if !known || h.ReceiveBytes != s.received || c.Endpoint != nil {
+			s.received, s.sent, s.heard = h.ReceiveBytes, h.TransmitBytes, now
 		}
+		s.lease, s.endpoint = w.endpoint, endpointOf(h)
+		if c.Endpoint != nil {
+			s.endpoint = w.endpoint
+		}
+		after[key] = s
 	}
 	for _, key := range slices.SortedFunc(maps.Keys(held), compareKeys) {
 		if _, wanted := want.peers[key]; !wanted {
@@ -118,7 +128,7 @@ func changeOf(have wgtypes.Peer, there bool, want peer, all config, move bool) (
 	if !there {
 		b.WriteString(" ") // a new one is told of in any case
 	}
-	if psk := wgtypes.Key(all.psk); have.PresharedKey != psk {
+	if psk := wgtypes.Key(all.PSK); have.PresharedKey != psk {
 		c.PresharedKey = &psk
 		b.WriteString(" preshared-key PSK")
 	}
@@ -148,16 +158,22 @@ func changeOf(have wgtypes.Peer, there bool, want peer, all config, move bool) (
 // stays tells whether a peer's endpoint is left as it is: where its lease says or,
 // if the peer has moved and is alive, where it was last heard from. A new lease
 // overrules that, and so does an endpoint that changes without a packet from the
-// peer: that was somebody else.
+// peer, or at which nobody answers: that was somebody else.
 func stays(have wgtypes.Peer, want peer, before sight, known bool, now time.Time) bool {
 	at := endpointOf(have)
 	switch {
 	case at == want.endpoint:
 		return true
-	case !at.IsValid() || now.Sub(have.LastHandshakeTime) > sessionEnd || known && before.lease != want.endpoint:
+	case !at.IsValid() || now.Sub(have.LastHandshakeTime) > sessionEnd:
 		return false
+	case !known: // since before a restart, maybe
+		return true
+	case before.lease != want.endpoint:
+		return false
+	case have.ReceiveBytes != before.received:
+		return true
 	}
-	return !known || at == before.endpoint || have.ReceiveBytes > before.received
+	return at == before.endpoint && (have.TransmitBytes == before.sent || now.Sub(before.heard) <= answerTime)
 }
 
 func endpointOf(p wgtypes.Peer) netip.AddrPort {

@@ -37,12 +37,14 @@ func (s *secret) UnmarshalText(text []byte) error {
 	return nil
 }
 
+const defaultKeyFile = "/run/flannel/wgkey"
+
 // keyFile is where the node's private key is.
 func keyFile() string {
 	if file := os.Getenv("WIREGUARD_KEY_FILE"); file != "" {
 		return file
 	}
-	return "/run/flannel/wgkey"
+	return defaultKeyFile
 }
 
 // privateKey returns the key that a file holds. Where there is no file, or there

@@ -17,9 +17,9 @@ import (
 
 // A config is what a device is wanted to hold.
 type config struct {
-	private   secret
+	Private   secret // exported, else fmt would not call its String
 	port      int
-	psk       secret
+	PSK       secret
 	keepalive time.Duration
 	peers     map[wgtypes.Key]peer
 }
@@ -34,7 +34,7 @@ type peer struct {
 // that are no good are left out; Peer has told of them.
 func (w *wireguard) config(t tunnel, private secret, own subnet.Lease, leases map[subnet.Subnets]subnet.Lease) config {
 	c := config{
-		private: private, port: t.port, psk: w.PSK, keepalive: time.Duration(w.PersistentKeepaliveInterval) * time.Second,
+		Private: private, port: t.port, PSK: w.PSK, keepalive: time.Duration(w.PersistentKeepaliveInterval) * time.Second,
 		peers: map[wgtypes.Key]peer{},
 	}
 	// Leases of two generations of a node, IPv4's and dual stack's, may name one
@@ -88,7 +88,7 @@ func (w *wireguard) peerOf(t tunnel, own, l subnet.Lease) (wgtypes.Key, peer, er
 	}
 	for _, text := range []json.RawMessage{own.Attrs.BackendData, own.Attrs.BackendV6Data} {
 		if ours, err := parse(text); err == nil && ours.PublicKey == d.PublicKey {
-			return wgtypes.Key{}, peer{}, fmt.Errorf("its public key %v is this node's own: delete %s on one of them and start its flanneld again", d.PublicKey, keyFile())
+			return wgtypes.Key{}, peer{}, fmt.Errorf("its public key %v is this node's own: delete %s on one of them, and start its flanneld again", d.PublicKey, defaultKeyFile)
 		}
 	}
 	port := d.Port

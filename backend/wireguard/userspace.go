@@ -147,6 +147,8 @@ func parseDevice(text string) (*wgtypes.Device, error) {
 			}
 		case "rx_bytes":
 			p.ReceiveBytes, err = strconv.ParseInt(value, 10, 64)
+		case "tx_bytes":
+			p.TransmitBytes, err = strconv.ParseInt(value, 10, 64)
 		case "persistent_keepalive_interval":
 			var seconds int
 			seconds, err = strconv.Atoi(value)

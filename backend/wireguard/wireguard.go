@@ -181,11 +181,14 @@ func (w *wireguard) Local(own subnet.Lease) []kernel.Object {
 // Peer wants nothing of the reconciler: Work tells the devices of peers. It tells
 // what is wrong with one.
 func (w *wireguard) Peer(own, peer subnet.Lease) ([]kernel.Object, error) {
-	var errs []error
+	var all []string
 	for _, t := range w.tunnels {
-		if _, _, err := w.peerOf(t, own, peer); err != nil {
-			errs = append(errs, err)
+		if _, _, err := w.peerOf(t, own, peer); err != nil && !slices.Contains(all, err.Error()) {
+			all = append(all, err.Error())
 		}
 	}
-	return nil, errors.Join(errs...)
+	if len(all) > 0 {
+		return nil, errors.New(strings.Join(all, "; "))
+	}
+	return nil, nil
 }

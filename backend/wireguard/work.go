@@ -101,7 +101,7 @@ func (w *wireguard) Work(ctx context.Context, own subnet.Lease, peers <-chan sub
 				continue
 			}
 			for _, k := range keepers {
-				k.want.private = key
+				k.want.Private = key
 			}
 		}
 		soonest := time.Now().Add(lookMost)
@@ -184,7 +184,7 @@ func (k *keeper) settle() (took time.Duration, err error) {
 		if k.inKernel {
 			k.device, err = openKernel(k.dev)
 		} else {
-			k.device, err = openUser(k.dev, k.want.private, k.port, k.gone)
+			k.device, err = openUser(k.dev, k.want.Private, k.port, k.gone)
 		}
 		if err != nil {
 			k.device = nil

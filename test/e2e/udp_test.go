@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -13,26 +14,33 @@ import (
 	"github.com/flanneld/flanneld/test/lab/labtest"
 )
 
-// A udpScene is two nodes with the udp backend, and a pod on each.
-type udpScene struct {
+// A proxyScene is two nodes with a backend that moves packets itself, and a pod on
+// each.
+type proxyScene struct {
 	*lab.Lab
-	node *lab.Node
-	pods []*lab.Pod
-	held string // by the node's kernel, as it should be
+	devices []string
+	node    *lab.Node
+	pods    []*lab.Pod
+	held    string // by the node's kernel, as it should be
 }
 
-func setUDPScene(ctx context.Context, t *testing.T) *udpScene {
+func setUDPScene(ctx context.Context, t *testing.T) *proxyScene {
 	t.Helper()
-	l := labtest.New(ctx, t, fmt.Sprintf(`{%s, %s, "Backend": {"Type": "udp"}}`, ipv4Network, ipv6Network), make([]lab.NodeOptions, 2)...)
+	return setProxyScene(ctx, t, `{"Type": "udp"}`, "flannel0")
+}
+
+func setProxyScene(ctx context.Context, t *testing.T, backend string, devices ...string) *proxyScene {
+	t.Helper()
+	l := labtest.New(ctx, t, fmt.Sprintf(`{%s, %s, "Backend": %s}`, ipv4Network, ipv6Network, backend), make([]lab.NodeOptions, 2)...)
 	labtest.Start(ctx, t, l, "--ip-masq")
-	s := &udpScene{Lab: l, node: l.Nodes()[0], pods: addPods(ctx, t, l)}
+	s := &proxyScene{Lab: l, devices: devices, node: l.Nodes()[0], pods: addPods(ctx, t, l)}
 	s.talk(ctx, t)
 	s.held = labtest.Must(s.holds(ctx))(t)
 	return s
 }
 
 // talk waits until pods reach each other, with small packets and whole ones.
-func (s *udpScene) talk(ctx context.Context, t *testing.T) {
+func (s *proxyScene) talk(ctx context.Context, t *testing.T) {
 	t.Helper()
 	for i, from := range s.pods {
 		for _, dst := range s.pods[1-i].Addrs() {
@@ -43,26 +51,29 @@ func (s *udpScene) talk(ctx context.Context, t *testing.T) {
 }
 
 // holds tells what the node's kernel has of the backend's.
-func (s *udpScene) holds(ctx context.Context) (string, error) {
+func (s *proxyScene) holds(ctx context.Context) (string, error) {
 	var all []string
-	for _, command := range []string{
-		"ip -o -4 addr show dev flannel0 scope global", "ip -o -6 addr show dev flannel0 scope global",
-		"ip route show proto 70", "ip -6 route show proto 70", "cat /sys/class/net/flannel0/mtu", "ip tuntap show dev flannel0",
-	} {
+	commands := []string{"ip route show proto 70", "ip -6 route show proto 70"}
+	for _, d := range s.devices {
+		commands = append(commands, "ip -o -4 addr show dev "+d+" scope global", "ip -o -6 addr show dev "+d+" scope global",
+			"cat /sys/class/net/"+d+"/mtu", "ip tuntap show dev "+d)
+	}
+	for _, command := range commands {
 		out, err := s.node.Run(ctx, command)
 		if err != nil {
 			return "", err
 		}
-		all = append(all, out)
+		all = append(all, strings.Split(ofMoment.ReplaceAllString(out, ""), "\n")...)
 	}
-	return ofMoment.ReplaceAllString(strings.Join(all, "\n"), ""), nil
+	slices.Sort(all)
+	return strings.Join(all, "\n"), nil
 }
 
 // ofMoment matches the device's number, and that the daemon is not there.
 var ofMoment = regexp.MustCompile(`(?m)^[0-9]+: | linkdown`)
 
 // whole waits until it is as it should be.
-func (s *udpScene) whole(ctx context.Context, t *testing.T) {
+func (s *proxyScene) whole(ctx context.Context, t *testing.T) {
 	t.Helper()
 	labtest.Do(t, lab.Poll(ctx, "the kernel to hold what it should", func() error {
 		now, err := s.holds(ctx)

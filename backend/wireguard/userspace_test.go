@@ -1,0 +1,183 @@
+package wireguard
+
+import (
+	"bufio"
+	"bytes"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.zx2c4.com/wireguard/conn/bindtest"
+	"golang.zx2c4.com/wireguard/tun/tuntest"
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+)
+
+// TestUserDevice: two devices in this process, configured as Work does it, carry
+// packets; what they hold reads as what they were given.
+func TestUserDevice(t *testing.T) {
+	binds := bindtest.NewChannelBinds()
+	ips := [2]netip.Addr{netip.MustParseAddr("10.5.1.1"), netip.MustParseAddr("10.5.2.1")}
+	var keys [2]secret
+	var devices [2]*userDevice
+	var tuns [2]*tuntest.ChannelTUN
+	for i := range devices {
+		k, err := wgtypes.GeneratePrivateKey()
+		if err != nil {
+			t.Fatal(err)
+		}
+		keys[i], tuns[i] = secret(k), tuntest.NewChannelTUN()
+		if devices[i], err = newUser("test", tuns[i].TUN(), binds[i], keys[i], i+1); err != nil {
+			t.Fatal(err)
+		}
+		defer devices[i].Close()
+	}
+	var ports [2]int // the binds' own
+	for i, d := range devices {
+		have, err := d.Device()
+		if err != nil {
+			t.Fatal(err)
+		}
+		ports[i] = have.ListenPort
+	}
+	var all [2]sights
+	settle := func(i int, again bool) int {
+		t.Helper()
+		j := 1 - i
+		want := config{Private: keys[i], port: ports[i], PSK: secret(key('p')), peers: map[wgtypes.Key]peer{
+			keys[j].public(): wanted(fmt.Sprintf("127.0.0.1:%d", ports[j]), fmt.Sprintf("10.5.%d.0/24", j+1), fmt.Sprintf("fd05:0:0:%d::/64", j+1)),
+		}}
+		have, err := devices[i].Device()
+		if err != nil {
+			t.Fatal(err)
+		}
+		steps, after := changes("test", have, want, all[i], again, time.Now())
+		for _, s := range steps {
+			if err := devices[i].Configure(s.Config); err != nil {
+				t.Fatal(err)
+			}
+		}
+		all[i] = after
+		return len(steps)
+	}
+	for i := range devices {
+		settle(i, false)
+	}
+	carries := func() {
+		t.Helper()
+		for i := range devices {
+			packet := tuntest.Ping(ips[1-i], ips[i])
+			tuns[i].Outbound <- packet
+			select {
+			case got := <-tuns[1-i].Inbound:
+				if !bytes.Equal(got, packet) {
+					t.Errorf("%x arrives, want %x", got, packet)
+				}
+			case <-time.After(30 * time.Second):
+				t.Fatal("nothing arrives")
+			}
+		}
+	}
+	carries()
+	for i := range devices {
+		have, err := devices[i].Device()
+		if err != nil {
+			t.Fatal(err)
+		}
+		p := have.Peers[0]
+		if p.ReceiveBytes == 0 || time.Since(p.LastHandshakeTime) > time.Minute || p.PresharedKey != key('p') || p.PersistentKeepaliveInterval != 0 {
+			t.Errorf("the peer is %v, %v", p.ReceiveBytes, p.LastHandshakeTime)
+		}
+		if n := settle(i, false); n > 0 {
+			t.Errorf("%d steps more", n)
+		}
+	}
+	// Whatever somebody does to it is undone.
+	peerOf := func(i int) wgtypes.Key { return keys[1-i].public() }
+	seconds := 5 * time.Second
+	wrong := wgtypes.Key(key('x'))
+	for name, c := range map[string]wgtypes.Config{
+		"peer removed":    {Peers: []wgtypes.PeerConfig{{PublicKey: peerOf(0), Remove: true}}},
+		"subnets removed": {Peers: []wgtypes.PeerConfig{{PublicKey: peerOf(0), UpdateOnly: true, ReplaceAllowedIPs: true}}},
+		"PSK changed":     {Peers: []wgtypes.PeerConfig{{PublicKey: peerOf(0), UpdateOnly: true, PresharedKey: &wrong}}},
+		"keepalive":       {Peers: []wgtypes.PeerConfig{{PublicKey: peerOf(0), UpdateOnly: true, PersistentKeepaliveInterval: &seconds}}},
+		"stranger": {Peers: []wgtypes.PeerConfig{{PublicKey: key('z'), Endpoint: &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 9},
+			AllowedIPs: held('z', "", 0, 0, "10.5.2.0/24").AllowedIPs}}},
+		"private key": {PrivateKey: &wrong},
+	} {
+		if err := devices[0].Configure(c); err != nil {
+			t.Fatal(err)
+		}
+		if settle(0, false) == 0 {
+			t.Errorf("%s: nobody noticed", name)
+		}
+		if n := settle(0, false); n > 0 {
+			t.Errorf("%s: %d steps more", name, n)
+		}
+	}
+	carries()
+}
+
+// TestControl: the socket is for its owner alone, there is one, and what a dead
+// process has left is no obstacle.
+func TestControl(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "wireguard", "test.sock")
+	handle := func(c net.Conn) {
+		defer c.Close()
+		line, _ := bufio.NewReader(c).ReadString('\n')
+		fmt.Fprint(c, strings.ToUpper(line))
+	}
+	var left net.Listener
+	for _, before := range []string{"nothing", "a dead socket"} {
+		c, err := listenControl(path, handle)
+		if err != nil {
+			t.Fatalf("%s: %v", before, err)
+		}
+		info, err := os.Stat(path)
+		if err != nil || info.Mode().Perm() != 0o600 {
+			t.Errorf("%s: %v, %v", before, info, err)
+		}
+		if all, _ := os.ReadDir(filepath.Dir(path)); len(all) != 1 {
+			t.Errorf("there is %v", all)
+		}
+		if _, err := listenControl(path, handle); err == nil {
+			t.Error("two listen")
+		}
+		caller, err := net.Dial("unix", path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		fmt.Fprintln(caller, "get=1")
+		if got, err := bufio.NewReader(caller).ReadString('\n'); got != "GET=1\n" {
+			t.Errorf("the answer is %q: %v", got, err)
+		}
+		hung, err := net.Dial("unix", path) // must not keep close from returning
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer hung.Close()
+		c.close()
+		if _, err := os.Stat(path); err == nil {
+			t.Error("the socket is still there")
+		}
+		if left, err = net.Listen("unix", path); err != nil {
+			t.Fatal(err)
+		}
+		left.(*net.UnixListener).SetUnlinkOnClose(false)
+		left.Close()
+	}
+}
+
+// TestDeviceText: what cannot be read is told, without what it was.
+func TestDeviceText(t *testing.T) {
+	for _, text := range []string{"private_key=c0ffee\n", "private_key=secret\n", "listen_port=x\n", "endpoint=x\n", "allowed_ip=x\n"} {
+		_, err := parseDevice("public_key=" + strings.Repeat("62", 32) + "\n" + text)
+		if err == nil || strings.Contains(err.Error(), "c0ffee") || strings.Contains(err.Error(), "secret") {
+			t.Errorf("%q: %v", text, err)
+		}
+	}
+}

@@ -71,7 +71,7 @@ func (r *rules) keep(ctx context.Context, resync time.Duration) {
 	}
 	var checked, written time.Time
 	var took time.Duration // the last check
-	haste := 0 // how often they were written lately
+	haste := 0             // how often they were written lately
 	soon := time.NewTimer(time.Hour)
 	defer soon.Stop()
 	after := retryFirst

@@ -6,6 +6,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 
 STATICCHECK_VERSION := v0.8.2
+GOVULNCHECK_VERSION := v1.9.0
 # For each fuzz target: a count, since a time that runs out while the machine is
 # busy is now and then reported as a failure (context deadline exceeded).
 FUZZTIME ?= 50000x
@@ -35,11 +36,11 @@ ETCD := build/bin/etcd build/bin/etcdctl
 CNI := $(addprefix build/cni/,bridge host-local loopback portmap)
 KUBE := $(addprefix build/kube/,kube-apiserver kube-controller-manager kube-scheduler kube-proxy kubelet kubectl)
 
-.PHONY: help build image manifest tools programs check test unit fuzz e2e bench bench-faults bench-kube bench-udp demo demo-kube demo-down clean FORCE
+.PHONY: help build image manifest docs release release-check tools programs check vulncheck test unit fuzz e2e bench bench-faults bench-kube bench-udp demo demo-kube demo-down clean FORCE
 .NOTPARALLEL: # the go tool uses all processors itself
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-13s %s\n", $$1, $$2 }' Makefile
 
 build: $(BINARIES) ## Build the static binaries into build/bin
 
@@ -121,12 +122,29 @@ manifest: build/bin/helm ## Write Documentation/kube-flannel.yml anew, from the 
 	$(MANIFEST) >$@.new
 	mv $@.new Documentation/kube-flannel.yml
 
-check: build/bin/staticcheck build/bin/helm ## Formatting, vet, staticcheck, go.mod; of both modules
+docs: ## Write the list of flags in Documentation/configuration.md anew
+	go test -count=1 -run '^TestReference$$' ./cmd/flanneld -update
+
+# The same sources, version and Go make the same bytes.
+release: build/version ## Archives for all architectures, checksums, a bill of materials: in build/release
+	VERSION=$$(cat build/version) SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) dist/release build/release
+
+release-check: build/version ## A release of what is committed, made twice from nothing and compared; takes long
+	VERSION=$$(cat build/version) SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) dist/release-check
+
+vulncheck: ## Known vulnerabilities in what we call; asks vuln.go.dev
+	go run golang.org/x/vuln/cmd/govulncheck@$(GOVULNCHECK_VERSION) ./...
+
+check: build/bin/staticcheck build/bin/helm ## Formatting, vet, staticcheck, go.mod; licences; pages that say what the code does
 	@unformatted=$$(gofmt -l .); \
 	[ -z "$$unformatted" ] || { echo "run gofmt -w on:"; echo "$$unformatted"; exit 1; }
 	@for module in . test; do \
 		(cd $$module && set -x && go vet ./... && $(CURDIR)/build/bin/staticcheck ./... && go mod tidy -diff); \
 	done
+	GOARCH=arm go vet ./pkg/... ./backend/udp ./backend/vxlan # where words of 32 bits matter
+	cd test && go build -o ../build/bin/bill ./cmd/bill
+	build/bin/bill check
+	go test -run '^(TestReference|TestReadme|TestDocumentation)$$' ./cmd/flanneld ./subnet ./backend/...
 	build/bin/helm lint --quiet --strict chart/flannel
 	@diff -u Documentation/kube-flannel.yml <($(MANIFEST)) || { echo "the chart has changed: run make manifest"; exit 1; }
 

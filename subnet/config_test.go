@@ -2,6 +2,8 @@ package subnet
 
 import (
 	"net/netip"
+	"os"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -226,4 +228,26 @@ func FuzzConfig(f *testing.F) {
 			}
 		}
 	})
+}
+
+// The reference has a row for each key, and for no other.
+func TestDocumentation(t *testing.T) {
+	text, err := os.ReadFile("../Documentation/configuration.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, _ := strings.Cut(string(text), "\n## The network\n")
+	section, _, _ = strings.Cut(section, "\n## ")
+	var written []string
+	for _, row := range regexp.MustCompile("(?m)^\\| (`.*?`) \\|").FindAllStringSubmatch(section, -1) {
+		for _, key := range regexp.MustCompile("`([A-Za-z0-9]+)`").FindAllStringSubmatch(row[1], -1) {
+			written = append(written, key[1])
+		}
+	}
+	known := keys(&configJSON{})
+	slices.Sort(written)
+	slices.Sort(known)
+	if !slices.Equal(written, known) {
+		t.Errorf("Documentation/configuration.md has the keys\n%s\nand those that are read are\n%s", written, known)
+	}
 }

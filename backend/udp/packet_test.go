@@ -14,6 +14,8 @@ import (
 
 func TestGolden(t *testing.T) { backendtest.Golden(t) }
 
+func TestReadme(t *testing.T) { backendtest.Keys(t, options{}) }
+
 // slowSum is RFC 1071 as it is written.
 func slowSum(parts ...[]byte) uint16 {
 	b := bytes.Join(parts, nil)

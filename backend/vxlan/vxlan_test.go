@@ -12,6 +12,8 @@ import (
 
 func TestGolden(t *testing.T) { backendtest.Golden(t) }
 
+func TestReadme(t *testing.T) { backendtest.Keys(t, options{}) }
+
 // A VTEP that is new has a MAC of its own; one that was known keeps it.
 func TestMAC(t *testing.T) {
 	cfg, err := subnet.ParseConfig([]byte(`{"Network": "10.5.0.0/16", "EnableIPv6": true, "IPv6Network": "fd05::/48", "Backend": {"Type": "vxlan"}}`))

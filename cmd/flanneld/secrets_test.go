@@ -1,0 +1,100 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// TestMain makes the test's program the daemon itself, where a test asks for it.
+func TestMain(m *testing.M) {
+	if os.Getenv("TEST_IS_FLANNELD") == "" {
+		os.Exit(m.Run())
+	}
+	main()
+}
+
+// daemon runs flanneld at the highest log level until it
+// ends, or has said a text so often, and returns all that it said.
+func daemon(t *testing.T, until string, times int, env []string, args ...string) string {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, os.Args[0], append(args, "-v=10")...)
+	cmd.Env = append(env, "TEST_IS_FLANNELD=1", "PATH="+os.Getenv("PATH"))
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	cmd.Stdout, cmd.Stderr = w, w
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	w.Close()
+	var said strings.Builder
+	for lines := bufio.NewScanner(r); lines.Scan(); {
+		said.WriteString(lines.Text() + "\n")
+		if strings.Contains(lines.Text(), until) {
+			if times--; times == 0 {
+				cancel()
+			}
+		}
+	}
+	cmd.Wait() // killed, or ended as it should
+	if times > 0 {
+		t.Errorf("flanneld has not said %q:\n%s", until, &said)
+	}
+	return said.String()
+}
+
+// Whatever goes wrong, and however much is logged, secrets are left out.
+func TestSecretsStayOut(t *testing.T) {
+	const secret = "hunter2" // aHVudGVyMg== in base64, and dTpodW50ZXIy with the user's name
+	refuses := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		http.Error(w, "no", http.StatusUnauthorized)
+	}))
+	defer refuses.Close()
+	file := func(name, text string) string {
+		path := filepath.Join(t.TempDir(), name)
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	network := file("net-conf.json", `{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan"}}`)
+	kubeconfig := func(user string) []string {
+		text := fmt.Sprintf("apiVersion: v1\nkind: Config\nclusters: [{name: c, cluster: {server: %q}}]\nusers: [{name: u, user: %s}]\ncontexts: [{name: x, context: {cluster: c, user: u}}]\ncurrent-context: x\n", refuses.URL, user)
+		return []string{"--kube-subnet-mgr", "--net-config-path=" + network, "--kubeconfig-file=" + file("kubeconfig", text)}
+	}
+	for _, c := range []struct {
+		name, until string
+		times       int
+		env, args   []string
+	}{
+		{name: "a password for etcd, in the environment", until: "etcd", times: 4,
+			env: []string{"FLANNELD_ETCD_USERNAME=u", "FLANNELD_ETCD_PASSWORD=" + secret}, args: []string{"--etcd-endpoints=" + refuses.URL}},
+		{name: "a password for etcd, on the command line", until: "etcd", times: 4,
+			args: []string{"--etcd-username=u", "--etcd-password=" + secret, "--etcd-endpoints=" + refuses.URL}},
+		{name: "a password in a URL", until: "holds a user name", times: 1, args: []string{"--etcd-endpoints=http://u:" + secret + "@127.0.0.1:2379"}},
+		{name: "a token for the API server", until: "nauthorized", times: 2, args: kubeconfig("{token: " + secret + "}")},
+		{name: "a password for the API server", until: "nauthorized", times: 2, args: kubeconfig("{username: u, password: " + secret + "}")},
+		{name: "a malformed kubeconfig", until: "kubeconfig", times: 1, args: kubeconfig("{token: [" + secret + "]}")},
+		{name: "a key that is none", until: "flanneld", times: 1, args: kubeconfig("{client-certificate-data: aHVudGVyMg==, client-key-data: aHVudGVyMg==}")},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			env := append(c.env, "NODE_NAME=n1")
+			if said := daemon(t, c.until, c.times, env, c.args...); strings.Contains(said, secret) || strings.Contains(said, "aHVudGVyMg") || strings.Contains(said, "dTpodW50ZXIy") {
+				t.Errorf("flanneld gives away a secret:\n%s", said)
+			}
+		})
+	}
+}

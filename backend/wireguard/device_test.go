@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+	"golang.zx2c4.com/wireguard/conn"
 	"golang.zx2c4.com/wireguard/conn/bindtest"
 	"golang.zx2c4.com/wireguard/tun/tuntest"
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
@@ -174,6 +176,29 @@ func TestKernelDevice(t *testing.T) {
 	nstest.Run(t, "ip link del flannel-wg")
 	if _, err := d.Device(); !errors.Is(err, errGone) {
 		t.Errorf("the error is %v", err)
+	}
+}
+
+// TestPort: a port that somebody has is told of, and nothing stays behind.
+func TestPort(t *testing.T) {
+	nstest.New(t)
+	taken, err := net.ListenUDP("udp", &net.UDPAddr{Port: 51820})
+	if err != nil {
+		t.Fatal(err)
+	}
+	open := func() (*userDevice, error) {
+		return newUser("test", tuntest.NewChannelTUN().TUN(), conn.NewStdNetBind(), ours, 51820)
+	}
+	if _, err := open(); !errors.Is(err, unix.EADDRINUSE) || !strings.Contains(err.Error(), "UDP port 51820") {
+		t.Errorf("the error is %v", err)
+	}
+	taken.Close()
+	for range 2 {
+		d, err := open()
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.Close()
 	}
 }
 

@@ -174,7 +174,7 @@ bench: build programs $(ETCD) ## One node among up to 20000, beside what ip and 
 bench-faults: build programs $(ETCD) $(CNI) ## How long pods are silent after each kind of fault
 	cd test && go test -run '^$$' -bench '^BenchmarkFaults$$' -benchtime 3x -timeout 60m ./e2e
 
-bench-udp: build programs $(ETCD) $(CNI) ## The udp backend beside vxlan and host-gw
+bench-udp: build programs $(ETCD) $(CNI) ## The udp backend beside vxlan, host-gw and wireguard
 	@cd test && go run ./cmd/bench-udp
 
 bench-kube: build programs $(ETCD) $(KUBE) ## One node among 5000 of Kubernetes

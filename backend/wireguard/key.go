@@ -60,6 +60,8 @@ func privateKey(file string) (secret, error) {
 			if err != nil { // err may show what there is
 				return secret{}, fmt.Errorf("%s does not hold a private key: delete it, and a new one is made", file)
 			}
+			// As devices keep it, whatever it was (RFC 7748, section 5).
+			key[0], key[31] = key[0]&248, key[31]&127|64
 			return secret(key), shut(file)
 		}
 		if err := makeKey(file, err == nil); err != nil {

@@ -1,13 +1,13 @@
 package wireguard
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
 	"slices"
-	"strings"
 	"time"
 
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
@@ -40,8 +40,11 @@ func (w *wireguard) config(t tunnel, private secret, own subnet.Lease, leases ma
 	// Leases of two generations of a node, IPv4's and dual stack's, may name one
 	// subnet. A device takes it for one peer; it should always be the same.
 	holder := map[netip.Prefix]wgtypes.Key{}
-	for _, s := range slices.SortedFunc(maps.Keys(leases), func(a, b subnet.Subnets) int { return strings.Compare(a.String(), b.String()) }) {
-		key, p, err := w.peerOf(t, own, leases[s])
+	ours := published(own)
+	for _, s := range slices.SortedFunc(maps.Keys(leases), func(a, b subnet.Subnets) int {
+		return cmp.Or(a.IPv4.Compare(b.IPv4), a.IPv6.Compare(b.IPv6))
+	}) {
+		key, p, err := w.peerOf(t, own, leases[s], ours)
 		if err != nil || !p.endpoint.IsValid() {
 			continue
 		}
@@ -61,9 +64,19 @@ func (w *wireguard) config(t tunnel, private secret, own subnet.Lease, leases ma
 	return c
 }
 
+// published returns the public keys of a lease.
+func published(l subnet.Lease) (keys []wgtypes.Key) {
+	for _, text := range []json.RawMessage{l.Attrs.BackendData, l.Attrs.BackendV6Data} {
+		if d, err := parse(text); err == nil {
+			keys = append(keys, d.PublicKey)
+		}
+	}
+	return keys
+}
+
 // peerOf returns what a device must hold of a peer: no endpoint, if there is
-// nothing in common.
-func (w *wireguard) peerOf(t tunnel, own, l subnet.Lease) (wgtypes.Key, peer, error) {
+// nothing in common. ours are the keys that no peer can have.
+func (w *wireguard) peerOf(t tunnel, own, l subnet.Lease, ours []wgtypes.Key) (wgtypes.Key, peer, error) {
 	var p peer
 	var text json.RawMessage
 	for i, f := range []struct {
@@ -86,10 +99,8 @@ func (w *wireguard) peerOf(t tunnel, own, l subnet.Lease) (wgtypes.Key, peer, er
 	if err != nil {
 		return wgtypes.Key{}, peer{}, err
 	}
-	for _, text := range []json.RawMessage{own.Attrs.BackendData, own.Attrs.BackendV6Data} {
-		if ours, err := parse(text); err == nil && ours.PublicKey == d.PublicKey {
-			return wgtypes.Key{}, peer{}, fmt.Errorf("its public key %v is this node's own: delete %s on one of them, and start its flanneld again", d.PublicKey, defaultKeyFile)
-		}
+	if slices.Contains(ours, d.PublicKey) {
+		return wgtypes.Key{}, peer{}, fmt.Errorf("its public key %v is this node's own: delete %s on one of them, and start its flanneld again", d.PublicKey, defaultKeyFile)
 	}
 	port := d.Port
 	if port == 0 {

@@ -183,7 +183,7 @@ func (w *wireguard) Local(own subnet.Lease) []kernel.Object {
 func (w *wireguard) Peer(own, peer subnet.Lease) ([]kernel.Object, error) {
 	var all []string
 	for _, t := range w.tunnels {
-		if _, _, err := w.peerOf(t, own, peer); err != nil && !slices.Contains(all, err.Error()) {
+		if _, _, err := w.peerOf(t, own, peer, published(own)); err != nil && !slices.Contains(all, err.Error()) {
 			all = append(all, err.Error())
 		}
 	}

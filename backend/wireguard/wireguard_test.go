@@ -252,6 +252,13 @@ func TestKeyFile(t *testing.T) {
 			t.Errorf("mode %v stays", m)
 		}
 	}
+	raw := key(0xff)
+	if err := os.WriteFile(file, []byte(raw.String()), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if k, err := privateKey(file); err != nil || k[0] != 0xf8 || k[31] != 0x7f || k.public() != raw.PublicKey() {
+		t.Errorf("%x became %x: %v", raw, [32]byte(k), err)
+	}
 	if err := os.WriteFile(file, []byte("c2VjcmV0\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}

@@ -24,6 +24,10 @@ const (
 	lookMost  = time.Minute
 	lookShare = 1000
 
+	// Where peers come and go all the time, looking and configuring takes a
+	// restShare-th of the time.
+	restShare = 10
+
 	// What fails is tried again after retryFirst, then after twice as long
 	// each time, up to retryMax.
 	retryFirst = time.Second
@@ -44,7 +48,10 @@ type keeper struct {
 	number  int    // of the link that it is
 	again   bool   // it was open before: its sessions are lost
 	sights  sights
+	stale   bool          // want is: there is news of peers
 	due     time.Time     // when it is looked at next
+	took    time.Duration // to look, last time
+	rested  time.Time     // when it may be looked at because of news
 	failing time.Duration // how long it is waited after a failure; 0: all is well
 	said    string        // the last error
 }
@@ -78,8 +85,7 @@ func (w *wireguard) Work(ctx context.Context, own subnet.Lease, peers <-chan sub
 			update(leases, u)
 			known = known || u.Snapshot
 			for _, k := range keepers {
-				k.want = w.config(k.tunnel, key, own, leases)
-				k.due = time.Time{}
+				k.stale, k.due = true, k.rested
 			}
 		case <-links:
 			for _, k := range keepers {
@@ -100,14 +106,16 @@ func (w *wireguard) Work(ctx context.Context, own subnet.Lease, peers <-chan sub
 				next.Reset(retryFirst)
 				continue
 			}
-			for _, k := range keepers {
-				k.want.Private = key
-			}
 		}
 		soonest := time.Now().Add(lookMost)
 		for _, k := range keepers {
-			if !time.Now().Before(k.due) {
-				k.due = time.Now().Add(k.look())
+			if begun := time.Now(); !begun.Before(k.due) {
+				if k.stale {
+					k.want, k.stale = w.config(k.tunnel, key, own, leases), false
+				}
+				k.look()
+				k.took = time.Since(begun)
+				k.plan()
 			}
 			if k.due.Before(soonest) {
 				soonest = k.due
@@ -162,24 +170,31 @@ func (k *keeper) link() netlink.Link {
 	return link
 }
 
-// look makes the device hold what it should, and tells after what time it should
-// be looked at again.
-func (k *keeper) look() time.Duration {
-	took, err := k.settle()
+// look makes the device hold what it should.
+func (k *keeper) look() {
+	err := k.settle()
 	k.say(err)
 	if err != nil {
 		k.failing = min(max(2*k.failing, retryFirst), retryMax)
-		return k.failing
+	} else {
+		k.failing = 0
 	}
-	k.failing = 0
-	return min(max(lookFirst, lookShare*took), lookMost)
 }
 
-func (k *keeper) settle() (took time.Duration, err error) {
+// plan decides when the device is looked at again.
+func (k *keeper) plan() {
+	wait := k.failing
+	if wait == 0 {
+		wait = min(max(lookFirst, lookShare*k.took), lookMost)
+	}
+	k.due, k.rested = time.Now().Add(wait), time.Now().Add(restShare*k.took)
+}
+
+func (k *keeper) settle() (err error) {
 	if k.device == nil {
 		link := k.link()
 		if link == nil {
-			return 0, nil // it will be made, or the log says why not
+			return nil // it will be made, or the log says why not
 		}
 		if k.inKernel {
 			k.device, err = openKernel(k.dev)
@@ -188,29 +203,27 @@ func (k *keeper) settle() (took time.Duration, err error) {
 		}
 		if err != nil {
 			k.device = nil
-			return 0, err
+			return err
 		}
 		k.number = link.Attrs().Index
 	}
-	start := time.Now()
 	have, err := k.device.Device()
 	if errors.Is(err, errGone) {
 		k.close()
-		return 0, nil
+		return nil
 	}
 	if err != nil {
-		return 0, fmt.Errorf("reading %s: %w", k.dev, err)
+		return fmt.Errorf("reading it: %w", err)
 	}
-	steps, sights := changes(k.dev, have, k.want, k.sights, k.again, start)
-	took = time.Since(start)
+	steps, sights := changes(k.dev, have, k.want, k.sights, k.again, time.Now())
 	for _, s := range steps {
 		if err := k.device.Configure(s.Config); err != nil {
-			return 0, fmt.Errorf("configuring %s: %w", k.dev, err)
+			return fmt.Errorf("configuring it: %w", err)
 		}
 		tell(s.commands)
 	}
 	k.sights, k.again = sights, false
-	return took, nil
+	return nil
 }
 
 // tell logs what was done: a line for each of a few changes, a count of many.
@@ -240,9 +253,9 @@ func (k *keeper) say(err error) {
 	switch {
 	case text == k.said:
 	case text == "":
-		klog.Info("wireguard: all is well again")
+		klog.Infof("wireguard: %s: all is well again", k.dev)
 	default:
-		klog.Errorf("wireguard: %s; it is tried again", text)
+		klog.Errorf("wireguard: %s: %s; it is tried again", k.dev, text)
 	}
 	k.said = text
 }

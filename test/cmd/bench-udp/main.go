@@ -1,9 +1,10 @@
 // Command bench-udp measures what pods on two nodes can send each other: through
 // the udp backend's proxy and, side by side in the same run, the kernel's VXLAN,
-// no tunnel at all, and the plainest relay in user space that there can be. One
-// TCP stream, four of them, small UDP packets, ping; taken in turns, medians printed, and their ratios, since the machine may be
-// busy with other things too. With -soak, one run of the proxy at full load for so
-// long, with the memory that the daemons take.
+// no tunnel at all, WireGuard (the kernel's or, where it has none, our own), and
+// the plainest relay in user space that there can be. One TCP stream, four of
+// them, small UDP packets, ping; taken in turns, medians printed, and their
+// ratios, since the machine may be busy with other things too. With -soak, one run
+// of the proxy at full load for so long, with the memory that the daemons take.
 package main
 
 import (
@@ -31,7 +32,7 @@ func main() {
 	flag.IntVar(&s.runs, "runs", 5, "how often each is measured: the median counts")
 	flag.DurationVar(&s.each, "each", 3*time.Second, "how long each measurement takes")
 	flag.IntVar(&s.size, "size", 64, "bytes in a small packet, without headers")
-	flag.StringVar(&s.backends, "backends", "udp,vxlan,host-gw,plain", "which, the first being compared with the others")
+	flag.StringVar(&s.backends, "backends", "udp,vxlan,host-gw,wireguard,plain", "which, the first being compared with the others")
 	flag.BoolVar(&s.six, "6", false, "over IPv6")
 	flag.DurationVar(&s.soak, "soak", 0, "load the first one for so long instead")
 	flag.StringVar(&s.profile, "profile", "", "with -soak: where to write CPU profiles of the daemons meanwhile, FILE.n1 and FILE.n2")

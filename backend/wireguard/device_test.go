@@ -3,6 +3,7 @@ package wireguard
 import (
 	"bufio"
 	"bytes"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -12,9 +13,14 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+	"golang.zx2c4.com/wireguard/conn"
 	"golang.zx2c4.com/wireguard/conn/bindtest"
 	"golang.zx2c4.com/wireguard/tun/tuntest"
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+
+	"github.com/flanneld/flanneld/pkg/kernel"
+	"github.com/flanneld/flanneld/pkg/nstest"
 )
 
 // TestUserDevice: two devices in this process, configured as Work does it, carry
@@ -96,30 +102,104 @@ func TestUserDevice(t *testing.T) {
 			t.Errorf("%d steps more", n)
 		}
 	}
-	// Whatever somebody does to it is undone.
-	peerOf := func(i int) wgtypes.Key { return keys[1-i].public() }
-	seconds := 5 * time.Second
-	wrong := wgtypes.Key(key('x'))
+	checkUndone(t, devices[0], keys[1].public(), func() int { return settle(0, false) })
+	carries()
+}
+
+// checkUndone has somebody change what a device holds of a peer; settle notices, and
+// there is no more to do then.
+func checkUndone(t *testing.T, d device, peer wgtypes.Key, settle func() int) {
+	t.Helper()
+	seconds, wrong := 5*time.Second, key('x')
+	wrong[0], wrong[31] = wrong[0]&248, wrong[31]&127|64 // as a private key is
 	for name, c := range map[string]wgtypes.Config{
-		"peer removed":    {Peers: []wgtypes.PeerConfig{{PublicKey: peerOf(0), Remove: true}}},
-		"subnets removed": {Peers: []wgtypes.PeerConfig{{PublicKey: peerOf(0), UpdateOnly: true, ReplaceAllowedIPs: true}}},
-		"PSK changed":     {Peers: []wgtypes.PeerConfig{{PublicKey: peerOf(0), UpdateOnly: true, PresharedKey: &wrong}}},
-		"keepalive":       {Peers: []wgtypes.PeerConfig{{PublicKey: peerOf(0), UpdateOnly: true, PersistentKeepaliveInterval: &seconds}}},
+		"peer removed":    {Peers: []wgtypes.PeerConfig{{PublicKey: peer, Remove: true}}},
+		"subnets removed": {Peers: []wgtypes.PeerConfig{{PublicKey: peer, UpdateOnly: true, ReplaceAllowedIPs: true}}},
+		"PSK changed":     {Peers: []wgtypes.PeerConfig{{PublicKey: peer, UpdateOnly: true, PresharedKey: &wrong}}},
+		"keepalive":       {Peers: []wgtypes.PeerConfig{{PublicKey: peer, UpdateOnly: true, PersistentKeepaliveInterval: &seconds}}},
 		"stranger": {Peers: []wgtypes.PeerConfig{{PublicKey: key('z'), Endpoint: &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 9},
 			AllowedIPs: held('z', "", 0, 0, "10.5.2.0/24").AllowedIPs}}},
 		"private key": {PrivateKey: &wrong},
 	} {
-		if err := devices[0].Configure(c); err != nil {
+		if err := d.Configure(c); err != nil {
 			t.Fatal(err)
 		}
-		if settle(0, false) == 0 {
+		if settle() == 0 {
 			t.Errorf("%s: nobody noticed", name)
 		}
-		if n := settle(0, false); n > 0 {
+		if n := settle(); n > 0 {
 			t.Errorf("%s: %d steps more", name, n)
 		}
 	}
-	carries()
+}
+
+// TestKernelDevice: what the kernel's WireGuard holds reads as what it was given,
+// and whatever somebody does to it is undone.
+func TestKernelDevice(t *testing.T) {
+	nstest.New(t)
+	if !kernel.HasWireGuard() {
+		t.Skip("this kernel has no WireGuard")
+	}
+	nstest.Run(t, "ip link add flannel-wg up type wireguard")
+	d, err := openKernel("flannel-wg")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	k, err := wgtypes.GeneratePrivateKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := config{Private: secret(k), port: 51820, PSK: secret(key('p')), peers: map[wgtypes.Key]peer{
+		key('b'): wanted("127.0.0.1:51820", "10.5.2.0/24", "fd05:0:0:2::/64"), key('c'): wanted("[::1]:51820", "10.5.3.0/24"),
+	}}
+	var before sights
+	settle := func() int {
+		t.Helper()
+		have, err := d.Device()
+		if err != nil {
+			t.Fatal(err)
+		}
+		steps, after := changes("flannel-wg", have, want, before, false, time.Now())
+		for _, s := range steps {
+			if err := d.Configure(s.Config); err != nil {
+				t.Fatal(err)
+			}
+		}
+		before = after
+		return len(steps)
+	}
+	if settle() == 0 || settle() > 0 {
+		t.Error("the new device is not settled at once")
+	}
+	checkUndone(t, d, key('b'), settle)
+	nstest.Run(t, "ip link del flannel-wg")
+	if _, err := d.Device(); !errors.Is(err, errGone) {
+		t.Errorf("the error is %v", err)
+	}
+}
+
+// TestPort: a port that somebody has is told of, and nothing stays behind.
+func TestPort(t *testing.T) {
+	nstest.New(t)
+	taken, err := net.ListenUDP("udp", &net.UDPAddr{Port: 51820})
+	if err != nil {
+		t.Fatal(err)
+	}
+	open := func() (*userDevice, error) {
+		return newUser("test", tuntest.NewChannelTUN().TUN(), conn.NewStdNetBind(), ours, 51820)
+	}
+	if _, err := open(); !errors.Is(err, unix.EADDRINUSE) || !strings.Contains(err.Error(), "UDP port 51820") {
+		t.Errorf("the error is %v", err)
+	}
+	taken.Close()
+	for range 2 {
+		d, err := open()
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.Close()
+	}
 }
 
 // TestControl: the socket is for its owner alone, there is one, and what a dead

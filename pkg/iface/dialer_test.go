@@ -15,8 +15,8 @@ import (
 func TestDialer(t *testing.T) {
 	nstest.New(t)
 	nstest.Run(t, "ip link set lo up")
-	for _, a := range []string{"198.18.0.1/24", "198.18.0.2/24", "fd18::1/64"} {
-		nstest.Run(t, "ip addr add "+a+" dev lo")
+	for _, a := range []string{"198.18.0.1/24", "198.18.0.2/24", "fd18::1/64 nodad"} {
+		nstest.Run(t, "ip addr add dev lo "+a)
 	}
 	d, err := NewDialer(t.Context())
 	if err != nil {

@@ -90,6 +90,7 @@ func (r *Reconciler) observe(d decoded, gone bool) {
 		e = &entry{} // left over by somebody: to be removed
 		r.entries[k] = e
 	}
+	r.moved = true
 	before := e.have
 	e.have, e.via, e.round = d.Object, d.via, r.round
 	switch {
@@ -211,7 +212,7 @@ func (r *Reconciler) lost(dev string) {
 			continue
 		}
 		e.drift = e.drift || e.have != nil
-		e.have = nil
+		e.have, r.moved = nil, true
 		switch {
 		case e.want == nil:
 			delete(r.entries, k)
@@ -249,7 +250,7 @@ func usable(flags uint32) bool {
 // wanted.
 func (r *Reconciler) compare() error {
 	r.round++
-	r.unknown = false
+	r.unknown, r.moved = false, true
 	err := r.readAll()
 	if err != nil {
 		r.unknown = true

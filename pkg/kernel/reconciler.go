@@ -51,6 +51,8 @@ type Reconciler struct {
 
 	wanted  [kinds]int // how many objects are
 	repairs [kinds][causes]uint64
+	stats   Stats // as of the last time
+	moved   bool  // and something has changed since
 }
 
 // An entry is what is wanted, and what there is, under one key.
@@ -63,6 +65,7 @@ type entry struct {
 	round uint // the comparison that saw have
 	state state
 	drift bool // the kernel changed, not our wishes
+	seen  bool // by Stats, while it counts
 }
 
 // state tells which list an entry counts in.
@@ -201,6 +204,7 @@ func (r *Reconciler) claim(k Key, c claim) *entry {
 	if e.want == before {
 		return e
 	}
+	r.moved = true
 	switch {
 	case before == nil:
 		r.wanted[k.Kind]++
@@ -445,6 +449,7 @@ func isGone(err error) bool {
 
 // done takes note of the kernel's answer.
 func (r *Reconciler) done(e *entry, err error, log *changes, failures *failures) {
+	r.moved = true
 	if err != nil && e.key().Kind == KindNexthop {
 		klog.V(1).Infof("%s: %v: the route will be plain", command(e), err)
 		return

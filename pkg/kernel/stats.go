@@ -34,33 +34,38 @@ func (k Kind) String() string {
 	return [...]string{"link", "address", "neighbor", "fdb", "nexthop", "route"}[k]
 }
 
-// Stats returns the counts of now. It takes as long as there are objects that
-// are not as they should be.
+// Stats returns the counts of now. It costs nothing where nothing has changed, or
+// else as much as there are objects that are not as they should be.
 func (r *Reconciler) Stats() Stats {
-	s := Stats{Fights: r.fights.count, Fight: r.fights.latest}
+	if !r.moved {
+		return r.stats
+	}
+	r.moved = false
+	s := &r.stats
+	s.Fights, s.Fight = r.fights.count, r.fights.latest
 	for k := range s.Kinds {
 		s.Kinds[k] = KindStats{Wanted: r.wanted[k], Held: r.wanted[k], Repairs: r.repairs[k]}
 	}
 	// Whatever differs is in the list that its state names, maybe twice.
-	// Nexthops may differ for good, and are a means only.
-	var seen map[*entry]bool
-	for _, l := range [...]struct {
+	lists := [...]struct {
 		state   state
 		entries []*entry
-	}{{dirty, r.dirty}, {failed, r.failed}, {held, r.held}} {
+	}{{dirty, r.dirty}, {failed, r.failed}, {held, r.held}}
+	for _, l := range lists {
 		for _, e := range l.entries {
-			if e.state != l.state || e.want == nil || e.want == e.have || seen[e] {
-				continue
+			if e.state == l.state && e.want != nil && e.want != e.have && !e.seen {
+				e.seen = true
+				s.Kinds[e.key().Kind].Held--
 			}
-			if seen == nil {
-				seen = map[*entry]bool{}
-			}
-			seen[e] = true
-			s.Kinds[e.key().Kind].Held--
 		}
 	}
-	s.Kinds[KindNexthop] = KindStats{}
-	return s
+	for _, l := range lists {
+		for _, e := range l.entries {
+			e.seen = false
+		}
+	}
+	s.Kinds[KindNexthop] = KindStats{} // which may differ for good, and are a means only
+	return *s
 }
 
 // count takes note of what was done about an entry, before the entry does.

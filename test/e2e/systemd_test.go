@@ -1,0 +1,116 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/flanneld/flanneld/test/lab"
+	"github.com/flanneld/flanneld/test/lab/labtest"
+)
+
+// TestSystemd: with our unit a real systemd starts the daemon in its sandbox,
+// which leaves it all that it needs; keeps the subnet file; and starts a daemon
+// again that hangs.
+func TestSystemd(t *testing.T) {
+	for name, config := range map[string]string{
+		"vxlan, iptables": `{` + ipv4Network + `, ` + ipv6Network + `, "Backend": {"Type": "vxlan"}}`,
+		"udp, nftables":   `{` + ipv4Network + `, "EnableNFTables": true, "Backend": {"Type": "udp"}}`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			ctx := labtest.Context(t, 2*time.Minute)
+			l := labtest.New(ctx, t, config, make([]lab.NodeOptions, 2)...)
+			other, n := l.Nodes()[0], l.Nodes()[1]
+			labtest.Do(t, other.Start())
+			labtest.Do(t, other.WaitReady(ctx))
+			s := startUnit(ctx, t, l, n)
+
+			first := labtest.Must(s.Run(ctx, "cat /run/flannel/subnet.env"))(t)
+			routes := labtest.Must(n.Run(ctx, "ip route"))(t)
+			if !strings.Contains(first, "FLANNEL_SUBNET=10.5.") || !strings.Contains(routes, "dev flannel") {
+				t.Errorf("the subnet file has\n%s\nand the routes are\n%s", first, routes)
+			}
+			command := "iptables -t nat -S FLANNEL-POSTRTG"
+			if strings.Contains(name, "nftables") {
+				command = "nft list table ip flannel-ipv4"
+			}
+			if rules := labtest.Must(n.Run(ctx, command))(t); !strings.Contains(strings.ToLower(rules), "masquerade") {
+				t.Errorf("%s says\n%s", command, rules)
+			}
+			for _, want := range []string{"NoNewPrivs:\t1", "Seccomp:\t2", "CapEff:\t0000000000003000"} {
+				if status := labtest.Must(s.Run(ctx, "cat /proc/"+mainPID(ctx, t, s)+"/status"))(t); !strings.Contains(status, want) {
+					t.Errorf("of the daemon it is not true that %s:\n%s", want, status)
+				}
+			}
+
+			labtest.Must(s.Run(ctx, "systemctl stop flanneld"))(t)
+			if kept := labtest.Must(s.Run(ctx, "cat /run/flannel/subnet.env"))(t); kept != first {
+				t.Errorf("when the daemon has ended the subnet file has\n%s", kept)
+			}
+			labtest.Must(s.Run(ctx, "systemctl start flanneld"))(t)
+			if again := labtest.Must(s.Run(ctx, "cat /run/flannel/subnet.env"))(t); again != first {
+				t.Errorf("when the daemon has started again the subnet file has\n%s\nrather than\n%s", again, first)
+			}
+
+			hung := mainPID(ctx, t, s)
+			labtest.Must(s.Run(ctx, "kill -STOP "+hung))(t)
+			labtest.Do(t, lab.Poll(ctx, "systemd to end the daemon that hangs, and start it again", func() error {
+				state, err := s.Run(ctx, "systemctl is-active flanneld")
+				if pid := mainPID(ctx, t, s); pid == hung || pid == "0" || state != "active" {
+					return fmt.Errorf("process %s is %s: %w", pid, state, err)
+				}
+				return nil
+			}))
+			text := string(labtest.Must(os.ReadFile(unitLog(n)))(t))
+			for line := range strings.Lines(text) {
+				for _, sign := range []string{"not permitted", "denied", "Read-only", "No such device"} {
+					if strings.Contains(line, sign) {
+						t.Errorf("the sandbox is in the way: %s", line)
+					}
+				}
+			}
+			if !strings.Contains(text, "SIGABRT: abort") {
+				t.Error("the daemon that hung has left no trace")
+			}
+			if t.Failed() {
+				t.Logf("systemd said:\n%s\nand the daemon:\n%s", s.Log(), text)
+			}
+		})
+	}
+}
+
+// startUnit starts the daemon by our unit, with a path and a patience of the
+// test's.
+func startUnit(ctx context.Context, t *testing.T, l *lab.Lab, n *lab.Node) *lab.Systemd {
+	t.Helper()
+	unit := string(labtest.Must(os.ReadFile("../../dist/flanneld.service"))(t))
+	program := labtest.Must(l.Program("bin/flanneld"))(t)
+	for _, change := range [][2]string{
+		{"ExecStart=/usr/local/bin/flanneld\n", "ExecStart=" + program + " --ip-masq --etcd-endpoints=" + lab.Endpoint + "\nStandardOutput=append:" + unitLog(n) + "\nStandardError=inherit\n"},
+		{"WatchdogSec=60\n", "WatchdogSec=3\n"},
+		{"RestartSec=5\n", "RestartSec=0\n"},
+	} {
+		if !strings.Contains(unit, change[0]) {
+			t.Fatalf("the unit has no line %q", change[0])
+		}
+		unit = strings.Replace(unit, change[0], change[1], 1)
+	}
+	s := labtest.Must(n.StartSystemd(ctx, map[string]string{"flanneld.service": unit}))(t)
+	if out, err := s.Run(ctx, "systemctl start flanneld"); err != nil {
+		log, _ := os.ReadFile(unitLog(n))
+		t.Fatalf("%v\n%s\n%s\n%s", err, out, s.Log(), log)
+	}
+	return s
+}
+
+func unitLog(n *lab.Node) string { return filepath.Join(n.Dir, "unit.log") }
+
+func mainPID(ctx context.Context, t *testing.T, s *lab.Systemd) string {
+	t.Helper()
+	return labtest.Must(s.Run(ctx, "systemctl show --property=MainPID --value flanneld"))(t)
+}

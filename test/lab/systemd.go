@@ -1,0 +1,92 @@
+package lab
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+)
+
+// A Systemd is a real one, process 1 of a node, with no units but those that it
+// was given.
+type Systemd struct {
+	node *Node
+	pid  int // as it is seen from outside
+	log  string
+}
+
+// boot makes what systemd asks for: a control group to be the root of its own,
+// /proc of its processes, /run of its own.
+const bootSystemd = `set -e
+for group in /sys/fs/cgroup/"$1" /sys/fs/cgroup/*/"$1"; do
+	[ ! -d "$group" ] || echo $$ >"$group"/cgroup.procs
+done
+exec unshare --pid --ipc --mount --fork --kill-child --mount-proc sh -ec '
+	mount -t tmpfs tmpfs /run
+	exec /lib/systemd/systemd --system --unit=lab.target --show-status=no --log-target=console' >"$2" 2>&1
+`
+
+// StartSystemd starts systemd on a node, with units by their names. The targets
+// that every service refers to are there, and empty.
+func (n *Node) StartSystemd(ctx context.Context, units map[string]string) (*Systemd, error) {
+	if err := addCgroup(n.Namespace.Name); err != nil {
+		return nil, err
+	}
+	dir := filepath.Join(n.Dir, "units")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return nil, err
+	}
+	all := map[string]string{}
+	for _, target := range []string{"lab", "sysinit", "basic", "shutdown", "umount", "multi-user", "network-online"} {
+		all[target+".target"] = "[Unit]\nDescription=" + target + "\nDefaultDependencies=no\n"
+	}
+	for name, text := range units {
+		all[name] = text
+	}
+	for name, text := range all {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
+			return nil, err
+		}
+	}
+	s := &Systemd{node: n, log: filepath.Join(n.Dir, "systemd.log")}
+	cmd := exec.Command("sh", "-c", bootSystemd, "sh", n.Namespace.Name, s.log)
+	cmd.Env = append(os.Environ(), "container=lab", "SYSTEMD_UNIT_PATH="+dir)
+	proc, err := n.Launch(cmd)
+	if err != nil {
+		return nil, err
+	}
+	return s, Poll(ctx, "systemd on "+n.Hostname, func() error {
+		if proc.Exited() {
+			return fmt.Errorf("it has exited\n%s", tail(s.log))
+		}
+		children, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", cmd.Process.Pid))
+		if err != nil {
+			return err
+		}
+		if s.pid, err = strconv.Atoi(strings.TrimSpace(string(children))); err != nil {
+			return fmt.Errorf("it has not been started yet")
+		}
+		state, err := s.Run(ctx, "systemctl is-system-running")
+		if state != "running" {
+			return fmt.Errorf("it is %s: %w", state, err)
+		}
+		return nil
+	})
+}
+
+// Run runs a command where systemd's services run.
+func (s *Systemd) Run(ctx context.Context, line string) (string, error) {
+	return s.node.Run(ctx, fmt.Sprintf("nsenter --target %d --pid --ipc --mount %s", s.pid, line))
+}
+
+// Log returns what systemd and its services have said.
+func (s *Systemd) Log() string {
+	text, err := os.ReadFile(s.log)
+	if err != nil {
+		return err.Error()
+	}
+	return string(text)
+}

@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"strings"
 	"testing"
 	"time"
 
@@ -17,6 +18,15 @@ func TestDialer(t *testing.T) {
 	nstest.Run(t, "ip link set lo up")
 	for _, a := range []string{"198.18.0.1/24", "198.18.0.2/24", "fd18::1/64 nodad"} {
 		nstest.Run(t, "ip addr add dev lo "+a)
+	}
+	// An IPv6 address is of use once the kernel's workqueue has made its route.
+	for until := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
+		if strings.Contains(nstest.Run(t, "ip -6 route show table local"), "local fd18::1 ") {
+			break
+		}
+		if time.Now().After(until) {
+			t.Fatal("there is no route to it")
+		}
 	}
 	d, err := NewDialer(t.Context())
 	if err != nil {

@@ -78,9 +78,11 @@ func changes(dev string, have *wgtypes.Device, want config, before sights, again
 		h, there := held[key]
 		s, known := before[key]
 		c, command := changeOf(h, there, w, want, !stays(h, w, s, known, now))
-		// A session that this node has lost lives on at the peer, who sends into
-		// the void until it hears of a new one.
-		if lost := !there && (known || len(have.Peers) == 0); (lost || again) && woken < wakeMost {
+		// Of two nodes that get to know each other, the second one can begin: what
+		// the first one sends is ignored, and would be tried again after 5 seconds
+		// only. A session that this node has lost lives on at the peer, who sends
+		// into the void until it hears of a new one.
+		if (!there || again) && woken < wakeMost {
 			woken++
 			if want.keepalive == 0 {
 				on, off := wakeKeepalive, time.Duration(0)

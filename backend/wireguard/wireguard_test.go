@@ -117,6 +117,8 @@ func TestModes(t *testing.T) {
 		{"one device, IPv4's data", `,"Mode":"ipv4"`, dualUplink, dual, attrs("198.18.0.2", "null", data('b', ""), "null"),
 			"b 198.18.0.2:51820 10.5.2.0/24,fd05:0:0:2::/64"},
 		{"auto, public IPv4", `,"Mode":"auto"`, dualUplink, dual, usual, "b 198.18.0.2:51820 10.5.2.0/24,fd05:0:0:2::/64"},
+		{"auto, both public", `,"Mode":"auto"`, global, dual, attrs("203.0.113.2", `"2001:db8::2"`, data('b', ""), data('b', "")),
+			"b 203.0.113.2:51820 10.5.2.0/24,fd05:0:0:2::/64"},
 		{"auto, public IPv6 on both sides", `,"Mode":"auto"`, global, dual, attrs("10.0.0.2", `"2001:db8::2"`, data('b', ""), data('b', "")),
 			"b [2001:db8::2]:51820 10.5.2.0/24,fd05:0:0:2::/64"},
 		{"auto, public IPv6 on one side", `,"Mode":"auto"`, dualUplink, dual, attrs("10.0.0.2", `"2001:db8::2"`, data('b', ""), data('b', "")),

@@ -50,7 +50,7 @@ type keeper struct {
 	sights  sights
 	stale   bool          // want is: there is news of peers
 	due     time.Time     // when it is looked at next
-	took    time.Duration // to look, last time
+	cost    time.Duration // of a look, as it seems
 	rested  time.Time     // when it may be looked at because of news
 	failing time.Duration // how long it is waited after a failure; 0: all is well
 	said    string        // the last error
@@ -114,8 +114,7 @@ func (w *wireguard) Work(ctx context.Context, own subnet.Lease, peers <-chan sub
 					k.want, k.stale = w.config(k.tunnel, key, own, leases), false
 				}
 				k.look()
-				k.took = time.Since(begun)
-				k.plan()
+				k.plan(time.Since(begun))
 			}
 			if k.due.Before(soonest) {
 				soonest = k.due
@@ -182,12 +181,12 @@ func (k *keeper) look() {
 }
 
 // plan decides when the device is looked at again.
-func (k *keeper) plan() {
+func (k *keeper) plan(took time.Duration) {
 	wait := k.failing
 	if wait == 0 {
-		wait = min(max(lookFirst, lookShare*k.took), lookMost)
+		wait = min(max(lookFirst, lookShare*k.cost), lookMost)
 	}
-	k.due, k.rested = time.Now().Add(wait), time.Now().Add(restShare*k.took)
+	k.due, k.rested = time.Now().Add(wait), time.Now().Add(restShare*took)
 }
 
 func (k *keeper) settle() (err error) {
@@ -207,6 +206,7 @@ func (k *keeper) settle() (err error) {
 		}
 		k.number = link.Attrs().Index
 	}
+	start := time.Now()
 	have, err := k.device.Device()
 	if errors.Is(err, errGone) {
 		k.close()
@@ -215,7 +215,9 @@ func (k *keeper) settle() (err error) {
 	if err != nil {
 		return fmt.Errorf("reading it: %w", err)
 	}
-	steps, sights := changes(k.dev, have, k.want, k.sights, k.again, time.Now())
+	steps, sights := changes(k.dev, have, k.want, k.sights, k.again, start)
+	// What took long once may have waited for a processor.
+	k.cost = min(time.Since(start), 2*max(k.cost, lookFirst/lookShare/2))
 	for _, s := range steps {
 		if err := k.device.Configure(s.Config); err != nil {
 			return fmt.Errorf("configuring it: %w", err)

@@ -17,7 +17,7 @@ import (
 // TestReconfigure: what is written into etcd takes effect on all nodes by
 // itself, traffic flows afterwards, and what need not change is not touched.
 func TestReconfigure(t *testing.T) {
-	const vxlan, hostgw = `{"Type": "vxlan"}`, `{"Type": "host-gw"}`
+	const vxlan, hostgw, wireguard = `{"Type": "vxlan"}`, `{"Type": "host-gw"}`, `{"Type": "wireguard"}`
 	for _, c := range []struct {
 		name        string
 		from, to    string // Backend
@@ -41,6 +41,12 @@ func TestReconfigure(t *testing.T) {
 			want: []trace{{"ip route show proto 70", "dev eth0"}}, never: []trace{{"ip link show", "flannel.1"}}},
 		{name: "host-gw to vxlan", from: hostgw, to: vxlan, mtu: 1450,
 			want: []trace{{"ip route show proto 70", "dev flannel.1"}}, never: []trace{{"ip route show proto 70", "dev eth0"}}},
+		{name: "vxlan to wireguard", from: vxlan, to: wireguard, mtu: 1420,
+			want: []trace{{"ip route show proto 70", "dev flannel-wg"}}, never: []trace{{"ip link show", "flannel.1"}}},
+		{name: "wireguard to vxlan", from: wireguard, to: vxlan, mtu: 1450,
+			want: []trace{{"ip route show proto 70", "dev flannel.1"}}, never: []trace{{"ip link show", "flannel-wg"}}},
+		{name: "ListenPort and keepalive", from: wireguard, to: `{"Type": "wireguard", "ListenPort": 5182, "PersistentKeepaliveInterval": 7}`, mtu: 1420,
+			want: []trace{{"wg show flannel-wg listen-port", "5182"}, {"wg show flannel-wg endpoints", ":5182"}, {"wg show flannel-wg persistent-keepalive", "\t7"}}},
 		{name: "EnableNFTables", from: vxlan, to: vxlan, nftables: true, mtu: 1450, keeps: true, lossless: true,
 			want: []trace{{"nft list tables", "flannel-ipv4"}}, never: []trace{{"iptables-save", "FLANNEL"}}},
 	} {

@@ -16,7 +16,7 @@ TESTFLAGS ?=# such as -v or -run=TestRestart
 # have them where apt-get is.
 PROGRAMS := iptables:iptables nft:nftables ip:iproute2 ping:iputils-ping iperf3:iperf3 tcpdump:tcpdump ethtool:ethtool \
 	systemd-analyze:systemd containerd:containerd runc:runc dockerd:docker.io mmdebstrap:mmdebstrap conntrack:conntrack \
-	promtool:prometheus wg:wireguard-tools
+	promtool:prometheus wg:wireguard-tools qemu-system-x86_64:qemu-system-x86
 
 export PATH := $(PATH):/usr/sbin:/sbin
 # The version comes from git describe below; git may refuse to serve root.
@@ -36,7 +36,7 @@ ETCD := build/bin/etcd build/bin/etcdctl
 CNI := $(addprefix build/cni/,bridge host-local loopback portmap)
 KUBE := $(addprefix build/kube/,kube-apiserver kube-controller-manager kube-scheduler kube-proxy kubelet kubectl)
 
-.PHONY: help build image manifest docs release release-check tools programs check vulncheck test unit fuzz e2e bench bench-faults bench-kube bench-udp demo demo-kube demo-down clean FORCE
+.PHONY: help build image manifest docs release release-check tools programs check vulncheck test unit fuzz e2e test-vm bench bench-faults bench-kube bench-udp demo demo-kube demo-down clean FORCE
 .NOTPARALLEL: # the go tool uses all processors itself
 
 help: ## List the targets
@@ -148,7 +148,7 @@ check: build/bin/staticcheck build/bin/helm ## Formatting, vet, staticcheck, go.
 	build/bin/helm lint --quiet --strict chart/flannel
 	@diff -u Documentation/kube-flannel.yml <($(MANIFEST)) || { echo "the chart has changed: run make manifest"; exit 1; }
 
-test: check fuzz unit e2e ## Everything: check, fuzz, unit and end-to-end tests (root)
+test: check fuzz unit e2e test-vm ## Everything: check, fuzz, unit and end-to-end tests (root)
 
 unit: programs ## Unit and in-namespace tests of the main module
 	go test $(RACE) $(TESTFLAGS) ./...
@@ -164,6 +164,14 @@ fuzz: ## Each fuzz target for FUZZTIME
 # package at a time: the machine is shared by a dozen nodes as it is.
 e2e: build programs $(ETCD) $(CNI) $(KUBE) build/bin/helm image ## End-to-end tests in the lab
 	cd test && go test $(RACE) -count=1 -p=1 -timeout=30m $(TESTFLAGS) ./...
+
+# The kernel, and what tests run, from Debian's packages. Some 100 MB, once.
+build/vm/root.cpio: test/vm/root
+	@mkdir -p $(@D)
+	test/vm/root $(@D)
+
+test-vm: build programs $(ETCD) $(CNI) build/vm/root.cpio ## Some of the tests on Debian's kernel, which has more modules, in a VM
+	test/vm/run
 
 demo: build programs $(ETCD) $(CNI) ## A cluster to look at: NODES=3 BACKEND=vxlan IPV6=1 NFTABLES=1 KEEP=1
 	@cd test && go run ./cmd/demo

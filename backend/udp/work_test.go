@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"net"
 	"net/netip"
@@ -47,9 +48,15 @@ var (
 
 const farKey = "10.5.2.0-24&fd05:0:0:2::-64"
 
+// noOffloads has the tests run as on a kernel without any.
+var noOffloads = flag.Bool("no-offloads", false, "move packets one by one")
+
 // start starts a proxy with so many queues.
 func start(t testing.TB, able abilities, queues int) *node {
 	t.Helper()
+	if *noOffloads {
+		able = abilities{}
+	}
 	nstest.New(t)
 	nstest.Need(t, "ip", "ping")
 	if _, err := os.Stat(kernel.TUNClone); err != nil {

@@ -93,7 +93,7 @@ func (d *Daemon) Ready(ctx context.Context) error {
 	if d.proc.Exited() {
 		return fmt.Errorf("it has ended: %v", d.proc.cmd.ProcessState)
 	}
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, Patiently(2*time.Second))
 	defer cancel()
 	client := &http.Client{Transport: &http.Transport{DialContext: d.node.Dial, DisableKeepAlives: true}}
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+d.Health()+"/readyz", nil)

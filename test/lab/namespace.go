@@ -268,11 +268,20 @@ func (p *Process) Kill() {
 // Patience is how long Poll waits where the context sets no closer deadline.
 const Patience = 30 * time.Second
 
+// Patiently stretches a time by the factor in LAB_SLOWNESS, for machines that are
+// slower by so much.
+func Patiently(d time.Duration) time.Duration {
+	if factor, err := strconv.Atoi(os.Getenv("LAB_SLOWNESS")); err == nil && factor > 0 {
+		d *= time.Duration(factor)
+	}
+	return d
+}
+
 // Poll calls try, some fifty times a second, until it returns nil. When ctx or
 // Patience ends first, the error says what was waited for and what try had to
 // say last.
 func Poll(ctx context.Context, what string, try func() error) error {
-	ctx, cancel := context.WithTimeout(ctx, Patience)
+	ctx, cancel := context.WithTimeout(ctx, Patiently(Patience))
 	defer cancel()
 	start := time.Now()
 	tick := time.NewTicker(20 * time.Millisecond)

@@ -32,7 +32,7 @@ type Pings struct {
 // Ping pings dst with the real ping. It is an error when an answer is missing.
 func (ns *Namespace) Ping(ctx context.Context, dst netip.Addr, o PingOptions) (Pings, error) {
 	count := max(o.Count, 1)
-	args := []string{"-c", strconv.Itoa(count), "-W", "1"}
+	args := []string{"-c", strconv.Itoa(count), "-W", fmt.Sprint(Patiently(time.Second).Seconds())}
 	if o.Interval == 0 {
 		o.Interval = 20 * time.Millisecond
 	}
@@ -95,7 +95,7 @@ func (ns *Namespace) StartPing(ctx context.Context, dst netip.Addr) (*Pinging, e
 		return p, nil
 	case <-ctx.Done():
 		err = context.Cause(ctx)
-	case <-time.After(Patience):
+	case <-time.After(Patiently(Patience)):
 		err = fmt.Errorf("no answer for %v", Patience)
 	case <-p.read:
 		err = p.proc.Wait()

@@ -19,7 +19,7 @@ import (
 // Dial is net.Dialer's DialContext from inside the namespace, for numeric
 // addresses.
 func (ns *Namespace) Dial(ctx context.Context, network, address string) (conn net.Conn, err error) {
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, Patiently(2*time.Second))
 	defer cancel()
 	err = ns.Do(func() error {
 		conn, err = (&net.Dialer{}).DialContext(ctx, network, address)
@@ -83,7 +83,7 @@ func (ns *Namespace) SeenAs(ctx context.Context, network string, dst netip.Addr)
 		return netip.Addr{}, fmt.Errorf("%s: %w", ns.Name, err)
 	}
 	defer conn.Close()
-	conn.SetDeadline(time.Now().Add(2 * time.Second))
+	conn.SetDeadline(time.Now().Add(Patiently(2 * time.Second)))
 	if network == "udp" {
 		if _, err := io.WriteString(conn, "who am I?"); err != nil {
 			return netip.Addr{}, fmt.Errorf("%s: %w", ns.Name, err)

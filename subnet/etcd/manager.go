@@ -86,12 +86,13 @@ type Manager struct {
 
 	configured []byte // what Config read
 
-	mu     sync.Mutex
-	client *clientv3.Client // nil as long as nobody needed it
-	closed bool
-	latest moment
-	warned map[string]int64 // bad records, by key: the revision that was warned of
-	claim  *claim           // nil: none held
+	mu      sync.Mutex
+	client  *clientv3.Client // nil as long as nobody needed it
+	closed  bool
+	latest  moment
+	warned  map[string]int64 // bad records, by key: the revision that was warned of
+	claim   *claim           // nil: none held
+	expires time.Time        // our own lease, as we published it last
 
 	// Of Acquire and Keep alone: our own record as we wrote or found it last,
 	// and the revision of its creation once no older lease overlaps it.

@@ -102,6 +102,13 @@ func (m *Manager) list(ctx context.Context) ([]record, moment, error) {
 // one is made. The result is the record as it stands then, and its end; ok is
 // false when somebody was faster, and nothing was done.
 func (m *Manager) publish(ctx context.Context, now record, key string, value []byte) (r record, expires time.Time, ok bool, err error) {
+	defer func() {
+		if ok {
+			m.mu.Lock()
+			m.expires = expires
+			m.mu.Unlock()
+		}
+	}()
 	lease := now.lease
 	granted := false
 	if !now.reserved() {

@@ -165,6 +165,14 @@ type outage struct {
 	// By kind of failure: what was to be done. Empty where nothing else would
 	// succeed either.
 	said map[string]string
+	last string // what went wrong last; "" once all is well
+}
+
+// trouble tells why etcd is of no use, "" while it is.
+func (o *outage) trouble() string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.last
 }
 
 func (o *outage) say(purpose, endpoints string, err error) {
@@ -175,6 +183,7 @@ func (o *outage) say(purpose, endpoints string, err error) {
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	o.last = text
 	if _, said := o.said[kind]; said || kind == away && len(o.said) > 0 {
 		return
 	}
@@ -194,6 +203,7 @@ func (o *outage) end(purpose, endpoints string) {
 	}
 	maps.DeleteFunc(o.said, func(_, ended string) bool { return ended == "" || ended == purpose })
 	if len(o.said) == 0 {
+		o.last = ""
 		klog.Infof("etcd at %s is back", endpoints)
 	}
 }

@@ -527,12 +527,21 @@ var bothFamilies = subnet.Subnets{IPv4: netip.PrefixFrom(netip.IPv4Unspecified()
 type outage struct {
 	mu   sync.Mutex
 	said map[string]bool // by what explain adds to an error; "" where it adds nothing
+	last string          // what went wrong last; "" once all is well
+}
+
+// trouble tells why the API server is of no use, "" while it is.
+func (o *outage) trouble() string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.last
 }
 
 func (o *outage) say(server, purpose string, err error) {
 	advice := explain(err, server)
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	o.last = err.Error() + advice
 	if o.said[advice] {
 		return
 	}
@@ -548,7 +557,7 @@ func (o *outage) end(server string) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if len(o.said) > 0 {
-		o.said = nil
+		o.said, o.last = nil, ""
 		klog.Infof("API server %s is back", server)
 	}
 }

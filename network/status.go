@@ -192,12 +192,17 @@ func (n *node) leaseList() []Lease {
 	return list
 }
 
+// expiriesFor is how long the store is asked when leases end.
+const expiriesFor = 3 * time.Second
+
 // expiries fills in when leases end, as far as the store can be asked.
 func (n *node) expiries(ctx context.Context, leases []Lease) {
 	r, ok := n.Manager.(subnet.Reporter)
-	if !ok {
+	if !ok || r.Report().Trouble != "" {
 		return
 	}
+	ctx, cancel := context.WithTimeout(ctx, expiriesFor)
+	defer cancel()
 	ends, err := r.Expiries(ctx)
 	if err != nil {
 		return
@@ -274,7 +279,7 @@ type Inspection struct{ n *node }
 func Inspect(ctx context.Context, o Options) (*Inspection, error) {
 	n := &node{
 		Options: o, warned: map[subnet.Subnets]string{}, said: map[string]string{},
-		health: &health{missing: "flanneld, which does not run"}, worker: newWorker(),
+		health: &health{}, worker: newWorker(),
 	}
 	var err error
 	if n.kernel, err = kernel.New(); err != nil {

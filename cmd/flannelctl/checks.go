@@ -192,7 +192,9 @@ func rpFilter(p *patient) []problem {
 	}
 	devices := []string{p.status.Uplink.Name}
 	for _, d := range p.status.Devices {
-		devices = append(devices, d.Name)
+		if !strings.HasPrefix(d.Name, "flannel-v6") && !strings.HasPrefix(d.Name, "flannel-wg-v6") { // which carry no IPv4
+			devices = append(devices, d.Name)
+		}
 	}
 	var found []problem
 	for _, d := range devices {
@@ -346,12 +348,8 @@ func (p *patient) somePeer(like netip.Addr) netip.Addr {
 
 // peers returns the public addresses of all peers.
 func (p *patient) peers() []netip.Addr {
-	leases, err := p.source.Leases(p.ctx)
-	if err != nil {
-		return nil
-	}
 	var ips []netip.Addr
-	for _, l := range leases {
+	for _, l := range p.leases {
 		if !l.Own {
 			ips = append(ips, l.PublicIPs...)
 		}
@@ -365,17 +363,18 @@ func portTaken(p *patient) []problem {
 	if err != nil {
 		return nil
 	}
-	for _, d := range p.status.Devices {
-		if d.VNI == 0 {
+	for _, l := range links {
+		v, ok := l.(*netlink.Vxlan)
+		if !ok || slices.Contains(p.devices(), v.Name) {
 			continue
 		}
-		for _, l := range links {
-			v, ok := l.(*netlink.Vxlan)
-			if !ok || v.Port != d.Port || slices.Contains(p.devices(), v.Name) || v.VxlanId != d.VNI && !v.FlowBased {
+		for _, d := range p.status.Devices {
+			if d.VNI == 0 || v.Port != d.Port || v.VxlanId != d.VNI && !v.FlowBased {
 				continue
 			}
 			found = append(found, problem{fmt.Sprintf("the device %s uses UDP port %d as well, with the same VNI or any: %s cannot be there beside it", v.Name, d.Port, d.Name),
 				[]string{"ip link del " + v.Name + "    # or set another Port in the network configuration, for all nodes"}})
+			break
 		}
 	}
 	for _, port := range p.ports() {

@@ -46,6 +46,9 @@ func (c *cleanup) run(ctx context.Context) error {
 		return err
 	}
 	if !c.dryRun {
+		if !c.yes && !isTerminal(os.Stdin) {
+			return errors.New("nothing was removed: there is no terminal to ask on, give --yes, or --dry-run to see what would be")
+		}
 		if err := c.stopped(ctx); err != nil {
 			return err
 		}
@@ -80,7 +83,7 @@ func (c *cleanup) run(ctx context.Context) error {
 	}
 	files := c.files()
 	for _, f := range files {
-		commands = append(commands, "rm -r "+f)
+		commands = append(commands, "rm -rf "+f)
 	}
 	if len(commands) == 0 {
 		fmt.Fprintln(c.out, "There is nothing of flanneld's on this node.")
@@ -153,9 +156,6 @@ func (c *cleanup) stopped(ctx context.Context) error {
 
 // confirm asks on the terminal.
 func confirm() error {
-	if !isTerminal(os.Stdin) {
-		return errors.New("nothing was removed: there is no terminal to ask on, give --yes")
-	}
 	fmt.Fprint(os.Stderr, "Do all of this? [y/N] ")
 	answer, _ := bufio.NewReader(os.Stdin).ReadString('\n')
 	if a := strings.ToLower(strings.TrimSpace(answer)); a != "y" && a != "yes" {

@@ -64,6 +64,7 @@ type patient struct {
 	status     network.Status
 	env        subnet.Env // what subnet.env says
 	envErr     error
+	leases     []network.Lease
 	rulesets   []ruleset
 }
 
@@ -102,6 +103,7 @@ func (t *tool) doctor(ctx context.Context) error {
 		return err
 	}
 	p.env, p.envErr = subnet.ReadEnv(t.options.SubnetFile)
+	p.leases, _ = src.Leases(ctx) // none: other checks say why
 	p.rulesets = rulesets(ctx)
 	found := []finding{}
 	for _, c := range checks {

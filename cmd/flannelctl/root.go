@@ -59,6 +59,8 @@ Exit status: 0 all is well, 1 something was found, 2 it could not be found out.`
 		SilenceUsage:      true,
 		PersistentPreRunE: t.prepare,
 	}
+	// No template of cobra's is set: with text/template, which calls methods by
+	// name, the linker would have to keep a third more.
 	flags := root.PersistentFlags()
 	t.flags = flags
 	flags.SortFlags = false

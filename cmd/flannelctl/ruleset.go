@@ -28,7 +28,7 @@ type chain struct {
 
 // A rule's fields are what it asks of a packet; empty ones ask for nothing.
 type rule struct {
-	proto    string
+	protos   []string
 	ports    []portRange // of the destination
 	in, out  string      // devices
 	states   []string    // of connections
@@ -100,7 +100,7 @@ func (r rule) may(p packet) bool {
 		prefix, open := strings.CutSuffix(name, "+")
 		return name == "" || at == name || open && strings.HasPrefix(at, prefix)
 	}
-	return (r.proto == "" || r.proto == p.proto) &&
+	return (len(r.protos) == 0 || slices.Contains(r.protos, p.proto)) &&
 		(len(r.ports) == 0 || slices.ContainsFunc(r.ports, func(x portRange) bool { return x.low <= p.port && p.port <= x.high })) &&
 		device(r.in, p.in) && device(r.out, p.out) &&
 		(len(r.states) == 0 || slices.Contains(r.states, "new")) &&
@@ -182,7 +182,7 @@ func parseRule(words []string) rule {
 			not = true
 			continue
 		case "-p":
-			r.proto = value
+			r.protos = []string{value}
 		case "-i":
 			r.in = value
 		case "-o":
@@ -329,7 +329,7 @@ func (r *rule) match(body json.RawMessage) {
 	values := flatten(m.Right)
 	switch p := m.Left.Payload; {
 	case p != nil && (p.Protocol == "tcp" || p.Protocol == "udp"):
-		r.proto = p.Protocol
+		r.protos = []string{p.Protocol}
 		if p.Field != "dport" {
 			r.unsure = true
 			return
@@ -361,8 +361,8 @@ func (r *rule) match(body json.RawMessage) {
 		r.in = strings.Replace(values[0], "*", "+", 1)
 	case m.Left.Meta != nil && (m.Left.Meta.Key == "oifname" || m.Left.Meta.Key == "oif") && len(values) == 1:
 		r.out = values[0]
-	case m.Left.Meta != nil && m.Left.Meta.Key == "l4proto" && len(values) == 1:
-		r.proto = values[0]
+	case m.Left.Meta != nil && m.Left.Meta.Key == "l4proto":
+		r.protos = values
 	default:
 		r.unsure = true
 	}

@@ -47,6 +47,8 @@ func (t *tool) status(s network.Status) {
 		}
 	}
 	switch {
+	case !s.Daemon && t.direct:
+		line("flanneld", "was not asked", nil)
 	case !s.Daemon:
 		line("flanneld", "does not answer", t.bad)
 	case s.Ready:

@@ -61,7 +61,7 @@ build/image/base-$(ARCH).tar: Makefile
 	SOURCE_DATE_EPOCH=0 mmdebstrap --quiet --architectures=$(ARCH) --variant=extract --include=iptables,nftables --skip=output/dev \
 		--extract-hook='rm -rf "$$1"/usr/share/[!x]* "$$1"/usr/lib/*/gconv "$$1"/etc/hostname' bookworm $@
 
-build/image/flannel-$(ARCH).tar: Dockerfile Documentation/kube-flannel.yml build/image/bin/$(ARCH)/flanneld build/image/bin/$(ARCH)/flannel $(if $(BASE),,build/image/base-$(ARCH).tar)
+build/image/flannel-$(ARCH).tar: Dockerfile Documentation/kube-flannel.yml build/image/bin/$(ARCH)/flanneld build/image/bin/$(ARCH)/flannel build/image/bin/$(ARCH)/flannelctl $(if $(BASE),,build/image/base-$(ARCH).tar)
 	@dist/image/with-docker bash -euxc '\
 		export DOCKER_BUILDKIT=1; \
 		base=$(BASE); [ "$$base" ] || { base=flannel-base:$(ARCH); \

@@ -155,7 +155,7 @@ var maladies = []malady{
 	{name: "another device on the port", finds: "port-taken", harm: shell("ip link add vx0 type vxlan external dstport 8472"), heal: shell("ip link del vx0")},
 	{name: "a program on the port", finds: "daemon-down out-of-sync port-taken",
 		harm: steps(stop, shell("ip link del flannel.1"), listenUDP), heal: steps(closeUDP, startAgain)},
-	{name: "an MTU that the uplink lacks", finds: "mtu-uplink", harm: configure(`, "MTU": 9000`), heal: configure("")},
+	{name: "an MTU that the uplink lacks", finds: "daemon-error mtu-uplink out-of-sync subnet-file", harm: configure(`, "MTU": 9000`), heal: configure("")},
 	{name: "a bridge with a larger MTU", finds: "mtu-bridge", harm: shell("ip link set cni0 mtu 1500"), heal: shell("ip link set cni0 mtu 1430")},
 	{name: "an old kernel", finds: "checksum-offload checksum-offload", by: []string{"setarch", "--uname-2.6"}, harm: shell(), heal: shell()},
 	{name: "a clock that is wrong", finds: "clock-skew", harm: serveTime, heal: shell(),
@@ -250,7 +250,8 @@ func (c *clinic) expect(ctx context.Context, m malady, finds string) error {
 		}
 		slices.Sort(names)
 		if got := strings.Join(names, " "); got != finds {
-			return fmt.Errorf("it finds %q: %s", got, out)
+			neigh, _ := c.Run(ctx, "ip neigh")
+			return fmt.Errorf("it finds %q: %s%s", got, out, neigh)
 		}
 		return nil
 	})

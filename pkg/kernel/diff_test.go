@@ -87,3 +87,18 @@ func TestRemoveAll(t *testing.T) {
 		t.Errorf("before\n%s\nafter\n%s", before, after)
 	}
 }
+
+// TestDiffLeavesOthers: what somebody has put in the place of ours is his, once
+// ours is no longer wanted.
+func TestDiffLeavesOthers(t *testing.T) {
+	host(t)
+	r := start(t)
+	nstest.Run(t, "ip route replace 10.5.3.0/24 via 198.18.0.9 proto static")
+	if got := diff(t, r); len(got) != 1 {
+		t.Errorf("while it is wanted: %q", got)
+	}
+	r.Set("direct", peerDirect()[1:])
+	if got := diff(t, r); len(got) > 0 {
+		t.Errorf("when it is not: %q", got)
+	}
+}

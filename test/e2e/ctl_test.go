@@ -75,7 +75,9 @@ func startAgain(ctx context.Context, c *clinic) error {
 }
 
 func configure(more string) func(context.Context, *clinic) error {
-	return func(ctx context.Context, c *clinic) error { return c.Etcd.Configure(ctx, fmt.Sprintf(clinicNetwork, more)) }
+	return func(ctx context.Context, c *clinic) error {
+		return c.Etcd.Configure(ctx, fmt.Sprintf(clinicNetwork, more))
+	}
 }
 
 // letThrough are the rules of a host that lets nothing in but answers and what

@@ -1,5 +1,6 @@
-# An image with flanneld and flannel, the CNI plugin: /opt/bin/flanneld, as in
-# upstream's image, and /opt/bin/flannel. It needs no shell.
+# An image with flanneld, flannel, the CNI plugin, and flannelctl, for operators:
+# /opt/bin/flanneld, as in upstream's image, and beside it the two. It needs no
+# shell.
 #
 #   make image ARCH=arm64 IMAGE=example.com/flannel:v1
 #

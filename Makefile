@@ -63,7 +63,7 @@ build/image/base-$(ARCH).tar: Makefile
 	SOURCE_DATE_EPOCH=0 mmdebstrap --quiet --architectures=$(ARCH) --variant=extract --include=iptables,nftables --skip=output/dev \
 		--extract-hook='rm -rf "$$1"/usr/share/[!x]* "$$1"/usr/lib/*/gconv "$$1"/etc/hostname' bookworm $@
 
-build/image/flannel-$(ARCH).tar: Dockerfile Documentation/kube-flannel.yml build/image/bin/$(ARCH)/flanneld build/image/bin/$(ARCH)/flannel $(if $(BASE),,build/image/base-$(ARCH).tar)
+build/image/flannel-$(ARCH).tar: Dockerfile Documentation/kube-flannel.yml build/image/bin/$(ARCH)/flanneld build/image/bin/$(ARCH)/flannel build/image/bin/$(ARCH)/flannelctl $(if $(BASE),,build/image/base-$(ARCH).tar)
 	@dist/image/with-docker bash -euxc '\
 		export DOCKER_BUILDKIT=1; \
 		base=$(BASE); [ "$$base" ] || { base=flannel-base:$(ARCH); \
@@ -123,7 +123,7 @@ manifest: build/bin/helm ## Write Documentation/kube-flannel.yml anew, from the 
 	mv $@.new Documentation/kube-flannel.yml
 
 docs: ## Write the list of flags in Documentation/configuration.md anew
-	go test -count=1 -run '^TestReference$$' ./cmd/flanneld -update
+	go test -count=1 -run '^TestReference$$' ./cmd/internal/settings -update
 
 # The same sources, version and Go make the same bytes.
 release: build/version ## Archives for all architectures, checksums, a bill of materials: in build/release
@@ -144,7 +144,7 @@ check: build/bin/staticcheck build/bin/helm ## Formatting, vet, staticcheck, go.
 	GOARCH=arm go vet ./pkg/... ./backend/udp ./backend/vxlan # where words of 32 bits matter
 	cd test && go build -o ../build/bin/bill ./cmd/bill
 	build/bin/bill check
-	go test -run '^(TestReference|TestReadme|TestDocumentation)$$' ./cmd/flanneld ./subnet ./backend/...
+	go test -run '^(TestReference|TestReadme|TestDocumentation)$$' ./cmd/internal/settings ./subnet ./backend/...
 	build/bin/helm lint --quiet --strict chart/flannel
 	@diff -u Documentation/kube-flannel.yml <($(MANIFEST)) || { echo "the chart has changed: run make manifest"; exit 1; }
 

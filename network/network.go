@@ -40,7 +40,9 @@ type Options struct {
 	Blackhole bool           // drop what is sent to our subnet and has no pod there
 	Health    netip.AddrPort // where /healthz, /readyz and /metrics are served; port 0: nowhere
 	Profile   bool           // /debug/pprof as well
-	Version   string         // of this program
+
+	StatusSocket string // where flannelctl asks; "": nowhere
+	Version      string // of this program
 }
 
 const (
@@ -70,8 +72,9 @@ type node struct {
 	rules   *rules
 	tenant  *tenant
 	worker  *worker
-	file    *fileWatch           // of the subnet file; nil: it cannot be watched
-	leases  <-chan subnet.Update // nil: not asked for
+	questions
+	file   *fileWatch           // of the subnet file; nil: it cannot be watched
+	leases <-chan subnet.Update // nil: not asked for
 
 	situation               // in force
 	target    situation     // the latest; in force when there is a lease for it
@@ -102,7 +105,7 @@ type situation struct {
 func Run(ctx context.Context, o Options) error {
 	ctx, cancel := context.WithCancel(ctx)
 	n := &node{
-		Options: o, started: time.Now(),
+		Options: o, started: time.Now(), questions: newQuestions(),
 		warned: map[subnet.Subnets]string{}, said: map[string]string{},
 		retry: time.NewTimer(0), retrying: true, retryAfter: retryFirst,
 	}
@@ -120,6 +123,7 @@ func (n *node) run(ctx context.Context) error {
 	if n.health, err = serveHealth(ctx, &n.group, n.Health, n.metrics, n.Profile); err != nil {
 		return err
 	}
+	n.answer(ctx)
 	n.health.waitFor("the network's configuration")
 	if n.cfg, err = n.Manager.Config(ctx); err != nil {
 		return err
@@ -157,6 +161,7 @@ func (n *node) run(ctx context.Context) error {
 	compare := time.NewTicker(n.KernelResync)
 	defer compare.Stop()
 	watchdog := watchdog()
+	close(n.answering)
 	for err == nil {
 		n.converge()
 		n.measure()
@@ -188,6 +193,8 @@ func (n *node) run(ctx context.Context) error {
 				return nil
 			}
 			err = n.look(ctx, cfg)
+		case answer := <-n.asked:
+			answer()
 		case <-n.retry.C:
 			n.retrying = false
 			n.kernel.Retry()

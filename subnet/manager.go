@@ -66,8 +66,22 @@ type Herald interface {
 
 // A State is how a Manager stands with its store.
 type State struct {
+	Store     string    // "etcd at http://127.0.0.1:2379"
 	Connected bool      // the store does what it is asked
+	Trouble   string    // why it does not, once that is known
 	Expires   time.Time // when this node's lease ends unless it is renewed; zero: never, or there is none
+}
+
+// A Reporter is a Manager that tells operators more than the daemon needs.
+type Reporter interface {
+	Manager
+
+	// Expiries asks the store when leases end, the named ones or else all. Those
+	// that never do are left out.
+	Expiries(ctx context.Context, of ...Subnets) (map[Subnets]time.Time, error)
+
+	// Clock asks for the store's time, which is good to the second.
+	Clock(ctx context.Context) (time.Time, error)
 }
 
 // ErrLost says that a lease's subnets now belong to another node.

@@ -6,8 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"net/netip"
 	"os"
 	"os/signal"
 	"runtime"
@@ -17,18 +15,10 @@ import (
 
 	"k8s.io/klog/v2"
 
+	"github.com/flanneld/flanneld/cmd/internal/settings"
 	"github.com/flanneld/flanneld/network"
-	"github.com/flanneld/flanneld/subnet"
-	"github.com/flanneld/flanneld/subnet/etcd"
-	"github.com/flanneld/flanneld/subnet/kube"
 
-	_ "github.com/flanneld/flanneld/backend/alloc"
-	_ "github.com/flanneld/flanneld/backend/awsvpc"
-	_ "github.com/flanneld/flanneld/backend/extension"
-	_ "github.com/flanneld/flanneld/backend/hostgw"
-	_ "github.com/flanneld/flanneld/backend/udp"
-	_ "github.com/flanneld/flanneld/backend/vxlan"
-	_ "github.com/flanneld/flanneld/backend/wireguard"
+	_ "github.com/flanneld/flanneld/backend/all"
 )
 
 // version is set when the program is linked: -ldflags "-X main.version=v1.2.3".
@@ -38,12 +28,12 @@ func main() {
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(50) // the node's memory is the pods'; collecting costs little where little changes
 	}
-	o, err := parseOptions(os.Args[1:], os.Environ())
+	o, err := settings.Parse(os.Args[1:], os.Environ())
 	switch {
-	case errors.Is(err, errHelp):
-		fmt.Print(helpText())
+	case errors.Is(err, settings.ErrHelp):
+		fmt.Print(settings.Help())
 		return
-	case errors.Is(err, errVersion):
+	case errors.Is(err, settings.ErrVersion):
 		fmt.Println(version)
 		return
 	case err != nil:
@@ -64,55 +54,17 @@ func main() {
 	}
 }
 
-func run(ctx context.Context, o *options) error {
-	klog.Infof("flanneld %s, %s, %s", version, runtime.Version(), strings.Join(o.redacted(), " "))
+func run(ctx context.Context, o *settings.Options) error {
+	klog.Infof("flanneld %s, %s, %s", version, runtime.Version(), strings.Join(o.Redacted(), " "))
 	for _, w := range o.Warnings {
 		klog.Warning(w)
 	}
-	manager, err := newManager(ctx, o)
+	manager, err := o.Manager(ctx)
 	if err != nil {
 		return err
 	}
 	defer manager.Close()
-	return network.Run(ctx, network.Options{
-		Manager:      manager,
-		Uplink:       o.Uplink,
-		SubnetFile:   o.SubnetFile,
-		IPMasq:       o.IPMasq,
-		RandomFully:  !o.IPMasqNotRandom,
-		Forward:      o.ForwardRules,
-		RulesResync:  o.RulesResync,
-		KernelResync: o.KernelResync,
-		Blackhole:    o.BlackholeRoute,
-		Health:       netip.AddrPortFrom(o.HealthzIP, uint16(o.HealthzPort)),
-		Profile:      o.Profile,
-		Version:      version,
-	})
-}
-
-// manager is a subnet manager that can be closed.
-type manager interface {
-	subnet.Manager
-	io.Closer
-}
-
-func newManager(ctx context.Context, o *options) (manager, error) {
-	if o.KubeSubnetMgr {
-		return kube.New(ctx, kube.Options{
-			APIURL: o.KubeAPIURL, Kubeconfig: o.KubeconfigFile,
-			AnnotationPrefix: o.KubeAnnotationPrefix,
-			ConfigPath:       o.NetConfigPath,
-			NodeName:         os.Getenv("NODE_NAME"),
-			Namespace:        os.Getenv("POD_NAMESPACE"), Pod: os.Getenv("POD_NAME"),
-			NodeAddress:  o.IfaceNodeAddress,
-			SetCondition: o.SetNodeNetworkUnavailable,
-		})
-	}
-	return etcd.New(ctx, etcd.Options{
-		Endpoints: o.EtcdEndpoints, Prefix: o.EtcdPrefix,
-		CAFile: o.EtcdCAFile, CertFile: o.EtcdCertFile, KeyFile: o.EtcdKeyFile,
-		Username: o.EtcdUsername, Password: string(o.EtcdPassword),
-		RenewMargin: o.LeaseRenewMargin,
-		Identity:    identity(),
-	})
+	options := o.Network(manager)
+	options.Version = version
+	return network.Run(ctx, options)
 }

@@ -20,6 +20,10 @@ type store interface {
 	// many rules read must find now. What is right already it leaves alone.
 	write(context.Context, Ruleset) (rules int, err error)
 
+	// plan returns the command that write would run, "" where all is right
+	// already.
+	plan(context.Context, Ruleset) (command string, err error)
+
 	// counted tells whether every change to the store raises the kernel's
 	// nftables generation.
 	counted() bool

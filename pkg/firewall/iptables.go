@@ -315,17 +315,28 @@ func (ipt *iptables) run(ctx context.Context, script string) error {
 	if script == "" {
 		return nil
 	}
-	args := []string{"--noflush"}
-	if ipt.recent {
-		args = append(args, fmt.Sprintf("--wait=%d", lockSeconds))
-	}
+	args := ipt.args()
 	cmd := exec.CommandContext(ctx, ipt.restore, args...)
 	cmd.Stdin = strings.NewReader(script)
 	out, err := cmd.CombinedOutput()
-	heredoc := fmt.Sprintf("%s-restore %s <<'END'\n%sEND", ipt.name, strings.Join(args, " "), script)
+	heredoc := ipt.heredoc(args, script)
 	if err != nil {
 		return fmt.Errorf("%w: %s; the command was:\n%s", err, bytes.TrimSpace(out), heredoc)
 	}
 	klog.Info(heredoc)
 	return nil
+}
+
+// args are those of iptables-restore.
+func (ipt *iptables) args() []string {
+	args := []string{"--noflush"}
+	if ipt.recent {
+		args = append(args, fmt.Sprintf("--wait=%d", lockSeconds))
+	}
+	return args
+}
+
+// heredoc is the shell command that runs a script.
+func (ipt *iptables) heredoc(args []string, script string) string {
+	return fmt.Sprintf("%s-restore %s <<'END'\n%sEND", ipt.name, strings.Join(args, " "), script)
 }

@@ -298,7 +298,7 @@ func (r *Reconciler) readAll() error {
 			return
 		}
 		r.devices.put(index, d)
-		if r.own(d.name) || alias == linkAlias {
+		if r.own(d.name) || alias == linkAlias || r.Devices != nil && r.Devices(d.name) {
 			own = append(own, slices.Clone(body))
 		}
 	})

@@ -28,6 +28,10 @@ import (
 type Reconciler struct {
 	Networks []netip.Prefix
 
+	// Devices, where it is set, tells of a device's name that it is ours,
+	// though it may lack our mark: upstream's devices have none.
+	Devices func(name string) bool
+
 	sock   *socket
 	links  *netlink.Handle
 	notify *rtnl.Listener

@@ -258,7 +258,8 @@ func (m *Manager) Ready() {}
 func (m *Manager) State() subnet.State {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return subnet.State{Connected: m.outage.over(), Expires: m.expires}
+	connected, trouble := m.outage.state()
+	return subnet.State{Store: "etcd at " + m.endpoints(), Connected: connected, Trouble: trouble, Expires: m.expires}
 }
 
 // expire takes note of when the lease ends.

@@ -165,7 +165,8 @@ type outage struct {
 	// By kind of failure: what was to be done. Empty where nothing else would
 	// succeed either.
 	said map[string]string
-	used bool // something could be done
+	used bool   // something could be done
+	last string // what went wrong last; "" once all is well
 }
 
 func (o *outage) say(purpose, endpoints string, err error) {
@@ -176,6 +177,7 @@ func (o *outage) say(purpose, endpoints string, err error) {
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	o.last = text
 	if _, said := o.said[kind]; said || kind == away && len(o.said) > 0 {
 		return
 	}
@@ -196,15 +198,16 @@ func (o *outage) end(purpose, endpoints string) {
 	}
 	maps.DeleteFunc(o.said, func(_, ended string) bool { return ended == "" || ended == purpose })
 	if len(o.said) == 0 {
+		o.last = ""
 		klog.Infof("etcd at %s is back", endpoints)
 	}
 }
 
-// over tells whether there is none: etcd does what it is asked.
-func (o *outage) over() bool {
+// state tells whether etcd does what it is asked, and why not.
+func (o *outage) state() (connected bool, trouble string) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	return o.used && len(o.said) == 0
+	return o.used && len(o.said) == 0, o.last
 }
 
 // Kinds of failure, apart from those that have an advice of their own.

@@ -383,7 +383,10 @@ func (m *Manager) Ready() {
 }
 
 // State implements subnet.Manager. A lease lasts as long as the Node.
-func (m *Manager) State() subnet.State { return subnet.State{Connected: m.outage.over()} }
+func (m *Manager) State() subnet.State {
+	connected, trouble := m.outage.state()
+	return subnet.State{Store: "Kubernetes' API server at " + m.client.server, Connected: connected, Trouble: trouble}
+}
 
 // Keep implements subnet.Manager: annotations, and the condition once the
 // network is up, are written again when somebody changes them.
@@ -559,12 +562,14 @@ type outage struct {
 	mu   sync.Mutex
 	said map[string]bool // by what explain adds to an error; "" where it adds nothing
 	used bool            // it has done something
+	last string          // what went wrong last; "" once all is well
 }
 
 func (o *outage) say(server, purpose string, err error) {
 	advice := explain(err, server)
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	o.last = err.Error() + advice
 	if o.said[advice] {
 		return
 	}
@@ -581,16 +586,16 @@ func (o *outage) end(server string) {
 	defer o.mu.Unlock()
 	o.used = true
 	if len(o.said) > 0 {
-		o.said = nil
+		o.said, o.last = nil, ""
 		klog.Infof("API server %s is back", server)
 	}
 }
 
-// over tells whether there is none: the API server does what it is asked.
-func (o *outage) over() bool {
+// state tells whether the API server does what it is asked, and why not.
+func (o *outage) state() (connected bool, trouble string) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	return o.used && len(o.said) == 0
+	return o.used && len(o.said) == 0, o.last
 }
 
 // retry calls f until it succeeds or ctx ends.

@@ -345,6 +345,9 @@ func TestFaults(t *testing.T) {
 						r.silence.Round(time.Millisecond), r.underlay.Round(time.Millisecond), r.whole.Round(time.Millisecond), r.last)
 				})
 			}
+			for _, n := range s.Nodes() {
+				labtest.Do(t, waitDiff(ctx, n, "")) // the daemon thinks so, too
+			}
 		})
 	}
 }

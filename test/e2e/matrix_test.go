@@ -72,6 +72,10 @@ func TestMatrix(t *testing.T) {
 					}
 					checkPaths(ctx, t, l, pods)
 					nodes := l.Nodes()
+					labtest.Do(t, waitDiff(ctx, nodes[0], ""))
+					if out, status, err := nodes[0].Ctl(ctx, "doctor"); status != 0 {
+						t.Errorf("flannelctl doctor: %v\n%s", err, out)
+					}
 					for i, to := range pods[1:] {
 						device := b.near
 						if b.nodes[i+1].Routed {

@@ -1,4 +1,6 @@
-package main
+// Package settings is what flanneld can be told by flags and the environment,
+// and what flannelctl must know of it to look for itself.
+package settings
 
 import (
 	"cmp"
@@ -11,6 +13,7 @@ import (
 	"net/netip"
 	"net/url"
 	"os"
+	"path/filepath"
 	"regexp"
 	"regexp/syntax"
 	"slices"
@@ -24,10 +27,11 @@ import (
 	"github.com/flanneld/flanneld/pkg/iface"
 )
 
-// options are what the command line and the environment say, checked as far as
+// Options are what the command line and the environment say, checked as far as
 // it goes without the network.
-type options struct {
+type Options struct {
 	SubnetFile       string
+	StatusSocket     string // "": off
 	LeaseRenewMargin time.Duration
 
 	EtcdEndpoints                         []string // URLs: http, https or unix
@@ -71,11 +75,11 @@ const redacted = "<redacted>"
 func (secret) String() string   { return redacted }
 func (secret) GoString() string { return redacted }
 
-// errHelp and errVersion say that the command line asks for a text on standard
+// ErrHelp and ErrVersion say that the command line asks for a text on standard
 // output, and for nothing else.
 var (
-	errHelp    = errors.New("help is asked for")
-	errVersion = errors.New("the version is asked for")
+	ErrHelp    = errors.New("help is asked for")
+	ErrVersion = errors.New("the version is asked for")
 )
 
 // A setting is one flag, and as a pflag.Value also what was said of it.
@@ -101,11 +105,13 @@ type group struct {
 
 // flags is the table of all flags, which store into o. Its order is that of the
 // help and of the documentation.
-func flags(o *options) []group {
+func flags(o *Options) []group {
 	return []group{
 		{"General", []*setting{
 			{name: "subnet-file", arg: "PATH", def: "/run/flannel/subnet.env", set: into(&o.SubnetFile, path),
 				help: "where to tell CNI, Docker and scripts of this node's subnet"},
+			{name: "status-socket", arg: "PATH", def: statusBeside, set: into(&o.StatusSocket, anything),
+				help: "where flannelctl asks: a unix socket for root alone; auto is flanneld.sock beside the subnet file, off is off"},
 			{name: "subnet-lease-renew-margin", arg: "MINUTES", def: "60", set: into(&o.LeaseRenewMargin, duration("minutes", time.Minute, 1, 1439)),
 				help: "renew the lease, which lasts a day, this long before it ends: 1 to 1439"},
 			{name: "version", def: "false", set: into(&o.version, boolean), help: "print the version and exit"},
@@ -177,13 +183,34 @@ func flags(o *options) []group {
 	}
 }
 
-// parseOptions reads the command line, and for what it does not say the
+// Parse reads the command line, and for what it does not say the
 // environment, whose lines are as os.Environ has them. An error is one line for
-// the operator: what is wrong where, and what is allowed. errHelp and
-// errVersion come before any complaint about the environment.
-func parseOptions(args, env []string) (*options, error) {
-	o := &options{}
+// the operator: what is wrong where, and what is allowed. ErrHelp and
+// ErrVersion come before any complaint about the environment.
+func Parse(args, env []string) (*Options, error) {
 	fs := pflag.NewFlagSet("flanneld", pflag.ContinueOnError)
+	o, err := Flags(fs)
+	if err != nil {
+		return nil, err
+	}
+	if err := fs.Parse(doubleDashes(fs, args)); err != nil {
+		return nil, o.explain(err)
+	}
+	switch {
+	case o.help:
+		return nil, ErrHelp
+	case o.version:
+		return nil, ErrVersion
+	case fs.NArg() > 0:
+		return nil, unexpected(fs.Arg(0), args)
+	}
+	return o, o.Complete(env)
+}
+
+// Flags adds the flags to a set that somebody else parses, who calls Complete
+// then.
+func Flags(fs *pflag.FlagSet) (*Options, error) {
+	o := &Options{}
 	for _, g := range flags(o) {
 		for _, s := range g.settings {
 			if s.def != "" {
@@ -198,22 +225,29 @@ func parseOptions(args, env []string) (*options, error) {
 			}
 		}
 	}
-	if err := fs.Parse(doubleDashes(fs, args)); err != nil {
-		return nil, o.explain(err)
-	}
-	switch {
-	case o.help:
-		return nil, errHelp
-	case o.version:
-		return nil, errVersion
-	case fs.NArg() > 0:
-		return nil, unexpected(fs.Arg(0), args)
-	}
-	if err := o.environment(env); err != nil {
-		return nil, err
-	}
-	return o, o.check()
+	return o, nil
 }
+
+// Complete takes from the environment what the flags did not say, and checks
+// all that was said.
+func (o *Options) Complete(env []string) error {
+	if err := o.environment(env); err != nil {
+		return err
+	}
+	switch o.StatusSocket {
+	case statusBeside:
+		o.StatusSocket = filepath.Join(filepath.Dir(o.SubnetFile), "flanneld.sock")
+	case statusOff:
+		o.StatusSocket = ""
+	}
+	return o.check()
+}
+
+// Values of --status-socket that are no path.
+const (
+	statusBeside = "auto"
+	statusOff    = "off"
+)
 
 // doubleDashes writes -name as --name. Values, and what follows "--", are left
 // alone.
@@ -238,7 +272,7 @@ func doubleDashes(fs *pflag.FlagSet, args []string) []string {
 }
 
 // explain words pflag's errors for the operator.
-func (o *options) explain(err error) error {
+func (o *Options) explain(err error) error {
 	var unknown *pflag.NotExistError
 	var noValue *pflag.ValueRequiredError
 	var invalid *pflag.InvalidValueError
@@ -298,7 +332,7 @@ func serviceLink(name, value string) bool {
 
 // environment takes from env what the command line does not say. An empty
 // variable is one that is not set.
-func (o *options) environment(env []string) error {
+func (o *Options) environment(env []string) error {
 	vars := map[string]string{}
 	for _, line := range env {
 		if name, value, _ := strings.Cut(line, "="); strings.HasPrefix(name, envPrefix) {
@@ -333,7 +367,7 @@ func (o *options) environment(env []string) error {
 }
 
 // check looks at what only settings together tell, and at the files they name.
-func (o *options) check() error {
+func (o *Options) check() error {
 	together := func(a, b string) error {
 		x, y := o.setting(a), o.setting(b)
 		if x.value() == "" {
@@ -394,13 +428,13 @@ func (o *options) check() error {
 }
 
 // setting returns the setting of a flag that exists.
-func (o *options) setting(name string) *setting {
+func (o *Options) setting(name string) *setting {
 	return o.settings[slices.IndexFunc(o.settings, func(s *setting) bool { return s.name == name })]
 }
 
 // redacted returns the flags that differ from their defaults, wherever they
 // were set, as one could type them; but for secrets.
-func (o *options) redacted() []string {
+func (o *Options) Redacted() []string {
 	var out []string
 	for _, s := range o.settings {
 		for _, text := range s.texts {
@@ -412,11 +446,11 @@ func (o *options) redacted() []string {
 	return out
 }
 
-func (o *options) String() string { return strings.Join(o.redacted(), " ") }
+func (o *Options) String() string { return strings.Join(o.Redacted(), " ") }
 
 // nearest returns the flag that name is probably meant to be, "" where none is
 // near.
-func (o *options) nearest(name string) string {
+func (o *Options) nearest(name string) string {
 	best, found := 1+len(name)/4, ""
 	for _, s := range o.settings {
 		if d := distance(strings.ToLower(name), s.name); d < best || d == best && found == "" {
@@ -473,8 +507,8 @@ func (s *setting) value() string {
 func (s *setting) String() string { return s.value() }
 func (s *setting) Type() string   { return s.arg }
 
-// helpText is the answer to --help.
-func helpText() string {
+// Help is the answer to --help.
+func Help() string {
 	var b strings.Builder
 	b.WriteString(`Usage: flanneld [flags]
 
@@ -484,7 +518,7 @@ Every flag can be set in the environment as well, by its name in upper case with
 and FLANNELD_ before it: FLANNELD_ETCD_ENDPOINTS for --etcd-endpoints. The command line wins.
 A flag that is true or false is made true by --name alone, and false by --name=false.
 `)
-	for _, g := range flags(&options{}) {
+	for _, g := range flags(&Options{}) {
 		fmt.Fprintf(&b, "\n%s:\n", g.title)
 		for _, s := range g.settings {
 			fmt.Fprintf(&b, "  --%s", s.name)

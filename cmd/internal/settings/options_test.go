@@ -1,4 +1,4 @@
-package main
+package settings
 
 import (
 	"errors"
@@ -20,9 +20,10 @@ import (
 var update = flag.Bool("update", false, "write testdata")
 
 // defaults are the options of an empty command line.
-func defaults() options {
-	return options{
+func defaults() Options {
+	return Options{
 		SubnetFile:                "/run/flannel/subnet.env",
+		StatusSocket:              "/run/flannel/flanneld.sock",
 		LeaseRenewMargin:          time.Hour,
 		EtcdEndpoints:             []string{"http://127.0.0.1:4001", "http://127.0.0.1:2379"},
 		EtcdPrefix:                "/coreos.com/network",
@@ -54,37 +55,43 @@ func TestParseOptions(t *testing.T) {
 		name string
 		args []string
 		env  []string
-		want func(o *options)
+		want func(o *Options)
 	}{
-		{name: "nothing", want: func(*options) {}},
-		{name: "double dash", args: []string{"--iface=eth0", "--ip-masq", "--public-ip", "198.18.0.1"}, want: func(o *options) {
+		{name: "nothing", want: func(*Options) {}},
+		{name: "double dash", args: []string{"--iface=eth0", "--ip-masq", "--public-ip", "198.18.0.1"}, want: func(o *Options) {
 			o.Uplink.Names, o.IPMasq, o.Uplink.PublicIP = []string{"eth0"}, true, ip("198.18.0.1")
 		}},
-		{name: "single dash", args: []string{"-iface=eth0", "-ip-masq", "-public-ip", "198.18.0.1", "-v=4"}, want: func(o *options) {
+		{name: "single dash", args: []string{"-iface=eth0", "-ip-masq", "-public-ip", "198.18.0.1", "-v=4"}, want: func(o *Options) {
 			o.Uplink.Names, o.IPMasq, o.Uplink.PublicIP = []string{"eth0"}, true, ip("198.18.0.1")
 		}},
-		{name: "a value that looks like a flag", args: []string{"-iface", "-eth0", "--iface-regex", "--x", "-etcd-prefix", "-h", "--etcd-username=-u", "-etcd-password", "--"}, want: func(o *options) {
+		{name: "a value that looks like a flag", args: []string{"-iface", "-eth0", "--iface-regex", "--x", "-etcd-prefix", "-h", "--etcd-username=-u", "-etcd-password", "--"}, want: func(o *Options) {
 			o.Uplink.Names, o.Uplink.Regexps, o.EtcdPrefix, o.EtcdUsername, o.EtcdPassword = []string{"-eth0"}, regexps("--x"), "/-h", "-u", "--"
 		}},
-		{name: "end of flags", args: []string{"--ip-masq", "--"}, want: func(o *options) { o.IPMasq = true }},
-		{name: "booleans", args: []string{"--ip-masq=T", "--ip-masq-fully-random-disable=1", "--iptables-forward-rules=false", "--set-node-network-unavailable=0", "--ip-blackhole-route=TRUE", "--kube-subnet-mgr"}, want: func(o *options) {
+		{name: "the socket is beside the subnet file", args: []string{"--subnet-file=/a/b.env"}, want: func(o *Options) {
+			o.SubnetFile, o.StatusSocket = "/a/b.env", "/a/flanneld.sock"
+		}},
+		{name: "no socket", args: []string{"--status-socket="}, want: func(o *Options) { o.StatusSocket = "" }},
+		{name: "no socket, said in the environment", env: []string{"FLANNELD_STATUS_SOCKET=off"}, want: func(o *Options) { o.StatusSocket = "" }},
+		{name: "another socket", args: []string{"--status-socket=/x.sock"}, want: func(o *Options) { o.StatusSocket = "/x.sock" }},
+		{name: "end of flags", args: []string{"--ip-masq", "--"}, want: func(o *Options) { o.IPMasq = true }},
+		{name: "booleans", args: []string{"--ip-masq=T", "--ip-masq-fully-random-disable=1", "--iptables-forward-rules=false", "--set-node-network-unavailable=0", "--ip-blackhole-route=TRUE", "--kube-subnet-mgr"}, want: func(o *Options) {
 			o.IPMasq, o.IPMasqNotRandom, o.ForwardRules, o.SetNodeNetworkUnavailable, o.BlackholeRoute, o.KubeSubnetMgr = true, true, false, false, true, true
 		}},
-		{name: "the last one counts", args: []string{"--etcd-prefix=/a", "--etcd-prefix=/b", "--ip-masq", "--ip-masq=false"}, want: func(o *options) { o.EtcdPrefix = "/b" }},
-		{name: "repeatable, and taken whole", args: []string{"--iface=eth0,eth1", "--iface=198.18.0.1", "--iface-regex=^10[.]{1,3}", "--iface-regex=b"}, want: func(o *options) {
+		{name: "the last one counts", args: []string{"--etcd-prefix=/a", "--etcd-prefix=/b", "--ip-masq", "--ip-masq=false"}, want: func(o *Options) { o.EtcdPrefix = "/b" }},
+		{name: "repeatable, and taken whole", args: []string{"--iface=eth0,eth1", "--iface=198.18.0.1", "--iface-regex=^10[.]{1,3}", "--iface-regex=b"}, want: func(o *Options) {
 			o.Uplink.Names, o.Uplink.Regexps = []string{"eth0,eth1", "198.18.0.1"}, regexps("^10[.]{1,3}", "b")
 		}},
-		{name: "empty is not set", args: []string{"--iface=", "--iface-regex=", "--iface-can-reach=", "--public-ip=", "--public-ipv6=", "--etcd-cafile=", "--kube-api-url=", "--vmodule="}, want: func(*options) {}},
-		{name: "empty variables are not set", env: []string{"FLANNELD_IFACE=", "FLANNELD_ETCD_PREFIX=", "FLANNELD_HEALTHZ_PORT=", "FLANNELD_NONSENSE"}, want: func(o *options) {
+		{name: "empty is not set", args: []string{"--iface=", "--iface-regex=", "--iface-can-reach=", "--public-ip=", "--public-ipv6=", "--etcd-cafile=", "--kube-api-url=", "--vmodule="}, want: func(*Options) {}},
+		{name: "empty variables are not set", env: []string{"FLANNELD_IFACE=", "FLANNELD_ETCD_PREFIX=", "FLANNELD_HEALTHZ_PORT=", "FLANNELD_NONSENSE"}, want: func(o *Options) {
 			o.Warnings = []string{"environment variable FLANNELD_NONSENSE is ignored, as there is no such setting"}
 		}},
-		{name: "environment", env: []string{"FLANNELD_IFACE=eth0,eth1", "FLANNELD_ETCD_ENDPOINTS=https://e1:2379,https://e2:2379", "FLANNELD_IP_MASQ=true", "FLANNELD_PUBLIC_IPV6=2001:db8::1", "FLANNELD_LOG_BACKTRACE_AT=x.go:1", "PATH=/bin", "IFACE=eth9"}, want: func(o *options) {
+		{name: "environment", env: []string{"FLANNELD_IFACE=eth0,eth1", "FLANNELD_ETCD_ENDPOINTS=https://e1:2379,https://e2:2379", "FLANNELD_IP_MASQ=true", "FLANNELD_PUBLIC_IPV6=2001:db8::1", "FLANNELD_LOG_BACKTRACE_AT=x.go:1", "PATH=/bin", "IFACE=eth9"}, want: func(o *Options) {
 			o.Uplink.Names, o.EtcdEndpoints, o.IPMasq, o.Uplink.PublicIPv6 = []string{"eth0,eth1"}, []string{"https://e1:2379", "https://e2:2379"}, true, ip("2001:db8::1")
 		}},
-		{name: "the command line wins", args: []string{"--iface=eth0", "--ip-masq=false", "--healthz-port=8080"}, env: []string{"FLANNELD_IFACE=eth1", "FLANNELD_IP_MASQ=true", "FLANNELD_HEALTHZ_PORT=nonsense"}, want: func(o *options) {
+		{name: "the command line wins", args: []string{"--iface=eth0", "--ip-masq=false", "--healthz-port=8080"}, env: []string{"FLANNELD_IFACE=eth1", "FLANNELD_IP_MASQ=true", "FLANNELD_HEALTHZ_PORT=nonsense"}, want: func(o *Options) {
 			o.Uplink.Names, o.HealthzPort = []string{"eth0"}, 8080
 		}},
-		{name: "unknown variables", env: []string{"FLANNELD_IFCE=eth0", "FLANNELD_ZZZ=secret", "FLANNELD_ETCD_PASWORD=secret", "FLANNELD_VERSION=v1", "FLANNELD_HEALTH_PORT=8080"}, want: func(o *options) {
+		{name: "unknown variables", env: []string{"FLANNELD_IFCE=eth0", "FLANNELD_ZZZ=secret", "FLANNELD_ETCD_PASWORD=secret", "FLANNELD_VERSION=v1", "FLANNELD_HEALTH_PORT=8080"}, want: func(o *Options) {
 			o.Warnings = []string{
 				"environment variable FLANNELD_ETCD_PASWORD is ignored, as there is no such setting: did you mean FLANNELD_ETCD_PASSWORD?",
 				"environment variable FLANNELD_HEALTH_PORT is ignored, as there is no such setting: did you mean FLANNELD_HEALTHZ_PORT?",
@@ -96,39 +103,39 @@ func TestParseOptions(t *testing.T) {
 			"FLANNELD_SERVICE_HOST=10.3.0.7", "FLANNELD_SERVICE_PORT=8080", "FLANNELD_SERVICE_PORT_METRICS=8080", "FLANNELD_PORT=tcp://10.3.0.7:8080",
 			"FLANNELD_PORT_8285_UDP=udp://10.3.0.7:8285", "FLANNELD_PORT_8285_UDP_PROTO=udp", "FLANNELD_PORT_8285_UDP_PORT=8285", "FLANNELD_PORT_8285_UDP_ADDR=10.3.0.7",
 			"FLANNELD_HEALTHZ_SERVICE_HOST=10.3.0.8", "FLANNELD_HEALTHZ_PORT=tcp://10.3.0.8:8080", "FLANNELD_HEALTHZ_PORT_8080_TCP_ADDR=10.3.0.8",
-		}, want: func(*options) {}},
-		{name: "etcd", args: []string{"--etcd-endpoints=https://e1.example.com:2379/, http://[2001:db8::1]:2379,unix:///run/etcd.sock", "--etcd-prefix=a/b//", "--etcd-username=u", "--etcd-password=p=:@ w"}, want: func(o *options) {
+		}, want: func(*Options) {}},
+		{name: "etcd", args: []string{"--etcd-endpoints=https://e1.example.com:2379/, http://[2001:db8::1]:2379,unix:///run/etcd.sock", "--etcd-prefix=a/b//", "--etcd-username=u", "--etcd-password=p=:@ w"}, want: func(o *Options) {
 			o.EtcdEndpoints = []string{"https://e1.example.com:2379", "http://[2001:db8::1]:2379", "unix:///run/etcd.sock"}
 			o.EtcdPrefix, o.EtcdUsername, o.EtcdPassword = "/a/b", "u", "p=:@ w"
 		}},
-		{name: "files", args: []string{"--etcd-cafile=" + file, "--etcd-keyfile", file}, env: []string{"FLANNELD_ETCD_CERTFILE=" + file}, want: func(o *options) {
+		{name: "files", args: []string{"--etcd-cafile=" + file, "--etcd-keyfile", file}, env: []string{"FLANNELD_ETCD_CERTFILE=" + file}, want: func(o *Options) {
 			o.EtcdCAFile, o.EtcdKeyFile, o.EtcdCertFile = file, file, file
 		}},
-		{name: "endpoints without a scheme", args: []string{"--etcd-endpoints=127.0.0.1:2379,[2001:db8::1]:2379"}, want: func(o *options) {
+		{name: "endpoints without a scheme", args: []string{"--etcd-endpoints=127.0.0.1:2379,[2001:db8::1]:2379"}, want: func(o *Options) {
 			o.EtcdEndpoints = []string{"http://127.0.0.1:2379", "http://[2001:db8::1]:2379"}
 		}},
-		{name: "the same, with TLS", args: []string{"--etcd-endpoints=etcd.example.com:2379", "--etcd-cafile=" + file}, want: func(o *options) {
+		{name: "the same, with TLS", args: []string{"--etcd-endpoints=etcd.example.com:2379", "--etcd-cafile=" + file}, want: func(o *Options) {
 			o.EtcdEndpoints, o.EtcdCAFile = []string{"https://etcd.example.com:2379"}, file
 		}},
-		{name: "a CA alone", args: []string{"--etcd-cafile=" + file}, want: func(o *options) { o.EtcdCAFile = file }},
-		{name: "what Kubernetes does not use is not looked at", args: []string{"--kube-subnet-mgr", "--etcd-cafile=/nowhere", "--etcd-username=u"}, want: func(o *options) {
+		{name: "a CA alone", args: []string{"--etcd-cafile=" + file}, want: func(o *Options) { o.EtcdCAFile = file }},
+		{name: "what Kubernetes does not use is not looked at", args: []string{"--kube-subnet-mgr", "--etcd-cafile=/nowhere", "--etcd-username=u"}, want: func(o *Options) {
 			o.KubeSubnetMgr, o.EtcdCAFile, o.EtcdUsername = true, "/nowhere", "u"
 		}},
-		{name: "nor what etcd does not use", args: []string{"--kubeconfig-file=/nowhere"}, want: func(o *options) { o.KubeconfigFile = "/nowhere" }},
-		{name: "Kubernetes", args: []string{"--kube-subnet-mgr", "--kube-api-url=https://api.example.com/k8s", "--kubeconfig-file=" + file, "--net-config-path=/x", "--kube-annotation-prefix=example.com/flannel"}, want: func(o *options) {
+		{name: "nor what etcd does not use", args: []string{"--kubeconfig-file=/nowhere"}, want: func(o *Options) { o.KubeconfigFile = "/nowhere" }},
+		{name: "Kubernetes", args: []string{"--kube-subnet-mgr", "--kube-api-url=https://api.example.com/k8s", "--kubeconfig-file=" + file, "--net-config-path=/x", "--kube-annotation-prefix=example.com/flannel"}, want: func(o *Options) {
 			o.KubeSubnetMgr, o.KubeAPIURL, o.KubeconfigFile, o.NetConfigPath, o.KubeAnnotationPrefix = true, "https://api.example.com/k8s", file, "/x", "example.com/flannel-"
 		}},
-		{name: "annotation prefix with a dash", args: []string{"--kube-annotation-prefix=example.com/flannel-"}, want: func(o *options) { o.KubeAnnotationPrefix = "example.com/flannel-" }},
-		{name: "annotation prefix with a slash", args: []string{"--kube-annotation-prefix=example.com/"}, want: func(o *options) { o.KubeAnnotationPrefix = "example.com/" }},
-		{name: "numbers", args: []string{"--subnet-lease-renew-margin=1439", "--iptables-resync=60", "--kernel-resync=7", "--healthz-port=65535", "--healthz-ip=::"}, want: func(o *options) {
+		{name: "annotation prefix with a dash", args: []string{"--kube-annotation-prefix=example.com/flannel-"}, want: func(o *Options) { o.KubeAnnotationPrefix = "example.com/flannel-" }},
+		{name: "annotation prefix with a slash", args: []string{"--kube-annotation-prefix=example.com/"}, want: func(o *Options) { o.KubeAnnotationPrefix = "example.com/" }},
+		{name: "numbers", args: []string{"--subnet-lease-renew-margin=1439", "--iptables-resync=60", "--kernel-resync=7", "--healthz-port=65535", "--healthz-ip=::"}, want: func(o *Options) {
 			o.LeaseRenewMargin, o.RulesResync, o.KernelResync, o.HealthzPort, o.HealthzIP = 1439*time.Minute, time.Minute, 7*time.Second, 65535, netip.IPv6Unspecified()
 		}},
-		{name: "addresses", args: []string{"--public-ip=198.18.0.1", "--public-ipv6=2001:DB8::0001", "--iface-can-reach=2001:db8::2"}, want: func(o *options) {
+		{name: "addresses", args: []string{"--public-ip=198.18.0.1", "--public-ipv6=2001:DB8::0001", "--iface-can-reach=2001:db8::2"}, want: func(o *Options) {
 			o.Uplink.PublicIP, o.Uplink.PublicIPv6, o.Uplink.CanReach = ip("198.18.0.1"), ip("2001:db8::1"), ip("2001:db8::2")
 		}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			got, err := parseOptions(c.args, c.env)
+			got, err := Parse(c.args, c.env)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -227,7 +234,7 @@ func TestParseOptionsError(t *testing.T) {
 			split := func(s string) []string {
 				return slices.DeleteFunc(strings.Split(s, "|"), func(w string) bool { return w == "" })
 			}
-			_, err := parseOptions(split(c.args), split(c.env))
+			_, err := Parse(split(c.args), split(c.env))
 			if err == nil {
 				t.Fatal("no error")
 			}
@@ -246,15 +253,15 @@ func TestHelpAndVersion(t *testing.T) {
 		args string
 		want error
 	}{
-		{"--help", errHelp}, {"-help", errHelp}, {"-h", errHelp}, {"--ip-masq -h", errHelp}, {"--help --version", errHelp}, {"help --help", errHelp},
-		{"--version", errVersion}, {"-version", errVersion}, {"--version=true", errVersion}, {"--version=false", nil},
+		{"--help", ErrHelp}, {"-help", ErrHelp}, {"-h", ErrHelp}, {"--ip-masq -h", ErrHelp}, {"--help --version", ErrHelp}, {"help --help", ErrHelp},
+		{"--version", ErrVersion}, {"-version", ErrVersion}, {"--version=true", ErrVersion}, {"--version=false", nil},
 	} {
 		// A broken environment must not be in the way.
 		env := []string{"FLANNELD_HEALTHZ_PORT=nonsense"}
 		if c.want == nil {
 			env = nil
 		}
-		if _, err := parseOptions(strings.Fields(c.args), env); !errors.Is(err, c.want) {
+		if _, err := Parse(strings.Fields(c.args), env); !errors.Is(err, c.want) {
 			t.Errorf("%s: got %v, want %v", c.args, err, c.want)
 		}
 	}
@@ -266,7 +273,7 @@ func TestHelpText(t *testing.T) {
 		if err := os.MkdirAll("testdata", 0o755); err != nil {
 			t.Fatal(err)
 		}
-		if err := os.WriteFile(golden, []byte(helpText()), 0o644); err != nil {
+		if err := os.WriteFile(golden, []byte(Help()), 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -274,20 +281,20 @@ func TestHelpText(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got := helpText(); got != string(want) {
+	if got := Help(); got != string(want) {
 		t.Errorf("not as in %s (go test -update writes it):\n%s", golden, got)
 	}
 }
 
 func TestRedacted(t *testing.T) {
-	o, err := parseOptions(
+	o, err := Parse(
 		[]string{"--iface=eth0", "--iface=eth1", "-ip-masq", "--healthz-port=0", "--etcd-username=u", "--etcd-prefix=/c", "--etcd-prefix=/a", "--iface-regex="},
 		[]string{"FLANNELD_ETCD_PASSWORD=hunter2", "FLANNELD_IPTABLES_RESYNC=60", "FLANNELD_ETCD_PREFIX=/b"})
 	if err != nil {
 		t.Fatal(err)
 	}
 	want := []string{"--etcd-prefix=/a", "--etcd-username=u", "--etcd-password=<redacted>", "--iface=eth0", "--iface=eth1", "--ip-masq=true", "--iptables-resync=60"}
-	if got := o.redacted(); !slices.Equal(got, want) {
+	if got := o.Redacted(); !slices.Equal(got, want) {
 		t.Errorf("got  %q\nwant %q", got, want)
 	}
 	if o.EtcdPassword != "hunter2" {
@@ -304,23 +311,23 @@ func TestRedacted(t *testing.T) {
 
 func TestLogFlags(t *testing.T) {
 	t.Cleanup(func() {
-		if _, err := parseOptions(nil, nil); err != nil { // back to the defaults
+		if _, err := Parse(nil, nil); err != nil { // back to the defaults
 			t.Error(err)
 		}
 	})
-	if _, err := parseOptions([]string{"-v=4"}, []string{"FLANNELD_V=9"}); err != nil {
+	if _, err := Parse([]string{"-v=4"}, []string{"FLANNELD_V=9"}); err != nil {
 		t.Fatal(err)
 	}
 	if !klog.V(4).Enabled() || klog.V(5).Enabled() {
 		t.Error("-v=4 does not set the log level to 4")
 	}
-	if _, err := parseOptions(nil, []string{"FLANNELD_V=9", "FLANNELD_VMODULE=options_test=10"}); err != nil {
+	if _, err := Parse(nil, []string{"FLANNELD_V=9", "FLANNELD_VMODULE=options_test=10"}); err != nil {
 		t.Fatal(err)
 	}
 	if !klog.V(10).Enabled() {
 		t.Error("vmodule is without effect")
 	}
-	if _, err := parseOptions([]string{"--vmodule="}, nil); err != nil {
+	if _, err := Parse([]string{"--vmodule="}, nil); err != nil {
 		t.Fatal(err)
 	}
 	if klog.V(1).Enabled() {
@@ -361,6 +368,7 @@ pprof false
 public-ip
 public-ipv6
 set-node-network-unavailable true
+status-socket auto
 subnet-file /run/flannel/subnet.env
 subnet-lease-renew-margin 60
 v 0
@@ -368,7 +376,7 @@ version false
 vmodule
 `
 	var lines []string
-	for _, g := range flags(&options{}) {
+	for _, g := range flags(&Options{}) {
 		for _, s := range g.settings {
 			lines = append(lines, strings.TrimSpace(s.name+" "+s.def))
 			if s.help == "" || strings.Contains(s.help, "\n") {

@@ -1,4 +1,4 @@
-package main
+package settings
 
 import (
 	"fmt"
@@ -11,7 +11,7 @@ import (
 // their table.
 func reference() string {
 	var b strings.Builder
-	for _, g := range flags(&options{}) {
+	for _, g := range flags(&Options{}) {
 		fmt.Fprintf(&b, "\n**%s**\n\n| flag | default | meaning |\n| --- | --- | --- |\n", g.title)
 		for _, s := range g.settings {
 			fmt.Fprintf(&b, "| `--%s", s.name)
@@ -35,7 +35,7 @@ func reference() string {
 // TestReference: the documentation lists the flags as they are. "make docs"
 // writes it.
 func TestReference(t *testing.T) {
-	const page, begin, end = "../../Documentation/configuration.md", "<!-- made by make docs -->\n", "<!-- end -->\n"
+	const page, begin, end = "../../../Documentation/configuration.md", "<!-- made by make docs -->\n", "<!-- end -->\n"
 	text, err := os.ReadFile(page)
 	if err != nil {
 		t.Fatal(err)

@@ -1,0 +1,551 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// showLog is where the daemon says more.
+var showLog = []string{"journalctl -u flanneld -n 50    # in Kubernetes: kubectl -n kube-flannel logs ds/kube-flannel-ds"}
+
+func daemonDown(p *patient) []problem {
+	pids := daemons()
+	switch {
+	case p.daemonless == nil || p.direct && len(pids) > 0:
+		return nil
+	case len(pids) == 0:
+		return []problem{{"flanneld does not run on this node: what changes, here or on other nodes, is not followed",
+			[]string{"systemctl restart flanneld    # in Kubernetes: kubectl -n kube-flannel get pods -o wide"}}}
+	case processState(pids[0]) == 'T':
+		return []problem{{fmt.Sprintf("flanneld, process %d, is stopped by a signal", pids[0]), []string{fmt.Sprintf("kill -CONT %d", pids[0])}}}
+	case p.options.StatusSocket == "":
+		return nil
+	}
+	return []problem{{fmt.Sprintf("flanneld runs, process %d, but does not answer: %v", pids[0], p.daemonless), []string{"systemctl restart flanneld"}}}
+}
+
+func daemonWaiting(p *patient) []problem {
+	if !p.status.Daemon || p.status.Ready {
+		return nil
+	}
+	return []problem{{"flanneld is not ready, it waits for " + p.status.Waiting, showLog}}
+}
+
+func daemonError(p *patient) []problem {
+	var found []problem
+	for _, duty := range slices.Sorted(maps.Keys(p.status.Errors)) {
+		found = append(found, problem{duty + ": " + p.status.Errors[duty], showLog})
+	}
+	if p.status.Daemon && p.status.Ready && !p.status.Rules.InPlace {
+		found = append(found, problem{"the rules of " + p.status.Rules.Mode + " cannot be set: the log says why", showLog})
+	}
+	return found
+}
+
+func storeUnreachable(p *patient) []problem {
+	s := p.status.Store
+	if s.Trouble == "" {
+		return nil
+	}
+	fix := []string{"etcdctl --endpoints=" + strings.Join(p.options.EtcdEndpoints, ",") + " endpoint health"}
+	if !strings.HasPrefix(s.Name, "etcd") {
+		fix = []string{"curl -k " + s.Name[strings.LastIndexByte(s.Name, ' ')+1:] + "/readyz"}
+	} else if p.status.Daemon {
+		fix = []string{"etcdctl --endpoints=" + strings.TrimPrefix(s.Name, "etcd at ") + " endpoint health"}
+	}
+	return []problem{{s.Name + " is of no use: " + s.Trouble + ". Pods go on talking; changes are not followed, and the lease may end", fix}}
+}
+
+func leaseMissing(p *patient) []problem {
+	s := p.status
+	switch {
+	case s.Lease != nil || s.Store.Trouble != "" || s.Daemon: // which waits for it, or has an error
+		return nil
+	case s.Uplink == nil:
+		return []problem{{"whether this node has a lease cannot be told: waiting for " + s.Waiting, nil}}
+	}
+	return []problem{{"this node has no lease: its subnet may be given to another", []string{"systemctl restart flanneld"}}}
+}
+
+func leaseExpired(p *patient) []problem {
+	l := p.status.Lease
+	if l == nil || l.Expires.IsZero() || time.Until(l.Expires) > 0 {
+		return nil
+	}
+	return []problem{{fmt.Sprintf("the lease of %s has expired, %s ago: another node may get the subnet", join(l.Subnets), ago(l.Expires)), []string{"systemctl restart flanneld"}}}
+}
+
+func peerLeftOut(p *patient) []problem {
+	var found []problem
+	for _, l := range p.status.LeftOut {
+		found = append(found, problem{fmt.Sprintf("%s at %s: %s", join(l.Subnets), join(l.PublicIPs), l.Problem), []string{"flannelctl leases"}})
+	}
+	return found
+}
+
+func outOfSync(p *patient) []problem {
+	if p.status.Lease == nil {
+		return nil
+	}
+	commands, err := p.source.Diff(p.ctx)
+	if len(commands) > 0 && p.status.Daemon {
+		// It mends that now.
+		select {
+		case <-time.After(time.Second):
+		case <-p.ctx.Done():
+		}
+		commands, err = p.source.Diff(p.ctx)
+	}
+	switch {
+	case err != nil:
+		return []problem{{fmt.Sprintf("what the host lacks cannot be told: %v", err), showLog}}
+	case len(commands) == 0:
+		return nil
+	}
+	text := fmt.Sprintf("%d things differ from what is wanted", len(commands))
+	const few = 10
+	if len(commands) > few {
+		commands = append(commands[:few:few], "flannelctl diff    # shows all")
+	}
+	return []problem{{text, commands}}
+}
+
+func subnetFile(p *patient) []problem {
+	if p.status.Lease == nil || p.status.SubnetFile.Written {
+		return nil
+	}
+	text := p.status.SubnetFile.Path + " does not say what it should"
+	if p.envErr != nil {
+		text = p.envErr.Error()
+	}
+	return []problem{{text + ": new pods get no address, or a wrong MTU", []string{"systemctl restart flanneld"}}}
+}
+
+// setting returns a file below /proc/sys, "" where there is none.
+func setting(name string) string {
+	text, err := os.ReadFile("/proc/sys/" + name)
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(text))
+}
+
+func (p *patient) has(family func(netip.Addr) bool) bool {
+	return slices.ContainsFunc(p.status.Network, func(n netip.Prefix) bool { return family(n.Addr()) })
+}
+
+func ipForward(p *patient) []problem {
+	var found []problem
+	for _, f := range []struct {
+		family        string
+		is            func(netip.Addr) bool
+		file, setting string
+	}{
+		{"IPv4", netip.Addr.Is4, "net/ipv4/ip_forward", "net.ipv4.ip_forward"},
+		{"IPv6", netip.Addr.Is6, "net/ipv6/conf/all/forwarding", "net.ipv6.conf.all.forwarding"},
+	} {
+		if p.has(f.is) && setting(f.file) != "1" {
+			found = append(found, problem{fmt.Sprintf("this host does not forward %s: pods reach nothing but their node", f.family), []string{"sysctl -w " + f.setting + "=1"}})
+		}
+	}
+	return found
+}
+
+func brNetfilter(p *patient) []problem {
+	if p.status.Rules.Mode != "iptables" {
+		return nil
+	}
+	var fix []string
+	if setting("net/bridge/bridge-nf-call-iptables") == "" {
+		fix = append(fix, "modprobe br_netfilter")
+	}
+	for _, f := range []struct {
+		is   func(netip.Addr) bool
+		name string
+	}{{netip.Addr.Is4, "iptables"}, {netip.Addr.Is6, "ip6tables"}} {
+		if p.has(f.is) && setting("net/bridge/bridge-nf-call-"+f.name) != "1" {
+			fix = append(fix, "sysctl -w net.bridge.bridge-nf-call-"+f.name+"=1")
+		}
+	}
+	if fix == nil {
+		return nil
+	}
+	return []problem{{"iptables does not see what pods of this node send each other: services do not work among them", fix}}
+}
+
+func rpFilter(p *patient) []problem {
+	if !p.has(netip.Addr.Is4) || p.status.Uplink == nil {
+		return nil
+	}
+	devices := []string{p.status.Uplink.Name}
+	for _, d := range p.status.Devices {
+		if !strings.HasPrefix(d.Name, "flannel-v6") && !strings.HasPrefix(d.Name, "flannel-wg-v6") { // which carry no IPv4
+			devices = append(devices, d.Name)
+		}
+	}
+	var found []problem
+	for _, d := range devices {
+		own := setting("net/ipv4/conf/" + d + "/rp_filter")
+		if own == "" || max(own, setting("net/ipv4/conf/all/rp_filter")) != "1" {
+			continue // 2 is loose, and the higher one counts
+		}
+		found = append(found, problem{fmt.Sprintf("strict filtering of source addresses (rp_filter) on %s drops what comes in by another way than answers go out", d),
+			[]string{fmt.Sprintf("sysctl -w net/ipv4/conf/%s/rp_filter=2", d)}})
+	}
+	return found
+}
+
+// bridge returns the device that holds this node's end of the subnet, as
+// subnet.env says; nil if there is none yet.
+func (p *patient) bridge() netlink.Link {
+	addrs, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
+	if err != nil || p.envErr != nil {
+		return nil
+	}
+	for _, a := range addrs {
+		ip, _ := netip.AddrFromSlice(a.IP)
+		for _, s := range p.env.Subnets.Each() {
+			if s.Addr().Next() == ip.Unmap() {
+				if l, err := netlink.LinkByIndex(a.LinkIndex); err == nil {
+					return l
+				}
+			}
+		}
+	}
+	return nil
+}
+
+func forwardDrop(p *patient) []problem {
+	if p.status.Lease == nil {
+		return nil
+	}
+	inner, outer := "cni0", p.status.Uplink.Name
+	if l := p.bridge(); l != nil {
+		inner = l.Attrs().Name
+	}
+	if len(p.status.Devices) > 0 {
+		outer = p.status.Devices[0].Name
+	}
+	var found []problem
+	for _, s := range p.status.Lease.Subnets {
+		i := slices.IndexFunc(p.status.Network, func(n netip.Prefix) bool { return n.Contains(s.Addr()) })
+		if i < 0 {
+			continue
+		}
+		network := p.status.Network[i]
+		here, there := s.Addr().Next(), network.Addr().Next()
+		out := packet{proto: "tcp", port: 40000, in: inner, out: outer, src: here, dst: there}
+		in := packet{proto: "tcp", port: 40000, in: outer, out: inner, src: there, dst: here}
+		for _, r := range p.rulesets {
+			if !r.is(network.Addr()) || r.passes("forward", in) && r.passes("forward", out) {
+				continue
+			}
+			found = append(found, problem{fmt.Sprintf("%s drops what is forwarded from and to %s", r, network), r.acceptForward(network)})
+		}
+	}
+	return found
+}
+
+// is tells whether the ruleset is about addresses of that family.
+func (r ruleset) is(a netip.Addr) bool {
+	return r.family == "inet" || (r.family == "ip") == a.Is4()
+}
+
+func (r ruleset) String() string {
+	if r.program == "nft" {
+		return fmt.Sprintf("the table %s %s of nftables", r.family, r.table)
+	}
+	return r.program
+}
+
+// chain returns the name of a chain of a hook.
+func (r ruleset) chain(hook string) string {
+	for _, name := range slices.Sorted(maps.Keys(r.chains)) {
+		if r.chains[name].hook == hook {
+			return name
+		}
+	}
+	return ""
+}
+
+func (r ruleset) acceptForward(network netip.Prefix) []string {
+	if r.program != "nft" {
+		return []string{fmt.Sprintf("%s -I FORWARD -s %s -j ACCEPT", r.program, network), fmt.Sprintf("%s -I FORWARD -d %s -j ACCEPT", r.program, network)}
+	}
+	ip := "ip"
+	if network.Addr().Is6() {
+		ip = "ip6"
+	}
+	at := fmt.Sprintf("nft insert rule %s %s %s %s", r.family, r.table, r.chain("forward"), ip)
+	return []string{fmt.Sprintf("%s saddr %s accept", at, network), fmt.Sprintf("%s daddr %s accept", at, network)}
+}
+
+// ports are those that peers send to, UDP all.
+func (p *patient) ports() []int {
+	s := p.status
+	switch s.Backend {
+	case "vxlan":
+		var all []int
+		for _, d := range s.Devices {
+			if d.Port != 0 && !slices.Contains(all, d.Port) {
+				all = append(all, d.Port)
+			}
+		}
+		return all
+	case "udp":
+		return []int{cmp.Or(s.Port, 8285)}
+	case "wireguard":
+		return []int{cmp.Or(s.Port, 51820)}
+	}
+	return nil
+}
+
+func portBlocked(p *patient) []problem {
+	u := p.status.Uplink
+	if u == nil {
+		return nil
+	}
+	var found []problem
+	for _, port := range p.ports() {
+		for _, own := range u.Addresses {
+			for _, r := range p.rulesets {
+				if !r.is(own) || r.passes("input", packet{proto: "udp", port: port, in: u.Name, src: p.somePeer(own), dst: own}) {
+					continue
+				}
+				fix := fmt.Sprintf("%s -I INPUT -p udp --dport %d -j ACCEPT", r.program, port)
+				if r.program == "nft" {
+					fix = fmt.Sprintf("nft insert rule %s %s %s udp dport %d accept", r.family, r.table, r.chain("input"), port)
+				}
+				found = append(found, problem{fmt.Sprintf("%s drops what peers send to UDP port %d", r, port), []string{fix}})
+			}
+		}
+	}
+	return found
+}
+
+// somePeer returns the address of a peer, or one that could be a peer's.
+func (p *patient) somePeer(like netip.Addr) netip.Addr {
+	for _, ip := range p.peers() {
+		if ip.Is4() == like.Is4() {
+			return ip
+		}
+	}
+	return like.Prev()
+}
+
+// peers returns the public addresses of all peers.
+func (p *patient) peers() []netip.Addr {
+	var ips []netip.Addr
+	for _, l := range p.leases {
+		if !l.Own {
+			ips = append(ips, l.PublicIPs...)
+		}
+	}
+	return ips
+}
+
+func portTaken(p *patient) []problem {
+	var found []problem
+	links, err := netlink.LinkList()
+	if err != nil {
+		return nil
+	}
+	for _, l := range links {
+		v, ok := l.(*netlink.Vxlan)
+		if !ok || slices.Contains(p.devices(), v.Name) {
+			continue
+		}
+		for _, d := range p.status.Devices {
+			if d.VNI == 0 || v.Port != d.Port || v.VxlanId != d.VNI && !v.FlowBased {
+				continue
+			}
+			found = append(found, problem{fmt.Sprintf("the device %s uses UDP port %d as well, with the same VNI or any: %s cannot be there beside it", v.Name, d.Port, d.Name),
+				[]string{"ip link del " + v.Name + "    # or set another Port in the network configuration, for all nodes"}})
+			break
+		}
+	}
+	for _, port := range p.ports() {
+		for _, owner := range owners(port) {
+			if owner.name == "flanneld" {
+				continue
+			}
+			found = append(found, problem{fmt.Sprintf("the program %s, process %d, listens on UDP port %d", owner.name, owner.pid, port),
+				[]string{fmt.Sprintf("kill %d    # or set another Port in the network configuration, for all nodes", owner.pid)}})
+		}
+	}
+	return found
+}
+
+func (p *patient) devices() []string {
+	var names []string
+	for _, d := range p.status.Devices {
+		names = append(names, d.Name)
+	}
+	return names
+}
+
+// An owner is a process that has a socket.
+type owner struct {
+	pid  int
+	name string
+}
+
+// owners returns the processes that listen on a UDP port. Sockets of the kernel,
+// as a VXLAN device has, are nobody's.
+func owners(port int) []owner {
+	sockets := map[string]bool{}
+	for _, file := range []string{"/proc/self/net/udp", "/proc/self/net/udp6"} {
+		text, _ := os.ReadFile(file) // no IPv6, no file
+		for line := range strings.Lines(string(text)) {
+			// "1: 00000000:2118 00000000:0000 07 … inode" (proc_net_udp)
+			f := strings.Fields(line)
+			if len(f) > 9 && strings.HasSuffix(f[1], fmt.Sprintf(":%04X", port)) {
+				sockets["socket:["+f[9]+"]"] = true
+			}
+		}
+	}
+	if len(sockets) == 0 {
+		return nil
+	}
+	var found []owner
+	files, _ := filepath.Glob("/proc/[0-9]*/fd/*")
+	for _, file := range files {
+		to, err := os.Readlink(file)
+		if err != nil || !sockets[to] {
+			continue
+		}
+		dir := filepath.Dir(filepath.Dir(file))
+		pid, _ := strconv.Atoi(filepath.Base(dir))
+		name, _ := os.ReadFile(dir + "/comm")
+		if o := (owner{pid, strings.TrimSpace(string(name))}); !slices.Contains(found, o) {
+			found = append(found, o)
+		}
+	}
+	return found
+}
+
+func mtuUplink(p *patient) []problem {
+	u := p.status.Uplink
+	if u == nil {
+		return nil
+	}
+	most, whose := p.status.MTU, "pods"
+	for _, d := range p.status.Devices {
+		overhead := 0
+		if d.VNI != 0 {
+			if overhead = 50; strings.HasPrefix(d.Name, "flannel-v6") {
+				overhead = 70
+			}
+		}
+		if d.MTU+overhead > most {
+			most, whose = d.MTU+overhead, d.Name
+		}
+	}
+	if most <= u.MTU {
+		return nil
+	}
+	return []problem{{fmt.Sprintf("%s may send packets of %d bytes, tunnel and all, and the uplink %s carries %d", whose, most, u.Name, u.MTU),
+		[]string{fmt.Sprintf("ip link set %s mtu %d    # or set a smaller MTU in the Backend of the network configuration", u.Name, most)}}}
+}
+
+func mtuBridge(p *patient) []problem {
+	var found []problem
+	s := p.status
+	if p.envErr == nil && s.MTU > 0 && p.env.MTU > s.MTU {
+		found = append(found, problem{fmt.Sprintf("%s gives pods an MTU of %d, and the backend carries %d", p.options.SubnetFile, p.env.MTU, s.MTU), []string{"systemctl restart flanneld"}})
+	}
+	l := p.bridge()
+	if l == nil || s.MTU == 0 || l.Attrs().MTU <= s.MTU {
+		return found
+	}
+	name := l.Attrs().Name
+	return append(found, problem{fmt.Sprintf("the MTU of %s is %d, and %d is the most that reaches other nodes: large packets vanish", name, l.Attrs().MTU, s.MTU),
+		[]string{fmt.Sprintf("ip link set %s mtu %d    # and make the pods on it anew", name, s.MTU)}})
+}
+
+// mended are the releases, of each series that was still kept, from which on a
+// checksum of zero survives masquerading; all series after the last have it.
+var mended = [][3]int{{4, 14, 181}, {4, 19, 123}, {5, 4, 41}, {5, 6, 13}}
+
+// garbles tells whether a kernel of that release gets the outer checksum of
+// masqueraded VXLAN packets wrong where the device computes it.
+func garbles(release string) bool {
+	var v [3]int
+	for i, part := range strings.SplitN(release, ".", 3) {
+		digits := strings.IndexFunc(part, func(r rune) bool { return r < '0' || r > '9' })
+		if digits >= 0 {
+			part = part[:digits]
+		}
+		v[i], _ = strconv.Atoi(part)
+	}
+	for _, m := range mended {
+		if v[0] == m[0] && v[1] == m[1] {
+			return v[2] < m[2]
+		}
+	}
+	last := mended[len(mended)-1]
+	return slices.Compare(v[:2], last[:2]) < 0
+}
+
+func checksumOffload(p *patient) []problem {
+	var name unix.Utsname
+	if unix.Uname(&name) != nil {
+		return nil
+	}
+	release := unix.ByteSliceToString(name.Release[:])
+	if !garbles(release) {
+		return nil
+	}
+	var found []problem
+	for _, d := range p.status.Devices {
+		if d.VNI != 0 && offloads(d.Name) {
+			found = append(found, problem{fmt.Sprintf("Linux %s gets checksums of masqueraded packets in %s wrong: services time out from other nodes", release, d.Name),
+				[]string{fmt.Sprintf("ethtool -K %s tx-checksum-ip-generic off    # Linux 5.6.13, 5.4.41, 4.19.123 and 4.14.181 have it right", d.Name)}})
+		}
+	}
+	return found
+}
+
+// clockTolerance is how far clocks may be apart. Certificates and tokens, which
+// is what clocks matter for, are made with some minutes to spare.
+const clockTolerance = 30 * time.Second
+
+func clockSkew(p *patient) []problem {
+	ctx, cancel := context.WithTimeout(p.ctx, daemonPatience)
+	defer cancel()
+	d, err := p.source.Skew(ctx)
+	if err != nil || d.Abs() < clockTolerance {
+		return nil // that the store is away is another check's
+	}
+	way := "ahead of"
+	if d < 0 {
+		way = "behind"
+	}
+	return []problem{{fmt.Sprintf("this host's clock is %v %s that of %s: certificates and tokens may count as expired", d.Abs().Round(time.Second), way, p.status.Store.Name),
+		[]string{"timedatectl set-ntp true"}}}
+}
+
+func peerUnreachable(p *patient) []problem {
+	var found []problem
+	for _, r := range reach(p.ctx, sample(p.peers())) {
+		if r.err != nil {
+			found = append(found, problem{fmt.Sprintf("the host of a peer, %s, cannot be reached: %v", r.ip, r.err), []string{fmt.Sprintf("ip route get %s && ping -c 3 %s", r.ip, r.ip)}})
+		}
+	}
+	return found
+}
+
+var errSilent = errors.New("it does not answer to ping, as others do")

@@ -1,0 +1,101 @@
+package firewall
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"regexp"
+	"slices"
+	"strings"
+)
+
+// Plan returns the commands that Apply would run to have the kernel hold the
+// desired rules and nothing else of ours. It changes nothing. A family that
+// wants no rules, and does not work on this node, has no say.
+func (d *Driver) Plan(ctx context.Context, want Desired) ([]string, error) {
+	var commands []string
+	var errs []error
+	for i, rules := range []Ruleset{want.IPv4, want.IPv6} {
+		s := d.sides[i]
+		if s.kept == nil && !rules.IsZero() {
+			errs = append(errs, s.missing)
+			continue
+		}
+		for j, o := range append([]store{s.kept}, s.others...) {
+			if o == nil {
+				continue
+			}
+			var target Ruleset
+			if j == 0 {
+				target = rules
+			}
+			command, err := o.plan(ctx, target)
+			switch {
+			case err != nil && !target.IsZero():
+				errs = append(errs, fmt.Errorf("%s rules: %w", s.name, err))
+			case err == nil && command != "":
+				commands = append(commands, command)
+			}
+		}
+	}
+	return commands, errors.Join(errs...)
+}
+
+func (ipt *iptables) plan(ctx context.Context, want Ruleset) (string, error) {
+	save, err := ipt.dump(ctx)
+	if err != nil {
+		return "", err
+	}
+	script, _ := ipt.script(save, want, ipt.recent)
+	if plain, _ := ipt.script(save, want, false); script == "" || plain == "" {
+		return "", nil // without --random-fully, which the kernel may not know
+	}
+	return ipt.heredoc(ipt.args(), script), nil
+}
+
+func (n *nftables) plan(ctx context.Context, want Ruleset) (string, error) {
+	text, _, err := n.read(ctx)
+	if err != nil || text == "" && want.IsZero() {
+		return "", err
+	}
+	if want.IsZero() {
+		return fmt.Sprintf("nft delete table %s %s", n.nft, n.table), nil
+	}
+	var rules []string
+	for _, r := range slices.Concat(want.Postrouting, want.Forward) {
+		rules = append(rules, fmt.Sprintf("%s comment %q", n.render(r), r.Why))
+	}
+	if slices.Equal(rules, listed(text)) {
+		return "", nil
+	}
+	if err := n.open(); err != nil {
+		return "", err
+	}
+	tx := n.kn.NewTransaction()
+	n.fill(tx, want)
+	return heredoc(tx), nil
+}
+
+// marks matches what nft pads with zeros as it lists it.
+var marks = regexp.MustCompile(`0x0+([1-9a-f])`)
+
+// listed returns the rules of a table as we write them, in their order by chain:
+// postrouting's first. Rules of others among them are there as well.
+func listed(table string) []string {
+	rules := map[string][]string{}
+	chain := ""
+	for line := range strings.Lines(table) {
+		line = strings.TrimSpace(line)
+		name, isChain := strings.CutPrefix(line, "chain ")
+		switch {
+		case isChain:
+			chain = strings.TrimSuffix(name, " {")
+		case line == "}":
+			chain = ""
+		case chain == "" || line == "" || strings.HasPrefix(line, "type ") || strings.HasPrefix(line, "comment "):
+		default:
+			rules[chain] = append(rules[chain], marks.ReplaceAllString(line, "0x$1"))
+		}
+	}
+	return slices.Concat(rules["postrouting"], rules["forward"])
+}

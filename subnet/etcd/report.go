@@ -1,0 +1,100 @@
+package etcd
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"github.com/flanneld/flanneld/subnet"
+)
+
+var _ subnet.Reporter = (*Manager)(nil)
+
+// askers is how many leases are asked after at once.
+const askers = 16
+
+// Expiries implements subnet.Reporter. It takes a request for each lease.
+func (m *Manager) Expiries(ctx context.Context, of ...subnet.Subnets) (map[subnet.Subnets]time.Time, error) {
+	records, _, err := m.list(ctx)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var mu sync.Mutex
+	ends := map[subnet.Subnets]time.Time{}
+	var all sync.WaitGroup
+	todo := make(chan record)
+	for range askers {
+		all.Go(func() {
+			for r := range todo {
+				ttl, err := m.timeToLive(ctx, r.lease)
+				if err != nil {
+					cancel(err)
+					continue
+				}
+				mu.Lock()
+				ends[r.subnets] = time.Now().Add(ttl)
+				mu.Unlock()
+			}
+		})
+	}
+	for _, r := range records {
+		if r.lease != clientv3.NoLease && (len(of) == 0 || slices.Contains(of, r.subnets)) {
+			todo <- r
+		}
+	}
+	close(todo)
+	all.Wait()
+	return ends, context.Cause(ctx)
+}
+
+// timeToLive tells how long an etcd lease will last; less than zero: it has
+// ended.
+func (m *Manager) timeToLive(ctx context.Context, id clientv3.LeaseID) (ttl time.Duration, err error) {
+	_, err = m.do(ctx, "read when leases end", func(ctx context.Context, c *clientv3.Client) (*pb.ResponseHeader, error) {
+		answer, err := c.TimeToLive(ctx, id)
+		if err != nil {
+			return nil, err
+		}
+		ttl = time.Duration(answer.TTL) * time.Second
+		return nil, nil
+	})
+	return ttl, err
+}
+
+// Clock implements subnet.Reporter. gRPC tells no time, but at the same address
+// etcd answers over HTTP.
+func (m *Manager) Clock(ctx context.Context) (time.Time, error) {
+	client := &http.Client{Transport: &http.Transport{TLSClientConfig: m.config.TLS, DisableKeepAlives: true}}
+	last := errors.New("no endpoint speaks HTTP")
+	for _, e := range m.options.Endpoints {
+		if !strings.HasPrefix(e, "http") {
+			continue
+		}
+		request, err := http.NewRequestWithContext(ctx, http.MethodGet, e+"/version", nil)
+		if err != nil {
+			return time.Time{}, err
+		}
+		answer, err := client.Do(request)
+		if err != nil {
+			last = err
+			continue
+		}
+		answer.Body.Close()
+		at, err := http.ParseTime(answer.Header.Get("Date"))
+		if err == nil {
+			return at, nil
+		}
+		last = fmt.Errorf("%s tells no time: %w", e, err)
+	}
+	return time.Time{}, last
+}

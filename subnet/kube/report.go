@@ -1,0 +1,30 @@
+package kube
+
+import (
+	"context"
+	"net/http"
+	"time"
+
+	"github.com/flanneld/flanneld/subnet"
+)
+
+var _ subnet.Reporter = (*Manager)(nil)
+
+// Expiries implements subnet.Reporter. A podCIDR is for good.
+func (m *Manager) Expiries(context.Context, ...subnet.Subnets) (map[subnet.Subnets]time.Time, error) {
+	return nil, nil
+}
+
+// Clock implements subnet.Reporter. Any answer will do.
+func (m *Manager) Clock(ctx context.Context) (time.Time, error) {
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, m.client.server+"/version", nil)
+	if err != nil {
+		return time.Time{}, err
+	}
+	answer, err := m.client.http.Do(request)
+	if err != nil {
+		return time.Time{}, err
+	}
+	answer.Body.Close()
+	return http.ParseTime(answer.Header.Get("Date"))
+}

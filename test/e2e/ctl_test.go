@@ -1,0 +1,618 @@
+package e2e
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"github.com/flanneld/flanneld/network"
+	"github.com/flanneld/flanneld/test/lab"
+	"github.com/flanneld/flanneld/test/lab/labtest"
+)
+
+// A malady is a fault that flannelctl doctor must find: by these checks, and by
+// no others.
+type malady struct {
+	name       string
+	finds      string // names of checks, sorted
+	harm, heal func(context.Context, *clinic) error
+	by         []string // the program that runs the doctor; nil: none
+	args       []string // of the doctor
+}
+
+// A clinic is two nodes on a link, with a pod each. Maladies befall the first.
+type clinic struct {
+	*lab.Lab
+	*lab.Node
+	peer *lab.Node
+	key  string // of the node's lease
+}
+
+const clinicNetwork = `{` + ipv4Network + `, ` + ipv6Network + `, "Backend": {"Type": "vxlan"%s}}`
+
+func shell(lines ...string) func(context.Context, *clinic) error {
+	return func(ctx context.Context, c *clinic) error {
+		for _, line := range lines {
+			if _, err := c.Run(ctx, line); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+}
+
+// steps does one after the other.
+func steps(all ...func(context.Context, *clinic) error) func(context.Context, *clinic) error {
+	return func(ctx context.Context, c *clinic) error {
+		for _, step := range all {
+			if err := step(ctx, c); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+}
+
+func stop(ctx context.Context, c *clinic) error { return c.Stop(ctx) }
+
+func startAgain(ctx context.Context, c *clinic) error {
+	if err := c.Restart(ctx); err != nil {
+		return err
+	}
+	return c.WaitReady(ctx)
+}
+
+func configure(more string) func(context.Context, *clinic) error {
+	return func(ctx context.Context, c *clinic) error {
+		return c.Etcd.Configure(ctx, fmt.Sprintf(clinicNetwork, more))
+	}
+}
+
+// letThrough are the rules of a host that lets nothing in but answers and what
+// the link itself needs.
+var letThrough = []string{"-m conntrack --ctstate RELATED,ESTABLISHED", "-i lo", "-p icmp"}
+
+func inputDrop(more ...string) func(context.Context, *clinic) error {
+	var lines []string
+	for _, match := range append(letThrough, more...) {
+		lines = append(lines, "iptables -A INPUT "+match+" -j ACCEPT")
+	}
+	return shell(append(lines, "iptables -P INPUT DROP")...)
+}
+
+var (
+	inputAccept = shell("iptables -P INPUT ACCEPT", "iptables -F INPUT")
+	noTable     = shell("nft delete table inet fw")
+)
+
+func table(lines ...string) func(context.Context, *clinic) error {
+	commands := []string{"nft add table inet fw"}
+	for _, line := range lines {
+		commands = append(commands, "nft add "+line)
+	}
+	return shell(commands...)
+}
+
+const (
+	nftInput  = "chain inet fw in { type filter hook input priority 0 ; policy drop ; }"
+	nftAnswer = "rule inet fw in ct state established,related accept"
+	nftICMP   = "rule inet fw in meta l4proto { icmp, ipv6-icmp } accept"
+)
+
+var maladies = []malady{
+	{name: "daemon stopped", finds: "daemon-down", harm: stop, heal: startAgain},
+	{name: "daemon frozen", finds: "daemon-down", harm: func(ctx context.Context, c *clinic) error { return c.Freeze(ctx) },
+		heal: func(_ context.Context, c *clinic) error { return c.Thaw() }},
+	{name: "etcd away", finds: "store-unreachable",
+		harm: func(_ context.Context, c *clinic) error { c.Etcd.Kill(); return nil },
+		heal: func(ctx context.Context, c *clinic) error { return c.Etcd.Start(ctx) }},
+	{name: "etcd away as the daemon starts", finds: "daemon-waiting store-unreachable",
+		harm: func(ctx context.Context, c *clinic) error { c.Etcd.Kill(); return c.Restart(ctx) },
+		heal: func(ctx context.Context, c *clinic) error { return errors.Join(c.Etcd.Start(ctx), c.WaitReady(ctx)) }},
+	{name: "no lease", finds: "daemon-down lease-missing",
+		harm: steps(stop, func(ctx context.Context, c *clinic) error { return c.Etcd.Delete(ctx, c.key) }), heal: startAgain},
+	{name: "lease not renewed", finds: "lease-expired store-unreachable", harm: shortLease,
+		heal: steps(func(ctx context.Context, c *clinic) error { return c.Etcd.Start(ctx) }, stop,
+			func(ctx context.Context, c *clinic) error { return c.Etcd.Delete(ctx, c.key) }, startAgain)},
+	{name: "a lease of another backend", finds: "peer-left-out",
+		harm: func(ctx context.Context, c *clinic) error {
+			return c.Etcd.Put(ctx, subnetKey("10.5.240.0-24"), `{"PublicIP":"198.18.0.254","BackendType":"host-gw"}`)
+		},
+		heal: func(ctx context.Context, c *clinic) error { return c.Etcd.Delete(ctx, subnetKey("10.5.240.0-24")) }},
+	{name: "a route gone", finds: "daemon-down out-of-sync", harm: steps(stop, shell("ip route flush proto 70")), heal: startAgain},
+	{name: "rules gone", finds: "daemon-down out-of-sync", harm: steps(stop, shell("iptables -t nat -F")), heal: startAgain},
+	{name: "no subnet.env", finds: "daemon-down subnet-file",
+		harm: steps(stop, func(_ context.Context, c *clinic) error { return os.Remove(c.SubnetFile()) }), heal: startAgain},
+	{name: "what the kernel refuses", finds: "daemon-error out-of-sync",
+		harm: shell("sysctl -qw net/ipv6/conf/flannel-v6.1/disable_ipv6=1"), heal: shell("sysctl -qw net/ipv6/conf/flannel-v6.1/disable_ipv6=0")},
+	{name: "no forwarding", finds: "ip-forward", harm: shell("sysctl -qw net.ipv4.ip_forward=0"), heal: shell("sysctl -qw net.ipv4.ip_forward=1")},
+	{name: "no IPv6 forwarding", finds: "ip-forward",
+		harm: shell("sysctl -qw net.ipv6.conf.all.forwarding=0"), heal: shell("sysctl -qw net.ipv6.conf.all.forwarding=1")},
+	{name: "bridges past iptables", finds: "br-netfilter",
+		harm: shell("sysctl -qw net.bridge.bridge-nf-call-iptables=0"), heal: shell("sysctl -qw net.bridge.bridge-nf-call-iptables=1")},
+	{name: "strict rp_filter on the device", finds: "rp-filter",
+		harm: shell("sysctl -qw net/ipv4/conf/flannel.1/rp_filter=1"), heal: shell("sysctl -qw net/ipv4/conf/flannel.1/rp_filter=0")},
+	{name: "strict rp_filter everywhere", finds: "rp-filter rp-filter",
+		harm: shell("sysctl -qw net.ipv4.conf.all.rp_filter=1"), heal: shell("sysctl -qw net.ipv4.conf.all.rp_filter=0")},
+	{name: "FORWARD drops", finds: "daemon-down forward-drop out-of-sync",
+		harm: steps(stop, shell("iptables -P FORWARD DROP", "iptables -F FORWARD")), heal: steps(shell("iptables -P FORWARD ACCEPT"), startAgain)},
+	{name: "FORWARD drops before our rules", finds: "forward-drop", harm: shell("iptables -I FORWARD -j DROP"), heal: shell("iptables -D FORWARD -j DROP")},
+	{name: "another table drops what is forwarded", finds: "forward-drop forward-drop",
+		harm: table("chain inet fw f { type filter hook forward priority 0 ; policy drop ; }", "rule inet fw f ct state established,related accept"), heal: noTable},
+	{name: "INPUT drops", finds: "port-blocked", harm: inputDrop("-p udp -m udp --dport 8000:8471", "-p tcp -m tcp --dport 8472"), heal: inputAccept},
+	{name: "another table drops what comes in", finds: "port-blocked port-blocked",
+		harm: table(nftInput, nftAnswer, nftICMP, "rule inet fw in udp dport { 53, 8473 } accept", "rule inet fw in iifname lo accept"), heal: noTable},
+	{name: "another device on the port", finds: "port-taken", harm: shell("ip link add vx0 type vxlan external dstport 8472"), heal: shell("ip link del vx0")},
+	{name: "a program on the port", finds: "daemon-down out-of-sync port-taken",
+		harm: steps(stop, shell("ip link del flannel.1"), listenUDP), heal: steps(closeUDP, startAgain)},
+	{name: "an MTU that the uplink lacks", finds: "daemon-error mtu-uplink out-of-sync subnet-file", harm: configure(`, "MTU": 9000`), heal: configure("")},
+	{name: "a bridge with a larger MTU", finds: "mtu-bridge", harm: shell("ip link set cni0 mtu 1500"), heal: shell("ip link set cni0 mtu 1430")},
+	{name: "an old kernel", finds: "checksum-offload checksum-offload", by: []string{"setarch", "--uname-2.6"}, harm: shell(), heal: shell()},
+	{name: "a clock that is wrong", finds: "clock-skew", harm: serveTime, heal: shell(),
+		args: []string{"--direct", "--etcd-endpoints=http://127.0.0.1:9999," + lab.Endpoint}},
+	{name: "a peer's host cut off", finds: "peer-unreachable peer-unreachable",
+		harm: func(ctx context.Context, c *clinic) error { return c.peer.PullCable(ctx) },
+		heal: func(ctx context.Context, c *clinic) error { return c.peer.PlugCable(ctx) }},
+}
+
+// wellAsWell are oddities that the doctor must not take for maladies.
+var wellAsWell = []malady{
+	{name: "INPUT drops all but the port", harm: inputDrop("-p udp -m multiport --dports 53,8472"), heal: inputAccept},
+	{name: "INPUT drops all but peers", harm: inputDrop("-s 198.18.0.0/24 -p udp"), heal: inputAccept},
+	{name: "another table lets the port in", heal: noTable,
+		harm: table(nftInput, nftAnswer, nftICMP, "rule inet fw in udp dport { 53, 8000-9000 } accept")},
+	{name: "FORWARD drops all but ours", harm: shell("iptables -P FORWARD DROP"), heal: shell("iptables -P FORWARD ACCEPT")},
+	{name: "loose rp_filter", harm: shell("sysctl -qw net.ipv4.conf.all.rp_filter=2"), heal: shell("sysctl -qw net.ipv4.conf.all.rp_filter=0")},
+	{name: "VXLAN of others", harm: shell("ip link add vx0 type vxlan id 9 dstport 4789 dev eth0"), heal: shell("ip link del vx0")},
+	{name: "larger frames", harm: shell("ip link set eth0 mtu 9000"), heal: shell("ip link set eth0 mtu 1500")},
+}
+
+// shortLease has the node's lease end in some seconds while etcd is away.
+func shortLease(ctx context.Context, c *clinic) error {
+	if err := c.Stop(ctx); err != nil {
+		return err
+	}
+	text, err := c.Etcd.Get(ctx, c.key)
+	if err != nil {
+		return err
+	}
+	grant, err := c.Etcd.Client.Grant(ctx, 5)
+	if err != nil {
+		return err
+	}
+	if _, err := c.Etcd.Client.Put(ctx, c.key, text, clientv3.WithLease(grant.ID)); err != nil {
+		return err
+	}
+	if err := startAgain(ctx, c); err != nil {
+		return err
+	}
+	c.Etcd.Kill()
+	return nil
+}
+
+var taken net.PacketConn
+
+func listenUDP(_ context.Context, c *clinic) error {
+	return c.Do(func() (err error) {
+		taken, err = net.ListenPacket("udp4", ":8472")
+		return err
+	})
+}
+
+func closeUDP(context.Context, *clinic) error { return taken.Close() }
+
+// serveTime has an HTTP server on the node that is an hour behind.
+func serveTime(_ context.Context, c *clinic) error {
+	var l net.Listener
+	err := c.Do(func() (err error) {
+		l, err = net.Listen("tcp", "127.0.0.1:9999")
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	go http.Serve(l, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Date", time.Now().Add(-time.Hour).UTC().Format(http.TimeFormat))
+	}))
+	return nil
+}
+
+// expect has the doctor look until it finds what it should, and no more.
+func (c *clinic) expect(ctx context.Context, m malady, finds string) error {
+	return lab.Poll(ctx, "the doctor to find "+finds, func() error {
+		out, _, err := c.CtlBy(ctx, m.by, append([]string{"doctor", "-o", "json"}, m.args...)...)
+		if err != nil {
+			return err
+		}
+		var found []struct {
+			Check, Text string
+			Fix         []string
+		}
+		if err := json.Unmarshal([]byte(out), &found); err != nil {
+			return err
+		}
+		var names []string
+		for _, f := range found {
+			if len(f.Fix) == 0 || f.Text == "" {
+				return fmt.Errorf("there is no remedy for %+v", f)
+			}
+			names = append(names, f.Check)
+		}
+		slices.Sort(names)
+		if got := strings.Join(names, " "); got != finds {
+			neighbours, _ := c.Run(ctx, "ip neigh show dev eth0")
+			return fmt.Errorf("it finds %q: %s%s", got, out, neighbours)
+		}
+		return nil
+	})
+}
+
+// TestDoctor: each fault is found, by its check alone, and on a healthy node
+// nothing is.
+func TestDoctor(t *testing.T) {
+	ctx := labtest.Context(t, 8*time.Minute)
+	l := labtest.New(ctx, t, fmt.Sprintf(clinicNetwork, ""), lab.NodeOptions{}, lab.NodeOptions{})
+	c := &clinic{Lab: l, Node: l.Nodes()[0], peer: l.Nodes()[1]}
+	for _, n := range l.Nodes() {
+		labtest.Must(n.Run(ctx, "sysctl -qw net.ipv6.conf.default.accept_dad=0"))(t)
+	}
+	labtest.Start(ctx, t, l, "--ip-masq")
+	addPods(ctx, t, l)
+	for key, lease := range labtest.Must(l.Etcd.Leases(ctx))(t) {
+		if lease.Attrs.PublicIP == c.IPv4 {
+			c.key = key
+		}
+	}
+	out, status, err := c.Ctl(ctx, "doctor")
+	if err != nil || status != 0 || !strings.HasPrefix(out, "All is well: ") || strings.Count(out, "\n") != 1 {
+		t.Fatalf("of a healthy node: %v, status %d\n%s", err, status, out)
+	}
+	list := strings.Fields(firsts(labtest.Must(first(c.Ctl(ctx, "doctor", "--list")))(t)))
+	for _, m := range slices.Concat(maladies, wellAsWell) {
+		list = slices.DeleteFunc(list, func(name string) bool { return slices.Contains(strings.Fields(m.finds), name) })
+		t.Run(m.name, func(t *testing.T) {
+			err := m.harm(ctx, c)
+			if err == nil {
+				err = c.expect(ctx, m, m.finds)
+			}
+			if err != nil {
+				t.Error(err)
+			}
+			labtest.Do(t, m.heal(ctx, c))
+			labtest.Do(t, c.expect(ctx, malady{}, ""))
+		})
+	}
+	if len(list) > 0 {
+		t.Errorf("there is no test of %v", list)
+	}
+}
+
+func first(out string, _ int, err error) (string, error) { return out, err }
+
+// firsts returns the first word of each line.
+func firsts(text string) string {
+	var words []string
+	for line := range strings.Lines(text) {
+		if w := strings.Fields(line); len(w) > 0 {
+			words = append(words, w[0])
+		}
+	}
+	return strings.Join(words, " ")
+}
+
+// TestDiffCommand: diff prints what is missing and no more, whether the daemon
+// answers or not, and what it prints mends the node.
+func TestDiffCommand(t *testing.T) {
+	for _, rules := range []string{"iptables", "nftables"} {
+		t.Run(rules, func(t *testing.T) {
+			t.Parallel()
+			ctx := labtest.Context(t, 2*time.Minute)
+			l := labtest.New(ctx, t, fmt.Sprintf(`{%s, %s, "EnableNFTables": %v, "Backend": {"Type": "vxlan"}}`, ipv4Network, ipv6Network, rules == "nftables"),
+				lab.NodeOptions{}, lab.NodeOptions{})
+			labtest.Start(ctx, t, l, "--ip-masq", "--ip-blackhole-route")
+			n := l.Nodes()[0]
+			peer := labtest.Must(l.Nodes()[1].SubnetEnv())(t).Subnets.IPv4
+			expectDiff := func(want string, status int) string {
+				t.Helper()
+				out, got, err := n.Ctl(ctx, "diff")
+				if err != nil || got != status || want != "" && out != want || status == 0 && out != "" {
+					t.Fatalf("diff: %v, status %d, want %d and\n%s\ngot\n%s", err, got, status, want, out)
+				}
+				return out
+			}
+			labtest.Do(t, waitDiff(ctx, n, ""))
+			whole := labtest.Must(n.Holds(ctx))(t)
+
+			labtest.Do(t, n.Freeze(ctx))
+			labtest.Must(n.Run(ctx, "ip route del "+peer.String()))(t)
+			route := fmt.Sprintf("ip route replace %s via %s dev flannel.1 onlink proto 70\n", peer, peer.Addr())
+			expectDiff(route, 1)
+			labtest.Do(t, n.Thaw())
+			labtest.Do(t, waitDiff(ctx, n, ""))
+
+			labtest.Do(t, n.Stop(ctx))
+			expectDiff("", 0)
+			labtest.Must(n.Run(ctx, "ip route del "+peer.String()))(t)
+			expectDiff(route, 1)
+			for _, harm := range []string{"ip link del flannel.1", "ip link set flannel-v6.1 mtu 1300", "nft flush ruleset", "ip -6 route add fd00:5:0:77::/64 via fd18::2 proto 70"} {
+				labtest.Must(n.Run(ctx, harm))(t)
+			}
+			script := filepath.Join(n.Dir, "mend")
+			labtest.Do(t, os.WriteFile(script, []byte(expectDiff("", 1)), 0o644))
+			labtest.Must(n.Run(ctx, "sh -e "+script))(t)
+			expectDiff("", 0)
+			if now := labtest.Must(n.Holds(ctx))(t); now != whole {
+				t.Errorf("it is mended, but for %s", difference(whole+"\n", now+"\n"))
+			}
+		})
+	}
+}
+
+// waitDiff waits until diff prints just that.
+func waitDiff(ctx context.Context, n *lab.Node, want string) error {
+	return lab.Poll(ctx, "diff on "+n.Hostname, func() error {
+		out, _, err := n.Ctl(ctx, "diff")
+		if err == nil && out != want {
+			err = fmt.Errorf("it prints\n%s", out)
+		}
+		return err
+	})
+}
+
+// everything is all of a node that cleanup could forget, or remove by mistake.
+func everything(ctx context.Context, t *testing.T, n *lab.Node) string {
+	t.Helper()
+	var b strings.Builder
+	for _, command := range []string{"ip -d -o link", "ip -o addr", "ip route show table all", "ip -6 route show table all", "ip nexthop", "ip neigh show nud permanent",
+		"nft -s list ruleset", "iptables-legacy-save", "ip6tables-legacy-save", "ls -A " + n.Dir} {
+		fmt.Fprintf(&b, "# %s\n%s\n", command, labtest.Must(n.Run(ctx, command))(t))
+	}
+	return b.String()
+}
+
+// TestCleanup: cleanup leaves a node as it was before the daemon came.
+func TestCleanup(t *testing.T) {
+	for _, c := range []struct {
+		name, config string
+		strangers    int
+	}{
+		{"vxlan, iptables", `"Backend": {"Type": "vxlan"}`, 0},
+		{"vxlan, nftables", `"EnableNFTables": true, "Backend": {"Type": "vxlan"}`, 0},
+		{"host-gw, nexthops", `"EnableNFTables": true, "Backend": {"Type": "host-gw"}`, 300},
+		{"udp", `"Backend": {"Type": "udp"}`, 0},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			ctx := labtest.Context(t, 2*time.Minute)
+			l := labtest.New(ctx, t, `{"Network": "10.4.0.0/14", `+ipv6Network+`, `+c.config+`}`, lab.NodeOptions{}, lab.NodeOptions{})
+			n := l.Nodes()[0]
+			s := &scene{Lab: l, ground: ground{backend: c.config, strangers: c.strangers}}
+			labtest.Do(t, joinAll(ctx, s))
+			for _, ipt := range []string{"iptables", "ip6tables"} { // which make their tables and leave them
+				for _, rule := range []string{"FORWARD -j ACCEPT", "POSTROUTING -t nat -j RETURN"} {
+					labtest.Must(n.Run(ctx, ipt+" -A "+rule))(t)
+					labtest.Must(n.Run(ctx, ipt+" -D "+rule))(t)
+				}
+				labtest.Must(n.Run(ctx, ipt+" -A FORWARD -p tcp -j ACCEPT"))(t) // somebody else's
+			}
+			labtest.Do(t, os.WriteFile(filepath.Join(n.Dir, "flanneld.log"), nil, 0o644))
+			labtest.Must(n.Run(ctx, "ip route add 10.4.0.0/16 dev eth0 proto static"))(t) // somebody else's
+			labtest.Do(t, lab.Poll(ctx, "IPv6 addresses to settle", func() error {
+				if strings.Contains(everything(ctx, t, n), " tentative") {
+					return errors.New("they have not")
+				}
+				return nil
+			}))
+			before := everything(ctx, t, n)
+			if out, _, err := n.Ctl(ctx, "cleanup", "--yes"); err != nil || out != "There is nothing of flanneld's on this node.\n" {
+				t.Fatalf("of a node without: %v\n%s", err, out)
+			}
+
+			labtest.Start(ctx, t, l, "--ip-masq", "--ip-blackhole-route")
+			if _, status, err := n.Ctl(ctx, "cleanup", "--yes"); status != 2 || !strings.Contains(err.Error(), "flanneld runs on this node") {
+				t.Errorf("while the daemon runs: status %d, %v", status, err)
+			}
+			labtest.Do(t, n.Freeze(ctx))
+			if _, status, err := n.Ctl(ctx, "cleanup", "--yes"); status != 2 || !strings.Contains(err.Error(), "flanneld runs on this node") {
+				t.Errorf("while the daemon stands still: status %d, %v", status, err)
+			}
+			labtest.Do(t, n.Thaw())
+			n.Kill()
+			labtest.Must(n.Run(ctx, "ip link add flannel.9 type vxlan id 9 dstport 4789 dev eth0"))(t) // upstream's
+			whole := labtest.Must(n.Holds(ctx))(t)
+			if _, status, err := n.Ctl(ctx, "cleanup"); status != 2 || strings.Count(err.Error(), "\n") != 1 || !strings.Contains(err.Error(), "--yes") {
+				t.Errorf("without a terminal: status %d, %v", status, err)
+			}
+			dry := labtest.Must(first(n.Ctl(ctx, "cleanup", "--dry-run")))(t)
+			if now := labtest.Must(n.Holds(ctx))(t); now != whole {
+				t.Errorf("--dry-run changes %s", difference(whole, now))
+			}
+			done := labtest.Must(first(n.Ctl(ctx, "cleanup", "--yes")))(t)
+			if done != dry+"Done.\n" {
+				t.Errorf("--dry-run says\n%s\nand without it\n%s", dry, done)
+			}
+			if now := everything(ctx, t, n); now != before {
+				t.Errorf("cleanup leaves %s", difference(before, now))
+			}
+			if held := labtest.Must(n.Holds(ctx))(t); held != "" {
+				t.Errorf("the node holds\n%s", held)
+			}
+		})
+	}
+}
+
+// TestCleanupCNI: what the CNI plugin keeps is removed when asked for alone.
+func TestCleanupCNI(t *testing.T) {
+	ctx := labtest.Context(t, time.Minute)
+	l := labtest.New(ctx, t, vxlanConfig, lab.NodeOptions{})
+	n := l.Nodes()[0]
+	dir := filepath.Join(n.Dir, "cni-flannel")
+	labtest.Do(t, os.MkdirAll(filepath.Join(dir, "sub"), 0o700))
+	labtest.Must(first(n.Ctl(ctx, "cleanup", "--yes", "--cni-data-dir="+dir)))(t)
+	if _, err := os.Stat(dir); err != nil {
+		t.Fatal(err)
+	}
+	labtest.Must(first(n.Ctl(ctx, "cleanup", "--yes", "--cni", "--cni-data-dir="+dir)))(t)
+	if _, err := os.Stat(dir); !os.IsNotExist(err) {
+		t.Errorf("it is still there: %v", err)
+	}
+}
+
+// TestStatus: the daemon says what it does, also when it cannot yet; and without
+// it, flannelctl finds the same.
+func TestStatus(t *testing.T) {
+	ctx := labtest.Context(t, time.Minute)
+	l := labtest.New(ctx, t, `{`+ipv4Network+`, `+ipv6Network+`, "Backend": {"Type": "vxlan"}}`, lab.NodeOptions{}, lab.NodeOptions{})
+	n := l.Nodes()[0]
+	get := func(args ...string) (s network.Status) {
+		t.Helper()
+		text := labtest.Must(first(n.Ctl(ctx, append([]string{"status", "-o", "json"}, args...)...)))(t)
+		labtest.Do(t, json.Unmarshal([]byte(text), &s))
+		return s
+	}
+	if s := get(); s.Daemon || s.Ready || s.Lease != nil || s.Backend != "vxlan" || !strings.Contains(s.Waiting, "a lease: none is this node's") {
+		t.Errorf("before the daemon comes: %+v", s)
+	}
+	labtest.Start(ctx, t, l, "--ip-masq")
+	env := labtest.Must(n.SubnetEnv())(t)
+	labtest.Do(t, lab.Poll(ctx, "both nodes' leases", func() error {
+		if s := get(); s.Peers != 1 {
+			return fmt.Errorf("%+v", s)
+		}
+		return nil
+	}))
+	s, found := get(), get("--direct")
+	if !s.Daemon || !s.Ready || s.Waiting != "" || s.Store.Trouble != "" || len(s.Errors) > 0 || !s.Rules.InPlace || !s.SubnetFile.Written || s.Peers != 1 ||
+		s.MTU != 1430 || s.Uplink.Name != "eth0" || !slices.Equal(s.Lease.Subnets, env.Subnets.Each()) || !s.Lease.Own ||
+		time.Until(s.Lease.Expires) < 23*time.Hour || time.Until(s.Lease.Expires) > 24*time.Hour || len(s.Devices) != 2 || s.Devices[0].Port != 8472 {
+		t.Errorf("the daemon says %+v", s)
+	}
+	// Nothing but the daemon knows its version, and what it waits for.
+	found.Daemon, found.Ready, found.Version, found.Started = s.Daemon, s.Ready, s.Version, s.Started
+	if d := found.Lease.Expires.Sub(s.Lease.Expires).Abs(); d > 5*time.Second {
+		t.Errorf("of when the lease ends, they differ by %v", d)
+	}
+	found.Lease.Expires = s.Lease.Expires
+	if a, b := labtest.Must(json.Marshal(s))(t), labtest.Must(json.Marshal(found))(t); string(a) != string(b) {
+		t.Errorf("the daemon says\n%s\nand without it we find\n%s", a, b)
+	}
+	text := labtest.Must(first(n.Ctl(ctx, "status")))(t)
+	for _, want := range []string{"flanneld      ready, ", "\nuplink        eth0 198.18.0.1, fd18::1, mtu 1500\n", "\npeers         1\n", "\nrules         iptables, in place\n",
+		"\nlease         " + env.Subnets.IPv4.String() + ", " + env.Subnets.IPv6.String() + ", expires in 2"} {
+		if !strings.Contains(text, want) {
+			t.Errorf("%q is not in\n%s", want, text)
+		}
+	}
+	if strings.Contains(text, "\x1b") {
+		t.Errorf("there are colours where nobody sees them: %q", text)
+	}
+
+	type lease struct {
+		Subnets []netip.Prefix
+		Own     bool
+		Expires time.Time
+	}
+	var leases []lease
+	labtest.Do(t, json.Unmarshal([]byte(labtest.Must(first(n.Ctl(ctx, "leases", "-o", "json")))(t)), &leases))
+	if len(leases) != 2 || leases[0].Own == leases[1].Own || leases[0].Expires.IsZero() || leases[1].Expires.IsZero() {
+		t.Errorf("leases: %+v", leases)
+	}
+	with, without := labtest.Must(first(n.Ctl(ctx, "leases")))(t), labtest.Must(first(n.Ctl(ctx, "leases", "--direct")))(t)
+	if w, o := strings.Fields(with), strings.Fields(without); len(w) != len(o) || w[10] != o[10] || !strings.Contains(with, "this node") {
+		t.Errorf("the daemon lists\n%s\nand without it we do\n%s", with, without)
+	}
+
+	// A daemon that died leaves its socket, and the next one takes its place.
+	n.Kill()
+	if s := get(); s.Daemon {
+		t.Errorf("of a dead daemon: %+v", s)
+	}
+	labtest.Do(t, n.Restart(ctx))
+	labtest.Do(t, n.WaitReady(ctx))
+	if s := get(); !s.Daemon || !s.Ready {
+		t.Errorf("after a restart: %+v", s)
+	}
+	socket := filepath.Join(filepath.Dir(n.SubnetFile()), "flanneld.sock")
+	if info, err := os.Stat(socket); err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("the socket: %v, %v", info, err)
+	}
+	labtest.Do(t, n.Stop(ctx))
+	if _, err := os.Stat(socket); !os.IsNotExist(err) {
+		t.Errorf("the socket, after the daemon has ended: %v", err)
+	}
+	// Without one, it works all the same.
+	labtest.Do(t, n.Start("--status-socket=/proc/nowhere/flanneld.sock"))
+	labtest.Do(t, n.WaitReady(ctx))
+	if c := strings.Count(n.Log(), "flannelctl will have to look for itself"); c != 1 {
+		t.Errorf("it is said %d times that there is no socket", c)
+	}
+	if s := get("--status-socket="); s.Daemon || s.Lease == nil {
+		t.Errorf("without a socket: %+v", s)
+	}
+}
+
+// TestEnvironmentFile: flannelctl knows what the daemon is told by systemd.
+func TestEnvironmentFile(t *testing.T) {
+	ctx := labtest.Context(t, time.Minute)
+	l := labtest.New(ctx, t, vxlanConfig, lab.NodeOptions{})
+	n := l.Nodes()[0]
+	labtest.Do(t, l.Etcd.Put(ctx, "/elsewhere/config", `{"Network": "10.77.0.0/16", "Backend": {"Type": "host-gw"}}`))
+	file := filepath.Join(n.Dir, "default")
+	labtest.Do(t, os.WriteFile(file, []byte("# comment\nFLANNELD_ETCD_PREFIX=\"/elsewhere\"\nOTHER=1\n"), 0o644))
+	out := labtest.Must(first(n.Ctl(ctx, "status", "--env-file="+file)))(t)
+	if !strings.Contains(out, "host-gw\n") {
+		t.Errorf("the file was not read:\n%s", out)
+	}
+}
+
+// TestKubernetesStatus: leases from Kubernetes, with the daemon and without.
+func TestKubernetesStatus(t *testing.T) {
+	ctx := labtest.Context(t, 3*time.Minute)
+	l, k := newKube(ctx, t, "", []lab.NodeOptions{{}, {}})
+	args := daemonArgs(t, k, vxlanConfig)
+	want := map[string]bool{}
+	for i, n := range l.Nodes() {
+		cidr := fmt.Sprintf("10.5.%d.0/24", i+1)
+		want[cidr] = true
+		labtest.Do(t, k.AddNode(ctx, n, cidr))
+	}
+	labtest.Start(ctx, t, l, args...)
+	n := l.Nodes()[0]
+	labtest.Do(t, waitDiff(ctx, n, ""))
+	for _, more := range []string{"--direct=false", "--direct"} {
+		var leases []struct{ Subnets []netip.Prefix }
+		labtest.Do(t, lab.Poll(ctx, "both leases", func() error {
+			text, _, err := n.Ctl(ctx, "leases", "-o", "json", more)
+			if err != nil {
+				return err
+			}
+			if err := json.Unmarshal([]byte(text), &leases); err != nil {
+				return err
+			}
+			if len(leases) != 2 || !want[leases[0].Subnets[0].String()] || !want[leases[1].Subnets[0].String()] {
+				return fmt.Errorf("%s", text)
+			}
+			return nil
+		}))
+		if out, status, err := n.Ctl(ctx, "diff", more); err != nil || status != 0 {
+			t.Errorf("diff %s: %d, %v\n%s", more, status, err, out)
+		}
+		var s network.Status
+		labtest.Do(t, json.Unmarshal([]byte(labtest.Must(first(n.Ctl(ctx, "status", "-o", "json", more)))(t)), &s))
+		if s.Lease == nil || s.Lease.Subnets[0].String() != "10.5.1.0/24" || !strings.HasPrefix(s.Store.Name, "Kubernetes") || s.Store.Trouble != "" {
+			t.Errorf("status %s: %+v", more, s)
+		}
+	}
+}

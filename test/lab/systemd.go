@@ -18,15 +18,32 @@ type Systemd struct {
 	log  string
 }
 
-// boot makes what systemd asks for: a control group to be the root of its own,
-// /proc of its processes, /run of its own.
+// bootSystemd starts it as a container's: in a control group that is the root of
+// its own, with /proc of its processes. What it would set or make for the whole
+// machine it cannot: sysctls, files in /etc and /run, and in the directory of
+// control groups, where it mounts what it misses and then forbids all others to
+// write.
 const bootSystemd = `set -e
 for group in /sys/fs/cgroup/"$1" /sys/fs/cgroup/*/"$1"; do
 	[ ! -d "$group" ] || echo $$ >"$group"/cgroup.procs
 done
 exec unshare --pid --ipc --mount --fork --kill-child --mount-proc sh -ec '
+	mount --bind /proc/sys /proc/sys
+	mount -o remount,bind,ro /proc/sys
+	mkdir -p "$1"/etc "$1"/etc-work
+	mount -t overlay -o lowerdir=/etc,upperdir="$1"/etc,workdir="$1"/etc-work overlay /etc
 	mount -t tmpfs tmpfs /run
-	exec /lib/systemd/systemd --system --unit=lab.target --show-status=no --log-target=console' >"$2" 2>&1
+	if [ ! -e /sys/fs/cgroup/cgroup.procs ]; then
+		mkdir /run/cgroup
+		mount -t tmpfs tmpfs /run/cgroup
+		for hierarchy in /sys/fs/cgroup/*/cgroup.procs; do
+			name=$(basename $(dirname $hierarchy))
+			mkdir /run/cgroup/$name
+			mount --bind /sys/fs/cgroup/$name /run/cgroup/$name
+		done
+		mount --move /run/cgroup /sys/fs/cgroup
+	fi
+	exec /lib/systemd/systemd --system --unit=lab.target --show-status=no --log-target=console' sh "$2" >"$3" 2>&1
 `
 
 // StartSystemd starts systemd on a node, with units by their names. The targets
@@ -52,7 +69,7 @@ func (n *Node) StartSystemd(ctx context.Context, units map[string]string) (*Syst
 		}
 	}
 	s := &Systemd{node: n, log: filepath.Join(n.Dir, "systemd.log")}
-	cmd := exec.Command("sh", "-c", bootSystemd, "sh", n.Namespace.Name, s.log)
+	cmd := exec.Command("sh", "-c", bootSystemd, "sh", n.Namespace.Name, n.Dir, s.log)
 	cmd.Env = append(os.Environ(), "container=lab", "SYSTEMD_UNIT_PATH="+dir)
 	proc, err := n.Launch(cmd)
 	if err != nil {

@@ -54,13 +54,18 @@ type vpc struct {
 
 var _ backend.Worker = (*vpc)(nil)
 
+// options are the backend's keys in the configuration.
+type options struct {
+	RouteTableID tableIDs // none: found by the interface's subnet
+}
+
 // New makes the backend.
 func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
-	v := &vpc{uplink: uplink, networks: cfg.Networks()}
-	if err := backend.Options(cfg, &struct{ RouteTableID *tableIDs }{&v.tables}); err != nil {
+	var o options
+	if err := backend.Options(cfg, &o); err != nil {
 		return nil, err
 	}
-	return v, nil
+	return &vpc{uplink: uplink, networks: cfg.Networks(), tables: o.RouteTableID}, nil
 }
 
 func (v *vpc) MTU() int { return v.uplink.MTU }

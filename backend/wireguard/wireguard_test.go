@@ -277,3 +277,5 @@ func TestKeyFile(t *testing.T) {
 		t.Errorf("the file's mode is %v", m)
 	}
 }
+
+func TestReadme(t *testing.T) { backendtest.Keys(t, options{}) }

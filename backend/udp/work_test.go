@@ -225,51 +225,49 @@ func TestWire(t *testing.T) {
 		"all": everything, "no bursts": {}, "no USO": {tso: true, udpSegment: true, udpGRO: true},
 		"no UDP_SEGMENT": {tso: true, uso: true, udpGRO: true}, "no UDP_GRO": {tso: true, uso: true, udpSegment: true},
 	} {
-		for queues := 1; queues <= 2; queues++ {
-			t.Run(fmt.Sprintf("%s, %d queues", name, queues), func(t *testing.T) {
-				n := start(t, able, queues)
-				for i, family := range families {
-					// Out: the datagram is what the pod's kernel made of it.
-					for _, size := range []int{0, 1, 1000, 1400} {
-						data := random(size)
-						n.send(n.pod[i], farPod[i], data)
-						got, from := n.receive(n.peer[i])
-						if from != near[i] {
-							t.Errorf("%s: it comes from %v, want %v", family, from, near[i])
-						}
-						f := flow{nearPod[i], farPod[i], unix.IPPROTO_UDP, 63}
-						want := f.finished(0, 0, data)
-						if i == 0 {
-							copy(want[4:], got[4:8]) // the identification, DF
-							want[10], want[11] = 0, 0
-							check := ^slowSum(want[:ipv4Header])
-							want[10], want[11] = byte(check>>8), byte(check)
-						} else {
-							copy(want, got[:4]) // the flow label
-						}
-						if !bytes.Equal(got, want) {
-							t.Errorf("%s: %d bytes go out as\n%x, want\n%x", family, size, got, want)
-						}
+		t.Run(name, func(t *testing.T) {
+			n := start(t, able, queues)
+			for i, family := range families {
+				// Out: the datagram is what the pod's kernel made of it.
+				for _, size := range []int{0, 1, 1000, 1400} {
+					data := random(size)
+					n.send(n.pod[i], farPod[i], data)
+					got, from := n.receive(n.peer[i])
+					if from != near[i] {
+						t.Errorf("%s: it comes from %v, want %v", family, from, near[i])
 					}
-					// In, in bursts too if the kernel makes them of it.
-					f := flow{farPod[i], nearPod[i], unix.IPPROTO_UDP, 2}
-					for k := range 100 {
-						n.send(n.peer[i], near[i], f.finished(0, 0, fmt.Appendf(nil, "packet %d", k%10)))
+					f := flow{nearPod[i], farPod[i], unix.IPPROTO_UDP, 63}
+					want := f.finished(0, 0, data)
+					if i == 0 {
+						copy(want[4:], got[4:8]) // the identification, DF
+						want[10], want[11] = 0, 0
+						check := ^slowSum(want[:ipv4Header])
+						want[10], want[11] = byte(check>>8), byte(check)
+					} else {
+						copy(want, got[:4]) // the flow label
 					}
-					for k := range 100 {
-						got, from := n.receive(n.pod[i])
-						if want := fmt.Sprintf("packet %d", k%10); string(got) != want || from != farPod[i] {
-							t.Fatalf("%s: %q of %v comes in, want %q of %v", family, got, from, want, farPod[i])
-						}
+					if !bytes.Equal(got, want) {
+						t.Errorf("%s: %d bytes go out as\n%x, want\n%x", family, size, got, want)
 					}
 				}
-				n.wait("the last packet to be counted", func() bool { _, r := n.counters(); return r.Packets == 200 })
-				sent, received := n.counters()
-				if sent.Packets < 8 || received.Drops != [reasons]uint64{} {
-					t.Errorf("sent %+v, received %+v", sent, received)
+				// In, in bursts too if the kernel makes them of it.
+				f := flow{farPod[i], nearPod[i], unix.IPPROTO_UDP, 2}
+				for k := range 100 {
+					n.send(n.peer[i], near[i], f.finished(0, 0, fmt.Appendf(nil, "packet %d", k%10)))
 				}
-			})
-		}
+				for k := range 100 {
+					got, from := n.receive(n.pod[i])
+					if want := fmt.Sprintf("packet %d", k%10); string(got) != want || from != farPod[i] {
+						t.Fatalf("%s: %q of %v comes in, want %q of %v", family, got, from, want, farPod[i])
+					}
+				}
+			}
+			n.wait("the last packet to be counted", func() bool { _, r := n.counters(); return r.Packets == 200 })
+			sent, received := n.counters()
+			if sent.Packets < 8 || received.Drops != [reasons]uint64{} {
+				t.Errorf("sent %+v, received %+v", sent, received)
+			}
+		})
 	}
 }
 

@@ -223,6 +223,7 @@ func (t *tool) remark(daemonless error) {
 func printJSON(v any) error {
 	e := json.NewEncoder(os.Stdout)
 	e.SetIndent("", "  ")
+	e.SetEscapeHTML(false) // commands have &&
 	return e.Encode(v)
 }
 

@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/flanneld/flanneld/network"
+	"github.com/flanneld/flanneld/subnet"
 )
 
 func (t *tool) statusCommand() *cobra.Command {
@@ -70,6 +71,8 @@ func (t *tool) status(s network.Status) {
 	}
 	if l := s.Lease; l != nil {
 		line("lease", join(l.Subnets)+", "+expiry(l.Expires), nil)
+	} else if env, err := subnet.ReadEnv(s.SubnetFile.Path); err == nil {
+		line("lease", env.Subnets.String()+", as the subnet file says", t.warn)
 	} else if s.Network != nil {
 		line("lease", "none", t.warn)
 	}

@@ -163,7 +163,8 @@ var maladies = []malady{
 	{name: "a clock that is wrong", finds: "clock-skew", harm: serveTime, heal: shell(),
 		args: []string{"--direct", "--etcd-endpoints=http://127.0.0.1:9999," + lab.Endpoint}},
 	{name: "a peer's host cut off", finds: "peer-unreachable peer-unreachable",
-		harm: func(ctx context.Context, c *clinic) error { return c.peer.PullCable(ctx) },
+		// Else the kernel takes the peer for reachable up to a minute longer.
+		harm: steps(func(ctx context.Context, c *clinic) error { return c.peer.PullCable(ctx) }, shell("ip neigh flush dev eth0")),
 		heal: func(ctx context.Context, c *clinic) error { return c.peer.PlugCable(ctx) }},
 }
 
@@ -539,6 +540,12 @@ func TestStatus(t *testing.T) {
 	if s := get(); s.Daemon {
 		t.Errorf("of a dead daemon: %+v", s)
 	}
+	l.Etcd.Kill()
+	text = labtest.Must(first(n.Ctl(ctx, "status")))(t)
+	if !strings.Contains(text, env.Subnets.String()+", as the subnet file says") || !strings.Contains(text, "connection refused") {
+		t.Errorf("without daemon and etcd:\n%s", text)
+	}
+	labtest.Do(t, l.Etcd.Start(ctx))
 	labtest.Do(t, n.Restart(ctx))
 	labtest.Do(t, n.WaitReady(ctx))
 	if s := get(); !s.Daemon || !s.Ready {

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 
@@ -73,9 +74,13 @@ type tunnel struct {
 
 var _ backend.Worker = (*wireguard)(nil)
 
+// userSpace is the variable by which wireguard-go is told to do its work although
+// the kernel could: it is heeded here too.
+const userSpace = "WG_I_PREFER_BUGGY_USERSPACE_TO_POLISHED_KMOD"
+
 // New makes the backend.
 func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
-	return newBackend(cfg, uplink, kernel.HasWireGuard)
+	return newBackend(cfg, uplink, func() bool { return os.Getenv(userSpace) != "1" && kernel.HasWireGuard() })
 }
 
 func newBackend(cfg *subnet.Config, uplink iface.Uplink, hasWireGuard func() bool) (backend.Backend, error) {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"net"
+	"os"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -63,7 +64,11 @@ func (w *wireguard) Work(ctx context.Context, own subnet.Lease, peers <-chan sub
 		return fmt.Errorf("listening for devices: %w", err)
 	}
 	if !w.inKernel {
-		klog.Info("wireguard: this kernel has no WireGuard: flanneld encrypts packets itself")
+		why := "this kernel has no WireGuard"
+		if os.Getenv(userSpace) == "1" {
+			why = userSpace + " is set"
+		}
+		klog.Infof("wireguard: %s: flanneld encrypts packets itself", why)
 	}
 	gone := make(chan struct{}, 1)
 	var keepers []*keeper

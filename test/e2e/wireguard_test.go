@@ -182,6 +182,31 @@ func TestWireGuardRestart(t *testing.T) {
 	}
 }
 
+// TestWireGuardMixed: the kernel's and our own in one cluster.
+func TestWireGuardMixed(t *testing.T) {
+	t.Parallel()
+	if exec.Command("modprobe", "wireguard").Run() != nil {
+		t.Skip("this kernel has no WireGuard: both nodes would have our own")
+	}
+	ctx := labtest.Context(t, 2*time.Minute)
+	l := labtest.New(ctx, t, fmt.Sprintf(`{%s, %s, "Backend": {"Type": "wireguard"}}`, ipv4Network, ipv6Network), make([]lab.NodeOptions, 2)...)
+	l.Nodes()[1].Env = []string{"WG_I_PREFER_BUGGY_USERSPACE_TO_POLISHED_KMOD=1"}
+	labtest.Start(ctx, t, l)
+	for i, ours := range []bool{false, true} {
+		tun := labtest.Must(l.Nodes()[i].Run(ctx, "ip tuntap show dev flannel-wg"))(t)
+		if (tun != "") != ours {
+			t.Errorf("node %d: a TUN is %q", i+1, tun)
+		}
+	}
+	s := &proxyScene{Lab: l, pods: addPods(ctx, t, l)}
+	s.talk(ctx, t)
+	for _, n := range l.Nodes() { // each may have begun the session
+		labtest.Do(t, n.Restart(ctx))
+		labtest.Do(t, n.WaitReady(ctx))
+		s.talk(ctx, t)
+	}
+}
+
 // TestWireGuardPeers: a peer of upstream's comes, changes its key and its address,
 // and goes, and the devices follow. Those that are no good are told of.
 func TestWireGuardPeers(t *testing.T) {

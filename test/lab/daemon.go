@@ -23,6 +23,8 @@ const healthzIP, healthzPort = "127.0.0.1", "10255"
 
 // A Daemon is flanneld on a node. Its log is one file over all its lives.
 type Daemon struct {
+	Env []string // what its environment has besides, as os.Environ has it
+
 	node *Node
 	args []string
 	proc *Process // nil before the first Start
@@ -60,6 +62,7 @@ func (d *Daemon) Start(args ...string) error {
 	cmd.Env = append(os.Environ(),
 		"NODE_NAME="+d.node.Hostname, // for Kubernetes
 		"WIREGUARD_KEY_FILE="+d.KeyFile())
+	cmd.Env = append(cmd.Env, d.Env...)
 	cmd.Stdout, cmd.Stderr = log, log
 	d.proc, err = d.node.Launch(cmd)
 	return err

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"strings"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -117,7 +118,12 @@ func (r *Reconciler) addLink(l Link) error {
 	if err != nil {
 		return err
 	}
-	return r.links.LinkAdd(link)
+	err = r.links.LinkAdd(link)
+	if errors.Is(err, unix.EOPNOTSUPP) {
+		module, _, _ := strings.Cut(l.Type.String(), " ")
+		err = fmt.Errorf("%w: this kernel has no module %s loaded: run modprobe %s", err, module, module)
+	}
+	return err
 }
 
 // netlink returns the link as the netlink library takes it.
@@ -140,6 +146,8 @@ func (r *Reconciler) netlink(l Link) (netlink.Link, error) {
 			LinkAttrs: attrs, VxlanId: t.VNI, VtepDevIndex: lower, SrcAddr: t.Local.AsSlice(),
 			Port: t.Port, Learning: t.Learning, GBP: t.GBP,
 		}, nil
+	case IPIP:
+		return t.netlink(attrs), nil
 	}
 	return nil, fmt.Errorf("no link of type %T can be made", l.Type)
 }
@@ -164,6 +172,9 @@ func (r *Reconciler) readLink(l netlink.Link) Link {
 	}
 	if t, ok := l.(*netlink.Tuntap); ok && isTUN(t) {
 		have.Type = TUN{}
+	}
+	if t, ok := l.(*netlink.Iptun); ok {
+		have.Type = readIPIP(t)
 	}
 	return have
 }

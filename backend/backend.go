@@ -145,3 +145,9 @@ func Families(own, peer subnet.Lease) [2]Family {
 		{own.IPv6.IsValid() && peer.IPv6.IsValid() && a.PublicIPv6.IsValid(), peer.IPv6, a.PublicIPv6, a.BackendV6Data},
 	}
 }
+
+// Direct returns the route to the peer's subnet through the peer itself, with
+// nothing around the packets: for peers on the uplink's own link.
+func (f Family) Direct(uplink iface.Uplink) kernel.Route {
+	return kernel.Route{Dst: f.Peer, Via: f.PublicIP, Dev: uplink.Name}
+}

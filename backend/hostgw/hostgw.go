@@ -53,7 +53,7 @@ func (h *hostgw) Peer(own, peer subnet.Lease) ([]kernel.Object, error) {
 		if !f.On {
 			continue
 		}
-		objects = append(objects, kernel.Route{Dst: f.Peer, Via: f.PublicIP, Dev: h.uplink.Name})
+		objects = append(objects, f.Direct(h.uplink))
 		// Whether the gateway can be used is for the kernel to say: some
 		// clouds give hosts a /32 and a route to the others.
 		if !h.uplink.OnLink(f.PublicIP) && !h.single(f.PublicIP) {

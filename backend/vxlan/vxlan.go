@@ -177,7 +177,7 @@ func (v *vxlan) Peer(own, peer subnet.Lease) ([]kernel.Object, error) {
 			continue
 		}
 		if v.DirectRouting && v.uplink.OnLink(f.PublicIP) {
-			objects = append(objects, kernel.Route{Dst: f.Peer, Via: f.PublicIP, Dev: v.uplink.Name})
+			objects = append(objects, f.Direct(v.uplink))
 			continue
 		}
 		d, err := parse(f.Data)

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"strings"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -122,7 +123,12 @@ func (r *Reconciler) addLink(l Link) error {
 	if err != nil {
 		return err
 	}
-	return r.links.LinkAdd(link)
+	err = r.links.LinkAdd(link)
+	if errors.Is(err, unix.EOPNOTSUPP) {
+		module, _, _ := strings.Cut(l.Type.String(), " ")
+		err = fmt.Errorf("%w: this kernel has no module %s loaded: run modprobe %s", err, module, module)
+	}
+	return err
 }
 
 // netlink returns the link as the netlink library takes it.
@@ -147,6 +153,8 @@ func (r *Reconciler) netlink(l Link) (netlink.Link, error) {
 		}, nil
 	case WireGuard:
 		return &netlink.Wireguard{LinkAttrs: attrs}, nil
+	case IPIP:
+		return t.netlink(attrs), nil
 	}
 	return nil, fmt.Errorf("no link of type %T can be made", l.Type)
 }
@@ -178,6 +186,9 @@ func (r *Reconciler) readLink(l netlink.Link) Link {
 	}
 	if _, ok := l.(*netlink.Wireguard); ok {
 		have.Type = WireGuard{}
+	}
+	if t, ok := l.(*netlink.Iptun); ok {
+		have.Type = readIPIP(t)
 	}
 	return have
 }

@@ -28,6 +28,8 @@ type ground struct {
 	devices       []string // of the daemon
 	strangers     int      // leases of nodes that are not there
 	faults        []fault  // what is tried
+	device        string   // of a type that not every kernel has
+	ipv4          bool     // no more than that
 }
 
 var grounds = []ground{
@@ -39,6 +41,8 @@ var grounds = []ground{
 	// So many that routes go through nexthop objects.
 	{name: "vxlan, 300 peers", backend: `{"Type": "vxlan"}`, nftables: true, devices: vteps, strangers: 300,
 		faults: slices.Concat(deviceFaults, routeFaults, neighbourFaults, uplinkFaults)},
+	{name: "ipip", backend: `{"Type": "ipip"}`, devices: []string{"flannel.ipip"}, strangers: 2,
+		faults: slices.Concat(deviceFaults, routeFaults, uplinkFaults, daemonFaults), device: "ipip local 198.18.0.1", ipv4: true},
 }
 
 var vteps = []string{"flannel.1", "flannel-v6.1"}
@@ -60,7 +64,12 @@ type scene struct {
 func setScene(ctx context.Context, t testing.TB, g ground) *scene {
 	t.Helper()
 	// The nodes take their subnets from the first hundred, strangers have others.
-	config := fmt.Sprintf(`{"Network": "10.4.0.0/14", %s, "EnableNFTables": %v, "Backend": %s}`, ipv6Network, g.nftables, g.backend)
+	labtest.NeedDevice(t, g.device)
+	ipv6 := ipv6Network
+	if g.ipv4 {
+		ipv6 = `"EnableIPv6": false`
+	}
+	config := fmt.Sprintf(`{"Network": "10.4.0.0/14", %s, "EnableNFTables": %v, "Backend": %s}`, ipv6, g.nftables, g.backend)
 	l := labtest.New(ctx, t, config, lab.NodeOptions{}, lab.NodeOptions{})
 	s := &scene{Lab: l, ground: g, node: l.Nodes()[0], peer: l.Nodes()[1]}
 	labtest.Do(t, joinAll(ctx, s))
@@ -110,7 +119,7 @@ func setScene(ctx context.Context, t testing.TB, g ground) *scene {
 			s.probes = append(s.probes, from.StartProbe(pods[1-i].Addrs()[j], from.MTU, as))
 		}
 	}
-	for _, dst := range []netip.Addr{lab.Outside, lab.OutsideV6} {
+	for _, dst := range []netip.Addr{lab.Outside, lab.OutsideV6}[:len(pods[0].Addrs())] {
 		s.probes = append(s.probes, pods[0].StartProbe(dst, pods[0].MTU, netip.Addr{}))
 	}
 	labtest.Do(t, s.peer.Mirror())
@@ -220,7 +229,7 @@ type recovery struct {
 
 // suffer has a fault happen and waits until everything is as before.
 func (s *scene) suffer(ctx context.Context, f fault, now moment) (r recovery, err error) {
-	ctx, cancel := context.WithTimeout(ctx, faultPatience)
+	ctx, cancel := context.WithTimeout(ctx, lab.Patiently(faultPatience))
 	defer cancel()
 	if now == asleep {
 		// What a daemon that stands still cannot mend must show.

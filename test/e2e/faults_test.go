@@ -98,7 +98,7 @@ var uplinkFaults = []fault{
 			return errors.Join(stopIPv4(ctx, s), s.node.ConfigureUplink(ctx, netip.MustParseAddr("198.18.0.77")))
 		},
 		tidy: func(ctx context.Context, s *scene) error { return errors.Join(stopIPv4(ctx, s), startNetwork(ctx, s)) }},
-	{name: "IPv6 off and on",
+	{name: "IPv6 off and on", on: func(g ground) bool { return !g.ipv4 },
 		harm: func(ctx context.Context, s *scene) error {
 			return s.complains(ctx, commands("sysctl -qw net/ipv6/conf/eth0/disable_ipv6=1", "sysctl -qw net/ipv6/conf/{dev}/disable_ipv6=1"))
 		},
@@ -247,7 +247,8 @@ func commands(lines ...string) deed {
 }
 
 // words are what stands for the words in braces, for each family.
-func (s *scene) words() (all [2][]string) {
+func (s *scene) words() [][]string {
+	var all [2][]string
 	iptables := s.iptables()
 	for i, f := range []struct {
 		four, nobody, extra, nft string
@@ -265,7 +266,10 @@ func (s *scene) words() (all [2][]string) {
 			all[i] = append(all[i], "{dev}", s.devices[i])
 		}
 	}
-	return all
+	if s.ipv4 {
+		return all[:1]
+	}
+	return all[:]
 }
 
 // iptables are the programs for the two families.
@@ -392,8 +396,14 @@ func (s *scene) stranger(i int, moved bool) subnet.Lease {
 			BackendType: "host-gw",
 		},
 	}
+	if s.ipv4 {
+		l.IPv6, l.Attrs.PublicIPv6 = netip.Prefix{}, netip.Addr{}
+	}
 	if moved {
 		l.Attrs.PublicIP = netip.AddrFrom4([4]byte{198, 18, 0, byte(200 + i)})
+	}
+	if strings.Contains(s.backend, `"ipip"`) {
+		l.Attrs.BackendType = "ipip"
 	}
 	if isVXLAN(s.ground) {
 		l.Attrs.BackendType = "vxlan"

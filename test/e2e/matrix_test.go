@@ -31,13 +31,17 @@ func TestMatrix(t *testing.T) {
 		nodes        []lab.NodeOptions
 		overhead     [2]int // over IPv4, over IPv6
 		near, far    string // device towards a peer on the same link, and on another
+		device       string // of a type that not every kernel has
+		ipv4         bool   // no more than that
 	}{
-		{"vxlan", `{"Type": "vxlan"}`, twoLinks, [2]int{50, 70}, "flannel", "flannel"},
-		{"vxlan direct", `{"Type": "vxlan", "DirectRouting": true}`, twoLinks, [2]int{50, 70}, "eth0", "flannel"},
-		{"host-gw", `{"Type": "host-gw"}`, oneLink, [2]int{}, "eth0", ""},
-		{"udp", `{"Type": "udp"}`, twoLinks, [2]int{28, 48}, "flannel", "flannel"},
-		{"wireguard", `{"Type": "wireguard"}`, twoLinks, [2]int{80, 80}, "flannel-wg", "flannel-wg"},
-		{"wireguard auto", `{"Type": "wireguard", "Mode": "auto"}`, twoLinks, [2]int{80, 80}, "flannel-wg", "flannel-wg"},
+		{name: "vxlan", config: `{"Type": "vxlan"}`, nodes: twoLinks, overhead: [2]int{50, 70}, near: "flannel", far: "flannel"},
+		{name: "vxlan direct", config: `{"Type": "vxlan", "DirectRouting": true}`, nodes: twoLinks, overhead: [2]int{50, 70}, near: "eth0", far: "flannel"},
+		{name: "host-gw", config: `{"Type": "host-gw"}`, nodes: oneLink, near: "eth0"},
+		{name: "udp", config: `{"Type": "udp"}`, nodes: twoLinks, overhead: [2]int{28, 48}, near: "flannel", far: "flannel"},
+		{name: "ipip", config: `{"Type": "ipip"}`, nodes: twoLinks, overhead: [2]int{20}, near: "flannel", far: "flannel", device: "ipip local 198.18.0.1", ipv4: true},
+		{name: "ipip direct", config: `{"Type": "ipip", "DirectRouting": true}`, nodes: twoLinks, overhead: [2]int{20}, near: "eth0", far: "flannel", device: "ipip local 198.18.0.1", ipv4: true},
+		{name: "wireguard", config: `{"Type": "wireguard"}`, nodes: twoLinks, overhead: [2]int{80, 80}, near: "flannel-wg", far: "flannel-wg"},
+		{name: "wireguard auto", config: `{"Type": "wireguard", "Mode": "auto"}`, nodes: twoLinks, overhead: [2]int{80, 80}, near: "flannel-wg", far: "flannel-wg"},
 	}
 	families := []struct {
 		name, config string
@@ -49,9 +53,13 @@ func TestMatrix(t *testing.T) {
 	}
 	for _, b := range backends {
 		for _, f := range families {
+			if b.ipv4 && f.on[1] {
+				continue
+			}
 			for _, rules := range []string{"iptables", "nftables"} {
 				t.Run(strings.Join([]string{b.name, f.name, rules}, "/"), func(t *testing.T) {
 					t.Parallel()
+					labtest.NeedDevice(t, b.device)
 					ctx := labtest.Context(t, 2*time.Minute)
 					l := labtest.New(ctx, t, fmt.Sprintf(`{%s, "EnableNFTables": %v, "Backend": %s}`, f.config, rules == "nftables", b.config), b.nodes...)
 					args := []string{"--ip-masq"}

@@ -3,17 +3,23 @@
 package labtest
 
 import (
+	"bytes"
 	"context"
 	"os"
+	"os/exec"
+	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/flanneld/flanneld/test/lab"
 )
 
-// Context returns a context for a test that should be done within the limit.
+// Context returns a context for a test that should be done within the limit,
+// where the machine is not slow.
 func Context(t testing.TB, limit time.Duration) context.Context {
-	ctx, cancel := context.WithTimeout(t.Context(), limit)
+	ctx, cancel := context.WithTimeout(t.Context(), lab.Patiently(limit))
 	t.Cleanup(cancel)
 	return ctx
 }
@@ -44,6 +50,30 @@ func New(ctx context.Context, t testing.TB, config string, nodes ...lab.NodeOpti
 		Must(l.AddNode(ctx, o))(t)
 	}
 	return l
+}
+
+// NeedDevice skips the test unless the kernel can make such a device: what
+// follows "type" in "ip link add", or "" for none.
+func NeedDevice(t testing.TB, kind string) {
+	t.Helper()
+	if kind != "" {
+		NeedKernel(t, "ip link add try type "+kind)
+	}
+}
+
+// NeedKernel skips the test unless the command, split at spaces, succeeds in a
+// network namespace of its own. make test-vm has a kernel that can do more.
+func NeedKernel(t testing.TB, line string) {
+	t.Helper()
+	if os.Getuid() != 0 {
+		t.Skip("needs root: network namespaces")
+	}
+	words := strings.Fields(line)
+	cmd := exec.Command(words[0], words[1:]...)
+	cmd.SysProcAttr = &unix.SysProcAttr{Cloneflags: unix.CLONE_NEWNET}
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Skipf("this kernel cannot do it: %s: %v %s", line, err, bytes.TrimSpace(out))
+	}
 }
 
 // Start starts the daemon on all nodes at once and waits until they are ready.

@@ -1,0 +1,36 @@
+package kernel
+
+import (
+	"net/netip"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// IPIP is the type of a device that puts IPv4 packets into IPv4 packets (RFC
+// 2003). Where they go is said by the gateways of its routes.
+type IPIP struct {
+	Local netip.Addr // outer source address
+}
+
+func (i IPIP) lower() string { return "" }
+
+func (i IPIP) String() string { return "ipip local " + i.Local.String() + " nopmtudisc" }
+
+// netlink returns the device as the netlink library takes it. The outer packet
+// may be fragmented if the inner one may: nopmtudisc.
+func (i IPIP) netlink(attrs netlink.LinkAttrs) *netlink.Iptun {
+	return &netlink.Iptun{LinkAttrs: attrs, Local: i.Local.AsSlice(), Proto: unix.IPPROTO_IPIP}
+}
+
+// readIPIP returns the type of a device that the kernel has, nil if it has one
+// peer only or options that we would not set. Upstream's carries MPLS, too,
+// which does no harm.
+func readIPIP(t *netlink.Iptun) LinkType {
+	remote, _ := netip.AddrFromSlice(t.Remote)
+	local, ok := netip.AddrFromSlice(t.Local)
+	if !ok || remote.IsValid() && !remote.IsUnspecified() || t.Link != 0 || t.FlowBased || t.EncapType != 0 {
+		return nil
+	}
+	return IPIP{local.Unmap()}
+}

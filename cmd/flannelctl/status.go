@@ -30,11 +30,15 @@ func (t *tool) statusCommand() *cobra.Command {
 				return err
 			}
 			if t.output == "json" {
-				return printJSON(s)
+				err = printJSON(s)
+			} else {
+				t.remark(daemonless)
+				t.status(s)
 			}
-			t.remark(daemonless)
-			t.status(s)
-			return nil
+			if err == nil && (!s.Ready && !t.direct || len(s.Errors) > 0) {
+				return errFound
+			}
+			return err
 		},
 	})
 }

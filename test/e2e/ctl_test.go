@@ -509,7 +509,10 @@ func TestStatus(t *testing.T) {
 	if a, b := labtest.Must(json.Marshal(s))(t), labtest.Must(json.Marshal(found))(t); string(a) != string(b) {
 		t.Errorf("the daemon says\n%s\nand without it we find\n%s", a, b)
 	}
-	text := labtest.Must(first(n.Ctl(ctx, "status")))(t)
+	text, status, err := n.Ctl(ctx, "status")
+	if err != nil || status != 0 {
+		t.Errorf("flannelctl status: %d, %v", status, err)
+	}
 	for _, want := range []string{"flanneld      ready, ", "\nuplink        eth0 198.18.0.1, fd18::1, mtu 1500\n", "\npeers         1\n", "\nrules         iptables, in place\n",
 		"\nlease         " + env.Subnets.IPv4.String() + ", " + env.Subnets.IPv6.String() + ", expires in 2"} {
 		if !strings.Contains(text, want) {
@@ -539,6 +542,9 @@ func TestStatus(t *testing.T) {
 	n.Kill()
 	if s := get(); s.Daemon {
 		t.Errorf("of a dead daemon: %+v", s)
+	}
+	if _, status, err := n.Ctl(ctx, "status"); err != nil || status != 1 {
+		t.Errorf("flannelctl status, of a dead daemon: %d, %v", status, err)
 	}
 	l.Etcd.Kill()
 	text = labtest.Must(first(n.Ctl(ctx, "status")))(t)

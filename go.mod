@@ -14,6 +14,7 @@ require (
 	github.com/gaissmai/bart v0.30.0
 	github.com/google/renameio/v2 v2.0.2
 	github.com/spf13/pflag v1.1.0
+	github.com/strongswan/govici v0.8.0
 	github.com/vishvananda/netlink v1.3.1
 	github.com/vishvananda/netns v0.0.5
 	go.etcd.io/etcd/api/v3 v3.7.3

@@ -112,8 +112,9 @@ func TestIPsec(t *testing.T) {
 	labtest.Do(t, l.Etcd.Configure(ctx, `{`+ipv4Network+`, "EnableNFTables": true, "Backend": {"Type": "vxlan"}}`))
 	waitPolicies(ctx, t, first, 1)
 	waitPolicies(ctx, t, second, 0)
+	// The second's was there when its daemon started: it is not the daemon's.
 	labtest.Do(t, lab.Poll(ctx, "charon to end", func() error {
-		if pids := charons(ctx, t, second); len(pids) > 0 {
+		if pids := charons(ctx, t, first); len(pids) > 0 {
 			return fmt.Errorf("there are %v", pids)
 		}
 		return nil

@@ -7,6 +7,7 @@ import (
 	_ "github.com/flanneld/flanneld/backend/extension"
 	_ "github.com/flanneld/flanneld/backend/hostgw"
 	_ "github.com/flanneld/flanneld/backend/ipip"
+	_ "github.com/flanneld/flanneld/backend/ipsec"
 	_ "github.com/flanneld/flanneld/backend/udp"
 	_ "github.com/flanneld/flanneld/backend/vxlan"
 	_ "github.com/flanneld/flanneld/backend/wireguard"

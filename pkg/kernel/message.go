@@ -5,10 +5,11 @@ import (
 	"fmt"
 	"net/netip"
 
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
-// encode returns the rtnetlink request that brings an object about (add), or
+// encode returns the netlink request that brings an object about (add), or
 // removes it. dev is the number of its device, via that of the nexthop that a
 // route goes through, 0 if none. Links are not among the objects it knows: they
 // take more than one message.
@@ -26,6 +27,8 @@ func encode(o Object, dev int, via uint32, add bool) request {
 		r.kind, undo, r.body = unix.RTM_NEWROUTE, unix.RTM_DELROUTE, routeBody(o, dev, via, add)
 	case nexthop:
 		r.kind, undo, r.body = unix.RTM_NEWNEXTHOP, unix.RTM_DELNEXTHOP, nexthopBody(o, dev, add)
+	case Policy:
+		r.kind, undo, r.body = nl.XFRM_MSG_UPDPOLICY, nl.XFRM_MSG_DELPOLICY, policyBody(o, add)
 	case foreign:
 		return encode(o.Route, dev, via, add)
 	default:

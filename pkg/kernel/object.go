@@ -17,7 +17,7 @@ import (
 const RouteProtocol = 70
 
 // An Object is something that the kernel is wanted to hold: a Link, Addr,
-// Neighbor, FDBEntry or Route. Objects are values and compare with ==.
+// Neighbor, FDBEntry, Route or Policy. Objects are values and compare with ==.
 type Object interface {
 	// Key identifies the object in the kernel. Two objects with one key
 	// cannot be there together.
@@ -41,14 +41,15 @@ const (
 	KindFDB
 	KindNexthop
 	KindRoute
+	KindPolicy
 	kinds // how many there are
 )
 
 // Key identifies an object. Which fields count depends on the kind.
 type Key struct {
 	Kind   Kind
-	Dev    string       // all but routes and nexthops
-	Prefix netip.Prefix // addresses, neighbours (as /32 or /128), nexthops (their number), routes
+	Dev    string       // all but routes and nexthops; of policies: "out 10.5.1.0/24", direction and source
+	Prefix netip.Prefix // addresses, neighbours (as /32 or /128), nexthops (their number), routes, policies (where to)
 	MAC    MAC          // FDB entries
 	Metric uint32       // routes
 }
@@ -93,7 +94,7 @@ type Link struct {
 }
 
 // A LinkType is what makes a device the sort of device it is. It cannot be
-// changed once the device exists: VXLAN, TUN or WireGuard.
+// changed once the device exists: VXLAN, TUN, IPIP or WireGuard.
 type LinkType interface {
 	String() string // as it follows "type" in "ip link add"
 	lower() string  // the device that it sits on, "" if none

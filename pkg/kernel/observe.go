@@ -15,20 +15,21 @@ import (
 )
 
 // An Event is one datagram of the kernel's notifications; a nil one says that
-// some were lost.
+// some were lost, an empty one that there was one of IPsec policies.
 type Event []byte
 
 // Events delivers the kernel's notifications, to be handed to Handle. It is
 // closed by Close.
 func (r *Reconciler) Events() <-chan Event { return r.events }
 
-// read feeds Events until the socket is closed.
-func (r *Reconciler) read() {
-	defer close(r.events)
+// read feeds Events from one socket until that is closed.
+func (r *Reconciler) read(from *rtnl.Listener, whole bool) {
 	buf := make([]byte, 1<<16)
 	for {
-		datagram, err := r.notify.Next(buf)
+		datagram, err := from.Next(buf)
 		switch {
+		case err == nil && !whole:
+			r.events <- Event{}
 		case err == nil:
 			r.events <- slices.Clone(datagram)
 		case errors.Is(err, rtnl.ErrLost):
@@ -47,6 +48,7 @@ func (r *Reconciler) Handle(ev Event) {
 		r.unknown = true
 		return
 	}
+	r.unknown = r.unknown || len(ev) == 0
 	err := eachMessage(ev, func(h unix.NlMsghdr, body []byte) error {
 		switch h.Type {
 		case unix.RTM_NEWLINK, unix.RTM_DELLINK:
@@ -138,6 +140,8 @@ func (r *Reconciler) ours(o Object) bool {
 		return true
 	case nexthop:
 		return !o.foreign
+	case Policy:
+		return !o.other && r.inside(o.Src) && r.inside(o.Dst)
 	case foreign:
 		if o.protocol == unix.RTPROT_KERNEL {
 			return false
@@ -316,6 +320,11 @@ func (r *Reconciler) readAll() error {
 	r.nexthops = r.nexthopsKnown && nexthopsTold()
 	if r.nexthopsKnown { // before the routes that go through them
 		if err := dump(unix.RTM_GETNEXTHOP, make([]byte, unix.SizeofNhmsg), observe); err != nil {
+			return err
+		}
+	}
+	if r.xfrm != nil {
+		if err := r.readPolicies(); err != nil {
 			return err
 		}
 	}

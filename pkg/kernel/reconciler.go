@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"sync"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -22,7 +23,8 @@ import (
 //   - what sits on these links, but for what the kernel put there itself;
 //   - routes, and nexthop objects, that carry RouteProtocol;
 //   - gateway routes inside Networks that carry no protocol of their own
-//     (RTPROT_BOOT): upstream's daemon leaves these.
+//     (RTPROT_BOOT): upstream's daemon leaves these;
+//   - IPsec policies with PolicyID between subnets inside Networks.
 //
 // It is for one goroutine.
 type Reconciler struct {
@@ -33,8 +35,9 @@ type Reconciler struct {
 	Devices func(name string) bool
 
 	sock   *socket
+	xfrm   *socket // nil: the kernel has no IPsec
 	links  *netlink.Handle
-	notify *rtnl.Listener
+	notify []*rtnl.Listener
 	events chan Event
 
 	entries map[Key]*entry
@@ -101,7 +104,7 @@ type claim struct {
 // listens to the kernel from now on: Events must be received and handed to
 // Handle. Close ends it.
 func New() (*Reconciler, error) {
-	sock, err := newSocket()
+	sock, err := newSocket(unix.NETLINK_ROUTE)
 	if err != nil {
 		return nil, err
 	}
@@ -123,22 +126,37 @@ func New() (*Reconciler, error) {
 		return nil, fmt.Errorf("netlink: %w", err)
 	}
 	r := &Reconciler{
-		sock: sock, links: links, notify: notify, events: make(chan Event),
+		sock: sock, links: links, notify: []*rtnl.Listener{notify}, events: make(chan Event),
 		entries: map[Key]*entry{}, owners: map[string][]*entry{},
 		devices: newDevices(), uses: map[string]int{},
 		unknown: true, fights: fights{over: map[Key]*fight{}, blink: fightBlink}, nexthopsKnown: known, fewGateways: fewGateways,
 	}
-	go r.read()
+	if err := r.listenXFRM(); err != nil {
+		klog.V(1).Infof("The kernel has no IPsec: %v", err)
+	}
+	var readers sync.WaitGroup
+	for i, l := range r.notify {
+		readers.Go(func() { r.read(l, i == 0) })
+	}
+	go func() {
+		readers.Wait()
+		close(r.events)
+	}()
 	return r, nil
 }
 
 // Close stops listening. The kernel keeps what it holds.
 func (r *Reconciler) Close() {
-	r.notify.Close()
+	for _, l := range r.notify {
+		l.Close()
+	}
 	for range r.events { // until read has ended
 	}
 	r.links.Close()
 	r.sock.close()
+	if r.xfrm != nil {
+		r.xfrm.close()
+	}
 }
 
 // Set makes objects all that the owner wants. An object that several owners
@@ -329,7 +347,7 @@ func (r *Reconciler) Apply() error {
 	}
 	// Last, what routes may have needed until they were replaced; with a nexthop
 	// the kernel even removes the routes that still go through it.
-	for _, k := range []Kind{KindNexthop, KindFDB, KindNeighbor, KindAddr} {
+	for _, k := range []Kind{KindPolicy, KindNexthop, KindFDB, KindNeighbor, KindAddr} {
 		r.apply(k, todo, false, &log, &failures)
 	}
 	log.write()
@@ -367,6 +385,10 @@ func (r *Reconciler) apply(kind Kind, todo []*entry, add bool, log *changes, fai
 			r.done(e, r.link(e), log, failures)
 			continue
 		}
+		if kind == KindPolicy && r.xfrm == nil {
+			r.done(e, errNoXFRM, log, failures)
+			continue
+		}
 		if n, ok := e.have.(nexthop); kind == KindNexthop && add && (!r.useNexthops() || ok && n.foreign) {
 			continue
 		}
@@ -382,7 +404,9 @@ func (r *Reconciler) apply(kind Kind, todo []*entry, add bool, log *changes, fai
 		if name := o.device(); name != "" {
 			var ok bool
 			if dev, ok = r.devices.number[name]; !ok {
-				if add {
+				if add && r.own(name) {
+					r.done(e, unix.ENODEV, log, failures) // why has been said
+				} else if add {
 					r.done(e, fmt.Errorf("there is no device %s", name), log, failures)
 				} else {
 					r.done(e, nil, log, failures) // it went with its device
@@ -396,7 +420,11 @@ func (r *Reconciler) apply(kind Kind, todo []*entry, add bool, log *changes, fai
 	if len(batch) == 0 {
 		return
 	}
-	results, err := r.sock.do(requests)
+	sock := r.sock
+	if kind == KindPolicy {
+		sock = r.xfrm
+	}
+	results, err := sock.do(requests)
 	if err == nil && add && kind == KindRoute {
 		err = r.evict(batch, requests, results)
 	}
@@ -445,7 +473,7 @@ func (r *Reconciler) evict(batch []*entry, requests []request, results []error) 
 }
 
 // isGone tells the errors that the kernel answers to the removal of what is
-// not there: routes ESRCH, neighbours and FDB entries ENOENT, addresses
+// not there: routes ESRCH, neighbours, FDB entries and policies ENOENT, addresses
 // EADDRNOTAVAIL, anything on a vanished device ENODEV.
 func isGone(err error) bool {
 	return errors.Is(err, unix.ESRCH) || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EADDRNOTAVAIL) || errors.Is(err, unix.ENODEV)

@@ -58,7 +58,7 @@ func (c *changes) write() {
 		return
 	}
 	var parts []string
-	for kind, name := range [kinds]string{"links", "addresses", "neighbours", "FDB entries", "nexthops", "routes"} {
+	for kind, name := range [kinds]string{"links", "addresses", "neighbours", "FDB entries", "nexthops", "routes", "policies"} {
 		if n := c.added[kind]; n > 0 {
 			parts = append(parts, fmt.Sprintf("%d %s set", n, name))
 		}

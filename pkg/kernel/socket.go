@@ -10,8 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// socket speaks rtnetlink (rtnetlink(7)): requests in batches, and dumps. It is
-// for one goroutine.
+// socket speaks rtnetlink (rtnetlink(7)), or another protocol of netlink:
+// requests in batches, and dumps. It is for one goroutine.
 type socket struct {
 	fd  int
 	pid uint32 // our address on the bus, which the kernel puts on what we caused
@@ -26,8 +26,8 @@ const (
 	receiveBuffer = 1 << 20
 )
 
-func newSocket() (*socket, error) {
-	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_ROUTE)
+func newSocket(protocol int) (*socket, error) {
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, protocol)
 	if err != nil {
 		return nil, fmt.Errorf("netlink: %w", err)
 	}
@@ -53,7 +53,7 @@ func (s *socket) close() { unix.Close(s.fd) }
 
 // A request is one netlink message to send, without its length and sequence.
 type request struct {
-	kind  uint16 // RTM_*
+	kind  uint16 // RTM_*, XFRM_MSG_*
 	flags uint16 // NLM_F_*, without REQUEST and ACK
 	body  []byte
 }

@@ -31,7 +31,7 @@ func (c Cause) String() string {
 }
 
 func (k Kind) String() string {
-	return [...]string{"link", "address", "neighbor", "fdb", "nexthop", "route"}[k]
+	return [...]string{"link", "address", "neighbor", "fdb", "nexthop", "route", "policy"}[k]
 }
 
 // Stats returns the counts of now. It costs nothing where nothing has changed, or

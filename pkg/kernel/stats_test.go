@@ -11,7 +11,7 @@ import (
 func TestStats(t *testing.T) {
 	host(t)
 	r := start(t)
-	kinds := func(which func(KindStats) int) (all [6]int) {
+	by := func(which func(KindStats) int) (all [kinds]int) {
 		for k, s := range r.Stats().Kinds {
 			all[k] = which(s)
 		}
@@ -19,15 +19,15 @@ func TestStats(t *testing.T) {
 	}
 	wanted := func(s KindStats) int { return s.Wanted }
 	held := func(s KindStats) int { return s.Held }
-	check := func(what string, want, have [6]int) {
+	check := func(what string, want, have [kinds]int) {
 		t.Helper()
-		if w, h := kinds(wanted), kinds(held); w != want || h != have {
+		if w, h := by(wanted), by(held); w != want || h != have {
 			t.Errorf("%s: wanted are %v and held %v, want %v and %v", what, w, h, want, have)
 		}
 	}
-	all := [6]int{KindLink: 2, KindAddr: 2, KindNeighbor: 2, KindFDB: 2, KindRoute: 6}
+	all := [kinds]int{KindLink: 2, KindAddr: 2, KindNeighbor: 2, KindFDB: 2, KindRoute: 6}
 	check("at first", all, all)
-	repairs := func() (all [6][4]uint64) {
+	repairs := func() (all [kinds][causes]uint64) {
 		for k, s := range r.Stats().Kinds {
 			all[k] = s.Repairs
 		}
@@ -36,7 +36,7 @@ func TestStats(t *testing.T) {
 	r.Set("peer", peer(mac3))
 	apply(t, r)
 	check("another MAC", all, all)
-	var want [6][4]uint64
+	var want [kinds][causes]uint64
 	if got := repairs(); got != want {
 		t.Errorf("what we changed ourselves is counted as %v", got)
 	}

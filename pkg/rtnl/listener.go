@@ -25,7 +25,12 @@ type Listener struct{ *os.File }
 // groups (RTNLGRP_*, linux/rtnetlink.h). The filter, a classic BPF program,
 // may be nil.
 func Listen(filter []unix.SockFilter, groups ...int) (*Listener, error) {
-	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_ROUTE)
+	return ListenTo(unix.NETLINK_ROUTE, filter, groups...)
+}
+
+// ListenTo is Listen for another protocol of netlink(7).
+func ListenTo(protocol int, filter []unix.SockFilter, groups ...int) (*Listener, error) {
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, protocol)
 	if err != nil {
 		return nil, fmt.Errorf("netlink: %w", err)
 	}

@@ -105,7 +105,7 @@ type situation struct {
 func Run(ctx context.Context, o Options) error {
 	ctx, cancel := context.WithCancel(ctx)
 	n := &node{
-		Options: o, started: time.Now(), questions: newQuestions(),
+		Options: o, started: time.Now(), questions: newQuestions(), metrics: newMetrics(o.Manager, o.Version),
 		warned: map[subnet.Subnets]string{}, said: map[string]string{},
 		retry: time.NewTimer(0), retrying: true, retryAfter: retryFirst,
 	}
@@ -119,7 +119,6 @@ func Run(ctx context.Context, o Options) error {
 
 func (n *node) run(ctx context.Context) error {
 	var err error
-	n.metrics = newMetrics(n.Manager, n.Version)
 	if n.health, err = serveHealth(ctx, &n.group, n.Health, n.metrics, n.Profile); err != nil {
 		return err
 	}

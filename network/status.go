@@ -275,7 +275,7 @@ type Inspection struct{ n *node }
 func Inspect(ctx context.Context, o Options) (*Inspection, error) {
 	n := &node{
 		Options: o, warned: map[subnet.Subnets]string{}, said: map[string]string{},
-		health: &health{}, worker: newWorker(),
+		health: &health{}, worker: newWorker(), metrics: newMetrics(o.Manager, o.Version),
 	}
 	var err error
 	if n.kernel, err = kernel.New(); err != nil {

@@ -148,7 +148,7 @@ check: build/bin/staticcheck build/bin/helm ## Formatting, vet, staticcheck, go.
 	build/bin/helm lint --quiet --strict chart/flannel
 	@diff -u Documentation/kube-flannel.yml <($(MANIFEST)) || { echo "the chart has changed: run make manifest"; exit 1; }
 
-test: check fuzz unit e2e test-vm ## Everything: check, fuzz, unit and end-to-end tests (root)
+test: check fuzz unit e2e ## Everything: check, fuzz, unit and end-to-end tests (root)
 
 unit: programs ## Unit and in-namespace tests of the main module
 	go test $(RACE) $(TESTFLAGS) ./...

@@ -315,13 +315,15 @@ func TestWireGuardPSK(t *testing.T) {
 	for range 2 {
 		psks = append(psks, labtest.Must(wgtypes.GenerateKey())(t).String())
 	}
-	config := func(psk string) string {
-		return fmt.Sprintf(`{%s, "Backend": {"Type": "wireguard", "PSK": "%s"}}`, ipv4Network, psk)
+	// Nodes that do not know of each other must not choose one subnet.
+	const lower, upper = `"SubnetMax": "10.5.127.0"`, `"SubnetMin": "10.5.128.0"`
+	config := func(half, psk string) string {
+		return fmt.Sprintf(`{%s, %s, "Backend": {"Type": "wireguard", "PSK": "%s"}}`, ipv4Network, half, psk)
 	}
-	l := labtest.New(ctx, t, config(psks[0]), make([]lab.NodeOptions, 2)...)
+	l := labtest.New(ctx, t, config(lower, psks[0]), make([]lab.NodeOptions, 2)...)
 	// The second reads another configuration, and each is told of the other.
 	const elsewhere = "/elsewhere"
-	labtest.Do(t, l.Etcd.Put(ctx, elsewhere+"/config", config(psks[1])))
+	labtest.Do(t, l.Etcd.Put(ctx, elsewhere+"/config", config(upper, psks[1])))
 	nodes := l.Nodes()
 	labtest.Do(t, nodes[0].Start("--ip-masq"))
 	labtest.Do(t, nodes[1].Start("--ip-masq", "--etcd-prefix="+elsewhere))
@@ -365,7 +367,7 @@ func TestWireGuardPSK(t *testing.T) {
 	if _, err := pods[0].Ping(ctx, pods[1].IPv4, lab.PingOptions{Count: 3}); err == nil {
 		t.Error("pods talk, with different preshared keys")
 	}
-	labtest.Do(t, l.Etcd.Put(ctx, elsewhere+"/config", config(psks[0])))
+	labtest.Do(t, l.Etcd.Put(ctx, elsewhere+"/config", config(upper, psks[0])))
 	labtest.Do(t, pods[0].WaitPing(ctx, pods[1].IPv4))
 	labtest.Do(t, pods[1].WaitPing(ctx, pods[0].IPv4))
 	for _, n := range nodes {

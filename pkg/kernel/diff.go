@@ -33,7 +33,8 @@ func (r *Reconciler) Diff() ([]string, error) {
 	}
 	var commands []string
 	for _, part := range [][]string{
-		gone[KindRoute], gone[KindLink], adds[KindLink], adds[KindAddr], adds[KindNeighbor], adds[KindFDB], adds[KindRoute],
+		gone[KindPolicy], gone[KindRoute], gone[KindLink],
+		adds[KindLink], adds[KindAddr], adds[KindNeighbor], adds[KindFDB], adds[KindRoute], adds[KindPolicy],
 		gone[KindNexthop], gone[KindFDB], gone[KindNeighbor], gone[KindAddr],
 	} {
 		slices.Sort(part)

@@ -1,6 +1,7 @@
 package kernel
 
 import (
+	"net/netip"
 	"strings"
 	"testing"
 
@@ -101,5 +102,25 @@ func TestStalePolicies(t *testing.T) {
 	got := showPolicies(t)
 	if strings.Count(got, "tmpl") != 3 || strings.Contains(got, policyOut+" priority 0 ") {
 		t.Errorf("there are %s", got)
+	}
+}
+
+// What Diff says of policies, run as it stands, leads to what is wanted.
+func TestPoliciesDiff(t *testing.T) {
+	needXFRM(t)
+	r := idler(t)
+	r.Networks = []netip.Prefix{prefix("10.5.0.0/16"), prefix("fd05::/48")}
+	for _, want := range []int{6, 0} { // how many there are to be
+		r.Set("peer", policies()[:want])
+		commands, err := r.Diff()
+		if err != nil || len(commands) != 6 {
+			t.Fatalf("%d policies are wanted: %q, %v", want, commands, err)
+		}
+		for _, c := range commands {
+			nstest.Run(t, c)
+		}
+		if commands, err = r.Diff(); err != nil || len(commands) > 0 {
+			t.Errorf("%d policies are there: %q, %v", want, commands, err)
+		}
 	}
 }

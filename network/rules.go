@@ -20,6 +20,11 @@ type rules struct {
 
 	metrics *metrics
 	manager subnet.Manager
+
+	// Of keep alone:
+	driver  *firewall.Driver   // nil: none yet that does what is wished
+	news    <-chan struct{}    // of the rules it keeps; nil: there is none to be had
+	unwatch context.CancelFunc // ends news
 }
 
 // A wish is for rules, and where they are kept.
@@ -29,7 +34,7 @@ type wish struct {
 }
 
 func keepRules(ctx context.Context, group *sync.WaitGroup, resync time.Duration, s *metrics, m subnet.Manager) *rules {
-	r := &rules{make(chan wish, 1), make(chan bool), s, m}
+	r := &rules{wants: make(chan wish, 1), states: make(chan bool), metrics: s, manager: m}
 	group.Go(func() { r.keep(ctx, resync) })
 	return r
 }
@@ -62,13 +67,9 @@ func (r *rules) keep(ctx context.Context, resync time.Duration) {
 	case <-ctx.Done():
 		return
 	}
-	var driver *firewall.Driver
+	defer r.close()
 	said, set, told := "", false, false
 	var undone quarrel
-	news, err := firewall.Changes(ctx)
-	if err != nil {
-		klog.Warningf("Rules are checked every %v, and not as soon as somebody changes them: %v", resync, err)
-	}
 	var checked, written time.Time
 	var took time.Duration // the last check
 	haste := 0             // how often they were written lately
@@ -85,11 +86,11 @@ func (r *rules) keep(ctx context.Context, resync time.Duration) {
 		case latest := <-r.wants:
 			if latest.nftables != want.nftables {
 				latest.warn()
-				driver = nil // the new one removes what the old one made
+				r.close() // the new driver removes what the old one made
 			}
 			want, changed = latest, true
 		case <-next.C:
-		case <-news:
+		case <-r.news:
 			if undone < quarrelTimes { // else the next check is soon enough
 				rest := max(ruleRest<<min(haste, 10), ruleShare*took)
 				soon.Reset(max(0, min(rest, resync)-time.Since(checked)))
@@ -102,7 +103,7 @@ func (r *rules) keep(ctx context.Context, resync time.Duration) {
 		if hasty && checked.Sub(written) > ruleCalm {
 			haste, undone = 0, 0
 		}
-		wrote, err := r.look(ctx, &driver, want, set && !changed, hasty, &undone)
+		wrote, err := r.look(ctx, want, set && !changed, hasty, &undone)
 		set, took = err == nil, time.Since(checked)
 		r.metrics.rulesChecked.SetToCurrentTime()
 		r.metrics.rulesInPlace.Set(truth(set))
@@ -141,21 +142,20 @@ func (r *rules) keep(ctx context.Context, resync time.Duration) {
 
 // look sets the rules, unless they are said to be set already and still are. It
 // tells whether it wrote any.
-func (r *rules) look(ctx context.Context, driver **firewall.Driver, want wish, set, hasty bool, undone *quarrel) (wrote bool, err error) {
-	if *driver == nil {
-		d, err := firewall.New(ctx, want.nftables)
-		if err != nil {
+func (r *rules) look(ctx context.Context, want wish, set, hasty bool, undone *quarrel) (wrote bool, err error) {
+	if r.driver == nil {
+		if err := r.open(ctx, want.nftables); err != nil {
 			if want.IPv4.IsZero() && want.IPv6.IsZero() {
 				klog.V(1).Infof("No rules are wanted, and none can be there: %v", err)
 				return false, nil
 			}
 			return false, err
 		}
-		*driver, set = d, false
+		set = false
 	}
 	if set {
 		r.metrics.rulesChecks.Inc()
-		ok, err := (*driver).Check(ctx)
+		ok, err := r.driver.Check(ctx)
 		if err != nil {
 			return false, err
 		}
@@ -163,7 +163,7 @@ func (r *rules) look(ctx context.Context, driver **firewall.Driver, want wish, s
 			r.metrics.rulesRepairs.Inc()
 		}
 		if !ok || !hasty { // what we set ourselves is news, too, and no sign of peace
-			undone.say(ok, (*driver).String())
+			undone.say(ok, r.driver.String())
 		}
 		if ok {
 			herald(r.manager, "rules", "", "")
@@ -171,11 +171,38 @@ func (r *rules) look(ctx context.Context, driver **firewall.Driver, want wish, s
 		}
 		if *undone == quarrelTimes {
 			herald(r.manager, "rules", "FirewallFight", fmt.Sprintf("Somebody changes flannel's rules in %s, again and again. "+
-				"`nft monitor` shows each change; mostly it is another firewall manager on the host, to be told to leave flannel's chains alone", *driver))
+				"`nft monitor` shows each change; mostly it is another firewall manager on the host, to be told to leave flannel's chains alone", r.driver))
 		}
 	}
 	r.metrics.rulesWrites.Inc()
-	return true, (*driver).Apply(ctx, want.Desired)
+	return true, r.driver.Apply(ctx, want.Desired)
+}
+
+// open finds the driver, and follows changes of the rules that it is to keep.
+func (r *rules) open(ctx context.Context, nftables bool) error {
+	d, err := firewall.New(ctx, nftables)
+	if err != nil {
+		return err
+	}
+	watch, unwatch := context.WithCancel(ctx)
+	news, err := d.Changes(watch)
+	if err != nil {
+		klog.Warningf("Rules are checked from time to time (--iptables-resync), and not as soon as somebody changes them: %v", err)
+	}
+	r.driver, r.news, r.unwatch = d, news, unwatch
+	return nil
+}
+
+func (r *rules) close() {
+	if r.driver == nil {
+		return
+	}
+	r.unwatch()
+	if r.news != nil {
+		for range r.news { // until it is closed
+		}
+	}
+	r.driver, r.news = nil, nil
 }
 
 // A quarrel counts how many checks on end found the rules changed.

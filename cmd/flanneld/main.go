@@ -1,3 +1,6 @@
+// The processors are counted once, not again each second.
+//go:debug updatemaxprocs=0
+
 // Command flanneld leases a subnet for this node and keeps the way to the other
 // nodes' subnets open.
 package main

@@ -13,31 +13,12 @@ import (
 	"k8s.io/klog/v2"
 )
 
-// Changes signals when somebody, ourselves included, may have changed rules of
-// ours in the calling thread's network namespace: as nftables tells, where
-// iptables-nft keeps its rules too, or when iptables-legacy has more of them, or
-// fewer. Signals that nobody took are merged into one. The channel is closed
-// when ctx ends.
-func Changes(ctx context.Context) (<-chan struct{}, error) {
-	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_NETFILTER)
-	if err != nil {
-		return nil, fmt.Errorf("listening for changes of nftables: %w", err)
-	}
-	f := os.NewFile(uintptr(fd), "nfnetlink") // non-blocking: the runtime waits for it
-	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("listening for changes of nftables: %w", err)
-	}
-	if err := unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, unix.NFNLGRP_NFTABLES); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("listening for changes of nftables: %w", err)
-	}
-	old, err := openLegacy()
-	if err != nil {
-		f.Close()
-		return nil, fmt.Errorf("looking at iptables-legacy: %w", err)
-	}
-	entries := old.count()
+// Changes signals when somebody, ourselves included, may have changed the rules
+// that the driver keeps, in the calling thread's network namespace: as nftables
+// tells, where iptables-nft keeps its rules too, or when iptables-legacy has
+// more of them, or fewer. Signals that nobody took are merged into one. The
+// channel is closed when ctx ends.
+func (d *Driver) Changes(ctx context.Context) (<-chan struct{}, error) {
 	changes := make(chan struct{}, 1)
 	tell := func() {
 		select {
@@ -45,14 +26,61 @@ func Changes(ctx context.Context) (<-chan struct{}, error) {
 		default: // there is one already
 		}
 	}
-	stop := context.AfterFunc(ctx, func() { f.Close() })
-	var both sync.WaitGroup
-	both.Go(func() {
-		defer old.close()
-		old.watch(ctx, entries, tell)
-	})
-	both.Go(func() {
-		defer stop()
+	var watchers []func()
+	ctx, cancel := context.WithCancel(ctx)
+	var counted, uncounted bool
+	for _, s := range d.sides {
+		if s.kept != nil {
+			counted = counted || s.kept.counted()
+			uncounted = uncounted || !s.kept.counted()
+		}
+	}
+	if counted {
+		watch, err := watchNFTables(ctx, tell)
+		if err != nil {
+			cancel()
+			return nil, fmt.Errorf("listening for changes of nftables: %w", err)
+		}
+		watchers = append(watchers, watch)
+	}
+	if uncounted {
+		watch, err := watchLegacy(ctx, tell)
+		if err != nil {
+			cancel()
+			return nil, fmt.Errorf("looking at iptables-legacy: %w", err)
+		}
+		watchers = append(watchers, watch)
+	}
+	go func() {
+		defer cancel()
+		defer close(changes)
+		var all sync.WaitGroup
+		for _, watch := range watchers {
+			all.Go(watch)
+		}
+		all.Wait()
+	}()
+	return changes, nil
+}
+
+// watchNFTables returns what calls tell when somebody changes nftables where
+// that concerns us, from now on and until ctx ends.
+func watchNFTables(ctx context.Context, tell func()) (watch func(), err error) {
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_NETFILTER)
+	if err != nil {
+		return nil, err
+	}
+	f := os.NewFile(uintptr(fd), "nfnetlink") // non-blocking: the runtime waits for it
+	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		f.Close()
+		return nil, err
+	}
+	if err := unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, unix.NFNLGRP_NFTABLES); err != nil {
+		f.Close()
+		return nil, err
+	}
+	context.AfterFunc(ctx, func() { f.Close() })
+	return func() {
 		buf := make([]byte, 1<<16)
 		for {
 			n, err := f.Read(buf)
@@ -69,12 +97,7 @@ func Changes(ctx context.Context) (<-chan struct{}, error) {
 			}
 			tell()
 		}
-	})
-	go func() {
-		both.Wait()
-		close(changes)
-	}()
-	return changes, nil
+	}, nil
 }
 
 // concernsUs tells whether a datagram is about chains or rules that are ours,

@@ -10,14 +10,13 @@ import (
 
 // News is of our rules, of what leads to them, and of their tables.
 func TestChanges(t *testing.T) {
-	nstest.Need(t, "nft")
-	nstest.New(t)
+	n := newNode(t, "nft")
 	nstest.Run(t, "nft add table ip nat")
 	nstest.Run(t, "nft add chain ip nat OTHER")
 	nstest.Run(t, "nft add chain ip nat POSTROUTING")
 	nstest.Run(t, "nft add chain ip nat FLANNEL-POSTRTG")
 	nstest.Run(t, "nft add table ip flannel-ipv4")
-	changes, err := Changes(t.Context())
+	changes, err := n.driver(nftMode).Changes(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -53,7 +52,7 @@ func TestLegacyChanges(t *testing.T) {
 	t.Cleanup(old.close)
 	n.sh(`iptables-legacy -N OURS; iptables-legacy -A OURS -j ACCEPT; ip6tables-legacy -A FORWARD -j ACCEPT`)
 	for _, line := range []string{"iptables-legacy -I OURS -j DROP", "iptables-legacy -F", "iptables-legacy -X OURS", "ip6tables-legacy -F"} {
-		changes, err := Changes(t.Context())
+		changes, err := n.driver(legacyMode).Changes(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -61,28 +61,36 @@ func (l *legacy) close() {
 	}
 }
 
-// watch calls tell when there are more entries than before, or fewer, until ctx
-// ends.
-func (l *legacy) watch(ctx context.Context, before entries, tell func()) {
-	every := legacyEvery
-	next := time.NewTimer(every)
-	defer next.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-next.C:
-		}
-		now := l.count()
-		if now != before {
-			tell()
-			every = legacyMost
-		} else {
-			every = legacyEvery
-		}
-		before = now
-		next.Reset(every)
+// watchLegacy returns what calls tell when iptables-legacy has more entries than
+// it has now, or fewer, until ctx ends.
+func watchLegacy(ctx context.Context, tell func()) (watch func(), err error) {
+	l, err := openLegacy()
+	if err != nil {
+		return nil, err
 	}
+	before := l.count()
+	return func() {
+		defer l.close()
+		every := legacyEvery
+		next := time.NewTimer(every)
+		defer next.Stop()
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-next.C:
+			}
+			now := l.count()
+			if now != before {
+				tell()
+				every = legacyMost
+			} else {
+				every = legacyEvery
+			}
+			before = now
+			next.Reset(every)
+		}
+	}, nil
 }
 
 // entries are how many each family's tables nat and filter hold: rules, and what

@@ -36,10 +36,8 @@ func (h holder) String() string {
 
 // A claim is what a running daemon holds on its public addresses.
 type claim struct {
-	ips    []netip.Addr
-	lease  clientv3.LeaseID
-	cancel context.CancelFunc                      // ends its renewal
-	alive  <-chan *clientv3.LeaseKeepAliveResponse // closed when it ran out
+	ips   []netip.Addr
+	lease clientv3.LeaseID
 }
 
 // claimAll claims the node's public addresses, and waits for any other node that
@@ -121,32 +119,17 @@ func (m *Manager) tryClaim(ctx context.Context, ips []netip.Addr) (*holder, mome
 			return nil, moment{}, err
 		}
 		if won {
-			return nil, at, m.hold(ips, lease)
+			m.release() // the earlier one, if there is
+			m.mu.Lock()
+			m.claim = &claim{ips, lease}
+			m.mu.Unlock()
+			return nil, at, nil
 		}
 		m.revoke(lease)
 		if err := pause.sleep(ctx); err != nil {
 			return nil, moment{}, err
 		}
 	}
-}
-
-// hold keeps a new claim alive until it is released, and drops the old one.
-func (m *Manager) hold(ips []netip.Addr, lease clientv3.LeaseID) error {
-	client, err := m.connect()
-	if err != nil {
-		return err
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	alive, err := client.KeepAlive(ctx, lease)
-	if err != nil {
-		cancel()
-		return fmt.Errorf("keeping the claim to the public address: %w", err)
-	}
-	m.release()
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.claim = &claim{ips, lease, cancel, alive}
-	return nil
 }
 
 // release gives up the claim, if there is one.
@@ -156,8 +139,29 @@ func (m *Manager) release() {
 	m.claim = nil
 	m.mu.Unlock()
 	if c != nil {
-		c.cancel()
 		m.revoke(c.lease)
+	}
+}
+
+// keepClaim renews the claim, if there is one.
+func (m *Manager) keepClaim() {
+	m.mu.Lock()
+	c := m.claim
+	m.mu.Unlock()
+	if c == nil {
+		return
+	}
+	ttl, err := m.renew(m.ctx, "keep the claim to the public address", c.lease)
+	if err != nil || ttl > 0 {
+		return
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.claim == c {
+		// It did not survive an outage, or etcd knows nothing of it any more:
+		// then who can say what else is not what it was.
+		m.claim = nil
+		m.renounce()
 	}
 }
 
@@ -165,22 +169,10 @@ func (m *Manager) release() {
 func (m *Manager) held(ips []netip.Addr) *claim {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	for m.claim != nil && slices.Equal(m.claim.ips, ips) {
-		select {
-		case _, ok := <-m.claim.alive:
-			if ok {
-				continue
-			}
-			// It did not survive an outage, or etcd knows nothing of it any
-			// more: then who can say what else is not what it was.
-			m.claim.cancel()
-			m.claim = nil
-			m.renounce()
-		default:
-			return m.claim
-		}
+	if m.claim == nil || !slices.Equal(m.claim.ips, ips) {
+		return nil
 	}
-	return nil
+	return m.claim
 }
 
 // holders reads who holds each of the addresses.

@@ -125,15 +125,15 @@ func (m *Manager) Keep(ctx context.Context, lease subnet.Lease) error {
 			m.verified = now.created
 		}
 
-		if err := m.rest(ctx, at, watched, claim, now.reserved(), renewAt); err != nil {
+		if err := m.rest(ctx, at, watched, now.reserved(), renewAt); err != nil {
 			return err
 		}
 	}
 }
 
-// rest returns when one of the keys changed, the claim ran out or the lease is
-// to be renewed.
-func (m *Manager) rest(ctx context.Context, at moment, keys []string, c *claim, reserved bool, renewAt time.Time) error {
+// rest returns when one of the keys changed, history was renounced (as when the
+// claim ran out) or the lease is to be renewed.
+func (m *Manager) rest(ctx context.Context, at moment, keys []string, reserved bool, renewAt time.Time) error {
 	changed, stop := m.changes(ctx, at, keys)
 	defer stop()
 	var due <-chan time.Time
@@ -142,17 +142,11 @@ func (m *Manager) rest(ctx context.Context, at moment, keys []string, c *claim, 
 		defer timer.Stop()
 		due = timer.C
 	}
-	for {
-		select {
-		case <-changed:
-			return ctx.Err()
-		case <-due:
-			return nil
-		case _, renewed := <-c.alive:
-			if !renewed {
-				return nil
-			}
-		}
+	select {
+	case <-changed:
+		return ctx.Err()
+	case <-due:
+		return nil
 	}
 }
 

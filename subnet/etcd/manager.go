@@ -41,12 +41,12 @@ const (
 	leaseTTL = 24 * time.Hour
 
 	// claimTTL is how long a node that died without a word is taken for alive.
-	// It is renewed thrice in that time.
 	claimTTL = 30 * time.Second
 
 	// pulseEvery is how soon an outage, or another etcd in the place of the
-	// one we knew, is noticed while there is nothing to ask of etcd.
-	pulseEvery = 10 * time.Second
+	// one we knew, is noticed while there is nothing to ask of etcd. The claim
+	// is renewed as often.
+	pulseEvery = claimTTL / 3
 
 	// requestTimeout is long enough for a snapshot of 20000 leases, which is
 	// 5 MB, over a poor link.

@@ -107,7 +107,7 @@ func (m *Manager) publish(ctx context.Context, now record, key string, value []b
 	if !now.reserved() {
 		ttl := time.Duration(0)
 		if lease != clientv3.NoLease {
-			if ttl, err = m.renew(ctx, lease); err != nil {
+			if ttl, err = m.renew(ctx, "renew the lease", lease); err != nil {
 				return record{}, time.Time{}, false, err
 			}
 		}
@@ -180,9 +180,9 @@ func (m *Manager) grant(ctx context.Context, ttl time.Duration) (id clientv3.Lea
 }
 
 // renew prolongs an etcd lease to its full time, which it returns; zero when
-// the lease is gone.
-func (m *Manager) renew(ctx context.Context, id clientv3.LeaseID) (ttl time.Duration, err error) {
-	_, err = m.do(ctx, "renew the lease", func(ctx context.Context, c *clientv3.Client) (*pb.ResponseHeader, error) {
+// the lease is gone. The client's own KeepAlive wakes up four times a second.
+func (m *Manager) renew(ctx context.Context, purpose string, id clientv3.LeaseID) (ttl time.Duration, err error) {
+	_, err = m.do(ctx, purpose, func(ctx context.Context, c *clientv3.Client) (*pb.ResponseHeader, error) {
 		// KeepAliveOnce of the client repeats a failed attempt at once and for
 		// as long as ctx lasts, at the expense of a processor.
 		stream, err := clientv3.RetryLeaseClient(c).LeaseKeepAlive(ctx)

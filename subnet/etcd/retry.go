@@ -93,7 +93,8 @@ func (m *Manager) renounce() {
 	m.latest = moment{0, make(chan struct{})}
 }
 
-// beat asks for etcd's revision from time to time: see pulseEvery.
+// beat asks for etcd's revision from time to time, and renews the claim: see
+// pulseEvery.
 func (m *Manager) beat() {
 	tick := time.NewTicker(pulseEvery)
 	defer tick.Stop()
@@ -110,6 +111,7 @@ func (m *Manager) beat() {
 			}
 			return got.Header, nil
 		})
+		m.keepClaim()
 	}
 }
 

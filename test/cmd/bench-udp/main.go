@@ -163,12 +163,16 @@ func compare(ctx context.Context, s settings, tracks []*track) error {
 			return perSecond / 1e3, err
 		}
 	}
+	ping := func(args string) func(context.Context, *track) (float64, error) {
+		return func(ctx context.Context, t *track) (float64, error) { return t.ping(ctx, args) }
+	}
 	measures := []measure{
 		{"one TCP stream", "Gbit/s", tcp("1")},
 		{"four TCP streams", "Gbit/s", tcp("4")},
 		{fmt.Sprintf("UDP, %d bytes each", s.size), "thousand/s", flood(1)},
 		{fmt.Sprintf("the same, sent %d at once", floodBatch), "thousand/s", flood(floodBatch)},
-		{"ping, 200 a second", "µs", func(ctx context.Context, t *track) (float64, error) { return t.ping(ctx) }},
+		{"ping, one a second", "µs", ping("-c 8")},
+		{"ping, 200 a second", "µs", ping("-c 200 -i 0.005")},
 		{"ping, each at once", "µs", func(ctx context.Context, t *track) (float64, error) { return t.pingOnEnd(ctx) }},
 	}
 	got := map[string]map[string][]float64{}
@@ -238,10 +242,10 @@ func (t *track) iperf(ctx context.Context, args ...string) (r results, err error
 	return r, err
 }
 
-// ping returns the median round trip, in microseconds, of 200 packets. Between
-// them, processors fall asleep.
-func (t *track) ping(ctx context.Context) (float64, error) {
-	out, err := t.from.Run(ctx, "ping -c 200 -i 0.005 "+t.target)
+// ping returns the median round trip, in microseconds. Between packets,
+// processors fall asleep.
+func (t *track) ping(ctx context.Context, args string) (float64, error) {
+	out, err := t.from.Run(ctx, "ping "+args+" "+t.target)
 	if err != nil {
 		return 0, err
 	}

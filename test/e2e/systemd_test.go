@@ -84,6 +84,40 @@ func TestSystemd(t *testing.T) {
 	}
 }
 
+// TestReadme: the lines of the README for systemd, word for word, on a node that
+// has nothing yet. All that is other than there is where etcd is, and that sudo
+// is a program of the test's.
+func TestReadme(t *testing.T) {
+	ctx := labtest.Context(t, 2*time.Minute)
+	l := labtest.New(ctx, t, "", lab.NodeOptions{})
+	n := l.Nodes()[0]
+	readme := string(labtest.Must(os.ReadFile("../../README.md"))(t))
+	_, rest, _ := strings.Cut(readme, "\nWith systemd, ")
+	_, rest, _ = strings.Cut(rest, "\n```\n")
+	lines, _, _ := strings.Cut(rest, "```\n")
+	if !strings.Contains(lines, "http://192.0.2.10:2379") {
+		t.Fatalf("the README's lines for systemd are not found, or tell of no etcd:\n%s", lines)
+	}
+	lines = strings.ReplaceAll(lines, "http://192.0.2.10:2379", lab.Endpoint)
+
+	bin := t.TempDir()
+	labtest.Do(t, os.WriteFile(filepath.Join(bin, "sudo"), []byte("#!/bin/sh\nexec \"$@\"\n"), 0o755))
+	etcdctl := labtest.Must(l.Program("bin/etcdctl"))(t)
+	labtest.Do(t, os.Symlink(etcdctl, filepath.Join(bin, "etcdctl")))
+	script := filepath.Join(bin, "readme")
+	labtest.Do(t, os.WriteFile(script, []byte("set -ex\nexport PATH="+bin+":$PATH ETCDCTL_ENDPOINTS="+lab.Endpoint+"\ncd "+labtest.Must(filepath.Abs("../.."))(t)+"\n"+lines), 0o644))
+	s := labtest.Must(n.StartSystemd(ctx, nil))(t)
+	out, err := s.Run(ctx, "sh "+script)
+	if err != nil || !strings.Contains(out, "lease") || !strings.Contains(out, "10.5.") {
+		t.Errorf("%v\n%s\n%s", err, out, s.Log())
+	}
+	for command, want := range map[string]string{"systemctl is-enabled flanneld": "enabled", "systemctl is-active flanneld": "active"} {
+		if out, err := s.Run(ctx, command); out != want {
+			t.Errorf("%s says %q: %v", command, out, err)
+		}
+	}
+}
+
 // startUnit starts the daemon by our unit, with a path and a patience of the
 // test's.
 func startUnit(ctx context.Context, t *testing.T, l *lab.Lab, n *lab.Node) *lab.Systemd {

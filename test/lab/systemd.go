@@ -10,8 +10,7 @@ import (
 	"strings"
 )
 
-// A Systemd is a real one, process 1 of a node, with no units but those that it
-// was given.
+// A Systemd is a real one, process 1 of a node.
 type Systemd struct {
 	node *Node
 	pid  int // as it is seen from outside
@@ -20,9 +19,9 @@ type Systemd struct {
 
 // bootSystemd starts it as a container's: in a control group that is the root of
 // its own, with /proc of its processes. What it would set or make for the whole
-// machine it cannot: sysctls, files in /etc and /run, and in the directory of
-// control groups, where it mounts what it misses and then forbids all others to
-// write.
+// machine it cannot: sysctls, files in /etc, /run and /usr/local/bin, and in the
+// directory of control groups, where it mounts what it misses and then forbids
+// all others to write.
 const bootSystemd = `set -e
 for group in /sys/fs/cgroup/"$1" /sys/fs/cgroup/*/"$1"; do
 	[ ! -d "$group" ] || echo $$ >"$group"/cgroup.procs
@@ -30,8 +29,10 @@ done
 exec unshare --pid --ipc --mount --fork --kill-child --mount-proc sh -ec '
 	mount --bind /proc/sys /proc/sys
 	mount -o remount,bind,ro /proc/sys
-	mkdir -p "$1"/etc "$1"/etc-work
-	mount -t overlay -o lowerdir=/etc,upperdir="$1"/etc,workdir="$1"/etc-work overlay /etc
+	for own in etc usr/local/bin; do
+		mkdir -p "$1"/root/$own "$1"/work/$own
+		mount -t overlay -o lowerdir=/$own,upperdir="$1"/root/$own,workdir="$1"/work/$own overlay /$own
+	done
 	mount -t tmpfs tmpfs /run
 	if [ ! -e /sys/fs/cgroup/cgroup.procs ]; then
 		mkdir /run/cgroup
@@ -46,8 +47,8 @@ exec unshare --pid --ipc --mount --fork --kill-child --mount-proc sh -ec '
 	exec /lib/systemd/systemd --system --unit=lab.target --show-status=no --log-target=console' sh "$2" >"$3" 2>&1
 `
 
-// StartSystemd starts systemd on a node, with units by their names. The targets
-// that every service refers to are there, and empty.
+// StartSystemd starts systemd on a node, with units by their names, beside those
+// of /etc. The targets that every service refers to are there, and empty.
 func (n *Node) StartSystemd(ctx context.Context, units map[string]string) (*Systemd, error) {
 	if err := addCgroup(n.Namespace.Name); err != nil {
 		return nil, err
@@ -70,7 +71,7 @@ func (n *Node) StartSystemd(ctx context.Context, units map[string]string) (*Syst
 	}
 	s := &Systemd{node: n, log: filepath.Join(n.Dir, "systemd.log")}
 	cmd := exec.Command("sh", "-c", bootSystemd, "sh", n.Namespace.Name, n.Dir, s.log)
-	cmd.Env = append(os.Environ(), "container=lab", "SYSTEMD_UNIT_PATH="+dir)
+	cmd.Env = append(os.Environ(), "container=lab", "SYSTEMD_UNIT_PATH="+dir+":/etc/systemd/system")
 	proc, err := n.Launch(cmd)
 	if err != nil {
 		return nil, err

@@ -164,6 +164,16 @@ func (s *scene) state(ctx context.Context) (string, error) {
 	return b.String(), err
 }
 
+// shown is the state, and what may be in the way of it.
+func (s *scene) shown(ctx context.Context) (string, error) {
+	state, err := s.state(ctx)
+	if err != nil {
+		return "", err
+	}
+	routes, err := s.node.Run(ctx, "ip route")
+	return state + routes, err
+}
+
 // healed waits until all probes that were sent since then are answered.
 func (s *scene) healed(ctx context.Context, since time.Time) error {
 	return lab.Poll(ctx, "pods to talk", func() error {
@@ -231,8 +241,12 @@ type recovery struct {
 func (s *scene) suffer(ctx context.Context, f fault, now moment) (r recovery, err error) {
 	ctx, cancel := context.WithTimeout(ctx, lab.Patiently(faultPatience))
 	defer cancel()
+	before := ""
 	if now == asleep {
 		// What a daemon that stands still cannot mend must show.
+		if before, err = s.shown(ctx); err != nil {
+			return r, err
+		}
 		if err := s.node.Freeze(ctx); err != nil {
 			return r, err
 		}
@@ -243,7 +257,7 @@ func (s *scene) suffer(ctx context.Context, f fault, now moment) (r recovery, er
 		return r, fmt.Errorf("doing harm: %w", err)
 	}
 	if now == asleep && f.undo == nil {
-		if now, err := s.state(ctx); err == nil && now == s.whole {
+		if after, err := s.shown(ctx); err == nil && after == before {
 			return r, errors.New("the fault changes nothing: it is none")
 		}
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -25,7 +26,7 @@ func TestIPsec(t *testing.T) {
 	}
 	psk := strings.Repeat("0123456789abcdef", 6)
 	config := `{` + ipv4Network + `, "EnableNFTables": true, "Backend": {"Type": "ipsec", "PSK": "` + psk + `"}}`
-	ctx := labtest.Context(t, 3*time.Minute)
+	ctx := labtest.Context(t, 5*time.Minute)
 	l := labtest.New(ctx, t, config, lab.NodeOptions{}, lab.NodeOptions{Routed: true})
 	first, second := l.Nodes()[0], l.Nodes()[1]
 	for _, n := range l.Nodes() {
@@ -101,6 +102,23 @@ func TestIPsec(t *testing.T) {
 	labtest.Must(first.Run(ctx, "kill -KILL "+strings.Join(before, " ")))(t)
 	labtest.Must(first.Run(ctx, "ip xfrm state flush"))(t)
 	talk("after charon was killed and its associations flushed")
+
+	labtest.Must(first.Run(ctx, "ip link set eth0 down"))(t)
+	labtest.Do(t, first.ConfigureUplink(ctx, first.IPv4))
+	talk("after the uplink was down")
+	for _, ip := range []netip.Addr{netip.MustParseAddr("198.18.0.77"), first.IPv4} {
+		labtest.Must(first.Run(ctx, "ip -4 addr flush dev eth0"))(t)
+		labtest.Do(t, first.ConfigureUplink(ctx, ip))
+		labtest.Do(t, lab.Poll(ctx, "policies to follow", func() error {
+			out, err := second.Run(ctx, "ip xfrm policy list nosock")
+			there, back := fmt.Sprintf("tmpl src %s dst %s", second.IPv4, ip), fmt.Sprintf("tmpl src %s dst %s", ip, second.IPv4)
+			if err == nil && strings.Count(out, there)+strings.Count(out, back) != 3 {
+				err = errors.New(out)
+			}
+			return err
+		}))
+		talk("after the uplink's address became " + ip.String())
+	}
 
 	// The peer leaves, comes back, and at last there is another backend.
 	labtest.Do(t, second.Stop(ctx))

@@ -111,7 +111,7 @@ func (ns *Namespace) NetlinkDrops(ctx context.Context) (int, error) {
 func (n *Node) Holds(ctx context.Context) (string, error) {
 	var lines []string
 	for _, show := range []struct{ stdin, command string }{
-		{"link show type vxlan\naddr show scope global\nroute show\nneigh show nud permanent", "ip -d -o -4 -force -batch -"},
+		{"link show type vxlan\nlink show type ipip\naddr show scope global\nroute show\nneigh show nud permanent", "ip -d -o -4 -force -batch -"},
 		{"addr show scope global\nroute show\nneigh show nud permanent", "ip -o -6 -force -batch -"},
 		{"", "bridge fdb show"},
 		{"", "nft -s list ruleset"},

@@ -3,6 +3,7 @@ package etcd_test
 import (
 	"context"
 	"errors"
+	"math"
 	"strings"
 	"testing"
 	"time"
@@ -100,6 +101,25 @@ func TestClaimComesBack(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.until("nodes/198.18.0.1", func(e entry) bool { return e != entry{} && e.created > after.created })
+}
+
+func TestClaimIsRenewed(t *testing.T) {
+	s := newSite(t)
+	kept(t, s)
+	lease := s.get("nodes/198.18.0.1").lease
+	least := int64(math.MaxInt64)
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(200 * time.Millisecond) {
+		answer, err := s.client.TimeToLive(s.ctx(), lease)
+		switch {
+		case err != nil:
+			t.Fatal(err)
+		case answer.TTL > least:
+			return
+		case answer.TTL <= 0 || time.Now().After(deadline):
+			t.Fatalf("its lease has %d s left, of %d", answer.TTL, answer.GrantedTTL)
+		}
+		least = answer.TTL
+	}
 }
 
 func TestClaimOfAnotherNode(t *testing.T) {

@@ -19,6 +19,7 @@ import (
 	"github.com/flanneld/flanneld/pkg/firewall"
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/kernel"
+	"github.com/flanneld/flanneld/pkg/retry"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -45,16 +46,9 @@ type Options struct {
 	Version      string // of this program
 }
 
-const (
-	// What fails is tried again after retryFirst, then after twice as long
-	// each time, up to retryMax.
-	retryFirst = time.Second
-	retryMax   = 30 * time.Second
-
-	// blackholeMetric makes the blackhole the last choice: the route of the
-	// bridge that holds the pods, with the same destination, comes first.
-	blackholeMetric = 1 << 31
-)
+// blackholeMetric makes the blackhole the last choice: the route of the bridge
+// that holds the pods, with the same destination, comes first.
+const blackholeMetric = 1 << 31
 
 // nodeOwner owns what the kernel holds for this node itself. Peers own theirs
 // by their subnets.
@@ -84,13 +78,13 @@ type node struct {
 	warned map[subnet.Subnets]string       // what was last said of a peer
 	unheld map[subnet.Subnets]time.Time    // news of leases, see measure
 
-	rulesSet   bool // the rules of the lease are in place
-	fileSet    bool // so is the subnet file
-	ready      bool
-	said       map[string]string // the last error of each duty
-	retry      *time.Timer
-	retrying   bool // retry is running
-	retryAfter time.Duration
+	rulesSet bool // the rules of the lease are in place
+	fileSet  bool // so is the subnet file
+	ready    bool
+	trouble  map[string]retry.Trouble // of each duty
+	retry    *time.Timer
+	retrying bool // retry is running
+	pause    retry.Backoff
 }
 
 // A situation is what a node's network is made from.
@@ -106,8 +100,8 @@ func Run(ctx context.Context, o Options) error {
 	ctx, cancel := context.WithCancel(ctx)
 	n := &node{
 		Options: o, started: time.Now(), questions: newQuestions(), metrics: newMetrics(o.Manager, o.Version),
-		warned: map[subnet.Subnets]string{}, said: map[string]string{},
-		retry: time.NewTimer(0), retrying: true, retryAfter: retryFirst,
+		warned: map[subnet.Subnets]string{}, trouble: map[string]retry.Trouble{},
+		retry: time.NewTimer(0), retrying: true,
 	}
 	defer n.group.Wait()
 	defer cancel()
@@ -469,7 +463,7 @@ func (n *node) converge() {
 	}
 	switch {
 	case !n.kernel.Has(nodeOwner):
-		n.health.waitFor("the device: " + n.said["Kernel"])
+		n.health.waitFor("the device: " + string(n.trouble["Kernel"]))
 	case !n.rulesSet:
 		n.health.waitFor("the rules: see the log")
 	case !n.fileSet:
@@ -491,10 +485,10 @@ func (n *node) converge() {
 	}
 	switch failed := n.kernel.Failed() || n.kernel.Pending() || n.rulesSet && !n.fileSet; {
 	case !failed:
-		n.retryAfter = retryFirst
+		n.pause.Reset()
 	case !n.retrying:
-		n.retry.Reset(n.retryAfter)
-		n.retrying, n.retryAfter = true, min(2*n.retryAfter, retryMax)
+		n.retry.Reset(n.pause.Next())
+		n.retrying = true
 	}
 }
 
@@ -509,17 +503,16 @@ func (n *node) others() int {
 
 // say logs a duty's error, once, and when it is over.
 func (n *node) say(duty string, err error) {
-	text := ""
 	if err != nil {
-		text = err.Error()
 		n.metrics.failed(duty)
 	}
-	switch before := n.said[duty]; {
-	case text == before:
-	case text == "":
+	trouble := n.trouble[duty]
+	switch {
+	case !trouble.News(err):
+	case err == nil:
 		klog.Infof("%s: all is well again", duty)
 	default:
-		klog.Errorf("%s: %s", duty, text)
+		klog.Errorf("%s: %v", duty, err)
 	}
-	n.said[duty] = text
+	n.trouble[duty] = trouble
 }

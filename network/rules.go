@@ -9,6 +9,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/pkg/firewall"
+	"github.com/flanneld/flanneld/pkg/retry"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -68,14 +69,15 @@ func (r *rules) keep(ctx context.Context, resync time.Duration) {
 		return
 	}
 	defer r.close()
-	said, set, told := "", false, false
+	set, told := false, false
+	var trouble retry.Trouble
 	var undone quarrel
 	var checked, written time.Time
 	var took time.Duration // the last check
 	haste := 0             // how often they were written lately
 	soon := time.NewTimer(time.Hour)
 	defer soon.Stop()
-	after := retryFirst
+	var pause retry.Backoff
 	next := time.NewTimer(0)
 	defer next.Stop()
 	for {
@@ -110,23 +112,22 @@ func (r *rules) keep(ctx context.Context, resync time.Duration) {
 		if wrote {
 			written, haste = time.Now(), haste+1
 		}
-		switch {
-		case ctx.Err() != nil:
+		if ctx.Err() != nil {
 			return
+		}
+		switch news := trouble.News(err); {
 		case err == nil:
-			if said != "" {
+			if news {
 				klog.Info("Rules: all is well again")
 			}
-			said, after = "", retryFirst
+			pause.Reset()
 			next.Reset(resync)
 		default:
 			r.metrics.failed("Rules")
-			if err.Error() != said {
-				said = err.Error()
+			if news {
 				klog.Errorf("Rules: %v", err)
 			}
-			next.Reset(after)
-			after = min(2*after, retryMax)
+			next.Reset(pause.Next())
 		}
 		if len(r.wants) > 0 || !changed && told == set {
 			continue // these are the latest no more, or it is known

@@ -15,6 +15,7 @@ import (
 	"github.com/flanneld/flanneld/pkg/firewall"
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/kernel"
+	"github.com/flanneld/flanneld/pkg/retry"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -110,12 +111,12 @@ func (n *node) status() Status {
 		s.Rules.Mode = "nftables"
 	}
 	s.SubnetFile = SubnetFile{n.SubnetFile, n.fileSet}
-	for duty, text := range n.said {
-		if text != "" {
+	for duty, trouble := range n.trouble {
+		if trouble != "" {
 			if s.Errors == nil {
 				s.Errors = map[string]string{}
 			}
-			s.Errors[duty] = text
+			s.Errors[duty] = string(trouble)
 		}
 	}
 	if n.backend == nil {
@@ -274,7 +275,7 @@ type Inspection struct{ n *node }
 // says why.
 func Inspect(ctx context.Context, o Options) (*Inspection, error) {
 	n := &node{
-		Options: o, warned: map[subnet.Subnets]string{}, said: map[string]string{},
+		Options: o, warned: map[subnet.Subnets]string{}, trouble: map[string]retry.Trouble{},
 		health: &health{}, worker: newWorker(), metrics: newMetrics(o.Manager, o.Version),
 	}
 	var err error

@@ -3,10 +3,10 @@ package network
 import (
 	"context"
 	"errors"
-	"time"
 
 	"k8s.io/klog/v2"
 
+	"github.com/flanneld/flanneld/pkg/retry"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -96,8 +96,9 @@ func (t *tenant) furnish(ctx context.Context, s situation) (subnet.Attrs, error)
 	} else if previous, err = t.manager.Previous(ctx, self); err != nil {
 		return self, err
 	}
-	said := ""
-	for after := retryFirst; ; after = min(2*after, retryMax) {
+	var pause retry.Backoff
+	var trouble retry.Trouble
+	for {
 		attrs, err := s.backend.Attrs(ctx, previous)
 		if err == nil {
 			attrs.PublicIP, attrs.PublicIPv6 = self.PublicIP, self.PublicIPv6
@@ -105,15 +106,12 @@ func (t *tenant) furnish(ctx context.Context, s situation) (subnet.Attrs, error)
 		}
 		if ctx.Err() == nil {
 			t.metrics.failed("Publishing")
+			if trouble.News(err) {
+				klog.Errorf("Waiting for what this node is to publish: %v", err)
+			}
 		}
-		if ctx.Err() == nil && err.Error() != said {
-			said = err.Error()
-			klog.Errorf("Waiting for what this node is to publish: %v", err)
-		}
-		select {
-		case <-ctx.Done():
-			return self, ctx.Err()
-		case <-time.After(after):
+		if err := pause.Sleep(ctx); err != nil {
+			return self, err
 		}
 	}
 }

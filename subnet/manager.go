@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/flanneld/flanneld/pkg/iface"
+	"github.com/flanneld/flanneld/pkg/retry"
 )
 
 // A Manager hands out leases and tells of everyone's. Implementations wait out
@@ -82,6 +83,12 @@ type Reporter interface {
 
 	// Clock asks for the store's time, which is good to the second.
 	Clock(ctx context.Context) (time.Time, error)
+}
+
+// Backoff returns what paces attempts at a store: nodes are back soon after it
+// is, but not all at once.
+func Backoff() retry.Backoff {
+	return retry.Backoff{First: 100 * time.Millisecond, Most: 3 * time.Second, Jitter: true}
 }
 
 // ErrLost says that a lease's subnets now belong to another node.

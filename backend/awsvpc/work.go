@@ -12,6 +12,7 @@ import (
 	"github.com/aws/aws-sdk-go-v2/service/ec2/types"
 	"k8s.io/klog/v2"
 
+	"github.com/flanneld/flanneld/pkg/retry"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -21,9 +22,6 @@ const (
 	lookInterval = time.Minute
 	// Nodes that start at the same moment spread over this.
 	startSpread = time.Second
-	// What fails is tried again after retryFirst, then after twice as long
-	// each time, up to lookInterval.
-	retryFirst = time.Second
 	// A look that takes longer is broken off.
 	lookLimit = time.Minute
 	// Whether the uplink's subnet still uses the VPC's main route table is
@@ -44,14 +42,14 @@ type router struct {
 	main   string // the VPC's main table, if that is ours
 	mainAt time.Time
 
-	unsure bool // there are routes that may have to go, once the peers are known
-	said   map[string]string
-	after  time.Duration // until the next look, if this one fails
+	unsure  bool                     // there are routes that may have to go, once the peers are known
+	trouble map[string]retry.Trouble // of each duty
+	pause   retry.Backoff            // until the next look, if this one fails
 }
 
 // Work implements backend.Worker.
 func (v *vpc) Work(ctx context.Context, own subnet.Lease, peers <-chan subnet.Update) error {
-	r := &router{vpc: v, own: own.Each(), said: map[string]string{}, after: retryFirst}
+	r := &router{vpc: v, own: own.Each(), trouble: map[string]retry.Trouble{}, pause: retry.Backoff{Most: lookInterval}}
 	look := time.NewTimer(rand.N(startSpread))
 	defer look.Stop()
 	for {
@@ -89,12 +87,10 @@ func (r *router) look(ctx context.Context) time.Duration {
 	ctx, cancel := context.WithTimeout(ctx, lookLimit)
 	defer cancel()
 	if r.converge(ctx) {
-		r.after = retryFirst
+		r.pause.Reset()
 		return jitter(lookInterval)
 	}
-	delay := jitter(r.after)
-	r.after = min(2*r.after, lookInterval)
-	return delay
+	return jitter(r.pause.Next())
 }
 
 // jitter returns about as much.
@@ -234,17 +230,16 @@ func (r *router) correct(ctx context.Context, id string, table *types.RouteTable
 
 // say logs a duty's error, once, and when it is over.
 func (r *router) say(ctx context.Context, duty string, err error) {
-	text := ""
-	if err != nil {
-		text = err.Error()
-	}
-	switch before := r.said[duty]; {
-	case text == before, ctx.Err() == context.Canceled:
+	if ctx.Err() == context.Canceled {
 		return
-	case text == "":
+	}
+	trouble := r.trouble[duty]
+	switch {
+	case !trouble.News(err):
+	case err == nil:
 		klog.Infof("%s: all is well again", duty)
 	default:
-		klog.Errorf("%s: %s", duty, text)
+		klog.Errorf("%s: %v", duty, err)
 	}
-	r.said[duty] = text
+	r.trouble[duty] = trouble
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/flanneld/flanneld/backend"
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/kernel"
+	"github.com/flanneld/flanneld/pkg/retry"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -25,11 +26,6 @@ const (
 	timeLimit = time.Minute
 	// Once flanneld ends, or the lease changes, a command is given this long.
 	graceLimit = 5 * time.Second
-
-	// What fails is tried again after retryFirst, then after twice as long
-	// each time, up to retryMax.
-	retryFirst = time.Second
-	retryMax   = time.Minute
 
 	// A peer that is gone is forgotten when its removal has failed so often: it
 	// may well be that there was nothing left to remove.
@@ -57,7 +53,7 @@ type extension struct {
 	networks subnet.Subnets
 	runner   runner
 	record   string        // path of the file
-	retry    time.Duration // the first one's delay
+	pause    retry.Backoff // after a command that failed
 }
 
 var (
@@ -71,7 +67,7 @@ func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
 		networks: cfg.Networks(),
 		runner:   runner{limit: timeLimit, grace: graceLimit},
 		record:   filepath.Join(stateDir, "extension-"+cfg.Networks().Key()+".json"),
-		retry:    retryFirst,
+		pause:    retry.Backoff{Most: time.Minute},
 	}
 	if err := backend.Options(cfg, &x.options); err != nil {
 		return nil, err

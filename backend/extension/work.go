@@ -8,6 +8,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/pkg/retry"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -30,8 +31,8 @@ type peer struct {
 	pending bool          // there is something to do
 	due     time.Time     // when
 	tries   int           // that failed in a row
-	after   time.Duration // from the next failure to the next attempt
-	said    string        // of the last failure
+	pause   retry.Backoff // from a failure to the next attempt
+	trouble retry.Trouble
 }
 
 // job is Work, for one lease of this node's. It belongs to one goroutine, so
@@ -75,20 +76,17 @@ func (x *extension) Work(ctx context.Context, own subnet.Lease, peers <-chan sub
 
 // start runs PostStartupCommand until it does well. No peer is added before.
 func (j *job) start(ctx context.Context) {
-	said := ""
-	for after := j.retry; ; after = min(2*after, retryMax) {
+	pause := j.pause
+	var trouble retry.Trouble
+	for {
 		err := j.run(ctx, "PostStartupCommand", j.PostStartupCommand, j.environment(), "")
 		if err == nil || ctx.Err() != nil {
 			return
 		}
-		if err.Error() != said {
-			said = err.Error()
+		if trouble.News(err) {
 			klog.Errorf("%v; it is tried again, and peers are added once it has worked", err)
 		}
-		select {
-		case <-ctx.Done():
-		case <-time.After(after):
-		}
+		pause.Sleep(ctx)
 	}
 }
 
@@ -151,7 +149,7 @@ func (j *job) want(p *peer, c *call, now time.Time) {
 	case p.want == nil && c == nil && p.pending:
 	case p.want != nil && c != nil && *p.want == *c:
 	default:
-		p.want, p.pending, p.due, p.tries, p.after, p.said = c, true, now, 0, j.retry, ""
+		p.want, p.pending, p.due, p.tries, p.pause, p.trouble = c, true, now, 0, j.pause, ""
 	}
 }
 
@@ -216,13 +214,11 @@ func (j *job) attend(ctx context.Context, p *peer) {
 
 // fail has a command tried again.
 func (p *peer) fail(err error) {
-	if err.Error() != p.said {
-		p.said = err.Error()
+	if p.trouble.News(err) {
 		klog.Errorf("%v; it is tried again", err)
 	}
 	p.tries++
-	p.due = time.Now().Add(p.after)
-	p.after = min(2*p.after, retryMax)
+	p.due = time.Now().Add(p.pause.Next())
 }
 
 // save records who has been added, or is about to be, and can be removed.

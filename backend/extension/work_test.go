@@ -80,7 +80,7 @@ func (n *node) extension(o options) *extension {
 		n.t.Fatal(err)
 	}
 	x := b.(*extension)
-	x.record, x.retry = filepath.Join(n.dir, "run", "record.json"), 10*time.Millisecond
+	x.record, x.pause.First = filepath.Join(n.dir, "run", "record.json"), 10*time.Millisecond
 	return x
 }
 

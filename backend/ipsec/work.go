@@ -13,14 +13,13 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/pkg/retry"
 	"github.com/flanneld/flanneld/subnet"
 )
 
 const (
-	// What fails is tried again after retryFirst, then after twice as long
-	// each time, up to retryMax.
-	retryFirst = 100 * time.Millisecond // as long as charon takes to start
-	retryMax   = 30 * time.Second
+	// charonStarts is how long charon takes to start.
+	charonStarts = 100 * time.Millisecond
 
 	// checkEvery is the time between looks at what charon has, and how long they
 	// may take at most.
@@ -32,12 +31,12 @@ const (
 // wanted, and looks again whenever that may have changed.
 type keyer struct {
 	*ipsec
-	own    subnet.Lease
-	peers  map[subnet.Subnets]subnet.Lease
-	keys   map[netip.Addr]bool // that charon has been given, since it is the one it is
-	client client              // zero: not connected
-	charon *process            // that we started, if any
-	said   string              // the last error
+	own     subnet.Lease
+	peers   map[subnet.Subnets]subnet.Lease
+	keys    map[netip.Addr]bool // that charon has been given, since it is the one it is
+	client  client              // zero: not connected
+	charon  *process            // that we started, if any
+	trouble retry.Trouble
 }
 
 // Work implements backend.Worker.
@@ -50,8 +49,9 @@ func (b *ipsec) Work(ctx context.Context, own subnet.Lease, peers <-chan subnet.
 	case news := <-peers:
 		k.update(news)
 	}
-	timer, after := time.NewTimer(0), retryFirst
+	timer := time.NewTimer(0)
 	defer timer.Stop()
+	pause := retry.Backoff{First: charonStarts}
 	for {
 		var ended chan struct{}
 		if k.charon != nil {
@@ -72,11 +72,10 @@ func (b *ipsec) Work(ctx context.Context, own subnet.Lease, peers <-chan subnet.
 		k.say(err)
 		if err != nil {
 			k.hangUp()
-			timer.Reset(after)
-			after = min(2*after, retryMax)
+			timer.Reset(pause.Next())
 		} else {
 			timer.Reset(k.check)
-			after = retryFirst
+			pause.Reset()
 		}
 	}
 }
@@ -95,14 +94,12 @@ func (k *keyer) update(u subnet.Update) {
 // say logs an error that is not the same as before. One while charon starts is
 // none.
 func (k *keyer) say(err error) {
-	text := ""
-	if err != nil && !errors.Is(err, errStarting) {
-		text = err.Error()
-		if text != k.said {
-			klog.Errorf("ipsec: %v", err)
-		}
+	if errors.Is(err, errStarting) {
+		err = nil
 	}
-	k.said = text
+	if k.trouble.News(err) && err != nil {
+		klog.Errorf("ipsec: %v", err)
+	}
 }
 
 // errStarting says that charon was just started, and does not listen yet.

@@ -14,19 +14,13 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/pkg/kernel"
+	"github.com/flanneld/flanneld/pkg/retry"
 	"github.com/flanneld/flanneld/pkg/rtnl"
 	"github.com/flanneld/flanneld/subnet"
 )
 
-const (
-	// What fails is tried again after retryFirst, then after twice as long
-	// each time, up to retryMax.
-	retryFirst = time.Second
-	retryMax   = 30 * time.Second
-
-	// reportEvery is the time between reports of packets dropped.
-	reportEvery = time.Minute
-)
+// reportEvery is the time between reports of packets dropped.
+const reportEvery = time.Minute
 
 // queues is how many queues of the device are used. With more than one, the kernel
 // moves a connection to the queue on which its last packet came in
@@ -46,7 +40,7 @@ type proxy struct {
 	outlets  sync.WaitGroup // run while attached
 	attached bool
 	gone     chan error // why an outlet ended
-	said     string     // the last error
+	trouble  retry.Trouble
 	reported [reasons]uint64
 }
 
@@ -75,8 +69,9 @@ func (u *udp) Work(ctx context.Context, own subnet.Lease, peers <-chan subnet.Up
 
 	report := time.NewTicker(reportEvery)
 	defer report.Stop()
-	retry, after := time.NewTimer(0), retryFirst
-	defer retry.Stop()
+	again := time.NewTimer(0)
+	defer again.Stop()
+	var pause retry.Backoff
 	for {
 		select {
 		case <-ctx.Done():
@@ -91,7 +86,7 @@ func (u *udp) Work(ctx context.Context, own subnet.Lease, peers <-chan subnet.Up
 			klog.V(1).Infof("udp: %s: %v: waiting for it to be there again", device, err)
 			p.detach()
 		case <-links:
-		case <-retry.C:
+		case <-again.C:
 		}
 		err := p.open()
 		if !errors.Is(err, kernel.ErrNoDevice) { // it will be made, or the log says why not
@@ -100,10 +95,9 @@ func (u *udp) Work(ctx context.Context, own subnet.Lease, peers <-chan subnet.Up
 			err = nil
 		}
 		if err != nil {
-			retry.Reset(after)
-			after = min(2*after, retryMax)
+			again.Reset(pause.Next())
 		} else {
-			after = retryFirst
+			pause.Reset()
 		}
 	}
 }
@@ -228,18 +222,13 @@ func (p *proxy) close() {
 
 // say logs an error, once, and when it is over.
 func (p *proxy) say(err error) {
-	text := ""
-	if err != nil {
-		text = err.Error()
-	}
 	switch {
-	case text == p.said:
-	case text == "":
+	case !p.trouble.News(err):
+	case err == nil:
 		klog.Info("udp: all is well again")
 	default:
-		klog.Errorf("udp: %s; it is tried again", text)
+		klog.Errorf("udp: %v; it is tried again", err)
 	}
-	p.said = text
 }
 
 // report logs what packets were dropped since the last time.

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
 
+	"github.com/flanneld/flanneld/pkg/retry"
 	"github.com/flanneld/flanneld/pkg/rtnl"
 	"github.com/flanneld/flanneld/subnet"
 )
@@ -28,11 +29,6 @@ const (
 	// Where peers come and go all the time, looking and configuring takes a
 	// restShare-th of the time.
 	restShare = 10
-
-	// What fails is tried again after retryFirst, then after twice as long
-	// each time, up to retryMax.
-	retryFirst = time.Second
-	retryMax   = 30 * time.Second
 
 	// wordy is how many changes at once are logged one by one.
 	wordy = 20
@@ -53,8 +49,8 @@ type keeper struct {
 	due     time.Time     // when it is looked at next
 	cost    time.Duration // of a look, as it seems
 	rested  time.Time     // when it may be looked at because of news
-	failing time.Duration // how long it is waited after a failure; 0: all is well
-	said    string        // the last error
+	pause   retry.Backoff // after a failure
+	trouble retry.Trouble
 }
 
 // Work implements backend.Worker.
@@ -108,7 +104,7 @@ func (w *wireguard) Work(ctx context.Context, own subnet.Lease, peers <-chan sub
 		if key == (secret{}) {
 			if key, err = privateKey(keyFile()); err != nil {
 				keepers[0].say(err)
-				next.Reset(retryFirst)
+				next.Reset(lookFirst)
 				continue
 			}
 		}
@@ -118,8 +114,8 @@ func (w *wireguard) Work(ctx context.Context, own subnet.Lease, peers <-chan sub
 				if k.stale {
 					k.want, k.stale = w.config(k.tunnel, key, own, leases), false
 				}
-				k.look()
-				k.plan(time.Since(begun))
+				wait := k.look()
+				k.due, k.rested = time.Now().Add(wait), time.Now().Add(restShare*time.Since(begun))
 			}
 			if k.due.Before(soonest) {
 				soonest = k.due
@@ -174,24 +170,16 @@ func (k *keeper) link() netlink.Link {
 	return link
 }
 
-// look makes the device hold what it should.
-func (k *keeper) look() {
+// look makes the device hold what it should, and returns the time until it is
+// looked at again.
+func (k *keeper) look() time.Duration {
 	err := k.settle()
 	k.say(err)
 	if err != nil {
-		k.failing = min(max(2*k.failing, retryFirst), retryMax)
-	} else {
-		k.failing = 0
+		return k.pause.Next()
 	}
-}
-
-// plan decides when the device is looked at again.
-func (k *keeper) plan(took time.Duration) {
-	wait := k.failing
-	if wait == 0 {
-		wait = min(max(lookFirst, lookShare*k.cost), lookMost)
-	}
-	k.due, k.rested = time.Now().Add(wait), time.Now().Add(restShare*took)
+	k.pause.Reset()
+	return min(max(lookFirst, lookShare*k.cost), lookMost)
 }
 
 func (k *keeper) settle() (err error) {
@@ -253,16 +241,11 @@ func (k *keeper) close() {
 
 // say logs an error, once, and when it is over.
 func (k *keeper) say(err error) {
-	text := ""
-	if err != nil {
-		text = err.Error()
-	}
 	switch {
-	case text == k.said:
-	case text == "":
+	case !k.trouble.News(err):
+	case err == nil:
 		klog.Infof("wireguard: %s: all is well again", k.dev)
 	default:
-		klog.Errorf("wireguard: %s: %s; it is tried again", k.dev, text)
+		klog.Errorf("wireguard: %s: %v; it is tried again", k.dev, err)
 	}
-	k.said = text
 }

@@ -23,7 +23,7 @@ func (m *Manager) Acquire(ctx context.Context, cfg *subnet.Config, want subnet.L
 	if err != nil {
 		return subnet.Lease{}, fmt.Errorf("what to publish with the lease: %w", err)
 	}
-	var pause backoff
+	pause := subnet.Backoff()
 	full := false
 	for {
 		if m.held(ips) == nil {
@@ -79,7 +79,7 @@ func (m *Manager) Acquire(ctx context.Context, cfg *subnet.Config, want subnet.L
 			continue
 		}
 		// Somebody was faster.
-		if err := pause.sleep(ctx); err != nil {
+		if err := pause.Sleep(ctx); err != nil {
 			return subnet.Lease{}, err
 		}
 	}

@@ -11,6 +11,8 @@ import (
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"k8s.io/klog/v2"
+
+	"github.com/flanneld/flanneld/subnet"
 )
 
 // A holder is a node that is alive on a public address. Its exported fields are
@@ -77,7 +79,7 @@ func (m *Manager) tryClaim(ctx context.Context, ips []netip.Addr) (*holder, mome
 	if err != nil {
 		return nil, moment{}, err
 	}
-	var pause backoff
+	pause := subnet.Backoff()
 	for {
 		holders, at, err := m.holders(ctx, ips)
 		if err != nil {
@@ -126,7 +128,7 @@ func (m *Manager) tryClaim(ctx context.Context, ips []netip.Addr) (*holder, mome
 			return nil, at, nil
 		}
 		m.revoke(lease)
-		if err := pause.sleep(ctx); err != nil {
+		if err := pause.Sleep(ctx); err != nil {
 			return nil, moment{}, err
 		}
 	}

@@ -15,7 +15,7 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 	"google.golang.org/grpc"
-	grpcbackoff "google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/backoff"
 	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/pkg/iface"
@@ -66,7 +66,7 @@ func newClientConfig(o Options, dialer *iface.Dialer) (clientConfig, error) {
 			// gRPC's own default waits up to 120 s between attempts, long after
 			// etcd is back.
 			grpc.WithConnectParams(grpc.ConnectParams{
-				Backoff:           grpcbackoff.Config{BaseDelay: 200 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Second},
+				Backoff:           backoff.Config{BaseDelay: 200 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Second},
 				MinConnectTimeout: 5 * time.Second,
 			}),
 			grpc.WithChainUnaryInterceptor(failFast),

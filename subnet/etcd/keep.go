@@ -33,7 +33,7 @@ func (m *Manager) Keep(ctx context.Context, lease subnet.Lease) error {
 		watched = append(watched, m.nodeKey(ip))
 	}
 	renewAt := lease.Expires.Add(-m.options.RenewMargin)
-	var quarrel backoff
+	quarrel := subnet.Backoff()
 	var quarrelled time.Time
 	twin := false
 
@@ -85,8 +85,8 @@ func (m *Manager) Keep(ctx context.Context, lease subnet.Lease) error {
 		case fate == overwritten:
 			klog.Warningf("The lease of %v was overwritten, putting ours back: %s. If this repeats, another daemon uses the public address %v too: etcd had %s", lease.Subnets, key, ips, now.value)
 			if time.Since(quarrelled) > time.Minute {
-				quarrel = backoff{}
-			} else if err := quarrel.sleep(ctx); err != nil {
+				quarrel.Reset()
+			} else if err := quarrel.Sleep(ctx); err != nil {
 				return err
 			}
 			quarrelled = time.Now()

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"math/rand/v2"
 	"slices"
 	"strings"
 	"sync"
@@ -17,6 +16,9 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"k8s.io/klog/v2"
+
+	"github.com/flanneld/flanneld/pkg/retry"
+	"github.com/flanneld/flanneld/subnet"
 )
 
 // do calls f until it succeeds or ctx ends, and pauses between the attempts.
@@ -24,7 +26,7 @@ import (
 // answer that shows etcd's latest revision; nil where it has none, and then do
 // returns no moment.
 func (m *Manager) do(ctx context.Context, purpose string, f func(context.Context, *clientv3.Client) (*pb.ResponseHeader, error)) (moment, error) {
-	var pause backoff
+	pause := subnet.Backoff()
 	for {
 		before := m.now()
 		var header *pb.ResponseHeader
@@ -47,7 +49,7 @@ func (m *Manager) do(ctx context.Context, purpose string, f func(context.Context
 			return moment{}, m.ctx.Err()
 		}
 		m.outage.say(purpose, m.endpoints(), err)
-		if err := pause.sleep(ctx); err != nil {
+		if err := pause.Sleep(ctx); err != nil {
 			return moment{}, err
 		}
 	}
@@ -154,7 +156,7 @@ func (m *Manager) changes(ctx context.Context, at moment, keys []string, options
 			}
 			// The watch broke, or never was. Should that repeat while
 			// requests succeed, reading once a second will do.
-			pause(ctx, time.Second)
+			retry.Sleep(ctx, time.Second)
 		})
 	}
 	return ctx.Done(), stop
@@ -249,25 +251,4 @@ func explain(err error) (kind, text string) {
 		return away, text
 	}
 	return other, text
-}
-
-// backoff paces attempts: twice as long each time, up to 3 s, so that nodes are
-// back soon after etcd is, and never quite the same, lest a thousand come back
-// as one.
-type backoff struct{ pause time.Duration }
-
-func (b *backoff) sleep(ctx context.Context) error {
-	b.pause = min(max(2*b.pause, 100*time.Millisecond), 3*time.Second)
-	return pause(ctx, b.pause/2+rand.N(b.pause/2))
-}
-
-func pause(ctx context.Context, d time.Duration) error {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-timer.C:
-		return nil
-	}
 }

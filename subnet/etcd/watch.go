@@ -18,16 +18,16 @@ func (m *Manager) Watch(ctx context.Context) <-chan subnet.Update {
 	out := make(chan subnet.Update)
 	go func() {
 		defer close(out)
-		var pause backoff
+		pause := subnet.Backoff()
 		for {
 			began := time.Now()
 			if err := m.follow(ctx, out); err != nil {
 				return
 			}
 			if time.Since(began) > time.Minute {
-				pause = backoff{}
+				pause.Reset()
 			}
-			if err := pause.sleep(ctx); err != nil {
+			if err := pause.Sleep(ctx); err != nil {
 				return
 			}
 		}

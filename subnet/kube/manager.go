@@ -11,7 +11,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/netip"
@@ -391,7 +390,7 @@ func (m *Manager) State() subnet.State {
 // Keep implements subnet.Manager: annotations, and the condition once the
 // network is up, are written again when somebody changes them.
 func (m *Manager) Keep(ctx context.Context, lease subnet.Lease) error {
-	var quarrel backoff
+	quarrel := subnet.Backoff()
 	var last time.Time
 	for {
 		own, changed, err := m.await(ctx, func(*ownNode) string { return "" })
@@ -414,8 +413,8 @@ func (m *Manager) Keep(ctx context.Context, lease subnet.Lease) error {
 		if wrong || condition {
 			// Somebody else may want it otherwise, as often as we do.
 			if time.Since(last) > time.Minute {
-				quarrel = backoff{}
-			} else if err := quarrel.sleep(ctx); err != nil {
+				quarrel.Reset()
+			} else if err := quarrel.Sleep(ctx); err != nil {
 				return err
 			}
 			last = time.Now()
@@ -600,7 +599,7 @@ func (o *outage) state() (connected bool, trouble string) {
 
 // retry calls f until it succeeds or ctx ends.
 func (m *Manager) retry(ctx context.Context, purpose string, f func(context.Context) error) error {
-	var pause backoff
+	pause := subnet.Backoff()
 	for {
 		attempt, cancel := context.WithTimeout(ctx, requestTimeout)
 		err := f(attempt)
@@ -612,7 +611,7 @@ func (m *Manager) retry(ctx context.Context, purpose string, f func(context.Cont
 		if ctx.Err() == nil {
 			m.outage.say(m.client.server, purpose, err)
 		}
-		if err := pause.sleep(ctx); err != nil {
+		if err := pause.Sleep(ctx); err != nil {
 			return err
 		}
 	}
@@ -620,29 +619,13 @@ func (m *Manager) retry(ctx context.Context, purpose string, f func(context.Cont
 
 const requestTimeout = 15 * time.Second
 
-// backoff paces attempts: twice as long each time, up to 3 s, and never quite
-// the same, lest a thousand nodes come back as one.
-type backoff struct{ pause time.Duration }
-
-func (b *backoff) sleep(ctx context.Context) error {
-	b.pause = min(max(2*b.pause, 100*time.Millisecond), 3*time.Second)
-	timer := time.NewTimer(b.pause/2 + rand.N(b.pause/2))
-	defer timer.Stop()
-	select {
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-timer.C:
-		return nil
-	}
-}
-
 // follow keeps a follower told until ctx ends.
 func (m *Manager) follow(ctx context.Context, selector, purpose string, f follower) {
 	w := &feed{
 		client: m.client, selector: selector, fields: fields{prefix: []byte(m.options.AnnotationPrefix)},
 		answered: func() { m.outage.end(m.client.server) },
 	}
-	var pause backoff
+	pause := subnet.Backoff()
 	for ctx.Err() == nil {
 		began := time.Now()
 		err := w.follow(ctx, f)
@@ -650,12 +633,12 @@ func (m *Manager) follow(ctx context.Context, selector, purpose string, f follow
 			return
 		}
 		if time.Since(began) > time.Minute {
-			pause = backoff{}
+			pause.Reset()
 		}
 		if err != nil {
 			m.outage.say(m.client.server, purpose, err)
 		}
-		if pause.sleep(ctx) != nil {
+		if pause.Sleep(ctx) != nil {
 			return
 		}
 	}

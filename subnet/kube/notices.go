@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"k8s.io/klog/v2"
+
+	"github.com/flanneld/flanneld/pkg/retry"
 )
 
 // notices are what kubectl describe node shows of what needs a hand: Warnings on
@@ -107,10 +109,7 @@ func (n *notices) run(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 		case <-n.wake:
-			select {
-			case <-time.After(eventGrace):
-			case <-ctx.Done():
-			}
+			retry.Sleep(ctx, eventGrace)
 		case <-tick.C:
 		}
 		if ctx.Err() == nil {

@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"net/netip"
 	"os"
 	"runtime/debug"
@@ -373,29 +372,16 @@ func (n *node) programPeers(u subnet.Update) {
 // update takes news of leases.
 func (n *node) update(u subnet.Update) {
 	n.note(u)
-	if u.Snapshot {
-		for s := range n.peers {
-			if _, still := u.Leases[s]; !still {
-				n.drop(s)
-			}
-		}
-	}
 	if n.peers == nil {
 		n.peers = map[subnet.Subnets]subnet.Lease{}
 	}
-	for s := range u.Gone {
-		n.drop(s)
+	for _, s := range u.Apply(n.peers) {
+		delete(n.warned, s)
+		n.kernel.Set(s.String(), nil)
 	}
-	maps.Copy(n.peers, u.Leases)
 	if n.lease != nil {
 		n.programPeers(u)
 	}
-}
-
-func (n *node) drop(s subnet.Subnets) {
-	delete(n.peers, s)
-	delete(n.warned, s)
-	n.kernel.Set(s.String(), nil)
 }
 
 // programPeer wants of the kernel what a peer calls for: nothing, if it is no

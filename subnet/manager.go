@@ -3,6 +3,7 @@ package subnet
 import (
 	"context"
 	"errors"
+	"maps"
 	"time"
 
 	"github.com/flanneld/flanneld/pkg/iface"
@@ -122,4 +123,27 @@ func (u *Update) Delete(s Subnets) {
 		u.Gone = map[Subnets]bool{}
 	}
 	u.Gone[s] = true
+}
+
+// Apply brings a record of all leases up to date, and returns which are no
+// longer in it.
+func (u Update) Apply(all map[Subnets]Lease) (gone []Subnets) {
+	drop := func(s Subnets) {
+		if _, known := all[s]; known {
+			delete(all, s)
+			gone = append(gone, s)
+		}
+	}
+	for s := range u.Gone {
+		drop(s)
+	}
+	if u.Snapshot {
+		for s := range all {
+			if _, still := u.Leases[s]; !still {
+				drop(s)
+			}
+		}
+	}
+	maps.Copy(all, u.Leases)
+	return gone
 }

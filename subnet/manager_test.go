@@ -3,16 +3,19 @@ package subnet
 import (
 	"net/netip"
 	"reflect"
+	"slices"
 	"testing"
 )
 
-func TestUpdate(t *testing.T) {
-	lease := func(third byte, host byte) Lease {
-		return Lease{
-			Subnets: Subnets{IPv4: netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 5, third, 0}), 24)},
-			Attrs:   Attrs{PublicIP: netip.AddrFrom4([4]byte{192, 0, 2, host})},
-		}
+// lease makes one of 10.5.third.0/24, for 192.0.2.host.
+func lease(third, host byte) Lease {
+	return Lease{
+		Subnets: Subnets{IPv4: netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 5, third, 0}), 24)},
+		Attrs:   Attrs{PublicIP: netip.AddrFrom4([4]byte{192, 0, 2, host})},
 	}
+}
+
+func TestUpdate(t *testing.T) {
 	one, two := lease(1, 1), lease(2, 2)
 	for _, c := range []struct {
 		name  string
@@ -35,6 +38,37 @@ func TestUpdate(t *testing.T) {
 		c.do(&got)
 		if !reflect.DeepEqual(got, c.want) {
 			t.Errorf("%s:\n got %+v\nwant %+v", c.name, got, c.want)
+		}
+	}
+}
+
+func TestApply(t *testing.T) {
+	record := func(leases ...Lease) map[Subnets]Lease {
+		all := map[Subnets]Lease{}
+		for _, l := range leases {
+			all[l.Subnets] = l
+		}
+		return all
+	}
+	one, two, three := lease(1, 1), lease(2, 2), lease(3, 3)
+	for _, c := range []struct {
+		name      string
+		update    Update
+		all, want map[Subnets]Lease
+		gone      []Subnets
+	}{
+		{"nothing", Update{}, record(one), record(one), nil},
+		{"one more", Update{Leases: record(two)}, record(one), record(one, two), nil},
+		{"one is another", Update{Leases: record(lease(1, 9))}, record(one, two), record(lease(1, 9), two), nil},
+		{"one less", Update{Gone: map[Subnets]bool{one.Subnets: true}}, record(one, two), record(two), []Subnets{one.Subnets}},
+		{"one less, never seen", Update{Gone: map[Subnets]bool{three.Subnets: true}}, record(one), record(one), nil},
+		{"one for another", Update{Leases: record(three), Gone: map[Subnets]bool{two.Subnets: true}}, record(one, two), record(one, three), []Subnets{two.Subnets}},
+		{"a first snapshot", Update{Snapshot: true, Leases: record(one, two)}, record(), record(one, two), nil},
+		{"a snapshot", Update{Snapshot: true, Leases: record(lease(1, 9), three)}, record(one, two), record(lease(1, 9), three), []Subnets{two.Subnets}},
+		{"an empty snapshot", Update{Snapshot: true}, record(one), record(), []Subnets{one.Subnets}},
+	} {
+		if gone := c.update.Apply(c.all); !reflect.DeepEqual(c.all, c.want) || !slices.Equal(gone, c.gone) {
+			t.Errorf("%s:\n got %v, gone %v\nwant %v, gone %v", c.name, c.all, gone, c.want, c.gone)
 		}
 	}
 }

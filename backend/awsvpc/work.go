@@ -33,7 +33,7 @@ const (
 type router struct {
 	*vpc
 	own   []netip.Prefix
-	peers map[subnet.Subnets]bool // nil: not known yet
+	peers map[subnet.Subnets]subnet.Lease // nil: not known yet
 
 	cloud    *cloud // nil: not connected
 	eni      eni    // zero: not known
@@ -71,15 +71,10 @@ func (v *vpc) Work(ctx context.Context, own subnet.Lease, peers <-chan subnet.Up
 // update takes news of peers. That one is gone is no reason to look: its route
 // becomes a blackhole when its instance is gone, too.
 func (r *router) update(u subnet.Update) {
-	if u.Snapshot || r.peers == nil {
-		r.peers = map[subnet.Subnets]bool{}
+	if r.peers == nil {
+		r.peers = map[subnet.Subnets]subnet.Lease{}
 	}
-	for s := range u.Gone {
-		delete(r.peers, s)
-	}
-	for s := range u.Leases {
-		r.peers[s] = true
-	}
+	u.Apply(r.peers)
 }
 
 // look brings the route tables in order, and returns when to look again.

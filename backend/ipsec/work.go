@@ -47,7 +47,7 @@ func (b *ipsec) Work(ctx context.Context, own subnet.Lease, peers <-chan subnet.
 	case <-ctx.Done():
 		return nil
 	case news := <-peers:
-		k.update(news)
+		news.Apply(k.peers)
 	}
 	timer := time.NewTimer(0)
 	defer timer.Stop()
@@ -61,7 +61,7 @@ func (b *ipsec) Work(ctx context.Context, own subnet.Lease, peers <-chan subnet.
 		case <-ctx.Done():
 			return nil
 		case news := <-peers:
-			k.update(news)
+			news.Apply(k.peers)
 		case <-ended:
 			klog.Errorf("ipsec: charon has ended (%v): starting it again", k.charon.ProcessState)
 			k.charon = nil
@@ -78,17 +78,6 @@ func (b *ipsec) Work(ctx context.Context, own subnet.Lease, peers <-chan subnet.
 			pause.Reset()
 		}
 	}
-}
-
-// update takes news of peers.
-func (k *keyer) update(u subnet.Update) {
-	if u.Snapshot {
-		clear(k.peers)
-	}
-	for s := range u.Gone {
-		delete(k.peers, s)
-	}
-	maps.Copy(k.peers, u.Leases)
 }
 
 // say logs an error that is not the same as before. One while charon starts is

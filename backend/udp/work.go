@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"net/netip"
 	"sync"
 	"sync/atomic"
@@ -104,13 +103,7 @@ func (u *udp) Work(ctx context.Context, own subnet.Lease, peers <-chan subnet.Up
 
 // update takes news of peers.
 func (p *proxy) update(u subnet.Update) {
-	if u.Snapshot {
-		clear(p.peers)
-	}
-	for s := range u.Gone {
-		delete(p.peers, s)
-	}
-	maps.Copy(p.peers, u.Leases)
+	u.Apply(p.peers)
 	p.table.Store(newTable(p.own, p.peers, p.Port))
 }
 

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"net"
 	"os"
 	"time"
@@ -83,7 +82,7 @@ func (w *wireguard) Work(ctx context.Context, own subnet.Lease, peers <-chan sub
 		case <-ctx.Done():
 			return nil
 		case u := <-peers:
-			update(leases, u)
+			u.Apply(leases)
 			known = known || u.Snapshot
 			for _, k := range keepers {
 				k.stale, k.due = true, k.rested
@@ -123,17 +122,6 @@ func (w *wireguard) Work(ctx context.Context, own subnet.Lease, peers <-chan sub
 		}
 		next.Reset(time.Until(soonest))
 	}
-}
-
-// update takes news of leases.
-func update(leases map[subnet.Subnets]subnet.Lease, u subnet.Update) {
-	if u.Snapshot {
-		clear(leases)
-	}
-	for s := range u.Gone {
-		delete(leases, s)
-	}
-	maps.Copy(leases, u.Leases)
 }
 
 // follow finds out whether the device is still the one that it was, or is there

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -14,32 +15,50 @@ import (
 	"github.com/flanneld/flanneld/subnet"
 )
 
+// An answer is what a command has found out.
+type answer struct {
+	value any    // for programs
+	print func() // the same for people
+	found bool   // something that is not as it should be
+}
+
+// ask returns a command's work: to put a question to the daemon, or else to
+// what we find out without it, and to print the answer.
+func (t *tool) ask(question func(context.Context, source) (answer, error)) func(*cobra.Command, []string) error {
+	return func(cmd *cobra.Command, _ []string) error {
+		src, daemonless, err := t.open(cmd.Context())
+		if err != nil {
+			return err
+		}
+		defer src.Close()
+		a, err := question(cmd.Context(), src)
+		if err != nil {
+			return err
+		}
+		if t.output == "json" {
+			if err := printJSON(a.value); err != nil {
+				return err
+			}
+		} else {
+			t.remark(daemonless)
+			a.print()
+		}
+		if a.found {
+			return errFound
+		}
+		return nil
+	}
+}
+
 func (t *tool) statusCommand() *cobra.Command {
 	return t.outputFlag(&cobra.Command{
 		Use:   "status",
 		Short: "What this node's network is, and how it does",
 		Args:  cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			src, daemonless, err := t.open(cmd.Context())
-			if err != nil {
-				return err
-			}
-			defer src.Close()
-			s, err := src.Status(cmd.Context())
-			if err != nil {
-				return err
-			}
-			if t.output == "json" {
-				err = printJSON(s)
-			} else {
-				t.remark(daemonless)
-				t.status(s)
-			}
-			if err == nil && (!s.Ready && !t.direct || len(s.Errors) > 0) {
-				return errFound
-			}
-			return err
-		},
+		RunE: t.ask(func(ctx context.Context, src source) (answer, error) {
+			s, err := src.Status(ctx)
+			return answer{s, func() { t.status(s) }, !s.Ready && !t.direct || len(s.Errors) > 0}, err
+		}),
 	})
 }
 
@@ -141,23 +160,13 @@ func (t *tool) leasesCommand() *cobra.Command {
 		Use:   "leases",
 		Short: "All nodes' leases",
 		Args:  cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			src, daemonless, err := t.open(cmd.Context())
+		RunE: t.ask(func(ctx context.Context, src source) (answer, error) {
+			leases, err := src.Leases(ctx)
 			if err != nil {
-				return err
+				return answer{}, fmt.Errorf("no leases: waiting for %w", err)
 			}
-			defer src.Close()
-			leases, err := src.Leases(cmd.Context())
-			if err != nil {
-				return fmt.Errorf("no leases: waiting for %w", err)
-			}
-			if t.output == "json" {
-				return printJSON(leases)
-			}
-			t.remark(daemonless)
-			t.leases(leases)
-			return nil
-		},
+			return answer{leases, func() { t.leases(leases) }, false}, nil
+		}),
 	})
 }
 
@@ -209,24 +218,14 @@ func (t *tool) diffCommand() *cobra.Command {
 		Long: `diff compares the host with what is wanted, and prints the commands that would make it so: of ip, bridge, iptables-restore
 and nft. It changes nothing; a daemon that runs mends what it finds in the course of it. Exit status 1 says that there are differences.`,
 		Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			src, daemonless, err := t.open(cmd.Context())
-			if err != nil {
-				return err
+		RunE: t.ask(func(ctx context.Context, src source) (answer, error) {
+			commands, err := src.Diff(ctx)
+			list := func() {
+				for _, c := range commands {
+					fmt.Fprintln(t.out, c)
+				}
 			}
-			defer src.Close()
-			commands, err := src.Diff(cmd.Context())
-			if err != nil {
-				return err
-			}
-			t.remark(daemonless)
-			for _, c := range commands {
-				fmt.Fprintln(t.out, c)
-			}
-			if len(commands) > 0 {
-				return errFound
-			}
-			return nil
-		},
+			return answer{commands, list, len(commands) > 0}, err
+		}),
 	}
 }

@@ -2,9 +2,10 @@ package settings
 
 import (
 	"fmt"
-	"os"
 	"strings"
 	"testing"
+
+	"github.com/flanneld/flanneld/pkg/pagetest"
 )
 
 // reference is the part of the documentation that tells of the flags, from
@@ -29,30 +30,10 @@ func reference() string {
 			fmt.Fprintf(&b, " | %s | %s |\n", def, s.help)
 		}
 	}
-	return b.String() + "\n"
+	return b.String()
 }
 
-// TestReference: the documentation lists the flags as they are. "make docs"
-// writes it.
+// The documentation lists the flags as they are.
 func TestReference(t *testing.T) {
-	const page, begin, end = "../../../Documentation/configuration.md", "<!-- made by make docs -->\n", "<!-- end -->\n"
-	text, err := os.ReadFile(page)
-	if err != nil {
-		t.Fatal(err)
-	}
-	before, rest, ok := strings.Cut(string(text), begin)
-	got, after, closed := strings.Cut(rest, end)
-	if !ok || !closed {
-		t.Fatalf("%s lacks %q or %q", page, begin, end)
-	}
-	want := reference()
-	if *update {
-		if err := os.WriteFile(page, []byte(before+begin+want+end+after), 0o644); err != nil {
-			t.Fatal(err)
-		}
-		return
-	}
-	if got != want {
-		t.Errorf("the flags have changed: run make docs, which writes into %s\n%s", page, want)
-	}
+	pagetest.Part(t, "../../../Documentation/configuration.md", "flags", reference(), *update)
 }

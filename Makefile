@@ -122,8 +122,12 @@ manifest: build/bin/helm ## Write Documentation/kube-flannel.yml anew, from the 
 	$(MANIFEST) >$@.new
 	mv $@.new Documentation/kube-flannel.yml
 
-docs: ## Write the list of flags in Documentation/configuration.md anew
-	go test -count=1 -run '^TestReference$$' ./cmd/internal/settings -update
+# What pages tell of flags and keys, and the packages that have them.
+REFERENCE = -run '^TestReference$$' ./cmd/internal/settings ./subnet ./backend/...
+
+# One package at a time: two of them write into the same page.
+docs: ## Write what the documentation tells of flags and keys anew
+	go test -count=1 -p=1 $(REFERENCE) -update
 
 # The same sources, version and Go make the same bytes.
 release: build/version ## Archives for all architectures, checksums, a bill of materials: in build/release
@@ -144,7 +148,7 @@ check: build/bin/staticcheck build/bin/helm ## Formatting, vet, staticcheck, go.
 	GOARCH=arm go vet ./pkg/... ./backend/udp ./backend/vxlan # where words of 32 bits matter
 	cd test && go build -o ../build/bin/bill ./cmd/bill
 	build/bin/bill check
-	go test -run '^(TestReference|TestReadme|TestDocumentation)$$' ./cmd/internal/settings ./subnet ./backend/...
+	go test $(REFERENCE)
 	build/bin/helm lint --quiet --strict chart/flannel
 	@diff -u Documentation/kube-flannel.yml <($(MANIFEST)) || { echo "the chart has changed: run make manifest"; exit 1; }
 

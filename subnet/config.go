@@ -43,15 +43,45 @@ func (c *Config) Networks() Subnets { return Subnets{c.IPv4.Network, c.IPv6.Netw
 // other, as the configuration would hand it out.
 func (c *Config) Fits(s Subnets) bool { return c.IPv4.Fits(s.IPv4) && c.IPv6.Fits(s.IPv6) }
 
-// configJSON is the document as operators write it.
+// configJSON is the document as operators write it. What is said of the keys
+// here is what Documentation/configuration.md says: make docs writes it there.
 type configJSON struct {
-	Network, SubnetMin, SubnetMax             string
-	IPv6Network, IPv6SubnetMin, IPv6SubnetMax string
-	SubnetLen, IPv6SubnetLen                  int
-	EnableIPv4                                *bool
-	EnableIPv6, EnableNFTables                bool
-	Backend                                   json.RawMessage
+	// pods have IPv4 addresses
+	EnableIPv4 bool
+
+	// the IPv4 network that nodes' subnets are taken from; /28 is the smallest
+	Network string
+
+	// prefix length of a node's subnet: the network's + 2 at least, 30 at most
+	SubnetLen int `default:"24, or the network's length + 2 past /22"`
+
+	// base of the first subnet handed out
+	SubnetMin string `default:"the second subnet"`
+
+	// base of the last subnet handed out
+	SubnetMax string `default:"the last subnet"`
+
+	// pods have IPv6 addresses
+	EnableIPv6 bool
+
+	// as `Network`; /124 is the smallest
+	IPv6Network string
+
+	// as `SubnetLen`; 126 at most
+	IPv6SubnetLen int `default:"64, or the network's length + 2 past /62"`
+
+	// as `SubnetMin`, `SubnetMax`
+	IPv6SubnetMin, IPv6SubnetMax string `default:"the second, the last"`
+
+	// rules go to nftables rather than iptables
+	EnableNFTables bool
+
+	// how packets travel: `Type`, and the [backend's](backends.md) own keys
+	Backend json.RawMessage `default:"{\"Type\": \"udp\"}"`
 }
+
+// defaults are the keys' values where they are left out.
+var defaults = configJSON{EnableIPv4: true}
 
 // family is what the rules for IPv4 and IPv6 differ in.
 type family struct {
@@ -76,17 +106,16 @@ func isIPv6(a netip.Addr) bool { return a.Is6() && !a.Is4In6() && a.Zone() == ""
 // the value and what is allowed. How the networks are cut into subnets is left
 // to Divide.
 func ParseConfig(data []byte) (*Config, error) {
-	var doc configJSON
+	doc := defaults
 	unknown, err := Decode(data, &doc)
 	if err != nil {
 		return nil, err
 	}
 	c := &Config{EnableNFTables: doc.EnableNFTables}
 	for _, key := range unknown {
-		c.Warnings = append(c.Warnings, fmt.Sprintf("unknown key %q is ignored: known are %s", key, strings.Join(keys(&doc), ", ")))
+		c.Warnings = append(c.Warnings, fmt.Sprintf("unknown key %q is ignored: known are %s", key, strings.Join(Keys(&doc), ", ")))
 	}
-	on4 := doc.EnableIPv4 == nil || *doc.EnableIPv4
-	if !on4 && !doc.EnableIPv6 {
+	if !doc.EnableIPv4 && !doc.EnableIPv6 {
 		return nil, errors.New("EnableIPv4 and EnableIPv6 are both false: at least one must be true")
 	}
 	for _, f := range []struct {
@@ -96,7 +125,7 @@ func ParseConfig(data []byte) (*Config, error) {
 		len               int
 		pool              *Pool
 	}{
-		{familyIPv4, on4, doc.Network, doc.SubnetMin, doc.SubnetMax, doc.SubnetLen, &c.IPv4},
+		{familyIPv4, doc.EnableIPv4, doc.Network, doc.SubnetMin, doc.SubnetMax, doc.SubnetLen, &c.IPv4},
 		{familyIPv6, doc.EnableIPv6, doc.IPv6Network, doc.IPv6SubnetMin, doc.IPv6SubnetMax, doc.IPv6SubnetLen, &c.IPv6},
 	} {
 		if !f.on {
@@ -231,7 +260,7 @@ func Decode(data []byte, into any) (unknown []string, err error) {
 	if object == nil {
 		return nil, errors.New("got null, want an object {…}")
 	}
-	known := keys(into)
+	known := Keys(into)
 	for _, key := range slices.Sorted(maps.Keys(object)) {
 		if !slices.ContainsFunc(known, func(k string) bool { return strings.EqualFold(k, key) }) {
 			unknown = append(unknown, key)
@@ -240,10 +269,10 @@ func Decode(data []byte, into any) (unknown []string, err error) {
 	return unknown, nil
 }
 
-// keys returns the names of the fields of the struct that v points to.
-func keys(v any) []string {
+// Keys returns the names of the keys that Decode knows of for a struct.
+func Keys(into any) []string {
 	var names []string
-	for _, f := range reflect.VisibleFields(reflect.TypeOf(v).Elem()) {
+	for _, f := range reflect.VisibleFields(reflect.TypeOf(into).Elem()) {
 		names = append(names, f.Name)
 	}
 	return names

@@ -2,11 +2,11 @@ package subnet
 
 import (
 	"net/netip"
-	"os"
-	"regexp"
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/flanneld/flanneld/pkg/pagetest"
 )
 
 // read parses and divides a configuration.
@@ -28,6 +28,7 @@ func TestConfig(t *testing.T) {
 		ipv4, ipv6 Pool
 	}{
 		{text: `{"Network": "10.5.0.0/16"}`, ipv4: pool("10.5.0.0/16", 24, "10.5.1.0", "10.5.255.0")},
+		{text: `{"EnableIPv4": null, "Network": "10.5.0.0/16"}`, ipv4: pool("10.5.0.0/16", 24, "10.5.1.0", "10.5.255.0")},
 		{text: `{"network": "10.5.0.0/16", "SUBNETLEN": 26}`, ipv4: pool("10.5.0.0/16", 26, "10.5.0.64", "10.5.255.192")},
 		{text: `{"Network": "10.0.0.0/8"}`, ipv4: pool("10.0.0.0/8", 24, "10.0.1.0", "10.255.255.0")},
 		{text: `{"Network": "10.5.0.0/22"}`, ipv4: pool("10.5.0.0/22", 24, "10.5.1.0", "10.5.3.0")},
@@ -109,7 +110,7 @@ func TestConfigErrors(t *testing.T) {
 }
 
 func TestConfigWarnings(t *testing.T) {
-	const known = "Network, SubnetMin, SubnetMax, IPv6Network, IPv6SubnetMin, IPv6SubnetMax, SubnetLen, IPv6SubnetLen, EnableIPv4, EnableIPv6, EnableNFTables, Backend"
+	const known = "EnableIPv4, Network, SubnetLen, SubnetMin, SubnetMax, EnableIPv6, IPv6Network, IPv6SubnetLen, IPv6SubnetMin, IPv6SubnetMax, EnableNFTables, Backend"
 	for _, c := range []struct {
 		text string
 		want []string
@@ -230,24 +231,7 @@ func FuzzConfig(f *testing.F) {
 	})
 }
 
-// The reference has a row for each key, and for no other.
-func TestDocumentation(t *testing.T) {
-	text, err := os.ReadFile("../Documentation/configuration.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, section, _ := strings.Cut(string(text), "\n## The network\n")
-	section, _, _ = strings.Cut(section, "\n## ")
-	var written []string
-	for _, row := range regexp.MustCompile("(?m)^\\| (`.*?`) \\|").FindAllStringSubmatch(section, -1) {
-		for _, key := range regexp.MustCompile("`([A-Za-z0-9]+)`").FindAllStringSubmatch(row[1], -1) {
-			written = append(written, key[1])
-		}
-	}
-	known := keys(&configJSON{})
-	slices.Sort(written)
-	slices.Sort(known)
-	if !slices.Equal(written, known) {
-		t.Errorf("Documentation/configuration.md has the keys\n%s\nand those that are read are\n%s", written, known)
-	}
+// The documentation lists the keys as they are.
+func TestReference(t *testing.T) {
+	pagetest.Part(t, "../Documentation/configuration.md", "keys", pagetest.Keys(t, defaults), *update)
 }

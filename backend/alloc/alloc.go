@@ -16,6 +16,9 @@ const Type = "alloc"
 
 func init() { backend.Register(Type, New) }
 
+// options are the backend's keys in the configuration.
+type options struct{}
+
 type alloc struct{ mtu int }
 
 var (
@@ -25,7 +28,7 @@ var (
 
 // New makes the backend.
 func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
-	if err := backend.Options(cfg, &struct{}{}); err != nil {
+	if err := backend.Options(cfg, &options{}); err != nil {
 		return nil, err
 	}
 	return &alloc{uplink.MTU}, nil

@@ -54,9 +54,14 @@ type vpc struct {
 
 var _ backend.Worker = (*vpc)(nil)
 
-// options are the backend's keys in the configuration.
+// options are the backend's keys in the configuration. What is said of them here
+// is what README.md says: make docs writes it there.
 type options struct {
-	RouteTableID tableIDs // none: found by the interface's subnet
+	// the route table, or a list of them: `["rtb-0a1b2c3d4e5f60718",
+	// "rtb-0f1e2d3c4b5a69780"]`. Without it, the one that the interface's subnet
+	// is associated with, or else the VPC's main one. Where nodes' subnets use
+	// different tables, list all
+	RouteTableID tableIDs `default:"found"`
 }
 
 // New makes the backend.

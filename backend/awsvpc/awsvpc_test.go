@@ -13,8 +13,8 @@ import (
 
 // What the backend does to route tables, test/ec2 tests, with a server.
 
-func TestGolden(t *testing.T) { backendtest.Golden(t) }
-func TestReadme(t *testing.T) { backendtest.Keys(t, options{}) }
+func TestGolden(t *testing.T)    { backendtest.Golden(t) }
+func TestReference(t *testing.T) { backendtest.Keys(t, options{}) }
 
 // table makes a route table of lines: destination, target, and "blackhole" or an
 // origin other than CreateRoute.

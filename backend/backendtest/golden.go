@@ -19,7 +19,7 @@ import (
 	"github.com/flanneld/flanneld/subnet"
 )
 
-var update = flag.Bool("update", false, "write what the backends answer into the scenarios")
+var update = flag.Bool("update", false, "write what the backends answer into the scenarios, and their keys into README.md")
 
 const separator = "\n----\n"
 

@@ -38,14 +38,29 @@ const stateDir = "/run/flannel"
 
 func init() { backend.Register(Type, New) }
 
-// options are the backend's keys in the configuration.
+// options are the backend's keys in the configuration. What is said of them here
+// is what README.md says: make docs writes it there.
 type options struct {
-	PreStartupCommand   string
-	PostStartupCommand  string
-	SubnetAddCommand    string
+	// run before the subnet is leased. What it prints on standard output is this
+	// node's data, which its peers' commands get
+	PreStartupCommand string
+
+	// run when the subnet is leased, before any peer is added
+	PostStartupCommand string
+
+	// run for each peer when flanneld starts, for a new one when it comes, for
+	// one that has changed
+	SubnetAddCommand string
+
+	// run for a peer that is gone, and before one that has changed is added as
+	// it is now
 	SubnetRemoveCommand string
-	ShutdownCommand     string
-	MTU                 int // for pods; 0: the uplink's
+
+	// run when flanneld ends
+	ShutdownCommand string
+
+	// the largest packet that pods may send
+	MTU int `default:"the uplink's"`
 }
 
 type extension struct {

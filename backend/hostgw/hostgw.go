@@ -19,11 +19,14 @@ const Type = "host-gw"
 
 func init() { backend.Register(Type, New) }
 
+// options are the backend's keys in the configuration.
+type options struct{}
+
 type hostgw struct{ uplink iface.Uplink }
 
 // New makes the backend.
 func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
-	if err := backend.Options(cfg, &struct{}{}); err != nil {
+	if err := backend.Options(cfg, &options{}); err != nil {
 		return nil, err
 	}
 	for _, a := range []struct {

@@ -7,3 +7,5 @@ import (
 )
 
 func TestGolden(t *testing.T) { backendtest.Golden(t) }
+
+func TestReference(t *testing.T) { backendtest.Keys(t, options{}) }

@@ -26,8 +26,12 @@ const (
 
 func init() { backend.Register(Type, New) }
 
-// options are the backend's keys in the configuration.
-type options struct{ DirectRouting bool }
+// options are the backend's keys in the configuration. What is said of them here
+// is what README.md says: make docs writes it there.
+type options struct {
+	// a peer on the uplink's own link is routed to without a second header
+	DirectRouting bool
+}
 
 type ipip struct {
 	options

@@ -8,4 +8,4 @@ import (
 
 func TestGolden(t *testing.T) { backendtest.Golden(t) }
 
-func TestReadme(t *testing.T) { backendtest.Keys(t, options{}) }
+func TestReference(t *testing.T) { backendtest.Keys(t, options{}) }

@@ -17,10 +17,7 @@ import (
 // Type is the backend's name in configurations and leases.
 const Type = "ipsec"
 
-const (
-	leastPSK        = 96 // characters
-	defaultProposal = "aes128gcm16-sha256-prfsha256-ecp256"
-)
+const leastPSK = 96 // characters
 
 // What ESP adds at most (RFC 4303): header 8, IV 16, padding 15, trailer 2, ICV
 // 16, and the outer IP header. With UDPEncap there is a UDP header, too.
@@ -31,12 +28,20 @@ const (
 
 func init() { backend.Register(Type, New) }
 
-// options are the backend's keys in the configuration.
+// options are the backend's keys in the configuration. What is said of them here
+// is what README.md says: make docs writes it there.
 type options struct {
-	PSK         secret
-	UDPEncap    bool
+	// the key that all nodes share, at least 96 characters: `openssl rand -hex 48`
+	PSK secret
+
+	// ESP inside UDP port 4500, where the network does not let ESP through
+	UDPEncap bool
+
+	// the algorithms of the tunnels, as in swanctl.conf
 	ESPProposal string
 }
+
+var defaults = options{ESPProposal: "aes128gcm16-sha256-prfsha256-ecp256"}
 
 // secret is a text that no log shows.
 type secret string
@@ -54,7 +59,7 @@ type ipsec struct {
 
 // New makes the backend.
 func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
-	b := &ipsec{options: options{ESPProposal: defaultProposal}, uplink: uplink, socket: charonSocket, check: checkEvery}
+	b := &ipsec{options: defaults, uplink: uplink, socket: charonSocket, check: checkEvery}
 	if err := backend.Options(cfg, &b.options); err != nil {
 		return nil, err
 	}

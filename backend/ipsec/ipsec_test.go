@@ -33,4 +33,4 @@ func TestSecret(t *testing.T) {
 	}
 }
 
-func TestReadme(t *testing.T) { backendtest.Keys(t, options{}) }
+func TestReference(t *testing.T) { backendtest.Keys(t, defaults) }

@@ -78,7 +78,7 @@ func testTable(t testing.TB, out bool) *table {
 		near, far = far, near
 	}
 	own, peer := lease(t, near, ownRecord), lease(t, far, peerRecord)
-	return newTable(own, map[subnet.Subnets]subnet.Lease{peer.Subnets: peer}, defaultPort)
+	return newTable(own, map[subnet.Subnets]subnet.Lease{peer.Subnets: peer}, defaults.Port)
 }
 
 // newOut returns an outlet whose batches are looked into instead of being sent.

@@ -14,7 +14,7 @@ import (
 
 func TestGolden(t *testing.T) { backendtest.Golden(t) }
 
-func TestReadme(t *testing.T) { backendtest.Keys(t, options{}) }
+func TestReference(t *testing.T) { backendtest.Keys(t, defaults) }
 
 // slowSum is RFC 1071 as it is written.
 func slowSum(parts ...[]byte) uint16 {

@@ -17,17 +17,18 @@ import (
 // Type is the backend's name in configurations. Leases carry none.
 const Type = "udp"
 
-const (
-	device      = "flannel0"
-	defaultPort = 8285
-)
+const device = "flannel0"
 
 func init() { backend.Register(Type, New) }
 
-// options are the backend's keys in the configuration.
+// options are the backend's keys in the configuration. What is said of them here
+// is what README.md says: make docs writes it there.
 type options struct {
-	Port int // UDP, of the peers as well as our own
+	// UDP port to send to, to send from and to listen on, 1 to 65535
+	Port int
 }
+
+var defaults = options{Port: 8285}
 
 type udp struct {
 	options
@@ -47,7 +48,7 @@ var (
 // New makes the backend.
 func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
 	u := &udp{
-		options:  options{Port: defaultPort},
+		options:  defaults,
 		networks: cfg.Networks(),
 		able:     everything,
 		queues:   queues,

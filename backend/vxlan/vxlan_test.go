@@ -12,7 +12,7 @@ import (
 
 func TestGolden(t *testing.T) { backendtest.Golden(t) }
 
-func TestReadme(t *testing.T) { backendtest.Keys(t, options{}) }
+func TestReference(t *testing.T) { backendtest.Keys(t, defaults) }
 
 // A VTEP that is new has a MAC of its own; one that was known keeps it.
 func TestMAC(t *testing.T) {

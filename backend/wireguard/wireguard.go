@@ -40,15 +40,34 @@ var modes = []string{separate, auto, overIPv4, overIPv6}
 
 func init() { backend.Register(Type, New) }
 
-// options are the backend's keys in the configuration.
+// options are the backend's keys in the configuration. What is said of them here
+// is what README.md says: make docs writes it there.
 type options struct {
-	PSK                         secret
-	ListenPort                  int
-	ListenPortV6                int // IPv6's, in separate mode
-	MTU                         int // of the underlay; 0: the uplink's
-	Mode                        string
-	PersistentKeepaliveInterval int // seconds; 0: none
+	// UDP port
+	ListenPort int
+
+	// UDP port of IPv6's device, with `Mode` `separate`
+	ListenPortV6 int
+
+	// `separate`: each family has a device, and goes over its own. `ipv4`,
+	// `ipv6`: one device for both, over that one. `auto`: one device, over IPv4,
+	// or over IPv6 where IPv4 is behind NAT and IPv6 is not
+	Mode string
+
+	// a secret that all nodes have besides their keys, as `wg genpsk` prints
+	// one: whoever records packets today cannot read them with a quantum
+	// computer later
+	PSK secret
+
+	// seconds between packets to a silent peer, 1 to 65535, so that NAT does not
+	// forget; 0: none
+	PersistentKeepaliveInterval int
+
+	// of the network between nodes; pods get 80 less
+	MTU int `default:"the uplink's"`
 }
+
+var defaults = options{ListenPort: 51820, ListenPortV6: 51821, Mode: separate}
 
 // data is what a node tells its peers, in its lease.
 type data struct {
@@ -85,7 +104,7 @@ func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
 
 func newBackend(cfg *subnet.Config, uplink iface.Uplink, hasWireGuard func() bool) (backend.Backend, error) {
 	w := &wireguard{
-		options:  options{ListenPort: 51820, ListenPortV6: 51821, Mode: separate},
+		options:  defaults,
 		uplink:   uplink,
 		networks: cfg.Networks(),
 	}

@@ -278,4 +278,4 @@ func TestKeyFile(t *testing.T) {
 	}
 }
 
-func TestReadme(t *testing.T) { backendtest.Keys(t, options{}) }
+func TestReference(t *testing.T) { backendtest.Keys(t, defaults) }

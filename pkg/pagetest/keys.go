@@ -88,10 +88,10 @@ func show(f reflect.StructField, value reflect.Value) string {
 		return code(words)
 	case ok:
 		return words
-	case value.Kind() == reflect.String && value.Len() > 0:
+	case value.Kind() != reflect.Bool && value.Kind() != reflect.Int && value.IsZero():
+		return "none"
+	case value.Kind() == reflect.String:
 		return code(value.String())
-	case value.Kind() == reflect.String || value.Kind() == reflect.Slice && value.Len() == 0:
-		return ""
 	}
 	return fmt.Sprint(value)
 }

@@ -30,14 +30,14 @@ type options struct {
 func TestKeys(t *testing.T) {
 	const want = "| key | default | meaning |\n| --- | --- | --- |\n" +
 		"| `Name` | `flannel.1` | what the device is called |\n" +
-		"| `Secret` |  | of all nodes |\n" +
+		"| `Secret` | none | of all nodes |\n" +
 		"| `Port` | 0 | UDP |\n" +
 		"| `enable` | true | true\\|false |\n" +
 		"| `Least`, `Most` | 0, 9 | bounds |\n" +
 		"| `First`, `Last` | 7 | bounds of something else |\n" +
 		"| `MTU` | the uplink's | the underlay's |\n" +
 		"| `rest` | `{\"Type\": \"udp\"}` | passed on |\n" +
-		"| `List` |  | of tables |\n"
+		"| `List` | none | of tables |\n"
 	if got := Keys(t, options{Name: "flannel.1", On: true, Most: 9, First: 7, Last: 7}); got != want {
 		t.Errorf("got\n%s\nwant\n%s", got, want)
 	}

@@ -120,10 +120,14 @@ func Options(cfg *subnet.Config, into any) error {
 	if cfg.Backend == nil {
 		return nil
 	}
+	hint := "it has none beside Type"
+	if known := subnet.Keys(into); len(known) > 0 {
+		hint = "known are Type, " + strings.Join(known, ", ")
+	}
 	unknown, err := subnet.Decode(cfg.Backend, into)
 	for _, key := range unknown {
 		if !strings.EqualFold(key, "Type") {
-			cfg.Warnings = append(cfg.Warnings, fmt.Sprintf("unknown key %q of Backend %s is ignored", key, cfg.BackendType))
+			cfg.Warnings = append(cfg.Warnings, fmt.Sprintf("unknown key %q of Backend %s is ignored: %s", key, cfg.BackendType, hint))
 		}
 	}
 	return err

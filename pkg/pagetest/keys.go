@@ -48,9 +48,13 @@ func keys(files []string, defaults any) (string, error) {
 		var names, shown []string
 		for _, n := range d.Names {
 			field, _ := values.Type().FieldByName(n.Name)
+			value := values.FieldByIndex(field.Index)
+			if _, words := field.Tag.Lookup("default"); words && !value.IsZero() {
+				return "", fmt.Errorf("%s has two defaults, %v and that of its tag", n.Name, value)
+			}
 			name, _, _ := strings.Cut(field.Tag.Get("json"), ",")
 			names = append(names, code(cmp.Or(name, n.Name)))
-			shown = append(shown, show(field, values.FieldByIndex(field.Index)))
+			shown = append(shown, show(field, value))
 		}
 		meaning := strings.Join(strings.Fields(cmp.Or(d.Doc.Text(), d.Comment.Text())), " ")
 		if meaning == "" {

@@ -45,8 +45,11 @@ func TestKeys(t *testing.T) {
 
 type unexplained struct{ Port int }
 
-func TestKeysWithoutMeaning(t *testing.T) {
+func TestKeysRefused(t *testing.T) {
 	files := []string{"keys_test.go"}
+	if _, err := keys(files, options{MTU: 1500}); err == nil || !strings.Contains(err.Error(), "MTU has two defaults") {
+		t.Errorf("a default both as a value and in words: %v", err)
+	}
 	if _, err := keys(files, unexplained{}); err == nil || !strings.Contains(err.Error(), "`Port` has no comment") {
 		t.Errorf("a field without a comment: %v", err)
 	}

@@ -123,7 +123,7 @@ manifest: build/bin/helm ## Write Documentation/kube-flannel.yml anew, from the 
 	mv $@.new Documentation/kube-flannel.yml
 
 # What pages tell of flags and keys, and the packages that have them.
-REFERENCE = -run '^TestReference$$' ./cmd/internal/settings ./subnet ./backend/...
+REFERENCE = -run '^TestReference$$' ./cmd/flannel ./cmd/internal/settings ./subnet ./backend/...
 
 # One package at a time: two of them write into the same page.
 docs: ## Write what the documentation tells of flags and keys anew

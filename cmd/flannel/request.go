@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -14,29 +15,43 @@ import (
 	"github.com/flanneld/flanneld/subnet"
 )
 
-// Where flanneld writes the one and upstream's plugin keeps the other.
-const (
-	defaultSubnetFile = "/run/flannel/subnet.env"
-	defaultDataDir    = "/var/lib/cni/flannel"
-)
-
 // A request is the plugin's configuration as the runtime sends it, for one
-// call. What goes to the delegate unread stays JSON.
+// call. What goes to the delegate unread stays JSON. What is said of the keys
+// here is what README.md says: make docs writes it there.
 type request struct {
-	CNIVersion string          `json:"cniVersion"`
-	Name       string          `json:"name"`
-	Type       string          `json:"type"`
-	SubnetFile string          `json:"subnetFile"`
-	DataDir    string          `json:"dataDir"`
-	Delegate   json.RawMessage `json:"delegate"`
-	IPAM       json.RawMessage `json:"ipam"`
+	// the version of the format; the delegate's too
+	CNIVersion string `json:"cniVersion"`
 
-	Args          json.RawMessage `json:"args"`
-	RuntimeConfig json.RawMessage `json:"runtimeConfig"`
-	PrevResult    json.RawMessage `json:"prevResult"`
+	// the network's; the delegate's too
+	Name string `json:"name" default:"required"`
 
-	ValidAttachments []types.GCAttachment `json:"cni.dev/valid-attachments"`
+	// `flannel`
+	Type string `json:"type" default:"required"`
+
+	// what flanneld's `--subnet-file` says
+	SubnetFile string `json:"subnetFile"`
+
+	// where the delegates' configurations are kept, one file for each attached
+	// interface
+	DataDir string `json:"dataDir"`
+
+	// the delegate's own keys, see below
+	Delegate json.RawMessage `json:"delegate" default:"{}"`
+
+	// its `ipam` object: `type` is `host-local` unless set, `ranges` are always
+	// this node's subnets, the networks are added to `routes`, anything else is
+	// passed on
+	IPAM json.RawMessage `json:"ipam" default:"{}"`
+
+	Args             json.RawMessage      `json:"args"`                      // sent by the runtime, passed on
+	RuntimeConfig    json.RawMessage      `json:"runtimeConfig"`             // likewise
+	PrevResult       json.RawMessage      `json:"prevResult"`                // likewise
+	ValidAttachments []types.GCAttachment `json:"cni.dev/valid-attachments"` // sent by the runtime with GC: what it still knows
 }
+
+// defaults are where flanneld writes the one and upstream's plugin keeps the
+// other.
+var defaults = request{SubnetFile: "/run/flannel/subnet.env", DataDir: "/var/lib/cni/flannel"}
 
 // parse reads a request. What is wrong with the delegate's part is said when
 // that is used, so that DEL and CHECK, which go by the record, do not fail on it.
@@ -45,12 +60,8 @@ func parse(stdin []byte) (*request, error) {
 	if _, err := subnet.Decode(stdin, r); err != nil {
 		return nil, invalid("%w", err)
 	}
-	if r.SubnetFile == "" {
-		r.SubnetFile = defaultSubnetFile
-	}
-	if r.DataDir == "" {
-		r.DataDir = defaultDataDir
-	}
+	r.SubnetFile = cmp.Or(r.SubnetFile, defaults.SubnetFile)
+	r.DataDir = cmp.Or(r.DataDir, defaults.DataDir)
 	return r, nil
 }
 

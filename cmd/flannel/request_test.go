@@ -6,16 +6,21 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/containernetworking/cni/pkg/types"
+
+	"github.com/flanneld/flanneld/pkg/pagetest"
+	"github.com/flanneld/flanneld/subnet"
 )
 
-var update = flag.Bool("update", false, "write what the plugin makes of them into the scenarios")
+var update = flag.Bool("update", false, "write what the plugin makes of them into the scenarios, and its keys into README.md")
 
 // TestDelegate runs the scenarios of testdata/*.txt: the request with remarks,
 // subnet.env (or "missing"), and the delegate's configuration or the error.
@@ -66,8 +71,8 @@ func delegateOf(t *testing.T, stdin, env string) string {
 		if err != nil {
 			return nil, err
 		}
-		if r.SubnetFile != defaultSubnetFile {
-			t.Errorf("subnetFile is %s by default, want %s", r.SubnetFile, defaultSubnetFile)
+		if r.SubnetFile != defaults.SubnetFile {
+			t.Errorf("subnetFile is %s by default, want %s", r.SubnetFile, defaults.SubnetFile)
 		}
 		r.SubnetFile = file
 		env, err := r.env()
@@ -77,7 +82,7 @@ func delegateOf(t *testing.T, stdin, env string) string {
 		return r.delegate(env)
 	}()
 	if e := (*types.Error)(nil); errors.As(err, &e) {
-		return fmt.Sprintf("error %d: %s\n", e.Code, strings.ReplaceAll(e.Error(), file, defaultSubnetFile))
+		return fmt.Sprintf("error %d: %s\n", e.Code, strings.ReplaceAll(e.Error(), file, defaults.SubnetFile))
 	}
 	if err != nil {
 		t.Fatalf("an error without a code: %v", err)
@@ -91,4 +96,35 @@ func delegateOf(t *testing.T, stdin, env string) string {
 		t.Fatal(err)
 	}
 	return out.String() + "\n"
+}
+
+// The README lists the keys as they are, and those that the delegate gets from
+// elsewhere than its user.
+func TestReference(t *testing.T) {
+	pagetest.Part(t, "README.md", "keys", pagetest.Keys(t, defaults), *update)
+	r, err := parse([]byte(`{"cniVersion": "1.1.0", "name": "cbr0", "type": "flannel", "args": {}, "runtimeConfig": {}, "prevResult": {}}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r.DataDir != defaults.DataDir {
+		t.Errorf("dataDir is %q by default", r.DataDir)
+	}
+	conf, err := r.delegate(subnet.Env{MTU: 1450})
+	if err != nil {
+		t.Fatal(err)
+	}
+	page, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, table, _ := strings.Cut(string(page), "\n| in `delegate` |")
+	table, _, _ = strings.Cut(table, "\n\n")
+	var told []string
+	for _, row := range regexp.MustCompile("(?m)^\\| (`.*?`) \\|").FindAllStringSubmatch(table, -1) {
+		told = append(told, strings.Split(strings.Trim(row[1], "`"), "`, `")...)
+	}
+	slices.Sort(told)
+	if got := slices.Sorted(maps.Keys(r.call(conf))); !slices.Equal(told, got) {
+		t.Errorf("README.md tells of the delegate's keys\n%s\nand it gets\n%s", told, got)
+	}
 }

@@ -122,11 +122,11 @@ manifest: build/bin/helm ## Write Documentation/kube-flannel.yml anew, from the 
 	$(MANIFEST) >$@.new
 	mv $@.new Documentation/kube-flannel.yml
 
-# What pages tell of flags and keys, and the packages that have them.
-REFERENCE = -run '^TestReference$$' ./cmd/flannel ./cmd/internal/settings ./subnet ./backend/...
+# What pages tell of flags, keys and metrics, and the packages that have them.
+REFERENCE = -run '^TestReference$$' ./cmd/flannel ./cmd/internal/settings ./network ./subnet ./backend/...
 
 # One package at a time: two of them write into the same page.
-docs: ## Write what the documentation tells of flags and keys anew
+docs: ## Write what the documentation tells of flags, keys and metrics anew
 	go test -count=1 -p=1 $(REFERENCE) -update
 
 # The same sources, version and Go make the same bytes.

@@ -20,8 +20,9 @@ import (
 	"github.com/flanneld/flanneld/subnet"
 )
 
-// metrics are what Prometheus is told (Documentation/metrics.md has each). They
-// are set by those who know, and read at any time: nobody waits for a scrape.
+// metrics are what Prometheus is told. They are set by those who know, and read
+// at any time: nobody waits for a scrape. What is said of each here is what
+// Documentation/metrics.md says: make docs writes it there.
 type metrics struct {
 	registry *prometheus.Registry
 
@@ -63,28 +64,31 @@ func newMetrics(m subnet.Manager, version string) *metrics {
 		return v
 	}
 	info := prometheus.NewGauge(prometheus.GaugeOpts{
-		Name: "flannel_build_info", Help: "Always 1; the labels tell which build runs.",
+		Name: "flannel_build_info", Help: "always 1; the labels tell which build runs",
 		ConstLabels: prometheus.Labels{"version": version, "goversion": runtime.Version()},
 	})
 	info.Set(1)
 	s.registry.MustRegister(info)
 
-	s.ready = gauge("flannel_ready", "Whether the node's network has been set up: 1 once /readyz answers 200.")
-	s.peers = gauge("flannel_peers", "Leases of other nodes.")
-	s.faulty = gauge("flannel_peers_faulty", "Leases of other nodes that are left out, wholly or in part: the log says why.")
-	s.leaseEvents = vector("flannel_lease_events_total", "News of leases: whole states read, leases set and removed since.", "event", "snapshot", "set", "removed")
+	s.ready = gauge("flannel_ready", "1 once the node's network has been set up and `/readyz` answers 200; it stays so while the daemon runs")
+	s.peers = gauge("flannel_peers", "leases of other nodes")
+	s.faulty = gauge("flannel_peers_faulty", "leases of other nodes that are left out, wholly or in part; the log says why")
+	s.leaseEvents = vector("flannel_lease_events_total",
+		"news of leases: `snapshot`, all were read (once, and after each gap); `set`, one came or changed; `removed`, one went",
+		"event", "snapshot", "set", "removed")
 	s.leaseDuration = prometheus.NewHistogram(prometheus.HistogramOpts{
-		Name: "flannel_lease_event_duration_seconds", Help: "From news of one lease until the kernel holds what it calls for.",
+		Name: "flannel_lease_event_duration_seconds", Help: "from when the watch delivered news of one lease until the kernel holds what it calls for",
 		Buckets: []float64{.001, .005, .01, .05, .1, .5, 1, 5, 30},
 	})
 	s.registry.MustRegister(s.leaseDuration)
-	s.errors = vector("flannel_errors_total", "Attempts that failed; each is made again.", "operation",
-		"uplink", "configuration", "publishing", "kernel", "rules", "subnet_file")
-	s.rulesChecks = counter("flannel_rules_checks_total", "Checks of the firewall rules.")
-	s.rulesWrites = counter("flannel_rules_writes_total", "How often firewall rules were set.")
-	s.rulesRepairs = counter("flannel_rules_repairs_total", "How often firewall rules were found changed by somebody.")
-	s.rulesInPlace = gauge("flannel_rules_in_place", "Whether the firewall rules were in place at the last check.")
-	s.rulesChecked = gauge("flannel_rules_last_check_timestamp_seconds", "When the firewall rules were checked last.")
+	s.errors = vector("flannel_errors_total",
+		"attempts that failed, each of which is made again: `uplink`, `configuration`, `publishing`, `kernel`, `rules`, `subnet_file` and `watching_the_subnet_file`, as the log names them",
+		"operation", "uplink", "configuration", "publishing", "kernel", "rules", "subnet_file")
+	s.rulesChecks = counter("flannel_rules_checks_total", "checks of the firewall rules: every `--iptables-resync`, and when the kernel tells of a change")
+	s.rulesWrites = counter("flannel_rules_writes_total", "times that the firewall rules were set")
+	s.rulesRepairs = counter("flannel_rules_repairs_total", "times that the firewall rules were found changed by somebody, which sets them again")
+	s.rulesInPlace = gauge("flannel_rules_in_place", "1 if the firewall rules were in place after the last check")
+	s.rulesChecked = gauge("flannel_rules_last_check_timestamp_seconds", "when the firewall rules were checked last, as Unix time")
 	return s
 }
 
@@ -102,15 +106,27 @@ func (s *metrics) setBackend(b backend.Backend) {
 
 // What is asked for at a scrape.
 var (
-	descConnected     = prometheus.NewDesc("flannel_manager_connected", "Whether etcd, or the API server, does what it is asked.", nil, nil)
-	descExpiry        = prometheus.NewDesc("flannel_lease_expiry_timestamp_seconds", "When this node's lease ends unless it is renewed; absent for one that does not end.", nil, nil)
-	descObjectsWanted = prometheus.NewDesc("flannel_kernel_objects_wanted", "Objects that the kernel is wanted to hold.", []string{"kind"}, nil)
-	descObjectsHeld   = prometheus.NewDesc("flannel_kernel_objects_held", "Wanted objects that the kernel holds as they should be.", []string{"kind"}, nil)
-	descRepairs       = prometheus.NewDesc("flannel_kernel_repairs_total", "Objects set right after somebody else changed the kernel's tables.", []string{"kind", "cause"}, nil)
-	descFights        = prometheus.NewDesc("flannel_kernel_fights", "Objects that somebody undoes again and again.", nil, nil)
-	descPackets       = prometheus.NewDesc("flannel_backend_packets_total", "Packets that the backend moved itself.", []string{"direction", "queue"}, nil)
-	descOctets        = prometheus.NewDesc("flannel_backend_bytes_total", "Bytes of the packets that the backend moved itself.", []string{"direction", "queue"}, nil)
-	descDrops         = prometheus.NewDesc("flannel_backend_dropped_packets_total", "Packets that the backend dropped.", []string{"direction", "queue", "reason"}, nil)
+	descConnected = prometheus.NewDesc("flannel_manager_connected",
+		"1 while etcd, or the API server, does what it is asked; an outage shows within some 20 s", nil, nil)
+	descExpiry = prometheus.NewDesc("flannel_lease_expiry_timestamp_seconds",
+		"when the node's lease ends unless it is renewed, as Unix time. Absent without a lease, for one that does not end, and with Kubernetes", nil, nil)
+	descObjectsWanted = prometheus.NewDesc("flannel_kernel_objects_wanted",
+		"objects that the kernel is wanted to hold: `link`, `address`, `neighbor`, `fdb`, `route`, `policy` (IPsec's)", []string{"kind"}, nil)
+	descObjectsHeld = prometheus.NewDesc("flannel_kernel_objects_held",
+		"wanted objects that the kernel holds as they should be", []string{"kind"}, nil)
+	descRepairs = prometheus.NewDesc("flannel_kernel_repairs_total",
+		"objects set right after somebody else's change: `missing`, it was removed; `changed`, it was changed or replaced; "+
+			"`left_over`, it was there and nobody wanted it; `fight`, any of these time and again. At the start, what an earlier daemon left counts too",
+		[]string{"kind", "cause"}, nil)
+	descFights = prometheus.NewDesc("flannel_kernel_fights",
+		"objects that somebody undoes again and again, and that are therefore set once a second", nil, nil)
+	descPackets = prometheus.NewDesc("flannel_backend_packets_total",
+		"packets that the backend moved itself (udp does): `sent` to peers, `received` from them", []string{"direction", "queue"}, nil)
+	descOctets = prometheus.NewDesc("flannel_backend_bytes_total",
+		"bytes of the packets that the backend moved itself", []string{"direction", "queue"}, nil)
+	descDrops = prometheus.NewDesc("flannel_backend_dropped_packets_total",
+		"packets that the backend dropped: `malformed`, `not_from_peer`, `not_ours`, `no_route`, `on_link` (multicast and the like, which is normal), "+
+			"`ttl_expired`, `not_sent`, `not_received`", []string{"direction", "queue", "reason"}, nil)
 )
 
 // Describe implements prometheus.Collector.

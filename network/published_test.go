@@ -1,6 +1,9 @@
 package network
 
 import (
+	"flag"
+	"fmt"
+	"maps"
 	"os"
 	"regexp"
 	"slices"
@@ -8,19 +11,28 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"github.com/flanneld/flanneld/pkg/kernel"
+	"github.com/flanneld/flanneld/pkg/pagetest"
 )
 
-// exported returns the names of all metrics that there can be, a histogram's
-// series among them.
-func exported(t *testing.T) (own, all []string) {
-	t.Helper()
+var update = flag.Bool("update", false, "write the documentation's list of metrics")
+
+// complete returns a registry of all metrics that there can be.
+func complete() *prometheus.Registry {
 	m := newManager("")
 	m.expires = time.Now()
 	s := newMetrics(m, "")
 	s.kernel.Store(&kernel.Stats{})
 	s.setBackend(mover{})
-	families, err := s.registry.Gather()
+	return s.registry
+}
+
+// exported returns their names, a histogram's series among them.
+func exported(t *testing.T) (own, all []string) {
+	t.Helper()
+	families, err := complete().Gather()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -64,33 +76,57 @@ func TestDashboardAndAlerts(t *testing.T) {
 	}
 }
 
-// Documentation/metrics.md has a row for each metric and each alert, and no
-// others.
-func TestMetricsAreDocumented(t *testing.T) {
-	text, err := os.ReadFile("../Documentation/metrics.md")
+// The documentation lists the metrics as they are.
+func TestReference(t *testing.T) {
+	families, err := complete().Gather()
 	if err != nil {
 		t.Fatal(err)
 	}
-	rules, err := os.ReadFile("../dist/prometheus/flannel.rules.yml")
-	if err != nil {
-		t.Fatal(err)
-	}
-	own, _ := exported(t)
-	for _, m := range regexp.MustCompile(`(?m)^  - alert: (\w+)$`).FindAllStringSubmatch(string(rules), -1) {
-		own = append(own, m[1])
-	}
-	var rows []string
-	for _, m := range regexp.MustCompile("(?m)^\\| `(\\w+)").FindAllStringSubmatch(string(text), -1) {
-		rows = append(rows, m[1])
-	}
-	for _, name := range own {
-		if !slices.Contains(rows, name) {
-			t.Errorf("metrics.md has no row for %s", name)
+	var table strings.Builder
+	table.WriteString("| metric | kind | meaning |\n| --- | --- | --- |\n")
+	for _, f := range families {
+		if !strings.HasPrefix(f.GetName(), "flannel_") {
+			continue
 		}
-	}
-	for _, name := range rows {
-		if !slices.Contains(own, name) {
-			t.Errorf("metrics.md has a row for %s, which is nothing of ours", name)
+		values := map[string][]string{}
+		for _, m := range f.Metric {
+			for _, l := range m.Label {
+				values[l.GetName()] = append(values[l.GetName()], l.GetValue())
+			}
 		}
+		// A help that lists a label's values lists all.
+		told := func(value string) bool { return strings.Contains(f.GetHelp(), "`"+value+"`") }
+		for label, all := range values {
+			if first := slices.IndexFunc(all, func(v string) bool { return !told(v) }); first >= 0 && slices.ContainsFunc(all, told) {
+				t.Errorf("the help of %s does not tell of %s %q", f.GetName(), label, all[first])
+			}
+		}
+		name := f.GetName()
+		if len(values) > 0 {
+			name += "{" + strings.Join(slices.Sorted(maps.Keys(values)), ",") + "}"
+		}
+		fmt.Fprintf(&table, "| `%s` | %s | %s |\n", name, strings.ToLower(f.GetType().String()), f.GetHelp())
+	}
+	pagetest.Part(t, "../Documentation/metrics.md", "metrics", table.String(), *update)
+}
+
+// The documentation says of each alert what to do.
+func TestAlertsAreDocumented(t *testing.T) {
+	names := func(file, pattern string) []string {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var found []string
+		for _, m := range regexp.MustCompile(pattern).FindAllStringSubmatch(string(text), -1) {
+			found = append(found, m[1])
+		}
+		slices.Sort(found)
+		return found
+	}
+	rules := names("../dist/prometheus/flannel.rules.yml", `(?m)^  - alert: (\w+)$`)
+	rows := names("../Documentation/metrics.md", "(?m)^\\| `(Flannel\\w+)`")
+	if len(rules) == 0 || !slices.Equal(rules, rows) {
+		t.Errorf("the alerts are\n%s\nand Documentation/metrics.md has\n%s", rules, rows)
 	}
 }

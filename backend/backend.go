@@ -91,6 +91,20 @@ type Flow struct {
 	Drops          map[string]uint64 // packets, by reason
 }
 
+// A Tunnel is a Backend whose peers put something around pods' packets: it is
+// this that firewalls must let in.
+type Tunnel interface {
+	Backend
+	Endpoints() []Endpoint
+}
+
+// An Endpoint is where peers send packets to.
+type Endpoint struct {
+	Addr     netip.Addr // of this node
+	Protocol string     // as iptables and nft know it without /etc/protocols: "udp", "esp", "4"
+	Port     int        // of UDP
+}
+
 // A Factory makes a backend. The errors it returns are for the operator:
 // neither waiting nor retrying will mend them.
 type Factory func(cfg *subnet.Config, uplink iface.Uplink) (Backend, error)

@@ -1,11 +1,11 @@
 package network
 
 import (
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -30,14 +30,15 @@ type Status struct {
 
 	Network []netip.Prefix `json:"network,omitempty"`
 	Backend string         `json:"backend,omitempty"`
-	Port    int            `json:"port,omitempty"` // that the configuration's Backend names, if it does
 	Uplink  *Uplink        `json:"uplink,omitempty"`
 	Lease   *Lease         `json:"lease,omitempty"`
 	Peers   int            `json:"peers"`
 	LeftOut []Lease        `json:"leftOut,omitempty"` // that are no peers, or not reached in full
 
-	MTU        int        `json:"mtu,omitempty"` // for pods
+	MTU        int        `json:"mtu,omitempty"`      // for pods
+	Overhead   int        `json:"overhead,omitempty"` // bytes that the backend puts around their packets
 	Devices    []Device   `json:"devices,omitempty"`
+	Endpoints  []Endpoint `json:"endpoints,omitempty"` // where peers' packets arrive
 	Rules      Rules      `json:"rules"`
 	SubnetFile SubnetFile `json:"subnetFile"`
 
@@ -74,6 +75,13 @@ type Device struct {
 	Port int    `json:"port,omitempty"`
 }
 
+// An Endpoint is where peers send packets to.
+type Endpoint struct {
+	Address  netip.Addr `json:"address"`
+	Protocol string     `json:"protocol"` // a name, or a number
+	Port     int        `json:"port,omitempty"`
+}
+
 // Rules tell of the node's firewall rules.
 type Rules struct {
 	Mode       string `json:"mode"` // iptables or nftables
@@ -102,10 +110,6 @@ func (n *node) status() Status {
 		return s
 	}
 	s.Network, s.Backend = n.cfg.Networks().Each(), n.cfg.BackendType
-	var ports struct{ Port, ListenPort int }
-	if json.Unmarshal(n.cfg.Backend, &ports) == nil {
-		s.Port = cmp.Or(ports.Port, ports.ListenPort)
-	}
 	s.Rules = Rules{Mode: "iptables", InPlace: n.rulesSet, Masquerade: n.IPMasq, Forward: n.Forward}
 	if n.cfg.EnableNFTables {
 		s.Rules.Mode = "nftables"
@@ -122,7 +126,12 @@ func (n *node) status() Status {
 	if n.backend == nil {
 		return s
 	}
-	s.MTU = n.backend.MTU()
+	s.MTU, s.Overhead = n.backend.MTU(), overhead(n.cfg, n.uplink)
+	if t, ok := n.backend.(backend.Tunnel); ok {
+		for _, e := range t.Endpoints() {
+			s.Endpoints = append(s.Endpoints, Endpoint{e.Addr, e.Protocol, e.Port})
+		}
+	}
 	s.Uplink = uplinkStatus(n.uplink)
 	if n.lease == nil {
 		return s
@@ -147,6 +156,23 @@ func (n *node) status() Status {
 		}
 	}
 	return s
+}
+
+// overhead returns how many bytes the backend puts around a packet: what it leaves
+// less of on an uplink that carries much, while nobody tells it an MTU.
+func overhead(cfg *subnet.Config, uplink iface.Uplink) int {
+	untold := *cfg
+	var keys map[string]json.RawMessage
+	if json.Unmarshal(cfg.Backend, &keys) == nil { // there is a Backend
+		maps.DeleteFunc(keys, func(key string, _ json.RawMessage) bool { return strings.EqualFold(key, "MTU") })
+		untold.Backend, _ = json.Marshal(keys) // which was JSON before
+	}
+	uplink.MTU = 9000
+	b, err := backend.New(&untold, uplink)
+	if err != nil {
+		return 0 // the configuration is as it was, but for what must be in order
+	}
+	return uplink.MTU - b.MTU()
 }
 
 // statusOfStore is what anybody may know of the node's Status.

@@ -83,3 +83,8 @@ func (b *ipip) Peer(own, peer subnet.Lease) ([]kernel.Object, error) {
 	}
 	return objects, nil
 }
+
+// Endpoints implements backend.Tunnel.
+func (b *ipip) Endpoints() []backend.Endpoint {
+	return []backend.Endpoint{{Addr: b.uplink.IPv4, Protocol: "4"}}
+}

@@ -3,6 +3,7 @@ package ipsec
 import (
 	"context"
 	"fmt"
+	"net/netip"
 	"os"
 	"os/exec"
 	"strings"
@@ -26,8 +27,15 @@ var charonPaths = [...]string{
 	"/usr/libexec/ipsec/charon",      // openSUSE
 }
 
-// charonEnds is how long charon may take to say goodbye to its peers.
-const charonEnds = 5 * time.Second
+const (
+	// charonEnds is how long charon may take to say goodbye to its peers.
+	charonEnds = 5 * time.Second
+	// charonAnswers is how long somebody waits who only wants to know.
+	charonAnswers = 5 * time.Second
+)
+
+// mark is in the environment of a charon that we started, and of no other.
+const mark = "STARTED_BY=flanneld"
 
 // A process is a charon that we started.
 type process struct {
@@ -35,27 +43,38 @@ type process struct {
 	ended chan struct{} // closed when it has
 }
 
+// ErrNoCharon says that it is not installed.
+var ErrNoCharon = fmt.Errorf("there is no charon, neither in PATH nor at %s: install strongSwan with its VICI plugin (Debian: strongswan-charon, strongswan-swanctl)",
+	strings.Join(charonPaths[1:], ", "))
+
+// findCharon returns the path of the program.
+func findCharon() (string, error) {
+	for _, path := range charonPaths {
+		if path, err := exec.LookPath(path); err == nil {
+			return path, nil
+		}
+	}
+	return "", ErrNoCharon
+}
+
 // start starts charon. It outlives us, so that packets pass while we restart.
 func start() (*process, error) {
-	for _, path := range charonPaths {
-		path, err := exec.LookPath(path)
-		if err != nil {
-			continue
-		}
-		p := &process{exec.Command(path), make(chan struct{})}
-		p.Stdout, p.Stderr = os.Stdout, os.Stderr
-		p.SysProcAttr = &unix.SysProcAttr{Setsid: true}
-		if err := p.Start(); err != nil {
-			return nil, fmt.Errorf("starting charon: %w", err)
-		}
-		go func() {
-			_ = p.Wait() // its own log says why
-			close(p.ended)
-		}()
-		return p, nil
+	path, err := findCharon()
+	if err != nil {
+		return nil, err
 	}
-	return nil, fmt.Errorf("there is no charon, neither in PATH nor at %s: install strongSwan with its VICI plugin (Debian: strongswan-charon, strongswan-swanctl)",
-		strings.Join(charonPaths[1:], ", "))
+	p := &process{exec.Command(path), make(chan struct{})}
+	p.Stdout, p.Stderr = os.Stdout, os.Stderr
+	p.Env = append(os.Environ(), mark)
+	p.SysProcAttr = &unix.SysProcAttr{Setsid: true}
+	if err := p.Start(); err != nil {
+		return nil, fmt.Errorf("starting charon: %w", err)
+	}
+	go func() {
+		_ = p.Wait() // its own log says why
+		close(p.ended)
+	}()
+	return p, nil
 }
 
 // running tells whether it is.
@@ -185,4 +204,36 @@ func (c client) established(ctx context.Context) (map[string]bool, error) {
 		}
 	}
 	return all, nil
+}
+
+// Peers asks charon, whoever has started it, for the hosts that it has tunnels
+// with. The error says that it does not answer.
+func Peers(ctx context.Context) (map[netip.Addr]bool, error) {
+	ctx, cancel := context.WithTimeout(ctx, charonAnswers)
+	defer cancel()
+	s, err := vici.NewSession(vici.WithAddr("unix", charonSocket))
+	if err != nil {
+		if _, missing := findCharon(); missing != nil {
+			err = missing
+		}
+		return nil, err
+	}
+	defer s.Close()
+	peers := map[netip.Addr]bool{}
+	for m, err := range s.CallStreaming(ctx, "list-sas", "list-sa", nil) {
+		if err != nil {
+			return nil, fmt.Errorf("%s: list-sas: %w", charonSocket, err)
+		}
+		for _, name := range m.Keys() {
+			sa, ok := m.Get(name).(*vici.Message)
+			if !ok || sa.Get("state") != "ESTABLISHED" {
+				continue
+			}
+			host, _ := sa.Get("remote-host").(string)
+			if ip, err := netip.ParseAddr(host); err == nil {
+				peers[ip] = true
+			}
+		}
+	}
+	return peers, nil
 }

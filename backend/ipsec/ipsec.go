@@ -52,6 +52,7 @@ func (secret) GoString() string { return "…" }
 type ipsec struct {
 	options
 	uplink iface.Uplink
+	locals []netip.Addr // ends of the tunnels
 	mtu    int
 	socket string        // charon's
 	check  time.Duration // between looks at what charon has
@@ -83,6 +84,7 @@ func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
 			return nil, fmt.Errorf("peers cannot have a tunnel with %s, which is not an address of %s (that is %s): "+
 				"leave out %s, or use the wireguard backend across NAT", f.public, uplink.Name, f.own, f.flag)
 		}
+		b.locals = append(b.locals, f.own)
 		around := f.header + overhead
 		if b.UDPEncap {
 			around += udpHeader
@@ -131,6 +133,19 @@ func (b *ipsec) tunnels(own, peer subnet.Lease) []tunnel {
 				own: [2]netip.Prefix{own.IPv4, own.IPv6}[i], peer: f.Peer,
 				from: [2]netip.Addr{b.uplink.IPv4, b.uplink.IPv6}[i], to: f.PublicIP,
 			})
+		}
+	}
+	return all
+}
+
+// Endpoints implements backend.Tunnel: charon's ports (RFC 7296, section 2.23)
+// and, unless they are in UDP, the packets themselves.
+func (b *ipsec) Endpoints() []backend.Endpoint {
+	var all []backend.Endpoint
+	for _, ip := range b.locals {
+		all = append(all, backend.Endpoint{Addr: ip, Protocol: "udp", Port: 500}, backend.Endpoint{Addr: ip, Protocol: "udp", Port: 4500})
+		if !b.UDPEncap {
+			all = append(all, backend.Endpoint{Addr: ip, Protocol: "esp"})
 		}
 	}
 	return all

@@ -105,3 +105,14 @@ func (u *udp) Local(own subnet.Lease) []kernel.Object {
 
 // Peer wants nothing of the kernel: the proxy knows the way.
 func (u *udp) Peer(subnet.Lease, subnet.Lease) ([]kernel.Object, error) { return nil, nil }
+
+// Endpoints implements backend.Tunnel.
+func (u *udp) Endpoints() []backend.Endpoint {
+	var all []backend.Endpoint
+	for _, ip := range u.local {
+		if ip.IsValid() {
+			all = append(all, backend.Endpoint{Addr: ip, Protocol: "udp", Port: u.Port})
+		}
+	}
+	return all
+}

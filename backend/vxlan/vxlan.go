@@ -212,3 +212,14 @@ func (v *vxlan) Peer(own, peer subnet.Lease) ([]kernel.Object, error) {
 	}
 	return objects, errors.Join(errs...)
 }
+
+// Endpoints implements backend.Tunnel.
+func (v *vxlan) Endpoints() []backend.Endpoint {
+	var all []backend.Endpoint
+	for _, t := range v.vteps {
+		if t.dev != "" {
+			all = append(all, backend.Endpoint{Addr: t.local, Protocol: "udp", Port: v.Port})
+		}
+	}
+	return all
+}

@@ -216,3 +216,18 @@ func (w *wireguard) Peer(own, peer subnet.Lease) ([]kernel.Object, error) {
 	}
 	return nil, nil
 }
+
+// Endpoints implements backend.Tunnel.
+func (w *wireguard) Endpoints() []backend.Endpoint {
+	var all []backend.Endpoint
+	for _, t := range w.tunnels {
+		// Which address peers that are like us choose.
+		public := w.publicIP(t, subnet.Attrs{PublicIP: w.uplink.PublicIP, PublicIPv6: w.uplink.PublicIPv6})
+		ip := w.uplink.IPv4
+		if public.Is6() {
+			ip = w.uplink.IPv6
+		}
+		all = append(all, backend.Endpoint{Addr: ip, Protocol: "udp", Port: t.port})
+	}
+	return all
+}

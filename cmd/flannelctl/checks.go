@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -293,47 +292,38 @@ func (r ruleset) acceptForward(network netip.Prefix) []string {
 	return []string{fmt.Sprintf("%s saddr %s accept", at, network), fmt.Sprintf("%s daddr %s accept", at, network)}
 }
 
-// ports are those that peers send to, UDP all.
-func (p *patient) ports() []int {
-	s := p.status
-	switch s.Backend {
-	case "vxlan":
-		var all []int
-		for _, d := range s.Devices {
-			if d.Port != 0 && !slices.Contains(all, d.Port) {
-				all = append(all, d.Port)
-			}
-		}
-		return all
-	case "udp":
-		return []int{cmp.Or(s.Port, 8285)}
-	case "wireguard":
-		return []int{cmp.Or(s.Port, 51820)}
-	}
-	return nil
-}
-
 func portBlocked(p *patient) []problem {
-	u := p.status.Uplink
-	if u == nil {
-		return nil
-	}
 	var found []problem
-	for _, port := range p.ports() {
-		for _, own := range u.Addresses {
-			for _, r := range p.rulesets {
-				if !r.is(own) || r.passes("input", packet{proto: "udp", port: port, in: u.Name, src: p.somePeer(own), dst: own}) {
-					continue
-				}
-				fix := fmt.Sprintf("%s -I INPUT -p udp --dport %d -j ACCEPT", r.program, port)
-				if r.program == "nft" {
-					fix = fmt.Sprintf("nft insert rule %s %s %s udp dport %d accept", r.family, r.table, r.chain("input"), port)
-				}
-				found = append(found, problem{fmt.Sprintf("%s drops what peers send to UDP port %d", r, port), []string{fix}})
+	for _, e := range p.status.Endpoints {
+		what, iptables, nft := "IP protocol "+e.Protocol, "-p "+e.Protocol, "meta l4proto "+e.Protocol
+		if e.Port != 0 {
+			what = fmt.Sprintf("UDP port %d", e.Port)
+			iptables += fmt.Sprintf(" --dport %d", e.Port)
+			nft = fmt.Sprintf("udp dport %d", e.Port)
+		}
+		for _, r := range p.rulesets {
+			if !r.is(e.Address) || r.passes("input", packet{proto: e.Protocol, port: e.Port, in: p.status.Uplink.Name, src: p.somePeer(e.Address), dst: e.Address}) {
+				continue
 			}
+			fix := fmt.Sprintf("%s -I INPUT %s -j ACCEPT", r.program, iptables)
+			if r.program == "nft" {
+				fix = fmt.Sprintf("nft insert rule %s %s %s %s accept", r.family, r.table, r.chain("input"), nft)
+			}
+			found = append(found, problem{fmt.Sprintf("%s drops what peers send to %s by %s", r, e.Address, what), []string{fix}})
 		}
 	}
 	return found
+}
+
+// ports are those that peers send to, UDP all.
+func (p *patient) ports() []int {
+	var all []int
+	for _, e := range p.status.Endpoints {
+		if e.Port != 0 && !slices.Contains(all, e.Port) {
+			all = append(all, e.Port)
+		}
+	}
+	return all
 }
 
 // somePeer returns the address of a peer, or one that could be a peer's.
@@ -377,9 +367,15 @@ func portTaken(p *patient) []problem {
 			break
 		}
 	}
+	for _, other := range otherWireGuards(p.devices()) {
+		if slices.Contains(p.ports(), other.ListenPort) {
+			found = append(found, problem{fmt.Sprintf("the WireGuard device %s listens on UDP port %d", other.Name, other.ListenPort),
+				[]string{fmt.Sprintf("wg set %s listen-port 0    # or set another port in the network configuration, for all nodes", other.Name)}})
+		}
+	}
 	for _, port := range p.ports() {
 		for _, owner := range owners(port) {
-			if owner.name == "flanneld" {
+			if owner.name == "flanneld" || p.status.Backend == "ipsec" && strings.HasPrefix(owner.name, "charon") {
 				continue
 			}
 			found = append(found, problem{fmt.Sprintf("the program %s, process %d, listens on UDP port %d", owner.name, owner.pid, port),
@@ -442,22 +438,15 @@ func mtuUplink(p *patient) []problem {
 	if u == nil {
 		return nil
 	}
-	most, whose := p.status.MTU, "pods"
-	for _, d := range p.status.Devices {
-		overhead := 0
-		if d.VNI != 0 {
-			if overhead = 50; strings.HasPrefix(d.Name, "flannel-v6") {
-				overhead = 70
-			}
-		}
-		if d.MTU+overhead > most {
-			most, whose = d.MTU+overhead, d.Name
-		}
-	}
+	most := p.status.MTU + p.status.Overhead
 	if most <= u.MTU {
 		return nil
 	}
-	return []problem{{fmt.Sprintf("%s may send packets of %d bytes, tunnel and all, and the uplink %s carries %d", whose, most, u.Name, u.MTU),
+	text := fmt.Sprintf("pods may send packets of %d bytes", p.status.MTU)
+	if p.status.Overhead > 0 {
+		text += fmt.Sprintf(", %d with what is put around them", most)
+	}
+	return []problem{{fmt.Sprintf("%s, and the uplink %s carries %d", text, u.Name, u.MTU),
 		[]string{fmt.Sprintf("ip link set %s mtu %d    # or set a smaller MTU in the Backend of the network configuration", u.Name, most)}}}
 }
 

@@ -7,9 +7,12 @@ import (
 	"strings"
 )
 
-// daemons returns the processes called flanneld that serve this host's network,
-// as far as this process can see them.
-func daemons() []int {
+// daemons returns the processes of flanneld.
+func daemons() []int { return processes("flanneld") }
+
+// processes returns those of a program that serve this host's network, as far as
+// this process can see them.
+func processes(program string) []int {
 	own, err := os.Readlink("/proc/self/ns/net")
 	if err != nil {
 		return nil
@@ -18,7 +21,7 @@ func daemons() []int {
 	dirs, _ := filepath.Glob("/proc/[0-9]*") // fails only for a bad pattern
 	for _, dir := range dirs {
 		name, err := os.ReadFile(dir + "/comm")
-		if err != nil || strings.TrimSpace(string(name)) != "flanneld" {
+		if err != nil || strings.TrimSpace(string(name)) != program {
 			continue
 		}
 		if net, err := os.Readlink(dir + "/ns/net"); err != nil || net != own {

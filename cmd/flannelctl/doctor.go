@@ -3,10 +3,12 @@ package main
 import (
 	"context"
 	"fmt"
+	"net/netip"
 	"strings"
 
 	"github.com/spf13/cobra"
 
+	"github.com/flanneld/flanneld/backend/ipsec"
 	"github.com/flanneld/flanneld/network"
 	"github.com/flanneld/flanneld/subnet"
 )
@@ -48,6 +50,8 @@ var checks = []check{
 	{"forward-drop", "the firewall forwards pods' packets", forwardDrop},
 	{"port-blocked", "the firewall lets peers' packets in", portBlocked},
 	{"port-taken", "nobody else uses the UDP port", portTaken},
+	{"charon-down", "charon runs, and answers, where IPsec needs it", charonDown},
+	{"no-tunnel", "keys have been agreed on with all peers, where packets are encrypted", noTunnel},
 	{"mtu-uplink", "the uplink carries what pods send", mtuUplink},
 	{"mtu-bridge", "pods' devices send no more than that", mtuBridge},
 	{"checksum-offload", "the kernel gets checksums in tunnels right", checksumOffload},
@@ -66,6 +70,9 @@ type patient struct {
 	envErr     error
 	leases     []network.Lease
 	rulesets   []ruleset
+
+	charonPeers map[netip.Addr]bool // whom charon has tunnels with
+	charonErr   error               // why that is not known
 }
 
 func (t *tool) doctorCommand() *cobra.Command {
@@ -105,6 +112,9 @@ func (t *tool) doctor(ctx context.Context) error {
 	p.env, p.envErr = subnet.ReadEnv(t.options.SubnetFile)
 	p.leases, _ = src.Leases(ctx) // none: other checks say why
 	p.rulesets = rulesets(ctx)
+	if p.status.Backend == ipsec.Type {
+		p.charonPeers, p.charonErr = ipsec.Peers(ctx)
+	}
 	found := []finding{}
 	for _, c := range checks {
 		for _, f := range c.look(p) {

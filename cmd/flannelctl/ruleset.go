@@ -100,11 +100,32 @@ func (r rule) may(p packet) bool {
 		prefix, open := strings.CutSuffix(name, "+")
 		return name == "" || at == name || open && strings.HasPrefix(at, prefix)
 	}
-	return (len(r.protos) == 0 || slices.Contains(r.protos, p.proto)) &&
+	proto := func(name string) bool { return protocol(name) == protocol(p.proto) || protocol(name) == "0" }
+	return (len(r.protos) == 0 || slices.ContainsFunc(r.protos, proto)) &&
 		(len(r.ports) == 0 || slices.ContainsFunc(r.ports, func(x portRange) bool { return x.low <= p.port && p.port <= x.high })) &&
 		device(r.in, p.in) && device(r.out, p.out) &&
 		(len(r.states) == 0 || slices.Contains(r.states, "new")) &&
 		within(r.src, p.src) && within(r.dst, p.dst)
+}
+
+// protocol returns the number of an IP protocol, which programs show by the name
+// that /etc/protocols has; one that is not known as it is.
+func protocol(name string) string {
+	switch name {
+	case "all", "ip":
+		return "0"
+	case "icmp":
+		return "1"
+	case "ipencap", "ipv4", "ipip":
+		return "4"
+	case "tcp":
+		return "6"
+	case "udp":
+		return "17"
+	case "esp":
+		return "50"
+	}
+	return name
 }
 
 // rulesets reads what all of the programs show that are there.
@@ -340,6 +361,8 @@ func (r *rule) match(body json.RawMessage) {
 		if r.ports == nil {
 			r.ports = []portRange{{-1, -1}} // the name of a service
 		}
+	case p != nil && (p.Protocol == "ip" && p.Field == "protocol" || p.Protocol == "ip6" && p.Field == "nexthdr"):
+		r.protos = values
 	case p != nil && (p.Field == "saddr" || p.Field == "daddr"):
 		for _, v := range values {
 			prefix, err := netip.ParsePrefix(v)

@@ -47,3 +47,45 @@ func TestPasses(t *testing.T) {
 		}
 	}
 }
+
+// TestPassesProtocols: what is not UDP is told apart by name, number, and what
+// /etc/protocols calls it.
+func TestPassesProtocols(t *testing.T) {
+	at := packet{in: "eth0", src: netip.MustParseAddr("198.18.0.2"), dst: netip.MustParseAddr("198.18.0.1")}
+	for _, c := range []struct {
+		proto, rules string
+		want         bool
+	}{
+		{"4", "-p ipencap", true},
+		{"4", "-p 4", true},
+		{"4", "-p ipv6", false},
+		{"4", "-p udp -m udp --dport 8472", false},
+		{"4", "-p all", true},
+		{"esp", "-p esp", true},
+		{"esp", "-p 50", true},
+		{"esp", "-p esp -m esp --espspi 1:100", true},
+		{"esp", "-p ah", false},
+		{"udp", "-p 17", true},
+	} {
+		p := at
+		p.proto = c.proto
+		r, ok := parseIPTables("*filter\n:INPUT DROP [0:0]\n-A INPUT " + c.rules + " -j ACCEPT\nCOMMIT\n")
+		if !ok || r.passes("input", p) != c.want {
+			t.Errorf("IP protocol %s passes should be %v with %s", c.proto, c.want, c.rules)
+		}
+	}
+	for _, right := range []string{`"ipencap"`, `4`, `{"set": ["tcp", 4]}`} {
+		for _, left := range []string{`{"payload": {"protocol": "ip", "field": "protocol"}}`, `{"meta": {"key": "l4proto"}}`} {
+			all := parseNFT([]byte(`{"nftables": [{"chain": {"family": "inet", "table": "fw", "name": "in", "hook": "input", "policy": "drop"}},
+				{"rule": {"family": "inet", "table": "fw", "chain": "in", "expr": [{"match": {"op": "==", "left": ` + left + `, "right": ` + right + `}}, {"accept": null}]}}]}`))
+			p := at
+			p.proto = "4"
+			if len(all) != 1 || !all[0].passes("input", p) {
+				t.Errorf("%s %s does not let IP protocol 4 pass", left, right)
+			}
+			if p.proto = "esp"; len(all) != 1 || all[0].passes("input", p) {
+				t.Errorf("%s %s lets ESP pass", left, right)
+			}
+		}
+	}
+}

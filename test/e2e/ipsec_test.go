@@ -155,14 +155,18 @@ func charonRun(ctx context.Context, t *testing.T, n *lab.Node) {
 // charons are the processes of charon on a node.
 func charons(ctx context.Context, t *testing.T, n *lab.Node) []string {
 	t.Helper()
-	out := labtest.Must(exec.CommandContext(ctx, "ip", "netns", "pids", n.Namespace.Name).Output())(t)
+	return labtest.Must(charonPIDs(ctx, n))(t)
+}
+
+func charonPIDs(ctx context.Context, n *lab.Node) ([]string, error) {
+	out, err := exec.CommandContext(ctx, "ip", "netns", "pids", n.Namespace.Name).Output()
 	var pids []string
 	for _, pid := range strings.Fields(string(out)) {
 		if name, err := os.ReadFile("/proc/" + pid + "/comm"); err == nil && strings.TrimSpace(string(name)) == "charon" {
 			pids = append(pids, pid)
 		}
 	}
-	return pids
+	return pids, err
 }
 
 // waitPolicies waits until a node has so many IPsec policies.

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
 	"slices"
 	"strings"
@@ -32,6 +33,7 @@ func (n *Node) CtlBy(ctx context.Context, by []string, args ...string) (out stri
 	}
 	var text, errput bytes.Buffer
 	cmd := exec.CommandContext(ctx, full[0], full[1:]...)
+	cmd.Env = append(os.Environ(), "WIREGUARD_KEY_FILE="+n.KeyFile())
 	cmd.Stdout, cmd.Stderr = &text, &errput
 	p, err := n.Launch(cmd)
 	if err != nil {

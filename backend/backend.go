@@ -128,6 +128,42 @@ func New(cfg *subnet.Config, uplink iface.Uplink) (Backend, error) {
 	return b, nil
 }
 
+// Leftovers are what a backend keeps on a node outside of the kernel's tables,
+// and leaves there when flanneld ends.
+type Leftovers struct {
+	Undo  []Undo   // what to do, in this order
+	Files []string // to be deleted after that, if they are there: patterns, as filepath.Glob takes them
+	Notes []string // on what is for the operator to remove
+}
+
+// An Undo is a command, and how it is done without it.
+type Undo struct {
+	Command string
+	Do      func(context.Context) error
+}
+
+// A Finder looks for what a backend may have left on this node, which had the
+// subnets own. It finds what it can without cfg, which is nil where the
+// configuration is not known.
+type Finder func(ctx context.Context, cfg *subnet.Config, own subnet.Subnets) (Leftovers, error)
+
+var finders []Finder
+
+// RegisterLeftovers has a Finder asked by Left. It is called from init.
+func RegisterLeftovers(f Finder) { finders = append(finders, f) }
+
+// Left returns what all backends have left on this node, whichever it had.
+func Left(ctx context.Context, cfg *subnet.Config, own subnet.Subnets) (Leftovers, error) {
+	var all Leftovers
+	var errs []error
+	for _, find := range finders {
+		l, err := find(ctx, cfg, own)
+		errs = append(errs, err)
+		all.Undo, all.Files, all.Notes = append(all.Undo, l.Undo...), append(all.Files, l.Files...), append(all.Notes, l.Notes...)
+	}
+	return all, errors.Join(errs...)
+}
+
 // Options reads the keys of the configuration's Backend into the struct that
 // into points to. Keys that it does not have are noted in cfg.Warnings.
 func Options(cfg *subnet.Config, into any) error {

@@ -19,7 +19,10 @@ import (
 // Type is the backend's name in configurations. Leases carry none.
 const Type = "aws-vpc"
 
-func init() { backend.Register(Type, New) }
+func init() {
+	backend.Register(Type, New)
+	backend.RegisterLeftovers(leftovers)
+}
 
 // tableIDs are route tables, written as one text or as a list of them.
 type tableIDs []string
@@ -84,3 +87,28 @@ func (v *vpc) Local(subnet.Lease) []kernel.Object { return nil }
 // Peer wants nothing of the kernel: the default route leads to the VPC's
 // router, which knows.
 func (v *vpc) Peer(subnet.Lease, subnet.Lease) ([]kernel.Object, error) { return nil, nil }
+
+// leftovers tells of the routes, which other nodes delete when the instance is
+// gone and its lease, too.
+func leftovers(_ context.Context, cfg *subnet.Config, own subnet.Subnets) (backend.Leftovers, error) {
+	if cfg == nil || cfg.BackendType != Type || own == (subnet.Subnets{}) {
+		return backend.Leftovers{}, nil
+	}
+	var o options
+	_ = backend.Options(cfg, &o) // one that cannot be read names no table
+	tables := o.RouteTableID
+	if len(tables) == 0 {
+		tables = tableIDs{"rtb-…"}
+	}
+	var l backend.Leftovers
+	for _, table := range tables {
+		for _, s := range own.Each() {
+			key := "destination-cidr-block"
+			if s.Addr().Is6() {
+				key = "destination-ipv6-cidr-block"
+			}
+			l.Notes = append(l.Notes, fmt.Sprintf("the route to %s in the VPC, until the instance is gone: aws ec2 delete-route --route-table-id %s --%s %s", s, table, key, s))
+		}
+	}
+	return l, nil
+}

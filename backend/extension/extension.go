@@ -36,7 +36,10 @@ const (
 // kernel's state, it does not outlive a reboot.
 const stateDir = "/run/flannel"
 
-func init() { backend.Register(Type, New) }
+func init() {
+	backend.Register(Type, New)
+	backend.RegisterLeftovers(leftovers)
+}
 
 // options are the backend's keys in the configuration. What is said of them here
 // is what README.md says: make docs writes it there.

@@ -1,15 +1,20 @@
 package extension
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 
 	"github.com/google/renameio/v2"
 	"k8s.io/klog/v2"
 
+	"github.com/flanneld/flanneld/backend"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -69,3 +74,41 @@ func (r record) write(path string) error {
 	}
 	return nil
 }
+
+// leftovers finds what has been added for peers, by the records of all networks
+// that there were.
+func leftovers(_ context.Context, cfg *subnet.Config, _ subnet.Subnets) (backend.Leftovers, error) {
+	pattern := filepath.Join(stateDir, "extension-*.json")
+	l := backend.Leftovers{Files: []string{pattern}}
+	files, err := filepath.Glob(pattern)
+	for _, file := range files {
+		r := readRecord(file)
+		for _, s := range slices.SortedFunc(maps.Keys(r), func(a, b subnet.Subnets) int { return strings.Compare(a.Key(), b.Key()) }) {
+			l.Undo = append(l.Undo, r[s].undo(s))
+		}
+	}
+	var o options
+	if cfg != nil && cfg.BackendType == Type && backend.Options(cfg, &o) == nil && o.PostStartupCommand != "" {
+		note := "what PostStartupCommand has done"
+		if o.ShutdownCommand != "" {
+			note += ", if flanneld was killed: else it has run ShutdownCommand"
+		}
+		l.Notes = append(l.Notes, note)
+	}
+	return l, err
+}
+
+// undo is the removal of a peer, as flanneld would do it.
+func (c call) undo(s subnet.Subnets) backend.Undo {
+	command := "printf '%s\\n' " + quote(c.Data) + " | env"
+	for _, v := range c.Variables {
+		command += " " + quote(v)
+	}
+	return backend.Undo{Command: command + " sh -c " + quote(c.Remove), Do: func(ctx context.Context) error {
+		_, err := runner{timeLimit, graceLimit}.run(ctx, "SubnetRemoveCommand for "+s.String(), c.Remove, c.Variables[:], c.Data)
+		return err
+	}}
+}
+
+// quote writes a text so that a shell takes it for one word.
+func quote(text string) string { return "'" + strings.ReplaceAll(text, "'", `'\''`) + "'" }

@@ -26,7 +26,10 @@ const (
 	udpHeader = 8
 )
 
-func init() { backend.Register(Type, New) }
+func init() {
+	backend.Register(Type, New)
+	backend.RegisterLeftovers(leftovers)
+}
 
 // options are the backend's keys in the configuration. What is said of them here
 // is what README.md says: make docs writes it there.

@@ -182,8 +182,10 @@ func (k *keyer) sync(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
+const keyPrefix = "flannel-"
+
 // keyName is what charon knows the key by that we share with a host.
-func keyName(ip netip.Addr) string { return "flannel-" + ip.String() }
+func keyName(ip netip.Addr) string { return keyPrefix + ip.String() }
 
 // ours tells whether a connection is one that we have made, maybe in an earlier
 // life and for another lease.

@@ -1,6 +1,7 @@
 package wireguard
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -10,6 +11,9 @@ import (
 
 	"github.com/google/renameio/v2"
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+
+	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/subnet"
 )
 
 // A secret is a private key or a preshared one. It never shows in a log.
@@ -111,4 +115,9 @@ func makeKey(file string, replace bool) error {
 		return err
 	}
 	return nil
+}
+
+// leftovers finds the private key, and the sockets of a daemon that was killed.
+func leftovers(context.Context, *subnet.Config, subnet.Subnets) (backend.Leftovers, error) {
+	return backend.Leftovers{Files: []string{keyFile(), filepath.Join(controlDir, "flannel-wg*.sock"), filepath.Join(controlDir, ".flanneld-*")}}, nil
 }

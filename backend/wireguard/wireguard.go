@@ -38,7 +38,10 @@ const (
 
 var modes = []string{separate, auto, overIPv4, overIPv6}
 
-func init() { backend.Register(Type, New) }
+func init() {
+	backend.Register(Type, New)
+	backend.RegisterLeftovers(leftovers)
+}
 
 // options are the backend's keys in the configuration. What is said of them here
 // is what README.md says: make docs writes it there.

@@ -7,10 +7,13 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
+	"github.com/flanneld/flanneld/backend"
 	"github.com/flanneld/flanneld/pkg/firewall"
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/kernel"
@@ -29,8 +32,10 @@ func (t *tool) cleanupCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "cleanup",
 		Short: "Remove every trace of flanneld from this node",
-		Long: `cleanup removes what flanneld has left on this node: devices, routes, nexthops, firewall rules, subnet.env. It prints the
-commands that would do the same, and asks before it does. The lease stays where it is, and ends by itself.`,
+		Long: `cleanup removes what flanneld has left on this node, whichever backend it had: devices, routes, nexthops, IPsec policies,
+firewall rules, the charon that it started, what SubnetAddCommand has added, its files, and among them the private key of WireGuard: if the node comes
+back, peers learn of a new one. It prints the commands that would do the same, and asks before it does. What is for others to remove it names. The
+lease stays where it is, and ends by itself.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return c.run(cmd.Context()) },
 	}
@@ -59,15 +64,30 @@ func (c *cleanup) run(ctx context.Context) error {
 	}
 	defer r.Close()
 	// One that wants nothing. Where there is no subnet.env, routes that upstream's
-	// daemon made on others' devices are not known for what they are.
-	if env, err := subnet.ReadEnv(c.options.SubnetFile); err == nil {
+	// daemon made on others' devices, and IPsec's policies, are not known for what
+	// they are.
+	env, err := subnet.ReadEnv(c.options.SubnetFile)
+	if err == nil {
 		r.Networks = env.Networks.Each()
 	}
 	r.Devices = iface.Overlay
-	commands, err := r.Diff()
+	left, err := backend.Left(ctx, c.config(ctx), env.Subnets)
 	if err != nil {
 		return err
 	}
+	var commands []string
+	for _, u := range left.Undo {
+		commands = append(commands, u.Command)
+	}
+	more, err := r.Diff()
+	if err != nil {
+		return err
+	}
+	associations, err := r.Associations()
+	if err != nil {
+		return err
+	}
+	commands = append(append(commands, associations...), more...)
 	rules, err := firewall.New(ctx, false)
 	if err != nil {
 		if rules, err = firewall.New(ctx, true); err != nil {
@@ -81,18 +101,20 @@ func (c *cleanup) run(ctx context.Context) error {
 		}
 		commands = append(commands, more...)
 	}
-	files := c.files()
+	files := c.files(left.Files)
 	for _, f := range files {
 		commands = append(commands, "rm -rf "+f)
 	}
 	if len(commands) == 0 {
 		fmt.Fprintln(c.out, "There is nothing of flanneld's on this node.")
-		return nil
 	}
 	for _, line := range commands {
 		fmt.Fprintln(c.out, line)
 	}
-	if c.dryRun {
+	for _, note := range append(left.Notes, installed()...) {
+		fmt.Fprintf(c.out, "%s %s\n", c.warn("left to you:"), note)
+	}
+	if c.dryRun || len(commands) == 0 {
 		return nil
 	}
 	if !c.yes {
@@ -100,14 +122,18 @@ func (c *cleanup) run(ctx context.Context) error {
 			return err
 		}
 	}
-	err = r.Apply()
+	var errs []error
+	for _, u := range left.Undo {
+		errs = append(errs, u.Do(ctx))
+	}
+	errs = append(errs, r.DeleteAssociations(), r.Apply())
 	if rules != nil {
-		err = errors.Join(err, rules.Apply(ctx, firewall.Desired{}))
+		errs = append(errs, rules.Apply(ctx, firewall.Desired{}))
 	}
 	for _, f := range files {
-		err = errors.Join(err, os.RemoveAll(f))
+		errs = append(errs, os.RemoveAll(f))
 	}
-	if err != nil {
+	if err := errors.Join(errs...); err != nil {
 		return err
 	}
 	if left, err := r.Diff(); err != nil || len(left) > 0 {
@@ -117,29 +143,74 @@ func (c *cleanup) run(ctx context.Context) error {
 	return nil
 }
 
-// files returns those that are there, the directory of subnet.env with it if it
-// holds nothing else.
-func (c *cleanup) files() []string {
-	wanted := []string{c.options.SubnetFile, c.options.StatusSocket}
+// config returns the network's configuration, for what it says of things that
+// are not on the node; nil where it cannot be had.
+func (c *cleanup) config(ctx context.Context) *subnet.Config {
+	ctx, cancel := context.WithTimeout(ctx, storePatience)
+	defer cancel()
+	m, err := c.options.Manager(ctx)
+	if err != nil {
+		return nil
+	}
+	defer m.Close()
+	cfg, err := m.Config(ctx)
+	if err != nil {
+		return nil
+	}
+	return cfg
+}
+
+// files returns those that are there, and the directories that flanneld makes for
+// them if they hold nothing else.
+func (c *cleanup) files(patterns []string) []string {
+	patterns = append([]string{c.options.SubnetFile, c.options.StatusSocket}, patterns...)
 	if c.cni {
-		wanted = append(wanted, c.cniDir)
+		patterns = append(patterns, c.cniDir)
 	}
-	var files []string
-	for _, f := range wanted {
-		if _, err := os.Lstat(f); f != "" && err == nil {
-			files = append(files, f)
+	var files, dirs []string
+	for _, pattern := range patterns {
+		found, _ := filepath.Glob(pattern) // fails only for a bad pattern
+		files = append(files, found...)
+		if dir := filepath.Dir(pattern); (filepath.Base(dir) == "flannel" || dir == "/var/run/wireguard") && !slices.Contains(dirs, dir) {
+			dirs = append(dirs, dir)
 		}
 	}
-	dir := filepath.Dir(c.options.SubnetFile)
-	if entries, err := os.ReadDir(dir); err == nil && filepath.Base(dir) == "flannel" {
-		for _, e := range entries {
-			if p := filepath.Join(dir, e.Name()); p != c.options.SubnetFile && p != c.options.StatusSocket {
-				return files
-			}
+	for _, dir := range dirs {
+		entries, err := os.ReadDir(dir)
+		other := func(e os.DirEntry) bool { return !slices.Contains(files, filepath.Join(dir, e.Name())) }
+		if err == nil && !slices.ContainsFunc(entries, other) && !mounted(dir) {
+			files = append(files, dir)
 		}
-		files = append(files, dir)
 	}
 	return files
+}
+
+// mounted tells whether something is mounted on a directory, as containers have
+// the host's. Linux before 5.8 does not tell.
+func mounted(dir string) bool {
+	var s unix.Statx_t
+	err := unix.Statx(unix.AT_FDCWD, dir, 0, unix.STATX_BASIC_STATS, &s)
+	return err == nil && s.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0
+}
+
+// installed tells of what others have put there for flanneld: systemd's units,
+// what containers get it by.
+func installed() []string {
+	var notes []string
+	for _, f := range []struct{ path, what, remove string }{
+		{"/etc/systemd/system/flanneld.service", "the unit", "systemctl disable flanneld; rm %s; systemctl daemon-reload"},
+		{"/usr/local/lib/systemd/system/flanneld.service", "the unit", "systemctl disable flanneld; rm %s; systemctl daemon-reload"},
+		{"/usr/lib/systemd/system/flanneld.service", "the unit", "systemctl disable flanneld    # and remove the package that has %s"},
+		{"/etc/systemd/system/docker.service.d/flannel.conf", "what has Docker use its subnet", "rm %s; systemctl daemon-reload; systemctl restart docker"},
+		{"/etc/default/flanneld", "its settings", "rm %s"},
+		{"/etc/cni/net.d/10-flannel.conflist", "what has pods use it", "rm %s    # new pods then have no network, until there is another"},
+		{"/opt/cni/bin/flannel", "the CNI plugin", "rm %s    # once no pod is left that it has attached"},
+	} {
+		if _, err := os.Stat(f.path); err == nil {
+			notes = append(notes, f.what+": "+fmt.Sprintf(f.remove, f.path))
+		}
+	}
+	return notes
 }
 
 // stopped returns nil if no daemon runs here.

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"regexp"
 	"strings"
 	"time"
 
@@ -103,12 +104,21 @@ func (t *tool) prepare(*cobra.Command, []string) error {
 	return nil
 }
 
-// complete adds to the flags what the environment says.
+// complete adds to the flags what the environment says. The daemon's variables
+// that are no flags, such as WIREGUARD_KEY_FILE, are for the backends.
 func (t *tool) complete() error {
 	env := os.Environ()
 	file, err := environmentFile(t.envFile)
 	if err != nil && (!errors.Is(err, os.ErrNotExist) || t.flags.Changed("env-file")) {
 		return fmt.Errorf("--env-file: %w", err)
+	}
+	for _, line := range file {
+		name, value, _ := strings.Cut(line, "=")
+		if _, set := os.LookupEnv(name); !set {
+			if err := os.Setenv(name, value); err != nil {
+				return fmt.Errorf("--env-file: %s: %w", name, err)
+			}
+		}
 	}
 	return t.options.Complete(append(file, env...)) // of two lines the latter counts
 }
@@ -125,7 +135,7 @@ func environmentFile(path string) ([]string, error) {
 	lines := bufio.NewScanner(f)
 	for lines.Scan() {
 		name, value, ok := strings.Cut(strings.TrimSpace(lines.Text()), "=")
-		if !ok || !strings.HasPrefix(name, "FLANNELD_") {
+		if !ok || !variableName.MatchString(name) {
 			continue
 		}
 		if n := len(value); n >= 2 && (value[0] == '"' || value[0] == '\'') && value[n-1] == value[0] {
@@ -135,6 +145,8 @@ func environmentFile(path string) ([]string, error) {
 	}
 	return env, lines.Err()
 }
+
+var variableName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
 
 const (
 	// The daemon answers at once, unless it stands still.

@@ -66,12 +66,12 @@ func TestCompletion(t *testing.T) {
 
 func TestEnvironmentFile(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "flanneld")
-	text := "# FLANNELD_A=1\n\nFLANNELD_IFACE=eth0\n FLANNELD_ETCD_PREFIX=\"/a b\"\nFLANNELD_B='c'\nPATH=/bin\nnonsense\n"
+	text := "# FLANNELD_A=1\n\nFLANNELD_IFACE=eth0\n FLANNELD_ETCD_PREFIX=\"/a b\"\nFLANNELD_B='c'\nWIREGUARD_KEY_FILE=/k\n;D=1\nnonsense\n"
 	if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
 		t.Fatal(err)
 	}
 	got, err := environmentFile(file)
-	if want := []string{"FLANNELD_IFACE=eth0", "FLANNELD_ETCD_PREFIX=/a b", "FLANNELD_B=c"}; err != nil || !slices.Equal(got, want) {
+	if want := []string{"FLANNELD_IFACE=eth0", "FLANNELD_ETCD_PREFIX=/a b", "FLANNELD_B=c", "WIREGUARD_KEY_FILE=/k"}; err != nil || !slices.Equal(got, want) {
 		t.Errorf("%q, %v", got, err)
 	}
 }

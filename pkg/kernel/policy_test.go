@@ -124,3 +124,43 @@ func TestPoliciesDiff(t *testing.T) {
 		}
 	}
 }
+
+// Associations that serve policies that are to go are found and deleted, others
+// stay.
+func TestAssociations(t *testing.T) {
+	needXFRM(t)
+	const key = " aead rfc4106(gcm(aes)) 0x0123456789abcdef0123456789abcdef01234567 128"
+	const ours = "src 198.18.0.1 dst 198.18.0.2 proto esp spi 0x00000101 reqid 11 mode tunnel"
+	if out, err := nstest.Try("ip xfrm state add " + ours + key); err != nil {
+		t.Skipf("needs a kernel with ESP: %s", out)
+	}
+	for _, line := range []string{
+		strings.NewReplacer("reqid 11", "reqid 12", "101", "102").Replace(ours),
+		strings.NewReplacer("tunnel", "transport", "101", "103").Replace(ours),
+		strings.NewReplacer("198.18.0.2", "198.18.0.3", "101", "104").Replace(ours),
+	} {
+		nstest.Run(t, "ip xfrm state add "+line+key)
+	}
+	nstest.Run(t, "ip xfrm policy add "+policyOut+" "+policyTo)
+	r := idler(t)
+	r.Networks = []netip.Prefix{prefix("10.5.0.0/16")}
+	if _, err := r.Diff(); err != nil {
+		t.Fatal(err)
+	}
+	const command = "ip xfrm state delete src 198.18.0.1 dst 198.18.0.2 proto esp spi 0x101"
+	if got, err := r.Associations(); err != nil || len(got) != 1 || got[0] != command {
+		t.Errorf("%q, %v", got, err)
+	}
+	count := func() int { return strings.Count(nstest.Run(t, "ip xfrm state list"), "proto esp") }
+	if err := r.DeleteAssociations(); err != nil || count() != 3 {
+		t.Errorf("%v, and %d are left", err, count())
+	}
+	nstest.Run(t, "ip xfrm state add "+ours+key)
+	nstest.Run(t, command)
+	if count() != 3 {
+		t.Errorf("the command leaves %d", count())
+	}
+	if err := r.DeleteAssociations(); err != nil || count() != 3 {
+		t.Errorf("once more: %v, and %d are left", err, count())
+	}
+}

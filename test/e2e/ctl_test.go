@@ -385,28 +385,42 @@ func everything(ctx context.Context, t *testing.T, n *lab.Node) string {
 	t.Helper()
 	var b strings.Builder
 	for _, command := range []string{"ip -d -o link", "ip -o addr", "ip route show table all", "ip -6 route show table all", "ip nexthop", "ip neigh show nud permanent",
-		"nft -s list ruleset", "iptables-legacy-save", "ip6tables-legacy-save", "ls -A " + n.Dir} {
+		"ip xfrm policy list nosock", "ip xfrm state list", "nft -s list ruleset", "iptables-legacy-save", "ip6tables-legacy-save",
+		"find /run -path /run/netns -prune -o -print", "ls -A " + n.Dir} {
 		fmt.Fprintf(&b, "# %s\n%s\n", command, labtest.Must(n.Run(ctx, command))(t))
 	}
 	return b.String()
 }
 
-// TestCleanup: cleanup leaves a node as it was before the daemon came.
+// TestCleanup: cleanup leaves a node as it was before the daemon came, whatever
+// the backend.
 func TestCleanup(t *testing.T) {
+	const static = `"SubnetAddCommand": "ip route add $SUBNET via $PUBLIC_IP proto static", "SubnetRemoveCommand": "read data; ip route del $SUBNET proto $data", "PreStartupCommand": "echo static"`
 	for _, c := range []struct {
 		name, config string
 		strangers    int
+		kind         string   // of device, that the kernel must be able to make
+		shows, what  string   // what the daemon brings about, as a command shows it
+		says         []string // of cleanup
 	}{
-		{"vxlan, iptables", `"Backend": {"Type": "vxlan"}`, 0},
-		{"vxlan, nftables", `"EnableNFTables": true, "Backend": {"Type": "vxlan"}`, 0},
-		{"host-gw, nexthops", `"EnableNFTables": true, "Backend": {"Type": "host-gw"}`, 300},
-		{"udp", `"Backend": {"Type": "udp"}`, 0},
+		{"vxlan, iptables", `"Backend": {"Type": "vxlan"}`, 0, "", "ip route", "dev flannel.1 ", nil},
+		{"vxlan, nftables", `"EnableNFTables": true, "Backend": {"Type": "vxlan"}`, 0, "", "ip route", "dev flannel.1 ", nil},
+		{"host-gw, nexthops", `"EnableNFTables": true, "Backend": {"Type": "host-gw"}`, 300, "", "ip route", "proto 70", nil},
+		{"udp", `"Backend": {"Type": "udp"}`, 0, "", "ip link", "flannel0", nil},
+		{"wireguard", `"Backend": {"Type": "wireguard"}`, 0, "", "wg show all endpoints", "51821", []string{"/wgkey\n"}},
+		{"ipip", `"EnableIPv6": false, "Backend": {"Type": "ipip"}`, 0, "ipip", "ip route", "dev flannel.ipip", nil},
+		{"ipsec", `"Backend": {"Type": "ipsec", "PSK": "` + strings.Repeat("0123456789abcdef", 6) + `"}`, 0, "", "ip xfrm policy", "reqid 11", []string{"ip xfrm policy delete src "}},
+		{"extension", `"Backend": {"Type": "extension", ` + static + `}`, 0, "", "ip route", "via 198.18.0.2 dev eth0 proto static", []string{"'PUBLIC_IP=198.18.0.2'"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
+			labtest.NeedDevice(t, c.kind)
 			ctx := labtest.Context(t, 2*time.Minute)
 			l := labtest.New(ctx, t, `{"Network": "10.4.0.0/14", `+ipv6Network+`, `+c.config+`}`, lab.NodeOptions{}, lab.NodeOptions{})
 			n := l.Nodes()[0]
+			for _, n := range l.Nodes() {
+				charonRun(ctx, t, n)
+			}
 			s := &scene{Lab: l, ground: ground{backend: c.config, strangers: c.strangers}}
 			labtest.Do(t, joinAll(ctx, s))
 			for _, ipt := range []string{"iptables", "ip6tables"} { // which make their tables and leave them
@@ -438,7 +452,17 @@ func TestCleanup(t *testing.T) {
 				t.Errorf("while the daemon stands still: status %d, %v", status, err)
 			}
 			labtest.Do(t, n.Thaw())
+			labtest.Do(t, lab.Poll(ctx, "what the daemon brings about", func() error {
+				out, err := n.Run(ctx, c.shows)
+				if err == nil && !strings.Contains(out, c.what) {
+					err = errors.New(out)
+				}
+				return err
+			}))
 			n.Kill()
+			if _, err := os.Stat("/usr/lib/ipsec/charon"); err == nil && c.name == "ipsec" && len(charons(ctx, t, n)) == 0 {
+				t.Error("there is no charon that could be left behind")
+			}
 			labtest.Must(n.Run(ctx, "ip link add flannel.9 type vxlan id 9 dstport 4789 dev eth0"))(t) // upstream's
 			whole := labtest.Must(n.Holds(ctx))(t)
 			if _, status, err := n.Ctl(ctx, "cleanup"); status != 2 || strings.Count(err.Error(), "\n") != 1 || !strings.Contains(err.Error(), "--yes") {
@@ -449,6 +473,14 @@ func TestCleanup(t *testing.T) {
 				t.Errorf("--dry-run changes %s", difference(whole, now))
 			}
 			done := labtest.Must(first(n.Ctl(ctx, "cleanup", "--yes")))(t)
+			for _, want := range c.says {
+				if !strings.Contains(done, want) {
+					t.Errorf("%q is not in\n%s", want, done)
+				}
+			}
+			if pids := charons(ctx, t, n); len(pids) > 0 {
+				t.Errorf("charon is left: %v", pids)
+			}
 			if done != dry+"Done.\n" {
 				t.Errorf("--dry-run says\n%s\nand without it\n%s", dry, done)
 			}
@@ -459,6 +491,29 @@ func TestCleanup(t *testing.T) {
 				t.Errorf("the node holds\n%s", held)
 			}
 		})
+	}
+}
+
+// TestCleanupNotes: what is not for cleanup to remove is named.
+func TestCleanupNotes(t *testing.T) {
+	ctx := labtest.Context(t, time.Minute)
+	l := labtest.New(ctx, t, `{`+ipv4Network+`, `+ipv6Network+`, "Backend": {"Type": "aws-vpc", "RouteTableID": "rtb-0a"}}`, lab.NodeOptions{})
+	n := l.Nodes()[0]
+	for _, line := range []string{"mount -t tmpfs tmpfs /etc/systemd", "mkdir -p /etc/systemd/system/docker.service.d",
+		"touch /etc/systemd/system/flanneld.service /etc/systemd/system/docker.service.d/flannel.conf"} {
+		labtest.Must(n.Run(ctx, line))(t)
+	}
+	labtest.Do(t, os.WriteFile(n.SubnetFile(), []byte("FLANNEL_NETWORK=10.5.0.0/16\nFLANNEL_SUBNET=10.5.7.1/24\nFLANNEL_IPV6_NETWORK=fd00:5::/48\nFLANNEL_IPV6_SUBNET=fd00:5:0:7::1/64\nFLANNEL_MTU=1500\nFLANNEL_IPMASQ=true\n"), 0o644))
+	out := labtest.Must(first(n.Ctl(ctx, "cleanup", "--dry-run")))(t)
+	for _, want := range []string{
+		"left to you: the route to 10.5.7.0/24 in the VPC, until the instance is gone: aws ec2 delete-route --route-table-id rtb-0a --destination-cidr-block 10.5.7.0/24\n",
+		" --destination-ipv6-cidr-block fd00:5:0:7::/64\n",
+		"left to you: the unit: systemctl disable flanneld; rm /etc/systemd/system/flanneld.service; systemctl daemon-reload\n",
+		"left to you: what has Docker use its subnet: rm /etc/systemd/system/docker.service.d/flannel.conf;",
+	} {
+		if !strings.Contains(out, want) {
+			t.Errorf("%q is not in\n%s", want, out)
+		}
 	}
 }
 

@@ -59,18 +59,21 @@ func changes(dev string, have *wgtypes.Device, want config, before sights, again
 	say := func(s *step, format string, args ...any) {
 		s.commands = append(s.commands, "wg set "+dev+" "+fmt.Sprintf(format, args...))
 	}
+	held := map[wgtypes.Key]wgtypes.Peer{}
+	for _, p := range have.Peers {
+		held[p.PublicKey] = p
+	}
 	if private := wgtypes.Key(want.Private); have.PrivateKey != private {
-		again = true
-		first.PrivateKey = &private
+		// Another key ends all sessions. Peers are made anew after it: wireguard-go
+		// takes locks in one order for a key and in the other for a handshake that
+		// ends meanwhile, and may stand still then, for good.
+		first.PrivateKey, first.ReplacePeers = &private, true
+		clear(held)
 		say(&first, "private-key %s", keyFile())
 	}
 	if have.ListenPort != want.port {
 		first.ListenPort = &want.port
 		say(&first, "listen-port %d", want.port)
-	}
-	held := map[wgtypes.Key]wgtypes.Peer{}
-	for _, p := range have.Peers {
-		held[p.PublicKey] = p
 	}
 	woken := 0
 	for _, key := range slices.SortedFunc(maps.Keys(want.peers), compareKeys) {

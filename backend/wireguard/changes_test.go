@@ -107,7 +107,7 @@ func TestChanges(t *testing.T) {
 		{"new device", &wgtypes.Device{}, usual(b(wanted(leased, one, two))), "", false,
 			"private-key " + keyFile() + "; listen-port 51820; peer b endpoint 198.18.0.2:51820 allowed-ips 10.5.2.0/24,10.5.3.0/24", "b"},
 		{"private key changed", &wgtypes.Device{PrivateKey: key('x'), ListenPort: 51820, Peers: []wgtypes.Peer{held('b', leased, 0, 0, one)}},
-			usual(b(wanted(leased, one))), "b", false, "private-key " + keyFile(), "b"},
+			usual(b(wanted(leased, one))), "b", false, "private-key " + keyFile() + "; peer b endpoint 198.18.0.2:51820 allowed-ips 10.5.2.0/24", "b"},
 		{"port changed", &wgtypes.Device{PrivateKey: key('a'), ListenPort: 1, Peers: []wgtypes.Peer{held('b', leased, 0, 0, one)}},
 			usual(b(wanted(leased, one))), "b", false, "listen-port 51820", ""},
 		{"peer joins", with(held('c', leased, 0, 0, two)), usual(map[byte]peer{'b': wanted(leased, one), 'c': wanted(leased, two)}), "c", false,
@@ -223,6 +223,9 @@ func TestWakeMost(t *testing.T) {
 func applied(have *wgtypes.Device, c wgtypes.Config) *wgtypes.Device {
 	d := *have
 	d.Peers = slices.Clone(d.Peers)
+	if c.ReplacePeers {
+		d.Peers = nil
+	}
 	if c.PrivateKey != nil {
 		d.PrivateKey = *c.PrivateKey
 	}

@@ -149,7 +149,7 @@ func checkUndone(t *testing.T, d device, peer wgtypes.Key, settle func() int) {
 		"keepalive":       {Peers: []wgtypes.PeerConfig{{PublicKey: peer, UpdateOnly: true, PersistentKeepaliveInterval: &seconds}}},
 		"stranger": {Peers: []wgtypes.PeerConfig{{PublicKey: key('z'), Endpoint: &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 9},
 			AllowedIPs: held('z', "", 0, 0, "10.5.2.0/24").AllowedIPs}}},
-		"private key": {PrivateKey: &wrong},
+		"private key": {PrivateKey: &wrong, ReplacePeers: true}, // what happens without: see changes
 	} {
 		if err := d.Configure(c); err != nil {
 			t.Fatal(err)

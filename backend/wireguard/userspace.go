@@ -177,6 +177,9 @@ func parseKey(text string) (wgtypes.Key, error) {
 func formatConfig(c wgtypes.Config) string {
 	var b strings.Builder
 	say := func(name string, value any) { fmt.Fprintf(&b, "%s=%v\n", name, value) }
+	if c.ReplacePeers { // before the key: see changes
+		say("replace_peers", true)
+	}
 	if c.PrivateKey != nil {
 		say("private_key", hex.EncodeToString(c.PrivateKey[:]))
 	}

@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"fmt"
 	"net/http"
+	"net/http/httptest"
+	"net/netip"
 	"strings"
 	"sync"
 	"testing"
@@ -13,6 +15,7 @@ import (
 	"github.com/prometheus/common/model"
 
 	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/pkg/kernel"
 	"github.com/flanneld/flanneld/pkg/nstest"
 	"github.com/flanneld/flanneld/subnet"
 )
@@ -220,4 +223,64 @@ func TestBackendCounters(t *testing.T) {
 	if got := text(); strings.Contains(got, "flannel_backend_") {
 		t.Errorf("counters of a backend without:\n%s", got)
 	}
+}
+
+// BenchmarkScrape is what one scrape costs: what a node with many peers, or a
+// backend with many queues that count, adds to it.
+func BenchmarkScrape(b *testing.B) {
+	for _, c := range []struct{ peers, queues int }{{0, 0}, {5000, 0}, {5000, 2}, {5000, 16}} {
+		b.Run(fmt.Sprintf("peers=%d/queues=%d", c.peers, c.queues), func(b *testing.B) {
+			nstest.New(b)
+			r, err := kernel.New()
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer r.Close()
+			for i := range c.peers {
+				ip := netip.AddrFrom4([4]byte{10, byte(5 + i>>8), byte(i), 0})
+				mac := kernel.MAC{0x0e, 4: byte(i >> 8), 5: byte(i)}
+				r.Set(ip.String(), []kernel.Object{
+					kernel.Neighbor{Dev: "flannel.1", IP: ip, MAC: mac},
+					kernel.FDBEntry{Dev: "flannel.1", MAC: mac, Dst: netip.AddrFrom4([4]byte{198, 18, byte(i >> 8), byte(i)})},
+					kernel.Route{Dst: netip.PrefixFrom(ip, 24), Via: ip, Dev: "flannel.1", Onlink: true},
+				})
+			}
+			m := newManager(vxlanConfig)
+			m.expires = time.Unix(2000000000, 0)
+			s := newMetrics(m, "v1.2.3")
+			stats := r.Stats()
+			if got := stats.Kinds[kernel.KindRoute].Wanted; got != c.peers {
+				b.Fatalf("%d routes are wanted", got)
+			}
+			s.kernel.Store(&stats)
+			s.peers.Set(float64(c.peers))
+			s.setBackend(counting{queues: c.queues})
+			scraped := 0
+			for b.Loop() {
+				w := httptest.NewRecorder()
+				s.ServeHTTP(w, nil)
+				if w.Code != http.StatusOK {
+					b.Fatal(w.Body)
+				}
+				scraped = w.Body.Len()
+			}
+			b.ReportMetric(float64(scraped), "B/scrape")
+		})
+	}
+}
+
+// counting is a backend that counts, for so many queues.
+type counting struct {
+	backend.Backend
+	queues int
+}
+
+func (c counting) Flows() []backend.Flow {
+	var all []backend.Flow
+	for queue := range c.queues {
+		for _, direction := range []string{"sent", "received"} {
+			all = append(all, backend.Flow{Queue: queue, Direction: direction, Packets: 1e9, Bytes: 1e12, Drops: map[string]uint64{"no_peer": 1, "full": 2, "invalid": 3}})
+		}
+	}
+	return all
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -30,7 +31,8 @@ func leftovers(ctx context.Context, _ *subnet.Config, _ subnet.Subnets) (backend
 			Do:      func(context.Context) error { return end(pid) },
 		})
 	}
-	if len(l.Undo) > 0 {
+	if len(l.Undo) > 0 || dead() {
+		l.Files = []string{strings.TrimSuffix(charonSocket, "vici") + "*"} // it leaves its sockets
 		return l, nil
 	}
 	names, keys, err := loaded(ctx)
@@ -48,6 +50,15 @@ func leftovers(ctx context.Context, _ *subnet.Config, _ subnet.Subnets) (backend
 		}}
 	}
 	return l, nil
+}
+
+// dead tells whether there was a charon, and nobody listens any more.
+func dead() bool {
+	c, err := net.Dial("unix", charonSocket)
+	if err == nil {
+		c.Close()
+	}
+	return errors.Is(err, unix.ECONNREFUSED)
 }
 
 // started returns the processes of charon in this network that flanneld has

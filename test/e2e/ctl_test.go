@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -408,7 +409,7 @@ func TestCleanup(t *testing.T) {
 		{"host-gw, nexthops", `"EnableNFTables": true, "Backend": {"Type": "host-gw"}`, 300, "", "ip route", "proto 70", nil},
 		{"udp", `"Backend": {"Type": "udp"}`, 0, "", "ip link", "flannel0", nil},
 		{"wireguard", `"Backend": {"Type": "wireguard"}`, 0, "", "wg show all endpoints", "51821", []string{"/wgkey\n"}},
-		{"ipip", `"EnableIPv6": false, "Backend": {"Type": "ipip"}`, 0, "ipip", "ip route", "dev flannel.ipip", nil},
+		{"ipip", `"EnableIPv6": false, "Backend": {"Type": "ipip"}`, 0, "ipip local 198.18.0.1", "ip route", "dev flannel.ipip", nil},
 		{"ipsec", `"Backend": {"Type": "ipsec", "PSK": "` + strings.Repeat("0123456789abcdef", 6) + `"}`, 0, "", "ip xfrm policy", "reqid 11", []string{"ip xfrm policy delete src "}},
 		{"extension", `"Backend": {"Type": "extension", ` + static + `}`, 0, "", "ip route", "via 198.18.0.2 dev eth0 proto static", []string{"'PUBLIC_IP=198.18.0.2'"}},
 	} {
@@ -491,6 +492,51 @@ func TestCleanup(t *testing.T) {
 				t.Errorf("the node holds\n%s", held)
 			}
 		})
+	}
+}
+
+// TestCleanupCharon: a charon that others have started forgets what flanneld has
+// told it, and nothing else.
+func TestCleanupCharon(t *testing.T) {
+	const charon = "/usr/lib/ipsec/charon"
+	if _, err := os.Stat(charon); err != nil {
+		t.Skipf("needs strongSwan: %v", err)
+	}
+	ctx := labtest.Context(t, 2*time.Minute)
+	l := labtest.New(ctx, t, `{`+ipv4Network+`, "Backend": {"Type": "ipsec", "PSK": "`+strings.Repeat("0123456789abcdef", 6)+`"}}`, lab.NodeOptions{}, lab.NodeOptions{})
+	n := l.Nodes()[0]
+	for _, n := range l.Nodes() {
+		charonRun(ctx, t, n)
+	}
+	labtest.Must(n.Launch(exec.Command(charon)))(t)
+	connections := func() (string, error) { return n.Run(ctx, "swanctl --list-conns --uri unix:///run/charon.vici") }
+	others := filepath.Join(n.Dir, "swanctl.conf")
+	labtest.Do(t, os.WriteFile(others, []byte("connections { theirs { remote_addrs = 192.0.2.1 } }\n"), 0o644))
+	labtest.Do(t, lab.Poll(ctx, "charon to take a connection of others", func() error {
+		_, err := n.Run(ctx, "swanctl --load-conns --file "+others+" --uri unix:///run/charon.vici")
+		return err
+	}))
+	labtest.Start(ctx, t, l)
+	labtest.Do(t, lab.Poll(ctx, "charon to be told of the peer", func() error {
+		out, err := connections()
+		if err == nil && !strings.Contains(out, "198.18.0.1-10.5.") {
+			err = errors.New(out)
+		}
+		return err
+	}))
+	labtest.Do(t, n.Stop(ctx))
+	out := labtest.Must(first(n.Ctl(ctx, "cleanup", "--yes")))(t)
+	if !strings.Contains(out, "swanctl --terminate --force --ike 198.18.0.1-10.5.") {
+		t.Errorf("it says\n%s", out)
+	}
+	if now := labtest.Must(connections())(t); strings.Contains(now, "198.18.0.1-") || !strings.Contains(now, "theirs") {
+		t.Errorf("charon has\n%s", now)
+	}
+	if len(charons(ctx, t, n)) != 1 {
+		t.Error("charon has ended")
+	}
+	if out, _, err := n.Ctl(ctx, "cleanup", "--yes"); err != nil || out != "There is nothing of flanneld's on this node.\n" {
+		t.Errorf("once more: %v\n%s", err, out)
 	}
 }
 

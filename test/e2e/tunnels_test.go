@@ -104,7 +104,7 @@ var tunnels = []struct {
 		{name: "an MTU that the uplink lacks", finds: "mtu-uplink", harm: configureTunnel(`, "MTU": 1501`), heal: configureTunnel("")},
 		{name: "INPUT drops", harm: inputDrop(), heal: inputAccept},
 	}},
-	{"ipip", `{"Type": "ipip"%s}`, "ipip", ipv4Network, []malady{
+	{"ipip", `{"Type": "ipip"%s}`, "ipip local 198.18.0.1", ipv4Network, []malady{
 		{name: "INPUT drops", finds: "port-blocked", harm: inputDrop("-p udp"), heal: inputAccept},
 		{name: "INPUT drops all but that", harm: inputDrop("-p 4"), heal: inputAccept},
 		{name: "another table drops what comes in", finds: "port-blocked", harm: table(nftInput, nftAnswer, "rule inet fw in meta l4proto { icmp, udp } accept"), heal: noTable},

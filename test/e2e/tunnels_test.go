@@ -92,7 +92,7 @@ var tunnels = []struct {
 		{name: "INPUT drops IPv6", finds: "port-blocked", harm: dropV6("-p udp -m udp --dport 51820"), heal: acceptV6},
 		{name: "INPUT drops all but the ports", harm: steps(inputDrop("-p udp -m udp --dport 51820"), dropV6("-p udp -m udp --dport 51821")), heal: steps(inputAccept, acceptV6)},
 		{name: "a program on the port", finds: "daemon-down port-taken", harm: steps(stop, occupy(51821)), heal: steps(closeUDP, startAgain)},
-		{name: "an MTU that the uplink lacks", finds: "mtu-uplink", harm: configureTunnel(`, "MTU": 9000`), heal: configureTunnel("")},
+		{name: "an MTU that the uplink lacks", finds: "mtu-uplink", harm: configureTunnel(`, "MTU": 1501`), heal: configureTunnel("")},
 		{name: "a peer that hears nothing", finds: "no-tunnel", harm: silentPeer, heal: peerListens},
 	}},
 	{"udp", `{"Type": "udp"%s}`, "", ipv4Network, []malady{

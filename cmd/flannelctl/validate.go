@@ -279,7 +279,7 @@ func validateConfig(text []byte, at lines, divided bool) []remark {
 		return wrong
 	}
 	keys, remarks := scan(text, at)
-	said := map[string]bool{}
+	said, mended := map[string]bool{}, map[key]bool{}
 	say := func(what string, warning bool) (fresh bool) {
 		if said[what] {
 			return false
@@ -295,9 +295,19 @@ func validateConfig(text []byte, at lines, divided bool) []remark {
 		for _, w := range warnings {
 			say(w, true)
 		}
-		if err == nil || !say(err.Error(), false) || !d.mend(keys.find(err.Error())) {
+		if err == nil {
 			break
 		}
+		wrong := keys.find(err.Error())
+		if wrong.backend && mended[wrong] { // it is wrong now that it is missing
+			wrong = key{name: "Backend"}
+		} else if !say(err.Error(), false) {
+			break
+		}
+		if !d.mend(wrong) {
+			break
+		}
+		mended[wrong] = true
 	}
 	return remarks
 }

@@ -1,7 +1,6 @@
 package ipsec
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -9,15 +8,14 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 
 	"github.com/strongswan/govici/vici"
 	"golang.org/x/sys/unix"
 
 	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/pkg/proc"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -64,25 +62,10 @@ func dead() bool {
 // started returns the processes of charon in this network that flanneld has
 // started.
 func started() []int {
-	own, err := os.Readlink("/proc/self/ns/net")
-	if err != nil {
-		return nil
-	}
-	var pids []int
-	dirs, _ := filepath.Glob("/proc/[0-9]*") // fails only for a bad pattern
-	for _, dir := range dirs {
-		name, err := os.ReadFile(dir + "/comm")
-		if err != nil || string(bytes.TrimSpace(name)) != "charon" {
-			continue
-		}
-		variables, _ := os.ReadFile(dir + "/environ")
-		net, _ := os.Readlink(dir + "/ns/net")
-		pid, err := strconv.Atoi(filepath.Base(dir))
-		if err == nil && net == own && slices.Contains(strings.Split(string(variables), "\x00"), mark) {
-			pids = append(pids, pid)
-		}
-	}
-	return pids
+	return slices.DeleteFunc(proc.Find("charon"), func(pid int) bool {
+		variables, _ := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid))
+		return !slices.Contains(strings.Split(string(variables), "\x00"), mark)
+	})
 }
 
 // end ends a process that is nobody's child here.

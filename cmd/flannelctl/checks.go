@@ -15,20 +15,22 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/flanneld/flanneld/pkg/proc"
 )
 
 // showLog is where the daemon says more.
 var showLog = []string{"journalctl -u flanneld -n 50    # in Kubernetes: kubectl -n kube-flannel logs ds/kube-flannel-ds"}
 
 func daemonDown(p *patient) []problem {
-	pids := daemons()
+	pids := proc.Find("flanneld")
 	switch {
 	case p.daemonless == nil || p.direct && len(pids) > 0:
 		return nil
 	case len(pids) == 0:
 		return []problem{{"flanneld does not run on this node: what changes, here or on other nodes, is not followed",
 			[]string{"systemctl restart flanneld    # in Kubernetes: kubectl -n kube-flannel get pods -o wide"}}}
-	case processState(pids[0]) == 'T':
+	case proc.State(pids[0]) == 'T':
 		return []problem{{fmt.Sprintf("flanneld, process %d, is stopped by a signal", pids[0]), []string{fmt.Sprintf("kill -CONT %d", pids[0])}}}
 	case p.options.StatusSocket == "":
 		return nil

@@ -17,6 +17,7 @@ import (
 	"github.com/flanneld/flanneld/pkg/firewall"
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/kernel"
+	"github.com/flanneld/flanneld/pkg/proc"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -215,7 +216,7 @@ func installed() []string {
 
 // stopped returns nil if no daemon runs here.
 func (c *cleanup) stopped(ctx context.Context) error {
-	pids := daemons()
+	pids := proc.Find("flanneld")
 	if len(pids) > 0 {
 		return fmt.Errorf("flanneld runs on this node (process %d): stop it first, with systemctl stop flanneld or by taking the node out of the DaemonSet", pids[0])
 	}

@@ -12,6 +12,7 @@ import (
 
 	"github.com/flanneld/flanneld/backend/ipsec"
 	"github.com/flanneld/flanneld/backend/wireguard"
+	"github.com/flanneld/flanneld/pkg/proc"
 )
 
 func charonDown(p *patient) []problem {
@@ -24,8 +25,8 @@ func charonDown(p *patient) []problem {
 			[]string{"apt-get install strongswan-charon strongswan-swanctl libstrongswan-standard-plugins && systemctl restart flanneld"}}}
 	}
 	fix := []string{"systemctl restart flanneld"}
-	for _, pid := range processes("charon") {
-		if fix = []string{fmt.Sprintf("kill -KILL %d    # flanneld starts it again", pid)}; processState(pid) == 'T' {
+	for _, pid := range proc.Find("charon") {
+		if fix = []string{fmt.Sprintf("kill -KILL %d    # flanneld starts it again", pid)}; proc.State(pid) == 'T' {
 			fix = []string{fmt.Sprintf("kill -CONT %d", pid)}
 		}
 	}

@@ -1,4 +1,5 @@
-package main
+// Package proc finds other programs on this host.
+package proc
 
 import (
 	"os"
@@ -7,12 +8,9 @@ import (
 	"strings"
 )
 
-// daemons returns the processes of flanneld.
-func daemons() []int { return processes("flanneld") }
-
-// processes returns those of a program that serve this host's network, as far as
-// this process can see them.
-func processes(program string) []int {
+// Find returns the processes of a program that serve this process's network
+// namespace, as far as they can be seen. Zombies are none.
+func Find(program string) []int {
 	own, err := os.Readlink("/proc/self/ns/net")
 	if err != nil {
 		return nil
@@ -27,15 +25,16 @@ func processes(program string) []int {
 		if net, err := os.Readlink(dir + "/ns/net"); err != nil || net != own {
 			continue
 		}
-		if pid, err := strconv.Atoi(filepath.Base(dir)); err == nil && processState(pid) != 'Z' {
+		if pid, err := strconv.Atoi(filepath.Base(dir)); err == nil && State(pid) != 'Z' {
 			pids = append(pids, pid)
 		}
 	}
 	return pids
 }
 
-// processState returns the letter that stands for it (proc_pid_stat(5)).
-func processState(pid int) byte {
+// State returns the letter that stands for it (proc_pid_stat(5)): 'T' for one
+// that is stopped. It is 0 where there is no such process.
+func State(pid int) byte {
 	stat, _ := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
 	// It follows the name, which is in brackets.
 	if i := strings.LastIndex(string(stat), ") "); i >= 0 && i+2 < len(stat) {

@@ -493,12 +493,6 @@ func (n *node) say(duty string, err error) {
 		n.metrics.failed(duty)
 	}
 	trouble := n.trouble[duty]
-	switch {
-	case !trouble.News(err):
-	case err == nil:
-		klog.Infof("%s: all is well again", duty)
-	default:
-		klog.Errorf("%s: %v", duty, err)
-	}
+	trouble.Log(duty, err)
 	n.trouble[duty] = trouble
 }

@@ -115,18 +115,12 @@ func (r *rules) keep(ctx context.Context, resync time.Duration) {
 		if ctx.Err() != nil {
 			return
 		}
-		switch news := trouble.News(err); {
-		case err == nil:
-			if news {
-				klog.Info("Rules: all is well again")
-			}
+		trouble.Log("Rules", err)
+		if err == nil {
 			pause.Reset()
 			next.Reset(resync)
-		default:
+		} else {
 			r.metrics.failed("Rules")
-			if news {
-				klog.Errorf("Rules: %v", err)
-			}
 			next.Reset(pause.Next())
 		}
 		if len(r.wants) > 0 || !changed && told == set {

@@ -229,12 +229,6 @@ func (r *router) say(ctx context.Context, duty string, err error) {
 		return
 	}
 	trouble := r.trouble[duty]
-	switch {
-	case !trouble.News(err):
-	case err == nil:
-		klog.Infof("%s: all is well again", duty)
-	default:
-		klog.Errorf("%s: %v", duty, err)
-	}
+	trouble.Log(duty, err)
 	r.trouble[duty] = trouble
 }

@@ -89,7 +89,7 @@ func (u *udp) Work(ctx context.Context, own subnet.Lease, peers <-chan subnet.Up
 		}
 		err := p.open()
 		if !errors.Is(err, kernel.ErrNoDevice) { // it will be made, or the log says why not
-			p.say(err)
+			p.trouble.Log("udp", err)
 		} else {
 			err = nil
 		}
@@ -211,17 +211,6 @@ func (p *proxy) close() {
 	}
 	p.detach()
 	p.closeSockets()
-}
-
-// say logs an error, once, and when it is over.
-func (p *proxy) say(err error) {
-	switch {
-	case !p.trouble.News(err):
-	case err == nil:
-		klog.Info("udp: all is well again")
-	default:
-		klog.Errorf("udp: %v; it is tried again", err)
-	}
 }
 
 // report logs what packets were dropped since the last time.

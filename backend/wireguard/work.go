@@ -227,13 +227,4 @@ func (k *keeper) close() {
 	}
 }
 
-// say logs an error, once, and when it is over.
-func (k *keeper) say(err error) {
-	switch {
-	case !k.trouble.News(err):
-	case err == nil:
-		klog.Infof("wireguard: %s: all is well again", k.dev)
-	default:
-		klog.Errorf("wireguard: %s: %v; it is tried again", k.dev, err)
-	}
-}
+func (k *keeper) say(err error) { k.trouble.Log("wireguard: "+k.dev, err) }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/binary"
 	"fmt"
-	"os"
 	"strings"
 	"syscall"
 	"testing"
@@ -218,46 +217,13 @@ func TestRepetitionsAreNoNews(t *testing.T) {
 	}
 }
 
-// overflow makes the kernel lose notifications that f should have received.
-func overflow(t *testing.T, f *rtnl.Listener) {
-	t.Helper()
-	raw, err := f.SyscallConn()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := raw.Control(func(fd uintptr) {
-		err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUF, 1) // the kernel's minimum
-	}); err != nil {
-		t.Fatal(err)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	for i := range 20 {
-		nstest.Run(t, fmt.Sprintf("ip link set eth0 mtu %d", 1400+i))
-	}
-	sockets, err := os.ReadFile("/proc/thread-self/net/netlink")
-	if err != nil {
-		t.Fatal(err)
-	}
-	lost := false
-	for line := range strings.Lines(string(sockets)) {
-		// sk Eth Pid Groups Rmem Wmem Dump Locks Drops Inode
-		drops := strings.Fields(line)[8]
-		lost = lost || drops != "0" && drops != "Drops"
-	}
-	if !lost {
-		t.Fatalf("nothing was lost: this tests nothing\n%s", sockets)
-	}
-}
-
 func TestLostNotificationsSignal(t *testing.T) {
 	setup(t, "link add eth0 type veth peer name far0")
 	f, err := listen()
 	if err != nil {
 		t.Fatal(err)
 	}
-	overflow(t, f)
+	nstest.Overflow(t, f, "eth0")
 	ctx, cancel := context.WithCancel(t.Context())
 	changes := follow(ctx, f)
 	signalled(t, changes, "loss")

@@ -7,6 +7,8 @@ import (
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"github.com/flanneld/flanneld/pkg/rtnl"
 )
 
 // encode returns the netlink request that brings an object about (add), or
@@ -151,7 +153,7 @@ func decodeAddr(body []byte, name func(int) string) decoded {
 	}
 	d := decoded{dev: name(int(binary.NativeEndian.Uint32(body[4:])))}
 	var local, address netip.Addr
-	eachAttr(body[unix.SizeofIfAddrmsg:], func(kind uint16, value []byte) {
+	rtnl.EachAttr(body[unix.SizeofIfAddrmsg:], func(kind uint16, value []byte) {
 		switch kind {
 		case unix.IFA_LOCAL:
 			local, _ = netip.AddrFromSlice(value)
@@ -177,7 +179,7 @@ func decodeNeighbor(body []byte, name func(int) string) decoded {
 	state, flags := binary.NativeEndian.Uint16(body[8:]), body[10]
 	var dst netip.Addr
 	var mac MAC
-	eachAttr(body[unix.SizeofNdMsg:], func(kind uint16, value []byte) {
+	rtnl.EachAttr(body[unix.SizeofNdMsg:], func(kind uint16, value []byte) {
 		switch kind {
 		case unix.NDA_DST:
 			dst, _ = netip.AddrFromSlice(value)
@@ -218,7 +220,7 @@ func decodeRoute(body []byte, name func(int) string) decoded {
 		dst = netip.IPv6Unspecified()
 	}
 	plain := true // one next hop, which we can tell in full
-	eachAttr(body[unix.SizeofRtMsg:], func(kind uint16, value []byte) {
+	rtnl.EachAttr(body[unix.SizeofRtMsg:], func(kind uint16, value []byte) {
 		switch kind {
 		case unix.RTA_DST:
 			dst, _ = netip.AddrFromSlice(value)

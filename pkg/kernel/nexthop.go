@@ -9,6 +9,8 @@ import (
 
 	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
+
+	"github.com/flanneld/flanneld/pkg/rtnl"
 )
 
 // A nexthop is a nexthop object of the kernel (ip-nexthop(8), since 5.3): a
@@ -88,7 +90,7 @@ func decodeNexthop(body []byte, name func(int) string) decoded {
 		onlink:  binary.NativeEndian.Uint32(body[4:])&unix.RTNH_F_ONLINK != 0,
 		foreign: body[0] != unix.AF_INET || body[2] != RouteProtocol,
 	}
-	eachAttr(body[unix.SizeofNhmsg:], func(kind uint16, value []byte) {
+	rtnl.EachAttr(body[unix.SizeofNhmsg:], func(kind uint16, value []byte) {
 		switch kind {
 		case unix.NHA_ID:
 			n.id = binary.NativeEndian.Uint32(value)

@@ -224,7 +224,7 @@ func listen(t *testing.T, groups ...int) (heard func() map[uint16]int) {
 			if err != nil {
 				return count
 			}
-			eachMessage(datagram, func(h unix.NlMsghdr, _ []byte) error {
+			rtnl.EachMessage(datagram, func(h unix.NlMsghdr, _ []byte) error {
 				if h.Pid != 0 {
 					count[h.Type|h.Flags&unix.NLM_F_REPLACE]++
 				}

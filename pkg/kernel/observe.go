@@ -49,7 +49,7 @@ func (r *Reconciler) Handle(ev Event) {
 		return
 	}
 	r.unknown = r.unknown || len(ev) == 0
-	err := eachMessage(ev, func(h unix.NlMsghdr, body []byte) error {
+	err := rtnl.EachMessage(ev, func(h unix.NlMsghdr, body []byte) error {
 		switch h.Type {
 		case unix.RTM_NEWLINK, unix.RTM_DELLINK:
 			r.handleLink(h, body)
@@ -234,7 +234,7 @@ func linkHeader(body []byte) (index int, d device, alias string, ok bool) {
 	}
 	index = int(int32(binary.NativeEndian.Uint32(body[4:])))
 	d.up = usable(binary.NativeEndian.Uint32(body[8:]))
-	eachAttr(body[unix.SizeofIfInfomsg:], func(kind uint16, value []byte) {
+	rtnl.EachAttr(body[unix.SizeofIfInfomsg:], func(kind uint16, value []byte) {
 		switch kind {
 		case unix.IFLA_IFNAME:
 			d.name = strings.TrimRight(string(value), "\x00")

@@ -125,7 +125,7 @@ func decodePolicy(body []byte) decoded {
 	}
 	p.other = info.Priority != 0 || info.Action != 0 // XFRM_POLICY_BLOCK
 	templates := 0
-	eachAttr(body[nl.SizeofXfrmUserpolicyInfo:], func(kind uint16, value []byte) {
+	rtnl.EachAttr(body[nl.SizeofXfrmUserpolicyInfo:], func(kind uint16, value []byte) {
 		switch kind {
 		case nl.XFRMA_TMPL:
 			for ; len(value) >= nl.SizeofXfrmUserTmpl; value = value[nl.SizeofXfrmUserTmpl:] {

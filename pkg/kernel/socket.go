@@ -8,6 +8,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/flanneld/flanneld/pkg/rtnl"
 )
 
 // socket speaks rtnetlink (rtnetlink(7)), or another protocol of netlink:
@@ -151,7 +153,7 @@ func (s *socket) receive(each func(h unix.NlMsghdr, body []byte) error) error {
 		if err != nil {
 			return fmt.Errorf("netlink: receiving: %w", err)
 		}
-		return eachMessage(s.buf[:n], each)
+		return rtnl.EachMessage(s.buf[:n], each)
 	}
 }
 
@@ -185,13 +187,13 @@ func ackError(h unix.NlMsghdr, body []byte) error {
 	}
 	skip := header
 	if h.Flags&unix.NLM_F_CAPPED == 0 {
-		skip = 4 + align(int(binary.NativeEndian.Uint32(body[4:])))
+		skip = 4 + rtnl.Align(int(binary.NativeEndian.Uint32(body[4:])))
 	}
 	if skip > len(body) {
 		return err
 	}
 	text := ""
-	eachAttr(body[skip:], func(kind uint16, value []byte) {
+	rtnl.EachAttr(body[skip:], func(kind uint16, value []byte) {
 		if kind == unix.NLMSGERR_ATTR_MSG {
 			text = string(bytes.TrimRight(value, "\x00"))
 		}
@@ -202,8 +204,6 @@ func ackError(h unix.NlMsghdr, body []byte) error {
 	return fmt.Errorf("%w (%s)", err, text)
 }
 
-func align(n int) int { return (n + unix.NLMSG_ALIGNTO - 1) &^ (unix.NLMSG_ALIGNTO - 1) }
-
 // appendMessage appends one message with its header.
 func appendMessage(b []byte, kind, flags uint16, seq uint32, body []byte) []byte {
 	b = binary.NativeEndian.AppendUint32(b, uint32(unix.NLMSG_HDRLEN+len(body)))
@@ -212,7 +212,7 @@ func appendMessage(b []byte, kind, flags uint16, seq uint32, body []byte) []byte
 	b = binary.NativeEndian.AppendUint32(b, seq)
 	b = binary.NativeEndian.AppendUint32(b, 0)
 	b = append(b, body...)
-	return append(b, make([]byte, align(len(body))-len(body))...)
+	return append(b, make([]byte, rtnl.Align(len(body))-len(body))...)
 }
 
 // appendAttr appends one attribute (struct rtattr), padded.
@@ -220,46 +220,9 @@ func appendAttr(b []byte, kind uint16, value []byte) []byte {
 	b = binary.NativeEndian.AppendUint16(b, uint16(unix.SizeofRtAttr+len(value)))
 	b = binary.NativeEndian.AppendUint16(b, kind)
 	b = append(b, value...)
-	return append(b, make([]byte, align(len(value))-len(value))...)
+	return append(b, make([]byte, rtnl.Align(len(value))-len(value))...)
 }
 
 func appendAttr32(b []byte, kind uint16, value uint32) []byte {
 	return appendAttr(b, kind, binary.NativeEndian.AppendUint32(nil, value))
-}
-
-// eachMessage calls f for the messages of a datagram, until it fails.
-func eachMessage(b []byte, f func(h unix.NlMsghdr, body []byte) error) error {
-	for len(b) >= unix.NLMSG_HDRLEN {
-		h := unix.NlMsghdr{
-			Len:   binary.NativeEndian.Uint32(b),
-			Type:  binary.NativeEndian.Uint16(b[4:]),
-			Flags: binary.NativeEndian.Uint16(b[6:]),
-			Seq:   binary.NativeEndian.Uint32(b[8:]),
-			Pid:   binary.NativeEndian.Uint32(b[12:]),
-		}
-		if h.Len < unix.NLMSG_HDRLEN || int(h.Len) > len(b) {
-			return fmt.Errorf("netlink: a message of %d bytes in %d", h.Len, len(b))
-		}
-		if err := f(h, b[unix.NLMSG_HDRLEN:h.Len]); err != nil {
-			return err
-		}
-		b = b[min(align(int(h.Len)), len(b)):]
-	}
-	return nil
-}
-
-// attrType masks the flags out of an attribute's type (NLA_TYPE_MASK,
-// linux/netlink.h).
-const attrType = 0x3fff
-
-// eachAttr calls f for the attributes in b; NLA_F_* flags are left out of kind.
-func eachAttr(b []byte, f func(kind uint16, value []byte)) {
-	for len(b) >= unix.SizeofRtAttr {
-		n := int(binary.NativeEndian.Uint16(b))
-		if n < unix.SizeofRtAttr || n > len(b) {
-			return
-		}
-		f(binary.NativeEndian.Uint16(b[2:])&attrType, b[unix.SizeofRtAttr:n])
-		b = b[min(align(n), len(b)):]
-	}
 }

@@ -2,14 +2,18 @@
 package nstest
 
 import (
+	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"runtime"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
 )
 
 // New moves the calling goroutine into a new, empty network namespace with lo
@@ -74,4 +78,36 @@ func Need(t testing.TB, programs ...string) {
 			t.Skipf("needs %s: %v", p, err)
 		}
 	}
+}
+
+// Overflow makes the kernel lose notifications that a netlink socket should have
+// received, by changes of a link's MTU (to 1400 and more). The socket's buffer
+// stays small.
+func Overflow(t testing.TB, socket syscall.Conn, link string) {
+	t.Helper()
+	raw, err := socket.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var refused error
+	err = raw.Control(func(fd uintptr) {
+		refused = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUF, 1) // the kernel's minimum
+	})
+	if err := errors.Join(err, refused); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 20 {
+		Run(t, fmt.Sprintf("ip link set %s mtu %d", link, 1400+i))
+	}
+	sockets, err := os.ReadFile("/proc/thread-self/net/netlink")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(sockets)) {
+		// sk Eth Pid Groups Rmem Wmem Dump Locks Drops Inode
+		if drops := strings.Fields(line)[8]; drops != "0" && drops != "Drops" {
+			return
+		}
+	}
+	t.Fatalf("nothing was lost: this tests nothing\n%s", sockets)
 }

@@ -7,6 +7,8 @@ import (
 	"context"
 	"math/rand/v2"
 	"time"
+
+	"k8s.io/klog/v2"
 )
 
 // A Backoff paces attempts. The pause between two of them is First, then twice
@@ -66,4 +68,15 @@ func (t *Trouble) News(err error) bool {
 	news := now != *t
 	*t = now
 	return news
+}
+
+// Log logs how an attempt at what ended, if that is news.
+func (t *Trouble) Log(what string, err error) {
+	switch {
+	case !t.News(err):
+	case err == nil:
+		klog.InfofDepth(1, "%s: all is well again", what)
+	default:
+		klog.ErrorfDepth(1, "%s: %v", what, err)
+	}
 }

@@ -1,5 +1,5 @@
-// Package rtnl listens to the kernel's notifications of links, addresses,
-// neighbours and routes (rtnetlink(7)).
+// Package rtnl listens to the kernel's notifications, of links, addresses and
+// routes among others (rtnetlink(7)), and takes netlink's messages apart.
 package rtnl
 
 import (

@@ -57,21 +57,7 @@ func start(t *testing.T, filter []unix.SockFilter) *Listener {
 // A loss is only over when everything that had waited was read.
 func TestLoss(t *testing.T) {
 	l := start(t, nil)
-	raw, err := l.SyscallConn()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := raw.Control(func(fd uintptr) {
-		err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUF, 1) // the kernel's minimum
-	}); err != nil {
-		t.Fatal(err)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	for i := range 20 {
-		mark(t, 1400+i)
-	}
+	nstest.Overflow(t, l, "eth0")
 	await(t, l, "the loss", func(_ []byte, err error) bool { return errors.Is(err, ErrLost) })
 	is := mark(t, 1200)
 	await(t, l, "what came after it", func(datagram []byte, _ error) bool { return is(datagram) })

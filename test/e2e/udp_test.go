@@ -84,6 +84,33 @@ func (s *proxyScene) whole(ctx context.Context, t *testing.T) {
 	}))
 }
 
+// restart ends the node's daemon and starts it again, once in good order and once
+// not. The kernel holds what it should meanwhile, and subnet and devices stay the
+// same. whole is what must be so afterwards.
+func (s *proxyScene) restart(ctx context.Context, t *testing.T, whole func(context.Context, *testing.T)) {
+	t.Helper()
+	subnet := labtest.Must(s.node.SubnetEnv())(t)
+	numbers := "cat /sys/class/net/" + strings.Join(s.devices, "/ifindex /sys/class/net/") + "/ifindex"
+	before := labtest.Must(s.node.Run(ctx, numbers))(t)
+	for _, end := range []func() error{
+		func() error { return s.node.Stop(ctx) },
+		func() error { s.node.Kill(); return nil },
+	} {
+		labtest.Do(t, end())
+		s.whole(ctx, t)
+		labtest.Do(t, s.node.Restart(ctx))
+		labtest.Do(t, s.node.WaitReady(ctx))
+		s.talk(ctx, t)
+		whole(ctx, t)
+	}
+	if after := labtest.Must(s.node.SubnetEnv())(t); after != subnet {
+		t.Errorf("the subnet file said %+v, says %+v", subnet, after)
+	}
+	if after := labtest.Must(s.node.Run(ctx, numbers))(t); after != before {
+		t.Errorf("the devices were %s, are %s", before, after)
+	}
+}
+
 // TestUDPFaults: whatever befalls the device, it is back and the proxy on it, and
 // pods talk again.
 func TestUDPFaults(t *testing.T) {
@@ -126,25 +153,7 @@ func TestUDPRestart(t *testing.T) {
 	t.Parallel()
 	ctx := labtest.Context(t, 2*time.Minute)
 	s := setUDPScene(ctx, t)
-	before := labtest.Must(s.node.SubnetEnv())(t)
-	index := labtest.Must(s.node.Run(ctx, "cat /sys/class/net/flannel0/ifindex"))(t)
-	for _, end := range []func() error{
-		func() error { return s.node.Stop(ctx) },
-		func() error { s.node.Kill(); return nil },
-	} {
-		labtest.Do(t, end())
-		s.whole(ctx, t)
-		labtest.Do(t, s.node.Restart(ctx))
-		labtest.Do(t, s.node.WaitReady(ctx))
-		s.talk(ctx, t)
-		s.whole(ctx, t)
-	}
-	if after := labtest.Must(s.node.SubnetEnv())(t); after != before {
-		t.Errorf("the subnet file said %+v, says %+v", before, after)
-	}
-	if after := labtest.Must(s.node.Run(ctx, "cat /sys/class/net/flannel0/ifindex"))(t); after != index {
-		t.Errorf("the device is another one")
-	}
+	s.restart(ctx, t, s.whole)
 }
 
 // TestUDPPeers: a node that comes, goes and comes with another address is

@@ -150,7 +150,6 @@ func TestWireGuardRestart(t *testing.T) {
 	t.Parallel()
 	ctx := labtest.Context(t, 3*time.Minute)
 	s := setWireGuardScene(ctx, t)
-	before := labtest.Must(s.node.SubnetEnv())(t)
 	_, lease := leaseOf(ctx, t, s.Lab, s.node)
 	private := labtest.Must(wgtypes.ParseKey(readKey(t, s.node)))(t)
 	if want := fmt.Sprintf(`{"PublicKey":"%s","Port":51820}`, private.PublicKey()); string(lease.Attrs.BackendData) != want || lease.Attrs.BackendType != "wireguard" {
@@ -159,24 +158,7 @@ func TestWireGuardRestart(t *testing.T) {
 	if mode := labtest.Must(os.Stat(s.node.KeyFile()))(t).Mode(); mode != 0o600 {
 		t.Errorf("the mode of the key's file is %v", mode)
 	}
-	index := labtest.Must(s.node.Run(ctx, "cat /sys/class/net/flannel-wg/ifindex"))(t)
-	for _, end := range []func() error{
-		func() error { return s.node.Stop(ctx) },
-		func() error { s.node.Kill(); return nil },
-	} {
-		labtest.Do(t, end())
-		s.proxyScene.whole(ctx, t)
-		labtest.Do(t, s.node.Restart(ctx))
-		labtest.Do(t, s.node.WaitReady(ctx))
-		s.talk(ctx, t)
-		s.whole(ctx, t)
-	}
-	if after := labtest.Must(s.node.SubnetEnv())(t); after != before {
-		t.Errorf("the subnet file said %+v, says %+v", before, after)
-	}
-	if after := labtest.Must(s.node.Run(ctx, "cat /sys/class/net/flannel-wg/ifindex"))(t); after != index {
-		t.Errorf("the device is another one")
-	}
+	s.restart(ctx, t, s.whole)
 	if _, after := leaseOf(ctx, t, s.Lab, s.node); !after.Attrs.Equal(lease.Attrs) {
 		t.Errorf("the lease said %s, says %s", lease.Attrs.BackendData, after.Attrs.BackendData)
 	}

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -64,15 +63,13 @@ func (w *watch) programmed(ctx context.Context, peers ...node) (time.Time, error
 		if err != nil {
 			return time.Time{}, err
 		}
-		for len(datagram) >= unix.NLMSG_HDRLEN {
-			size := int(binary.NativeEndian.Uint32(datagram))
-			if size < unix.NLMSG_HDRLEN || size > len(datagram) {
-				return time.Time{}, fmt.Errorf("a notification of %d bytes", size)
-			}
-			if o, ok := added(binary.NativeEndian.Uint16(datagram[4:]), datagram[unix.NLMSG_HDRLEN:size]); ok {
+		if err := rtnl.EachMessage(datagram, func(h unix.NlMsghdr, body []byte) error {
+			if o, ok := added(h.Type, body); ok {
 				delete(missing, o)
 			}
-			datagram = datagram[min((size+3)&^3, len(datagram)):]
+			return nil
+		}); err != nil {
+			return time.Time{}, err
 		}
 	}
 	return time.Now(), nil
@@ -94,16 +91,11 @@ func added(kind uint16, body []byte) (object, bool) {
 	default:
 		return o, false
 	}
-	for b := body[header:]; len(b) >= unix.SizeofRtAttr; {
-		size := int(binary.NativeEndian.Uint16(b))
-		if size < unix.SizeofRtAttr || size > len(b) {
-			break
+	found := false
+	rtnl.EachAttr(body[header:], func(kind uint16, value []byte) {
+		if kind == attr {
+			o.key, found = string(value), true
 		}
-		if binary.NativeEndian.Uint16(b[2:]) == attr {
-			o.key = string(b[unix.SizeofRtAttr:size])
-			return o, true
-		}
-		b = b[min((size+3)&^3, len(b)):]
-	}
-	return o, false
+	})
+	return o, found
 }

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -83,15 +82,10 @@ func (w *watch) next() error {
 	if err != nil {
 		return err
 	}
-	for len(datagram) >= unix.NLMSG_HDRLEN {
-		size := int(binary.NativeEndian.Uint32(datagram))
-		if size < unix.NLMSG_HDRLEN || size > len(datagram) {
-			return fmt.Errorf("a notification of %d bytes in %d", size, len(datagram))
-		}
-		w.take(binary.NativeEndian.Uint16(datagram[4:]), datagram[unix.NLMSG_HDRLEN:size])
-		datagram = datagram[min((size+3)&^3, len(datagram)):]
-	}
-	return nil
+	return rtnl.EachMessage(datagram, func(h unix.NlMsghdr, body []byte) error {
+		w.take(h.Type, body)
+		return nil
+	})
 }
 
 // take takes in a notification (rtnetlink(7)).
@@ -99,24 +93,18 @@ func (w *watch) take(kind uint16, body []byte) {
 	if len(body) < unix.SizeofRtMsg || body[5] != protocol {
 		return
 	}
-	for b := body[unix.SizeofRtMsg:]; len(b) >= unix.SizeofRtAttr; {
-		size := int(binary.NativeEndian.Uint16(b))
-		if size < unix.SizeofRtAttr || size > len(b) {
+	rtnl.EachAttr(body[unix.SizeofRtMsg:], func(attr uint16, value []byte) {
+		if attr != unix.RTA_DST {
 			return
 		}
-		if binary.NativeEndian.Uint16(b[2:]) == unix.RTA_DST {
-			dst := string(b[unix.SizeofRtAttr:size])
-			switch kind {
-			case unix.RTM_NEWROUTE:
-				w.there[dst] = true
-				w.set++
-			case unix.RTM_DELROUTE:
-				delete(w.there, dst)
-				w.removed++
-			}
-			w.when = time.Now()
-			return
+		switch dst := string(value); kind {
+		case unix.RTM_NEWROUTE:
+			w.there[dst] = true
+			w.set++
+		case unix.RTM_DELROUTE:
+			delete(w.there, dst)
+			w.removed++
 		}
-		b = b[min((size+3)&^3, len(b)):]
-	}
+		w.when = time.Now()
+	})
 }

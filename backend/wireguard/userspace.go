@@ -1,6 +1,8 @@
 package wireguard
 
 import (
+	"bufio"
+	"bytes"
 	"context"
 	"encoding/hex"
 	"errors"
@@ -256,7 +258,7 @@ func listenControl(path string, handle func(net.Conn)) (*control, error) {
 			}
 			c.done.Go(func() {
 				defer context.AfterFunc(ctx, func() { caller.Close() })()
-				handle(caller)
+				handle(&cautious{Conn: caller, lines: bufio.NewReader(caller)})
 			})
 		}
 	})
@@ -268,4 +270,28 @@ func (c *control) close() {
 	c.listener.Close()
 	c.stop()
 	c.done.Wait()
+}
+
+// cautious is a caller with whom another private key takes the peers along (see
+// changes). They are back as soon as the key is.
+type cautious struct {
+	net.Conn
+	lines  *bufio.Reader
+	unread []byte
+}
+
+func (c *cautious) Read(p []byte) (int, error) {
+	if len(c.unread) == 0 {
+		line, err := c.lines.ReadBytes('\n')
+		if len(line) == 0 {
+			return 0, err
+		}
+		if bytes.HasPrefix(line, []byte("private_key=")) {
+			line = append([]byte("replace_peers=true\n"), line...)
+		}
+		c.unread = line
+	}
+	n := copy(p, c.unread)
+	c.unread = c.unread[n:]
+	return n, nil
 }

@@ -16,9 +16,11 @@ import (
 	"go.uber.org/zap/zapcore"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/connectivity"
 	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/pkg/iface"
+	"github.com/flanneld/flanneld/pkg/retry"
 )
 
 type clientConfig = clientv3.Config
@@ -63,10 +65,8 @@ func newClientConfig(o Options, dialer *iface.Dialer) (clientConfig, error) {
 		MaxUnaryRetries: 3,
 		Logger:          zap.New(zapcore.NewCore(zapcore.NewConsoleEncoder(zapcore.EncoderConfig{MessageKey: "msg"}), toKlog{}, zap.DebugLevel)),
 		DialOptions: []grpc.DialOption{
-			// gRPC's own default waits up to 120 s between attempts, long after
-			// etcd is back.
 			grpc.WithConnectParams(grpc.ConnectParams{
-				Backoff:           backoff.Config{BaseDelay: 200 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Second},
+				Backoff:           backoff.Config{BaseDelay: 200 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Minute}, // see hasten
 				MinConnectTimeout: 5 * time.Second,
 			}),
 			grpc.WithChainUnaryInterceptor(failFast),
@@ -156,6 +156,32 @@ func (m *Manager) connect() (*clientv3.Client, error) {
 			return nil, err
 		}
 		m.client = client
+		m.pulse.Go(func() { hasten(m.ctx, client.ActiveConnection()) })
 	}
 	return m.client, nil
+}
+
+// hastenEvery is the longest time between attempts to reach any server, while
+// none can be reached.
+const hastenEvery = 2 * time.Second
+
+// hasten has all servers tried again soon while none can be reached. As long as one
+// can, others are tried less and less often: of the two endpoints that are the
+// default, there is mostly one only, for good.
+func hasten(ctx context.Context, c connection) {
+	for ctx.Err() == nil {
+		if state := c.GetState(); state != connectivity.TransientFailure {
+			c.WaitForStateChange(ctx, state)
+			continue
+		}
+		c.ResetConnectBackoff()
+		retry.Sleep(ctx, hastenEvery)
+	}
+}
+
+// connection is the part of a grpc.ClientConn that hasten looks at.
+type connection interface {
+	GetState() connectivity.State
+	WaitForStateChange(context.Context, connectivity.State) bool
+	ResetConnectBackoff()
 }

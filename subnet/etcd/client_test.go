@@ -5,12 +5,18 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/status"
+
+	"github.com/flanneld/flanneld/pkg/retry"
 )
 
 func TestOptionsThatCannotWork(t *testing.T) {
@@ -78,4 +84,35 @@ func TestExplain(t *testing.T) {
 			t.Errorf("%v: got %s, %q; want %s, %q", c.err, kind, text, c.kind, c.want)
 		}
 	}
+}
+
+// script is a connection with a state for each minute.
+type script struct {
+	states []connectivity.State
+	begun  time.Time
+	resets []int // by minute
+}
+
+func (s *script) minute() int { return int(time.Since(s.begun) / time.Minute) }
+
+func (s *script) GetState() connectivity.State { return s.states[s.minute()] }
+func (s *script) ResetConnectBackoff()         { s.resets[s.minute()]++ }
+
+func (s *script) WaitForStateChange(ctx context.Context, _ connectivity.State) bool {
+	return retry.Sleep(ctx, time.Until(s.begun.Add(time.Duration(s.minute()+1)*time.Minute))) == nil
+}
+
+// While one server can be reached, the others are left alone.
+func TestHasten(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &script{begun: time.Now(), states: []connectivity.State{connectivity.Idle, connectivity.Connecting,
+			connectivity.TransientFailure, connectivity.Ready, connectivity.TransientFailure, connectivity.Ready, connectivity.Ready}}
+		s.resets = make([]int, len(s.states))
+		ctx, cancel := context.WithTimeout(t.Context(), 6*time.Minute)
+		defer cancel()
+		hasten(ctx, s)
+		if want := []int{0, 0, 30, 0, 30, 0, 0}; !slices.Equal(s.resets, want) {
+			t.Errorf("all were tried again %d times in each minute, want %d", s.resets, want)
+		}
+	})
 }

@@ -17,6 +17,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/flanneld/flanneld/pkg/retry"
+	"github.com/flanneld/flanneld/subnet"
 )
 
 func TestOptionsThatCannotWork(t *testing.T) {
@@ -61,27 +62,27 @@ func TestExplain(t *testing.T) {
 		return status.Error(codes.Unavailable, `connection error: desc = "`+text+`"`)
 	}
 	for _, c := range []struct {
-		err        error
-		kind, want string
+		err         error
+		cause, want string
 	}{
-		{unavailable("transport: Error while dialing: dial tcp 127.0.0.1:2379: connect: connection refused"), away, "Error while dialing: dial tcp 127.0.0.1:2379: connect: connection refused"},
-		{context.DeadlineExceeded, away, "no answer within 10s"},
-		{rpctypes.ErrNoLeader, away, "etcdserver: no leader"},
-		{rpctypes.ErrGRPCNoLeader, away, "etcdserver: no leader"},
-		{rpctypes.ErrTimeout, away, "etcdserver: request timed out"},
+		{unavailable("transport: Error while dialing: dial tcp 127.0.0.1:2379: connect: connection refused"), subnet.Away, "Error while dialing: dial tcp 127.0.0.1:2379: connect: connection refused"},
+		{context.DeadlineExceeded, subnet.Away, "no answer within 10s"},
+		{rpctypes.ErrNoLeader, subnet.Away, "etcdserver: no leader"},
+		{rpctypes.ErrGRPCNoLeader, subnet.Away, "etcdserver: no leader"},
+		{rpctypes.ErrTimeout, subnet.Away, "etcdserver: request timed out"},
 		{rpctypes.ErrAuthFailed, "login", "--etcd-password"},
 		{rpctypes.ErrGRPCAuthFailed, "login", "--etcd-password"},
 		{rpctypes.ErrUserEmpty, "login", "--etcd-username"},
-		{rpctypes.ErrPermissionDenied, other, "role grant-permission"},
-		{rpctypes.ErrNoSpace, other, "etcdserver: mvcc: database space exceeded"},
-		{errors.New("something else"), other, "something else"},
+		{rpctypes.ErrPermissionDenied, "", "role grant-permission"},
+		{rpctypes.ErrNoSpace, "", "etcdserver: mvcc: database space exceeded"},
+		{errors.New("something else"), "", "something else"},
 		{unavailable("transport: authentication handshake failed: tls: failed to verify certificate: x509: certificate signed by unknown authority"), "certificate", "--etcd-cafile"},
 		{unavailable("error reading server preface: remote error: tls: certificate required"), "certificate", "--etcd-certfile"},
 		{unavailable("error reading server preface: EOF"), "scheme", "https://"},
 	} {
-		kind, text := explain(c.err)
-		if kind != c.kind || !strings.Contains(text, c.want) {
-			t.Errorf("%v: got %s, %q; want %s, %q", c.err, kind, text, c.kind, c.want)
+		cause, text := explain(c.err)
+		if cause != c.cause || !strings.Contains(text, c.want) {
+			t.Errorf("%v: got %q, %q; want %q, %q", c.err, cause, text, c.cause, c.want)
 		}
 	}
 }

@@ -82,7 +82,7 @@ type Manager struct {
 	cancel context.CancelFunc
 	pulse  sync.WaitGroup
 
-	outage outage
+	outage subnet.Outage
 
 	configured []byte // what Config read
 
@@ -131,6 +131,7 @@ func New(ctx context.Context, o Options) (*Manager, error) {
 		cancel:   cancel,
 		latest:   moment{replaced: make(chan struct{})},
 		warned:   map[string]int64{},
+		outage:   subnet.Outage{Store: "etcd at " + strings.Join(o.Endpoints, ",")},
 	}
 	m.pulse.Go(m.beat)
 	return m, nil
@@ -258,8 +259,9 @@ func (m *Manager) Ready() {}
 func (m *Manager) State() subnet.State {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	connected, trouble := m.outage.state()
-	return subnet.State{Store: "etcd at " + m.endpoints(), Connected: connected, Trouble: trouble, Expires: m.expires}
+	s := m.outage.State()
+	s.Expires = m.expires
+	return s
 }
 
 // expire takes note of when the lease ends.
@@ -293,5 +295,3 @@ func sameNode(a, self subnet.Attrs) bool {
 	}
 	return self.PublicIPv6.IsValid() && a.PublicIPv6 == self.PublicIPv6
 }
-
-func (m *Manager) endpoints() string { return strings.Join(m.options.Endpoints, ",") }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -38,7 +37,7 @@ func (m *Manager) do(ctx context.Context, purpose string, f func(context.Context
 		}
 		switch {
 		case err == nil:
-			m.outage.end(purpose, m.endpoints())
+			m.outage.End(purpose)
 			if header == nil {
 				return moment{}, nil
 			}
@@ -48,7 +47,8 @@ func (m *Manager) do(ctx context.Context, purpose string, f func(context.Context
 		case m.ctx.Err() != nil:
 			return moment{}, m.ctx.Err()
 		}
-		m.outage.say(purpose, m.endpoints(), err)
+		why, text := explain(err)
+		m.outage.Begin(purpose, why, text)
 		if err := pause.Sleep(ctx); err != nil {
 			return moment{}, err
 		}
@@ -162,66 +162,9 @@ func (m *Manager) changes(ctx context.Context, at moment, keys []string, options
 	return ctx.Done(), stop
 }
 
-// outage remembers what was said of etcd's being of no use, so that it is said
-// once, whoever notices.
-type outage struct {
-	mu sync.Mutex
-	// By kind of failure: what was to be done. Empty where nothing else would
-	// succeed either.
-	said map[string]string
-	used bool   // something could be done
-	last string // what went wrong last; "" once all is well
-}
-
-func (o *outage) say(purpose, endpoints string, err error) {
-	kind, text := explain(err)
-	ended := ""
-	if kind == other {
-		kind, ended = text, purpose
-	}
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	o.last = text
-	if _, said := o.said[kind]; said || kind == away && len(o.said) > 0 {
-		return
-	}
-	if o.said == nil {
-		o.said = map[string]string{}
-	}
-	o.said[kind] = ended
-	klog.Warningf("etcd at %s: %s. Waiting to %s", endpoints, text, purpose)
-}
-
-// end takes note that something could be done.
-func (o *outage) end(purpose, endpoints string) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	o.used = true
-	if len(o.said) == 0 {
-		return
-	}
-	maps.DeleteFunc(o.said, func(_, ended string) bool { return ended == "" || ended == purpose })
-	if len(o.said) == 0 {
-		o.last = ""
-		klog.Infof("etcd at %s is back", endpoints)
-	}
-}
-
-// state tells whether etcd does what it is asked, and why not.
-func (o *outage) state() (connected bool, trouble string) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.used && len(o.said) == 0, o.last
-}
-
-// Kinds of failure, apart from those that have an advice of their own.
-const (
-	away  = "away"  // etcd cannot be reached, or has no leader
-	other = "other" // it answered, with an error
-)
-
-// explain words an error for the operator, with what to check.
-func explain(err error) (kind, text string) {
+// explain words an error for the operator, with what to check. The cause is as
+// subnet.Outage has it.
+func explain(err error) (cause, text string) {
 	text = status.Convert(err).Message()
 	if _, inner, found := strings.Cut(text, `desc = "`); found { // gRPC's wrapping
 		text = strings.TrimPrefix(strings.TrimSuffix(inner, `"`), "transport: ")
@@ -236,7 +179,7 @@ func explain(err error) (kind, text string) {
 	case errors.Is(err, rpctypes.ErrUserEmpty):
 		return "login", text + ": it wants a user, set --etcd-username and --etcd-password, or a client certificate with --etcd-certfile and --etcd-keyfile"
 	case errors.Is(err, rpctypes.ErrPermissionDenied):
-		return other, text + ": the user must be allowed to read and write all keys under --etcd-prefix, see etcdctl role grant-permission --prefix"
+		return "", text + ": the user must be allowed to read and write all keys under --etcd-prefix, see etcdctl role grant-permission --prefix"
 	case says("x509:"):
 		return "certificate", text + ": the server's certificate is not to be trusted, check --etcd-cafile and the names in --etcd-endpoints"
 	case says("remote error: tls:"):
@@ -246,9 +189,9 @@ func explain(err error) (kind, text string) {
 	case says("error reading server preface: EOF"):
 		return "scheme", text + ": the server closes the connection, perhaps --etcd-endpoints should say https://"
 	case errors.Is(err, context.DeadlineExceeded), status.Code(err) == codes.DeadlineExceeded:
-		return away, fmt.Sprintf("no answer within %v", requestTimeout)
+		return subnet.Away, fmt.Sprintf("no answer within %v", requestTimeout)
 	case status.Code(err) == codes.Unavailable, errors.As(err, &known) && known.Code() == codes.Unavailable:
-		return away, text
+		return subnet.Away, text
 	}
-	return other, text
+	return "", text
 }

@@ -25,6 +25,7 @@ import (
 	"k8s.io/client-go/transport"
 
 	"github.com/flanneld/flanneld/pkg/iface"
+	"github.com/flanneld/flanneld/subnet"
 )
 
 const (
@@ -371,16 +372,21 @@ func (w *feed) list(ctx context.Context, f follower) error {
 	}
 }
 
-// explain returns what an error's text does not say: what to do about it.
-func explain(err error, server string) string {
+// explain words an error for the operator, with what to do about it. The cause is
+// as subnet.Outage has it.
+func explain(err error) (cause, text string) {
 	var status *statusError
+	answered := errors.As(err, &status)
 	switch text := err.Error(); {
-	case errors.As(err, &status) && status.code == http.StatusUnauthorized:
-		return "; it does not accept our credentials, check the service account, or --kubeconfig-file"
-	case errors.As(err, &status) && status.code == http.StatusForbidden:
-		return "; the ClusterRole must allow get, list, watch of nodes, patch of nodes/status and get of pods"
+	case answered && status.code == http.StatusUnauthorized:
+		return "login", text + "; it does not accept our credentials, check the service account, or --kubeconfig-file"
+	case answered && status.code == http.StatusForbidden:
+		return "", text + "; the ClusterRole must allow get, list, watch of nodes, patch of nodes/status and get of pods"
+	case answered && status.code != http.StatusTooManyRequests && status.code < http.StatusInternalServerError:
+		return "", text
 	case strings.Contains(text, "x509:"):
-		return "; its certificate is not to be trusted, check certificate-authority in --kubeconfig-file, or --kube-api-url"
+		return "certificate", text + "; its certificate is not to be trusted, check certificate-authority in --kubeconfig-file, or --kube-api-url"
+	default:
+		return subnet.Away, text
 	}
-	return ""
 }

@@ -7,9 +7,12 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/flanneld/flanneld/subnet"
 )
 
 // A server that is there and says nothing is not waited for: neither before it
@@ -52,5 +55,26 @@ func TestSilentServer(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// That these are the errors that a real API server gives is shown in the tests
+// with one.
+func TestExplain(t *testing.T) {
+	for _, c := range []struct {
+		err         error
+		cause, want string
+	}{
+		{&statusError{code: 401, message: "Unauthorized"}, "login", "check the service account"},
+		{&statusError{code: 403, message: "nodes is forbidden"}, "", "ClusterRole"},
+		{&statusError{code: 422, message: "invalid"}, "", "invalid"},
+		{&statusError{code: 429, message: "too many requests"}, subnet.Away, "too many"},
+		{&statusError{code: 503, message: "etcd leader changed"}, subnet.Away, "etcd"},
+		{errors.New("tls: failed to verify certificate: x509: certificate signed by unknown authority"), "certificate", "certificate-authority"},
+		{errors.New("connection refused"), subnet.Away, "refused"},
+	} {
+		if cause, text := explain(fmt.Errorf("asking: %w", c.err)); cause != c.cause || !strings.Contains(text, c.want) {
+			t.Errorf("%v: got %q, %q; want %q, %q", c.err, cause, text, c.cause, c.want)
+		}
 	}
 }

@@ -61,7 +61,7 @@ const (
 type Manager struct {
 	options Options
 	client  *client
-	outage  outage
+	outage  subnet.Outage
 	notices *notices
 	name    string // this node's
 
@@ -105,7 +105,11 @@ func New(ctx context.Context, o Options) (*Manager, error) {
 		cancel()
 		return nil, err
 	}
-	m := &Manager{options: o, client: c, name: o.NodeName, ctx: ctx, cancel: cancel, changed: make(chan struct{}), warned: map[netip.Addr]bool{}}
+	m := &Manager{
+		options: o, client: c, name: o.NodeName, ctx: ctx, cancel: cancel,
+		outage:  subnet.Outage{Store: "Kubernetes' API server at " + c.server},
+		changed: make(chan struct{}), warned: map[netip.Addr]bool{},
+	}
 	m.notices = newNotices(c, m.node)
 	m.running.Go(m.followOwn)
 	m.running.Go(func() { m.notices.run(ctx) })
@@ -383,8 +387,7 @@ func (m *Manager) Ready() {
 
 // State implements subnet.Manager. A lease lasts as long as the Node.
 func (m *Manager) State() subnet.State {
-	connected, trouble := m.outage.state()
-	return subnet.State{Store: "Kubernetes' API server at " + m.client.server, Connected: connected, Trouble: trouble}
+	return m.outage.State()
 }
 
 // Keep implements subnet.Manager: annotations, and the condition once the
@@ -555,48 +558,6 @@ func subnetsOf(cidrs [][]byte, on subnet.Subnets) subnet.Subnets {
 // bothFamilies are the networks that hold everything.
 var bothFamilies = subnet.Subnets{IPv4: netip.PrefixFrom(netip.IPv4Unspecified(), 0), IPv6: netip.PrefixFrom(netip.IPv6Unspecified(), 0)}
 
-// outage remembers what was said of the API server's being of no use, so that
-// each kind of failure is said once, whoever notices.
-type outage struct {
-	mu   sync.Mutex
-	said map[string]bool // by what explain adds to an error; "" where it adds nothing
-	used bool            // it has done something
-	last string          // what went wrong last; "" once all is well
-}
-
-func (o *outage) say(server, purpose string, err error) {
-	advice := explain(err, server)
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	o.last = err.Error() + advice
-	if o.said[advice] {
-		return
-	}
-	if o.said == nil {
-		o.said = map[string]bool{}
-	}
-	o.said[advice] = true
-	klog.Warningf("API server %s: %v%s. Waiting to %s", server, err, advice, purpose)
-}
-
-// end takes note that the API server has done what it was asked to.
-func (o *outage) end(server string) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	o.used = true
-	if len(o.said) > 0 {
-		o.said, o.last = nil, ""
-		klog.Infof("API server %s is back", server)
-	}
-}
-
-// state tells whether the API server does what it is asked, and why not.
-func (o *outage) state() (connected bool, trouble string) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.used && len(o.said) == 0, o.last
-}
-
 // retry calls f until it succeeds or ctx ends.
 func (m *Manager) retry(ctx context.Context, purpose string, f func(context.Context) error) error {
 	pause := subnet.Backoff()
@@ -605,16 +566,22 @@ func (m *Manager) retry(ctx context.Context, purpose string, f func(context.Cont
 		err := f(attempt)
 		cancel()
 		if err == nil {
-			m.outage.end(m.client.server)
+			m.outage.End(purpose)
 			return nil
 		}
 		if ctx.Err() == nil {
-			m.outage.say(m.client.server, purpose, err)
+			m.fail(purpose, err)
 		}
 		if err := pause.Sleep(ctx); err != nil {
 			return err
 		}
 	}
+}
+
+// fail takes note that an attempt has failed.
+func (m *Manager) fail(purpose string, err error) {
+	why, text := explain(err)
+	m.outage.Begin(purpose, why, text)
 }
 
 const requestTimeout = 15 * time.Second
@@ -623,7 +590,7 @@ const requestTimeout = 15 * time.Second
 func (m *Manager) follow(ctx context.Context, selector, purpose string, f follower) {
 	w := &feed{
 		client: m.client, selector: selector, fields: fields{prefix: []byte(m.options.AnnotationPrefix)},
-		answered: func() { m.outage.end(m.client.server) },
+		answered: func() { m.outage.End(purpose) },
 	}
 	pause := subnet.Backoff()
 	for ctx.Err() == nil {
@@ -636,7 +603,7 @@ func (m *Manager) follow(ctx context.Context, selector, purpose string, f follow
 			pause.Reset()
 		}
 		if err != nil {
-			m.outage.say(m.client.server, purpose, err)
+			m.fail(purpose, err)
 		}
 		if pause.Sleep(ctx) != nil {
 			return

@@ -302,21 +302,6 @@ func TestAddressesOfTheWrongFamily(t *testing.T) {
 	}
 }
 
-// Each kind of failure is said, and a second outage too.
-func TestOutage(t *testing.T) {
-	var o outage
-	refused, forbidden := fmt.Errorf("connection refused"), &statusError{code: 403}
-	o.say("server", "wait", refused)
-	o.say("server", "wait", forbidden)
-	if len(o.said) != 2 {
-		t.Errorf("said %v", o.said)
-	}
-	o.end("server")
-	if len(o.said) != 0 {
-		t.Errorf("after the end, %v", o.said)
-	}
-}
-
 func FuzzEvent(f *testing.F) {
 	f.Add(frame("ADDED", peerNode(1).marshal())[4:])
 	f.Add(frame("ERROR", number(nil, 6, 410))[4:])

@@ -20,14 +20,20 @@ const (
 	nhidDirect = "3323068419" // 198.18.0.3
 )
 
-// withNexthops is idler, with nexthops from the first gateway on.
-func withNexthops(t *testing.T) *Reconciler {
+// useNexthops has nexthops used from the first gateway on.
+func useNexthops(t *testing.T, r *Reconciler) {
 	t.Helper()
-	r := idler(t)
 	if !r.nexthopsKnown {
 		t.Skip("this kernel has no nexthop objects")
 	}
 	r.fewGateways = 0
+}
+
+// withNexthops is idler, with nexthops.
+func withNexthops(t *testing.T) *Reconciler {
+	t.Helper()
+	r := idler(t)
+	useNexthops(t, r)
 	return r
 }
 
@@ -57,7 +63,7 @@ func TestRoutesThroughNexthops(t *testing.T) {
 	r.Set("direct", nil)
 	apply(t, r)
 	alone := tables(t)
-	r.fewGateways = 0
+	useNexthops(t, r)
 	r.Set("peer", peer(mac2))
 	r.Set("direct", peerDirect())
 	apply(t, r)

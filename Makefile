@@ -164,10 +164,10 @@ fuzz: ## Each fuzz target for FUZZTIME
 		go test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) "$$package"; \
 	done
 
-# Not from the test cache: it cannot know that the binaries have changed. One
-# package at a time: the machine is shared by a dozen nodes as it is.
+# Not from the test cache: it cannot know that the binaries have changed. Two
+# packages at a time: e2e alone takes most of it, and waits half of the time.
 e2e: build programs $(ETCD) $(CNI) $(KUBE) build/bin/helm image ## End-to-end tests in the lab
-	cd test && go test $(RACE) -count=1 -p=1 -timeout=30m $(TESTFLAGS) ./...
+	cd test && go test $(RACE) -count=1 -p=2 -timeout=30m $(TESTFLAGS) ./...
 
 # The kernel, and what tests run, from Debian's packages. Some 100 MB, once.
 build/vm/root.cpio: test/vm/root

@@ -66,7 +66,7 @@ func newClientConfig(o Options, dialer *iface.Dialer) (clientConfig, error) {
 		Logger:          zap.New(zapcore.NewCore(zapcore.NewConsoleEncoder(zapcore.EncoderConfig{MessageKey: "msg"}), toKlog{}, zap.DebugLevel)),
 		DialOptions: []grpc.DialOption{
 			grpc.WithConnectParams(grpc.ConnectParams{
-				Backoff:           backoff.Config{BaseDelay: 200 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Minute}, // see hasten
+				Backoff:           backoff.Config{BaseDelay: 500 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Minute}, // see hasten
 				MinConnectTimeout: 5 * time.Second,
 			}),
 			grpc.WithChainUnaryInterceptor(failFast),
@@ -161,21 +161,22 @@ func (m *Manager) connect() (*clientv3.Client, error) {
 	return m.client, nil
 }
 
-// hastenEvery is the longest time between attempts to reach any server, while
-// none can be reached.
-const hastenEvery = 2 * time.Second
+// hastenEvery bounds how long gRPC's pauses grow while no server can be reached:
+// from half a second to some four.
+const hastenEvery = 10 * time.Second
 
-// hasten has all servers tried again soon while none can be reached. As long as one
-// can, others are tried less and less often: of the two endpoints that are the
-// default, there is mostly one only, for good.
+// hasten has gRPC start its pauses anew, time and again, while no server can be
+// reached. As long as one can, others are tried less and less often: of the two
+// endpoints that are the default, there is mostly one only, for good.
 func hasten(ctx context.Context, c connection) {
+	pause := retry.Backoff{First: hastenEvery, Most: hastenEvery, Jitter: true} // lest all nodes come at once
 	for ctx.Err() == nil {
 		if state := c.GetState(); state != connectivity.TransientFailure {
 			c.WaitForStateChange(ctx, state)
 			continue
 		}
+		pause.Sleep(ctx)
 		c.ResetConnectBackoff()
-		retry.Sleep(ctx, hastenEvery)
 	}
 }
 

@@ -143,14 +143,15 @@ func New(ctx context.Context, o Options) (*Manager, error) {
 func (m *Manager) Close() error {
 	m.release()
 	m.cancel()
-	m.pulse.Wait()
 	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.closed = true
-	if m.client == nil {
+	m.closed = true // nothing is started any more
+	client := m.client
+	m.mu.Unlock()
+	m.pulse.Wait()
+	if client == nil {
 		return nil
 	}
-	return m.client.Close()
+	return client.Close()
 }
 
 func (m *Manager) configKey() string { return path.Join(m.options.Prefix, "config") }

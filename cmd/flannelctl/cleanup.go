@@ -64,15 +64,17 @@ func (c *cleanup) run(ctx context.Context) error {
 		return err
 	}
 	defer r.Close()
-	// One that wants nothing. Where there is no subnet.env, routes that upstream's
+	// One that wants nothing. Where the network is not known, routes that upstream's
 	// daemon made on others' devices, and IPsec's policies, are not known for what
 	// they are.
+	cfg := c.config(ctx)
 	env, err := subnet.ReadEnv(c.options.SubnetFile)
-	if err == nil {
-		r.Networks = env.Networks.Each()
+	if err != nil && cfg != nil {
+		env.Networks = cfg.Networks()
 	}
+	r.Networks = env.Networks.Each()
 	r.Devices = iface.Overlay
-	left, err := backend.Left(ctx, c.config(ctx), env.Subnets)
+	left, err := backend.Left(ctx, cfg, env.Subnets)
 	if err != nil {
 		return err
 	}

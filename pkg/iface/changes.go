@@ -35,23 +35,19 @@ func follow(ctx context.Context, l *rtnl.Listener) <-chan struct{} {
 	go func() {
 		defer close(changes)
 		defer stop()
-		s := seen{}
+		r := reader{l, seen{}}
 		buf := make([]byte, 1<<16)
 		for {
-			datagram, err := l.Next(buf)
-			switch {
-			case err == nil:
-				if !s.news(datagram) {
-					continue
-				}
-			case errors.Is(err, rtnl.ErrLost): // anything may have changed
-				s = seen{}
-			default:
+			_, news, err := r.next(buf)
+			if err != nil {
 				if ctx.Err() == nil {
 					klog.Errorf("Changes of interfaces go unnoticed from now on: netlink: %v", err)
 					<-ctx.Done()
 				}
 				return
+			}
+			if !news {
+				continue
 			}
 			select {
 			case changes <- struct{}{}:
@@ -89,6 +85,24 @@ func onlyDefaultRoutes() []unix.SockFilter {
 		{Code: unix.BPF_RET | unix.BPF_K, K: 0xffffffff},
 		{Code: unix.BPF_RET | unix.BPF_K, K: 0},
 	}
+}
+
+// A reader tells what is news of what the kernel says.
+type reader struct {
+	*rtnl.Listener
+	seen seen
+}
+
+// next waits for a datagram, reads it into buf, and tells whether it says
+// something new. A loss is news, of no datagram: anything may have changed, and
+// nothing that is said afterwards is known already.
+func (r *reader) next(buf []byte) (datagram []byte, news bool, err error) {
+	datagram, err = r.Next(buf)
+	if errors.Is(err, rtnl.ErrLost) {
+		r.seen = seen{}
+		return nil, true, nil
+	}
+	return datagram, err == nil && r.seen.news(datagram), err
 }
 
 // seen holds what was last said of a link or address, as far as Find looks at

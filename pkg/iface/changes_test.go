@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"github.com/flanneld/flanneld/pkg/nstest"
-	"github.com/flanneld/flanneld/pkg/rtnl"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -54,12 +53,6 @@ func TestChanges(t *testing.T) {
 	}
 }
 
-// reader reads notifications one by one, as follow does.
-type reader struct {
-	*rtnl.Listener
-	seen seen
-}
-
 func newReader(t *testing.T) *reader {
 	t.Helper()
 	f, err := listen()
@@ -82,15 +75,14 @@ func (r *reader) until(t *testing.T, dev string, mtu int) (routes, addrs, news i
 		if err := r.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
 			t.Fatal(err)
 		}
-		n, err := r.Read(buf)
+		datagram, isNews, err := r.next(buf)
 		if err != nil {
 			t.Fatal(err)
 		}
-		messages, err := syscall.ParseNetlinkMessage(buf[:n])
+		messages, err := syscall.ParseNetlinkMessage(datagram)
 		if err != nil {
 			t.Fatal(err)
 		}
-		isNews := r.seen.news(buf[:n])
 		for _, m := range messages {
 			attrs, err := syscall.ParseNetlinkRouteAttr(&m)
 			if err != nil {
@@ -217,8 +209,31 @@ func TestRepetitionsAreNoNews(t *testing.T) {
 	}
 }
 
-func TestLostNotificationsSignal(t *testing.T) {
-	setup(t, "link add eth0 type veth peer name far0")
+// After a loss nothing is known any more: what the kernel says then is news, also
+// if it is what was said before the loss, and undoes what was lost.
+func TestLossIsNews(t *testing.T) {
+	setup(t, quiet)
+	r := newReader(t)
+	r.until(t, "eth0", 1300)
+	nstest.Overflow(t, r, "eth0") // another MTU
+	buf := make([]byte, 1<<16)
+	for lost := false; !lost; {
+		datagram, news, err := r.next(buf)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if lost = datagram == nil; lost && !news {
+			t.Error("the loss is no news")
+		}
+	}
+	nstest.Run(t, "ip link set eth0 mtu 1300")
+	if _, news, err := r.next(buf); err != nil || !news {
+		t.Errorf("the MTU of before the loss: news %v, error %v", news, err)
+	}
+}
+
+func TestLossSignals(t *testing.T) {
+	setup(t, quiet)
 	f, err := listen()
 	if err != nil {
 		t.Fatal(err)

@@ -160,9 +160,10 @@ func keep(out string) (lines []string) {
 	return lines
 }
 
-// A Probe asks a mirror fifty times a second, each time from a new port, so
-// that neither connection tracking nor a cached route answers for it. What is
-// answered later than probeWait is lost.
+// A Probe asks a mirror fifty times a second (on a slow machine it would be kept
+// busy by that: fewer), each time from a new port, so that neither connection
+// tracking nor a cached route answers for it. What is answered later than probeWait
+// is lost.
 type Probe struct {
 	What string // from where to where
 
@@ -195,7 +196,7 @@ type attempt struct {
 func (ns *Namespace) StartProbe(dst netip.Addr, size int, as netip.Addr) *Probe {
 	p := &Probe{What: ns.Name + " to " + dst.String(), ns: ns, dst: dst, size: size, as: as, stop: make(chan struct{})}
 	p.done.Go(func() {
-		tick := time.NewTicker(probePace)
+		tick := time.NewTicker(Patiently(probePace))
 		defer tick.Stop()
 		for i := 0; ; i++ {
 			p.mu.Lock()

@@ -453,12 +453,11 @@ func (n *node) converge() {
 	case !n.rulesSet:
 		n.health.waitFor("the rules: see the log")
 	case !n.fileSet:
+		n.watchAgain()
 		err := n.env().WriteFile(n.SubnetFile)
 		n.say("Subnet file", err)
 		if n.fileSet = err == nil; !n.fileSet {
 			n.health.waitFor(err.Error())
-		} else if n.file != nil {
-			n.say("Watching the subnet file", n.file.again())
 		}
 	}
 	if !n.ready && n.fileSet {

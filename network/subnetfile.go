@@ -23,11 +23,8 @@ type fileWatch struct {
 
 func watchFile(ctx context.Context, path string) (*fileWatch, error) {
 	f := &fileWatch{changes: make(chan struct{}, 1), dir: filepath.Dir(path)}
-	err := os.MkdirAll(f.dir, 0o755) // as the file's first writer would
-	if err == nil {
-		f.watcher, err = fsnotify.NewWatcher()
-	}
-	if err == nil {
+	var err error
+	if f.watcher, err = fsnotify.NewWatcher(); err == nil {
 		err = f.again()
 	}
 	if err != nil {
@@ -59,8 +56,21 @@ func watchFile(ctx context.Context, path string) (*fileWatch, error) {
 }
 
 // again watches the directory, which is another one by now if somebody removed
-// it. One that is watched already stays so.
-func (f *fileWatch) again() error { return f.watcher.Add(f.dir) }
+// it, and makes it if there is none. One that is watched already stays so. Before
+// the file is written or read, it lets no change of it go unnoticed.
+func (f *fileWatch) again() error {
+	if err := os.MkdirAll(f.dir, 0o755); err != nil { // as the file's first writer would
+		return err
+	}
+	return f.watcher.Add(f.dir)
+}
+
+// watchAgain has the subnet file watched where it is now.
+func (n *node) watchAgain() {
+	if n.file != nil {
+		n.say("Watching the subnet file", n.file.again())
+	}
+}
 
 // env is what the subnet file is to say.
 func (n *node) env() subnet.Env {
@@ -70,6 +80,7 @@ func (n *node) env() subnet.Env {
 // lookAtFile finds out whether the subnet file still says that.
 func (n *node) lookAtFile() {
 	if n.fileSet {
+		n.watchAgain()
 		said, err := subnet.ReadEnv(n.SubnetFile)
 		if n.fileSet = err == nil && said == n.env(); !n.fileSet {
 			klog.Warningf("Somebody changed or removed %s: writing it again", n.SubnetFile)

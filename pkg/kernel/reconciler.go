@@ -315,7 +315,8 @@ func (r *Reconciler) again() {
 func (r *Reconciler) Compare() { r.unknown = true }
 
 // Apply makes the kernel hold what is wanted. What it refuses is reported and
-// stays for Retry; the rest is done all the same.
+// stays for Retry; the rest is done all the same. Pending tells afterwards whether
+// there is more to do, such as to read tables again that changed meanwhile.
 func (r *Reconciler) Apply() error {
 	var failures failures
 	r.fights.say()
@@ -324,6 +325,7 @@ func (r *Reconciler) Apply() error {
 			return fmt.Errorf("reading the kernel's tables: %w", err)
 		}
 	}
+	again := r.unknown // the tables changed while they were read, which is no failure
 	var log changes
 	todo := r.take()
 	for _, k := range []Kind{KindRoute, KindLink} {
@@ -351,7 +353,7 @@ func (r *Reconciler) Apply() error {
 		r.apply(k, todo, false, &log, &failures)
 	}
 	log.write()
-	if r.unknown { // the kernel lost track of the requests
+	if r.unknown && !again { // the kernel lost track of the requests
 		failures.add(errors.New("some of the kernel's answers were lost: its tables will be read again"))
 	}
 	return failures.err()

@@ -325,7 +325,7 @@ func (r *Reconciler) Apply() error {
 			return fmt.Errorf("reading the kernel's tables: %w", err)
 		}
 	}
-	again := r.unknown // the tables changed while they were read, which is no failure
+	interrupted := r.unknown // the tables changed while they were read, which is no failure
 	var log changes
 	todo := r.take()
 	for _, k := range []Kind{KindRoute, KindLink} {
@@ -353,7 +353,7 @@ func (r *Reconciler) Apply() error {
 		r.apply(k, todo, false, &log, &failures)
 	}
 	log.write()
-	if r.unknown && !again { // the kernel lost track of the requests
+	if r.unknown && !interrupted { // the kernel lost track of the requests
 		failures.add(errors.New("some of the kernel's answers were lost: its tables will be read again"))
 	}
 	return failures.err()

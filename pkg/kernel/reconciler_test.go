@@ -497,6 +497,33 @@ func TestLostNotifications(t *testing.T) {
 	}
 }
 
+// TestChangeDuringRead changes the devices while they are read, of which there are
+// too many for one datagram: the kernel says so (NLM_F_DUMP_INTR).
+func TestChangeDuringRead(t *testing.T) {
+	host(t)
+	for i := range 60 {
+		nstest.Run(t, fmt.Sprintf("ip link add v%d type veth peer name w%d", i, i))
+	}
+	r := start(t)
+	changed := false
+	r.Devices = func(string) bool { // is asked about each device as it is read
+		if !changed {
+			changed = true
+			nstest.Run(t, "ip link add late type veth peer name later")
+		}
+		return false
+	}
+	r.Compare()
+	apply(t, r) // is no failure
+	if !changed || !r.Pending() {
+		t.Errorf("changed %v, pending %v", changed, r.Pending())
+	}
+	apply(t, r)
+	if r.Pending() {
+		t.Error("is not content with a read that nothing came between")
+	}
+}
+
 // vxlanPeer is one of many.
 func vxlanPeer(i int) []Object {
 	a := netip.AddrFrom4([4]byte{10, 6 + byte(i>>8), byte(i), 0})

@@ -198,7 +198,7 @@ func (m *Manager) Configs(ctx context.Context) <-chan *subnet.Config {
 			if err != nil {
 				return
 			}
-			if !bytes.Equal(text, known) {
+			if !bytes.Equal(text, known) || (text == nil) != (known == nil) { // an empty value is not a missing key
 				known = text
 				switch cfg, err := m.parseConfig(text); {
 				case text == nil:

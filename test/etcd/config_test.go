@@ -56,12 +56,12 @@ func TestConfigChanges(t *testing.T) {
 	if got := receive(t, configs); got.BackendType != "host-gw" {
 		t.Errorf("got %+v", got)
 	}
-	for value, said := range map[string]string{
-		`{"Network": "10.5.0.0/29"}`: "The new configuration is refused, the old one stays in force: etcd key " + s.prefix + "/config: Network 10.5.0.0/29 is too small",
-		"":                           "refused",
+	for _, refused := range []struct{ value, why string }{
+		{`{"Network": "10.5.0.0/29"}`, "Network 10.5.0.0/29 is too small"},
+		{"", "not valid JSON"}, // last: an empty value and then no key are two things
 	} {
-		s.put("config", value)
-		log.await(t, 1, s.prefix+"/config", said)
+		s.put("config", refused.value)
+		log.await(t, 1, "The new configuration is refused, the old one stays in force: etcd key "+s.prefix+"/config: "+refused.why)
 	}
 	s.delete("config")
 	log.await(t, 1, s.prefix+"/config is gone")

@@ -9,8 +9,11 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"runtime"
+	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -62,6 +65,7 @@ func start(t testing.TB, able abilities, queues int) *node {
 	if _, err := os.Stat(kernel.TUNClone); err != nil {
 		t.Skip(err)
 	}
+	inOrder(t)
 	for _, a := range []string{"198.18.0.1/32", "198.18.0.2/32", "198.18.0.3/32", "fd18::1/128", "fd18::2/128", "fd18::3/128", "10.5.1.7/32", "fd05:0:0:1::7/128"} {
 		nstest.Run(t, "ip addr add "+a+" dev lo nodad")
 	}
@@ -88,6 +92,20 @@ func start(t testing.TB, able abilities, queues int) *node {
 	n.apply()
 	n.attached()
 	return n
+}
+
+// inOrder has one processor receive all that lo is sent (Receive Packet Steering,
+// Documentation/networking/scaling.rst of the kernel). Otherwise it is the one that
+// the sender happens to run on, and when that is another than before, packets pass
+// each other.
+func inOrder(t testing.TB) {
+	t.Helper()
+	// /sys tells of the namespace that it is mounted in.
+	steer := exec.Command("sh", "-ec", "mount -t sysfs sys /sys; echo 1 >/sys/class/net/lo/queues/rx-0/rps_cpus")
+	steer.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS}
+	if out, err := steer.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
 }
 
 // inside runs what a proxy or a reconciler does in a goroutine of the calling
@@ -280,22 +298,22 @@ func TestOrder(t *testing.T) {
 		f := flow{farPod[i], nearPod[i], unix.IPPROTO_UDP, 64}
 		header := len(f.finished(0, 0, nil))
 		for round := range 30 { // each fits the queues there are
+			var want, in, out []string
 			for k := range 100 {
 				number := fmt.Sprintf("%08d", round*100+k)
+				want = append(want, number)
 				data := append([]byte(number), make([]byte, sizes[k%len(sizes)])...)
 				n.send(n.pod[i], farPod[i], data)
 				n.send(n.peer[i], near[i], f.finished(0, 0, data))
 			}
-			for k := range 100 {
-				want := fmt.Sprintf("%08d", round*100+k)
-				out, _ := n.receive(n.peer[i])
-				in, _ := n.receive(n.pod[i])
-				if got := string(out[header:][:8]); got != want {
-					t.Fatalf("%s: %s goes out, want %s", family, got, want)
-				}
-				if got := string(in[:8]); got != want {
-					t.Fatalf("%s: %s comes in, want %s", family, got, want)
-				}
+			for range want {
+				b, _ := n.receive(n.peer[i])
+				out = append(out, string(b[header:][:8]))
+				b, _ = n.receive(n.pod[i])
+				in = append(in, string(b[:8]))
+			}
+			if !slices.Equal(out, want) || !slices.Equal(in, want) {
+				t.Fatalf("%s: in this order\ngo out  %s\ncome in %s", family, out, in)
 			}
 		}
 	}

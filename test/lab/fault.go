@@ -137,24 +137,45 @@ var (
 	byKernel = regexp.MustCompile(`^[0-9]+: |@\S+|\bnhid [0-9]+ |\bnumtxqueues.*|\bsrcport [0-9 ]+|\bqdisc \S+|\bstate \S+|\bqlen [0-9]+|\balias \S+|\bpref \S+|\blinkdown\b`)
 )
 
+// A shown is a line that a program printed.
+type shown struct {
+	text               string // without what the kernel chooses
+	ofDaemon, ofKernel bool
+}
+
+// known are the lines that were read before. What a node holds is looked at again
+// and again, and differs in few of thousands of lines; a regular expression takes
+// its time, with the race detector much of it.
+var known sync.Map // shown, by the line as it was printed
+
+func read(line string) shown {
+	if l, ok := known.Load(line); ok {
+		return l.(shown)
+	}
+	l := shown{text: strings.Join(strings.Fields(byKernel.ReplaceAllString(strings.TrimRight(line, "\n"), "")), " ")}
+	l.ofDaemon, l.ofKernel = ofDaemon.MatchString(l.text), ofKernel.MatchString(l.text)
+	known.Store(line, l)
+	return l
+}
+
 // keep returns the lines that the daemon keeps: of its tables and chains all.
 func keep(out string) (lines []string) {
 	table, chain := false, false
 	for line := range strings.Lines(out) {
-		line = strings.Join(strings.Fields(byKernel.ReplaceAllString(strings.TrimRight(line, "\n"), "")), " ")
+		l := read(line)
 		switch {
-		case strings.HasPrefix(line, "table "):
-			table, chain = ofDaemon.MatchString(line), false
-		case strings.HasPrefix(line, "chain "):
-			chain = ofDaemon.MatchString(line)
-		case line == "}":
+		case strings.HasPrefix(l.text, "table "):
+			table, chain = l.ofDaemon, false
+		case strings.HasPrefix(l.text, "chain "):
+			chain = l.ofDaemon
+		case l.text == "}":
 			chain = false
 			continue
-		case line == "" || strings.HasPrefix(line, "#"):
+		case l.text == "" || strings.HasPrefix(l.text, "#"):
 			continue
 		}
-		if (table || chain || ofDaemon.MatchString(line)) && !ofKernel.MatchString(line) {
-			lines = append(lines, line)
+		if (table || chain || l.ofDaemon) && !l.ofKernel {
+			lines = append(lines, l.text)
 		}
 	}
 	return lines

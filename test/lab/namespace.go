@@ -277,24 +277,24 @@ func Patiently(d time.Duration) time.Duration {
 	return d
 }
 
-// Poll calls try, some fifty times a second, until it returns nil. When ctx or
-// Patience ends first, the error says what was waited for and what try had to
-// say last.
+// Poll calls try until it returns nil: fifty times a second, or half of the time if
+// it takes long, so that what is waited for gets its turn. When ctx or Patience ends
+// first, the error says what was waited for and what try had to say last.
 func Poll(ctx context.Context, what string, try func() error) error {
 	ctx, cancel := context.WithTimeout(ctx, Patiently(Patience))
 	defer cancel()
 	start := time.Now()
-	tick := time.NewTicker(20 * time.Millisecond)
-	defer tick.Stop()
 	for {
+		began := time.Now()
 		err := try()
 		if err == nil {
 			return nil
 		}
+		took := time.Since(began)
 		select {
 		case <-ctx.Done():
 			return fmt.Errorf("waited %v for %s: %w", time.Since(start).Round(time.Second), what, err)
-		case <-tick.C:
+		case <-time.After(max(took, 20*time.Millisecond-took)):
 		}
 	}
 }

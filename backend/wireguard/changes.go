@@ -26,6 +26,13 @@ const (
 	// has the device send at once.
 	wakeKeepalive = 25 * time.Second
 
+	// wakeAgain is how long after it was woken a peer without a handshake is woken
+	// once more. Where both ends begin at the same time, neither takes the other's
+	// answer, and WireGuard tries again after 5 seconds and a random third of one at
+	// most (REKEY_TIMEOUT); but not if it has answered in between, for longer than
+	// that third: then nothing happens until there is a packet to be sent.
+	wakeAgain = 7 * time.Second
+
 	// wakeMost is how many peers are woken at once. More would keep everybody
 	// busy with handshakes; the rest finds out within 15 seconds.
 	wakeMost = 1000
@@ -40,6 +47,7 @@ type sight struct {
 	received int64          // bytes
 	sent     int64          // bytes, by the time that it was heard
 	heard    time.Time      // when received was last seen to grow
+	woken    time.Time      // when it was made to send at once; zero: not lately
 }
 
 // A step is something to configure, and the commands that do the same. Steps
@@ -85,7 +93,13 @@ func changes(dev string, have *wgtypes.Device, want config, before sights, again
 		// the first one sends is ignored, and would be tried again after 5 seconds
 		// only. A session that this node has lost lives on at the peer, who sends
 		// into the void until it hears of a new one.
-		if (!there || again) && woken < wakeMost {
+		wake := !there || again
+		if wake {
+			s.woken = now
+		} else if !s.woken.IsZero() && now.Sub(s.woken) > wakeAgain {
+			wake, s.woken = h.LastHandshakeTime.IsZero(), time.Time{}
+		}
+		if wake && woken < wakeMost {
 			woken++
 			if want.keepalive == 0 {
 				on, off := wakeKeepalive, time.Duration(0)

@@ -158,7 +158,7 @@ func TestChanges(t *testing.T) {
 func TestRoaming(t *testing.T) {
 	at := netip.MustParseAddrPort
 	seen := func(lease, endpoint string, received int64, heard time.Duration) *sight {
-		return &sight{at(lease), at(endpoint), received, 100, start.Add(-heard)}
+		return &sight{at(lease), at(endpoint), received, 100, start.Add(-heard), time.Time{}}
 	}
 	const now, lately, long = time.Second, 10 * time.Second, 20 * time.Second
 	for _, c := range []struct {
@@ -216,6 +216,35 @@ func TestWakeMost(t *testing.T) {
 	steps, _ := changes("dev", &wgtypes.Device{}, c, nil, false, start)
 	if len(steps) != 2 || len(steps[0].Peers) != 3*wakeMost || len(steps[1].Peers) != wakeMost {
 		t.Errorf("%d steps", len(steps))
+	}
+}
+
+// TestWakeAgain: a peer with whom nothing has come of it is woken once more.
+func TestWakeAgain(t *testing.T) {
+	for _, c := range []struct {
+		name      string
+		handshake time.Duration // after the peer was woken; 0: never
+		woken     []string      // at each look, of one in 5 seconds
+	}{
+		{"no handshake", 0, []string{"b", "", "b", "", "", ""}},
+		{"a handshake", time.Second, []string{"b", "", "", "", "", ""}},
+		{"a late handshake", 6 * time.Second, []string{"b", "", "", "", "", ""}},
+	} {
+		have, before := &wgtypes.Device{PrivateKey: key('a'), ListenPort: 51820}, sights{}
+		for i, want := range c.woken {
+			now := start.Add(time.Duration(i) * 5 * time.Second)
+			if done := start.Add(c.handshake); i > 0 && c.handshake != 0 && !now.Before(done) {
+				have.Peers[0].LastHandshakeTime = done
+			}
+			var steps []step
+			steps, before = changes("dev", have, usual(map[byte]peer{'b': wanted(leased)}), before, false, now)
+			if got := woken(steps); got != want {
+				t.Errorf("%s: at look %d %q are woken, want %q", c.name, i, got, want)
+			}
+			for _, s := range steps {
+				have = applied(have, s.Config)
+			}
+		}
 	}
 }
 

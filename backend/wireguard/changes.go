@@ -28,9 +28,10 @@ const (
 
 	// wakeAgain is how long after it was woken a peer without a handshake is woken
 	// once more. Where both ends begin at the same time, neither takes the other's
-	// answer, and WireGuard tries again after 5 seconds and a random third of one at
-	// most (REKEY_TIMEOUT); but not if it has answered in between, for longer than
-	// that third: then nothing happens until there is a packet to be sent.
+	// answer. WireGuard tries again REKEY_TIMEOUT, 5 seconds, and a random third of
+	// a second after it began, if its last message is 5 seconds ago: where its own
+	// answer to the other is younger, nothing more happens until there is a packet
+	// to be sent.
 	wakeAgain = 7 * time.Second
 
 	// wakeMost is how many peers are woken at once. More would keep everybody

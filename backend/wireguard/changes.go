@@ -94,14 +94,16 @@ func changes(dev string, have *wgtypes.Device, want config, before sights, again
 		// the first one sends is ignored, and would be tried again after 5 seconds
 		// only. A session that this node has lost lives on at the peer, who sends
 		// into the void until it hears of a new one.
-		wake := !there || again
-		if wake {
-			s.woken = now
-		} else if !s.woken.IsZero() && now.Sub(s.woken) > wakeAgain {
+		lost := !there || again // its session, if there ever was one
+		wake := lost
+		if !lost && !s.woken.IsZero() && now.Sub(s.woken) > wakeAgain {
 			wake, s.woken = h.LastHandshakeTime.IsZero(), time.Time{}
 		}
 		if wake && woken < wakeMost {
 			woken++
+			if lost {
+				s.woken = now
+			}
 			if want.keepalive == 0 {
 				on, off := wakeKeepalive, time.Duration(0)
 				c.PersistentKeepaliveInterval = &on

@@ -125,8 +125,10 @@ func (n *node) run(ctx context.Context) error {
 	warn(n.cfg)
 
 	n.health.waitFor("this node to be known")
-	if n.Uplink, err = n.Manager.Select(ctx, n.Uplink); err != nil {
-		return err
+	selectors := n.Manager.Select(ctx, n.Uplink)
+	var known bool
+	if n.Uplink, known = <-selectors; !known {
+		return nil // for ctx has ended
 	}
 	if n.kernel, err = kernel.New(); err != nil {
 		return err
@@ -185,6 +187,12 @@ func (n *node) run(ctx context.Context) error {
 				return nil
 			}
 			err = n.look(ctx, cfg)
+		case sel, ok := <-selectors:
+			if !ok {
+				return nil
+			}
+			n.Uplink = sel
+			err = n.look(ctx, n.target.cfg)
 		case answer := <-n.asked:
 			answer()
 		case <-n.retry.C:

@@ -74,8 +74,10 @@ func (m *manager) Config(context.Context) (*subnet.Config, error) {
 	return c, c.Divide()
 }
 
-func (m *manager) Select(_ context.Context, sel iface.Selector) (iface.Selector, error) {
-	return sel, nil
+func (m *manager) Select(_ context.Context, sel iface.Selector) <-chan iface.Selector {
+	out := make(chan iface.Selector, 1)
+	out <- sel
+	return out
 }
 
 func (m *manager) State() subnet.State { return subnet.State{Connected: true, Expires: m.expires} }

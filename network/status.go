@@ -322,8 +322,9 @@ func (n *node) inspect(ctx context.Context) (err error) {
 	if n.cfg, err = n.Manager.Config(ctx); err != nil {
 		return fmt.Errorf("the network's configuration: %w", err)
 	}
-	if n.Uplink, err = n.Manager.Select(ctx, n.Uplink); err != nil {
-		return fmt.Errorf("this node to be known: %w", err)
+	var known bool
+	if n.Uplink, known = <-n.Manager.Select(ctx, n.Uplink); !known {
+		return fmt.Errorf("this node to be known: %w", ctx.Err())
 	}
 	if n.uplink, err = iface.Find(n.Uplink, n.cfg.IPv4.Enabled(), n.cfg.IPv6.Enabled()); err != nil {
 		return fmt.Errorf("an uplink: %w", err)

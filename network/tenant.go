@@ -78,7 +78,7 @@ func (t *tenant) live(ctx context.Context, s situation, subnets subnet.Subnets) 
 		case <-ctx.Done():
 			return nil
 		}
-		if err := t.manager.Keep(ctx, *t.held); !errors.Is(err, subnet.ErrLost) {
+		if err := t.manager.Keep(ctx, *t.held); !errors.Is(err, subnet.ErrLost) && !errors.Is(err, subnet.ErrChanged) {
 			return err
 		}
 		subnets, t.held = t.held.Subnets, nil // in case they are free again

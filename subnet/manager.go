@@ -23,9 +23,10 @@ type Manager interface {
 	// is closed when ctx ends; a nil one never tells anything.
 	Configs(ctx context.Context) <-chan *Config
 
-	// Select returns the selector with what the store says of this node's
-	// uplink, waiting until it says so.
-	Select(ctx context.Context, sel iface.Selector) (iface.Selector, error)
+	// Select tells by which selector this node's uplink is found: sel with what
+	// the store says of it, once it says so, and again each time that it says
+	// otherwise. The channel is closed when ctx or the manager ends.
+	Select(ctx context.Context, sel iface.Selector) <-chan iface.Selector
 
 	// Previous returns what this node, known by the given public addresses,
 	// published when it last held a lease; zero when there is nothing left of
@@ -39,7 +40,8 @@ type Manager interface {
 
 	// Keep renews the lease and restores it when somebody deletes or changes
 	// it, until ctx ends. It returns ErrLost when the subnets went to another
-	// node, and a new lease must be acquired.
+	// node, and ErrChanged when the store wants something else published: then
+	// the lease must be acquired again.
 	Keep(ctx context.Context, lease Lease) error
 
 	// Ready says that the node's network is up, for all the store to know.
@@ -94,6 +96,10 @@ func Backoff() retry.Backoff {
 
 // ErrLost says that a lease's subnets now belong to another node.
 var ErrLost = errors.New("the lease went to another node")
+
+// ErrChanged says that a lease is this node's still, and has to be acquired again
+// for what is to be published with it.
+var ErrChanged = errors.New("the lease is to be published with other addresses")
 
 // An Update is news of leases. With Snapshot set, Leases is all there is;
 // otherwise it holds the new and changed ones, and Gone the removed.

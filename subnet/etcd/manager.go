@@ -249,8 +249,11 @@ func (m *Manager) parseConfig(text []byte) (*subnet.Config, error) {
 }
 
 // Select implements subnet.Manager. etcd knows nothing of uplinks.
-func (m *Manager) Select(_ context.Context, sel iface.Selector) (iface.Selector, error) {
-	return sel, nil
+func (m *Manager) Select(ctx context.Context, sel iface.Selector) <-chan iface.Selector {
+	out := make(chan iface.Selector, 1)
+	out <- sel
+	context.AfterFunc(ctx, func() { close(out) })
+	return out
 }
 
 // Ready implements subnet.Manager. That a lease is there says enough.

@@ -43,24 +43,24 @@ func logged(t *testing.T) func() string {
 type cluster struct {
 	*testing.T
 	*peers
-	fields fields
 	leases map[subnet.Subnets]subnet.Lease // as the reader knows them
 }
 
 func newCluster(t *testing.T, on subnet.Subnets) *cluster {
-	return &cluster{T: t, peers: newPeers(&Manager{client: &client{}, on: on}),
-		fields: fields{prefix: []byte("flannel.alpha.coreos.com/")}, leases: map[subnet.Subnets]subnet.Lease{}}
+	return &cluster{T: t, peers: newPeers(testManager(on)), leases: map[subnet.Subnets]subnet.Lease{}}
 }
 
 func (c *cluster) add(nodes ...testNode) {
 	c.Helper()
 	for _, n := range nodes {
-		if err := c.fields.node(n.marshal()); err != nil {
-			c.Fatal(err)
-		}
-		c.put(&c.fields)
+		c.Update(n.object())
 	}
 }
+
+// tell tells the whole state.
+func (c *cluster) tell(nodes ...testNode) { c.Replace(objects(nodes...), "") }
+
+func (c *cluster) drop(name string) { c.Delete(testNode{name: name}.object()) }
 
 // read takes the news, as network does.
 func (c *cluster) read() {
@@ -114,22 +114,17 @@ func TestConflictsAreSaid(t *testing.T) {
 		twoAndThree = "Nodes n2 and n3 both have the public address 198.18.0.2: delete the one that is no more, or give flanneld on one of them --iface, --iface-node-address or --public-ip, for an address of its own"
 	)
 	c := newCluster(t, onlyIPv4)
-	c.begin()
-	c.add(claimant(2, "198.18.0.2", "10.5.1.0/24"), claimant(1, "198.18.0.1", "10.5.1.0/24"), claimant(3, "198.18.0.2", "10.5.3.0/24"))
-	expect("before all is told")
-	c.end()
+	c.tell(claimant(2, "198.18.0.2", "10.5.1.0/24"), claimant(1, "198.18.0.1", "10.5.1.0/24"), claimant(3, "198.18.0.2", "10.5.3.0/24"))
 	expect("two conflicts", both, twoAndThree)
 	c.expect("the older one counts, and addresses are nobody's alone", "10.5.1.0/24 at 198.18.0.1", "10.5.3.0/24 at 198.18.0.2")
 
 	changed := claimant(2, "198.18.0.2", "10.5.1.0/24")
 	changed.annotations[0] = `flannel.alpha.coreos.com/backend-data={"VNI":2}`
 	c.add(changed, claimant(4, "198.18.0.4", "10.5.4.0/24"))
-	c.begin()
-	c.add(claimant(1, "198.18.0.1", "10.5.1.0/24"), changed, claimant(3, "198.18.0.2", "10.5.3.0/24"), claimant(4, "198.18.0.4", "10.5.4.0/24"))
-	c.end()
+	c.tell(claimant(1, "198.18.0.1", "10.5.1.0/24"), changed, claimant(3, "198.18.0.2", "10.5.3.0/24"), claimant(4, "198.18.0.4", "10.5.4.0/24"))
 	expect("changes, and the whole state again")
 
-	c.drop([]byte("n1"))
+	c.drop("n1")
 	expect("the older one goes", "Nodes n1 and n2 no longer both have the podCIDR 10.5.1.0/24")
 	c.expect("the other counts", "10.5.1.0/24 at 198.18.0.2", "10.5.3.0/24 at 198.18.0.2", "10.5.4.0/24 at 198.18.0.4")
 	c.add(claimant(1, "198.18.0.1", "10.5.1.0/24"))
@@ -137,9 +132,7 @@ func TestConflictsAreSaid(t *testing.T) {
 	c.add(claimant(3, "198.18.0.3", "10.5.3.0/24"))
 	expect("an address changes", "Nodes n2 and n3 no longer both have the public address 198.18.0.2")
 
-	c.begin()
-	c.add(claimant(2, "198.18.0.2", "10.5.1.0/24"), claimant(7, "198.18.0.1", "10.5.7.0/24"))
-	c.end()
+	c.tell(claimant(2, "198.18.0.2", "10.5.1.0/24"), claimant(7, "198.18.0.1", "10.5.7.0/24"))
 	expect("n1 goes, and n7 gets its address, while the watch is away", "Nodes n1 and n2 no longer both have the podCIDR 10.5.1.0/24")
 	c.expect("what is left", "10.5.1.0/24 at 198.18.0.2", "10.5.7.0/24 at 198.18.0.1")
 }
@@ -149,9 +142,7 @@ func TestConflictsAreSaid(t *testing.T) {
 func TestOverlaps(t *testing.T) {
 	said := logged(t)
 	c := newCluster(t, bothFamilies)
-	c.begin()
-	c.add(claimant(1, "198.18.0.1", "10.5.0.0/24", "fd05:0:0:1::/64"), claimant(2, "198.18.0.2", "10.5.2.0/24", "fd05:0:0:2::/64"))
-	c.end()
+	c.tell(claimant(1, "198.18.0.1", "10.5.0.0/24", "fd05:0:0:1::/64"), claimant(2, "198.18.0.2", "10.5.2.0/24", "fd05:0:0:2::/64"))
 	c.add(claimant(3, "198.18.0.3", "10.5.3.0/24", "fd05:0:0:2::/64"), claimant(4, "198.18.0.4", "10.5.0.0/23", "fd05:0:0:4::/64"), claimant(5, "198.18.0.5", "10.5.2.128/25", "fd05:0:0:5::/64"))
 	c.expect("younger ones", "10.5.0.0/24,fd05:0:0:1::/64 at 198.18.0.1", "10.5.2.0/24,fd05:0:0:2::/64 at 198.18.0.2")
 	text := said()
@@ -163,8 +154,8 @@ func TestOverlaps(t *testing.T) {
 			t.Errorf("said\n%s\nwant %s", text, want)
 		}
 	}
-	c.drop([]byte("n2"))
-	c.drop([]byte("n1"))
+	c.drop("n2")
+	c.drop("n1")
 	c.expect("the older ones go", "10.5.0.0/23,fd05:0:0:4::/64 at 198.18.0.4", "10.5.2.128/25,fd05:0:0:5::/64 at 198.18.0.5", "10.5.3.0/24,fd05:0:0:2::/64 at 198.18.0.3")
 	c.add(claimant(1, "198.18.0.1", "10.5.1.0/25", "fd05:0:0:9::/64"))
 	c.expect("an older one comes back", "10.5.1.0/25,fd05:0:0:9::/64 at 198.18.0.1", "10.5.2.128/25,fd05:0:0:5::/64 at 198.18.0.5", "10.5.3.0/24,fd05:0:0:2::/64 at 198.18.0.3")
@@ -178,13 +169,13 @@ func TestClaimsAtRandom(t *testing.T) {
 		random := rand.New(rand.NewPCG(seed, 0))
 		c := newCluster(t, bothFamilies)
 		nodes := map[string]testNode{}
-		step := func() {
+		step := func(telling bool) {
 			i := random.IntN(8)
 			name := fmt.Sprintf("n%d", i)
 			if random.IntN(3) == 0 {
 				delete(nodes, name)
-				if !c.telling {
-					c.drop([]byte(name))
+				if !telling {
+					c.drop(name)
 				}
 				return
 			}
@@ -195,22 +186,18 @@ func TestClaimsAtRandom(t *testing.T) {
 			}
 			n.created = uint64(random.IntN(4))
 			nodes[name] = n
-			if !c.telling {
+			if !telling {
 				c.add(n)
 			}
 		}
 		for range 30 {
 			if random.IntN(5) == 0 || !c.whole {
-				c.begin()
 				for range random.IntN(4) {
-					step()
+					step(true)
 				}
-				for _, n := range nodes {
-					c.add(n)
-				}
-				c.end()
+				c.tell(slices.Collect(maps.Values(nodes))...)
 			} else {
-				step()
+				step(false)
 			}
 			if random.IntN(2) == 0 {
 				c.read()
@@ -224,9 +211,9 @@ func TestClaimsAtRandom(t *testing.T) {
 func counting(nodes map[string]testNode) []string {
 	var out []string
 	for _, n := range nodes {
-		s := subnetsOf(n.podCIDRs(), bothFamilies)
+		s := subnetsOf(n.cidrs, bothFamilies)
 		if !slices.ContainsFunc(slices.Collect(maps.Values(nodes)), func(o testNode) bool {
-			other := subnetsOf(o.podCIDRs(), bothFamilies)
+			other := subnetsOf(o.cidrs, bothFamilies)
 			older := o.created < n.created || o.created == n.created && o.name < n.name
 			return older && (s.IPv4.Overlaps(other.IPv4) || s.IPv6.Overlaps(other.IPv6))
 		}) {
@@ -236,12 +223,4 @@ func counting(nodes map[string]testNode) []string {
 	}
 	slices.Sort(out)
 	return out
-}
-
-func (n testNode) podCIDRs() [][]byte {
-	var all [][]byte
-	for _, c := range n.cidrs {
-		all = append(all, []byte(c))
-	}
-	return all
 }

@@ -1,86 +1,65 @@
 package kube
 
 import (
-	"bufio"
-	"bytes"
+	"cmp"
 	"context"
-	"encoding/binary"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/url"
-	"slices"
+	"os"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
-	"google.golang.org/protobuf/encoding/protowire"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/client-go/transport"
+	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/subnet"
 )
 
 const (
-	protobuf = "application/vnd.kubernetes.protobuf"
-
-	// pageSize is how many nodes a server that cannot stream lists at once:
-	// client-go's number.
-	pageSize = 500
-
-	// maxFrame bounds an event, which holds one Node: etcd takes no object
-	// above 1.5 MB.
-	maxFrame = 4 << 20
-
-	// A watch is asked to end after watchSeconds, and up to twice as long, so
-	// that nodes spread over the API servers there are, as client-go does.
-	watchSeconds = 300
-
-	// silence is how long a watch may say nothing: API servers send a bookmark
-	// a minute.
-	silence = 2 * time.Minute
-
 	// lostAfter is how long a connection may go unanswered before it is given
 	// up. One that nothing comes by is probed each probeAfter: that a server
 	// has been replaced by one that knows nothing of it shows no sooner.
 	lostAfter  = 20 * time.Second
 	probeAfter = 5 * time.Second
 	dialFor    = 5 * time.Second
+
+	// requestTimeout bounds a request that is answered with one object.
+	requestTimeout = 15 * time.Second
+
+	// maxErrorText is how much of what a server answers is logged: a proxy may
+	// answer with a whole page.
+	maxErrorText = 300
 )
 
-// errSilent ends a watch that says nothing.
-var errSilent = fmt.Errorf("no answer for %v", silence)
-
-// client talks to the API server. client-go brings the credentials and keeps
-// them fresh; the few requests are made by hand, since its typed clients decode
-// and keep far more than we need.
+// A client talks to the API server. Its credentials and the certificates that it
+// trusts come from files, which may be replaced while it runs: client-go reads
+// tokens and client certificates again by itself, and the others are read again
+// when a request has failed, see refresh.
 type client struct {
-	http   *http.Client
 	server string // URL
+	load   func() (*rest.Config, error)
+	files  []string // what load reads
+
+	mu     sync.Mutex
+	rest   *rest.RESTClient
+	loaded [sha256.Size]byte // of the files
 }
 
 func newClient(ctx context.Context, apiURL, kubeconfig string) (*client, error) {
-	var config *rest.Config
-	var err error
-	if apiURL == "" && kubeconfig == "" {
-		if config, err = rest.InClusterConfig(); err != nil {
-			return nil, fmt.Errorf("no --kube-api-url or --kubeconfig-file is given, and this is no pod with a service account: %w", err)
-		}
-	} else if config, err = clientcmd.BuildConfigFromFlags(apiURL, kubeconfig); err != nil {
-		return nil, fmt.Errorf("--kube-api-url, --kubeconfig-file: %w", err)
-	}
-	config.DisableCompression = true // the network is near, CPU is dear
-	config.UserAgent = "flanneld"
-	// HTTP/1.1: an event costs half of what it does with HTTP/2, where it passes
-	// through one more goroutine, and gives back its piece of the window.
-	config.NextProtos = []string{"http/1.1"}
 	dialer, err := iface.NewDialer(ctx)
 	if err != nil {
 		return nil, err
@@ -90,22 +69,76 @@ func newClient(ctx context.Context, apiURL, kubeconfig string) (*client, error) 
 		KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: probeAfter, Interval: probeAfter, Count: int(lostAfter / probeAfter)},
 		Control:         limitWait,
 	}
-	config.Dial = dialer.DialContext
+	c := &client{load: func() (*rest.Config, error) {
+		config, err := readConfig(apiURL, kubeconfig)
+		if err == nil {
+			config.Dial = dialer.DialContext
+		}
+		return config, err
+	}}
+	config, err := c.load()
+	if err != nil {
+		return nil, err
+	}
+	for _, file := range []string{kubeconfig, config.CAFile} {
+		if file != "" {
+			c.files = append(c.files, file)
+		}
+	}
+	c.loaded = c.fingerprint()
+	if c.rest, err = newRESTClient(config); err != nil {
+		return nil, err
+	}
+	server, _, err := rest.DefaultServerUrlFor(config)
+	if err != nil {
+		return nil, fmt.Errorf("--kube-api-url: %w", err)
+	}
+	c.server = strings.TrimSuffix(server.String(), "/")
+	return c, nil
+}
+
+// readConfig reads where the API server is and how to talk to it.
+func readConfig(apiURL, kubeconfig string) (*rest.Config, error) {
+	var config *rest.Config
+	var err error
+	if apiURL == "" && kubeconfig == "" {
+		if config, err = rest.InClusterConfig(); err != nil {
+			return nil, fmt.Errorf("no --kube-api-url or --kubeconfig-file is given, and this is no pod with a service account: %w", err)
+		}
+	} else if config, err = clientcmd.BuildConfigFromFlags(apiURL, kubeconfig); err != nil {
+		return nil, fmt.Errorf("--kube-api-url, --kubeconfig-file: %w", err)
+	}
+	return config, nil
+}
+
+// newRESTClient returns a client of the API server.
+func newRESTClient(config *rest.Config) (*rest.RESTClient, error) {
+	config.APIPath, config.GroupVersion = "/api", &nodeKinds
+	config.NegotiatedSerializer = codecs.WithoutConversion()
+	config.AcceptContentTypes = runtime.ContentTypeProtobuf
+	config.ContentType = runtime.ContentTypeJSON // of what we send
+	config.DisableCompression = true             // the network is near, CPU is dear
+	config.UserAgent = "flanneld"
+	config.QPS = -1 // we pace ourselves
+	config.WarningHandler = rest.NoWarnings{}
+	// HTTP/1.1: an event costs half of what it does with HTTP/2, where it passes
+	// through one more goroutine, and gives back its piece of the window.
+	config.NextProtos = []string{"http/1.1"}
+	config.Wrap(func(next http.RoundTripper) http.RoundTripper { return stallGuard{next} })
 	if config.BearerTokenFile != "" {
 		// client-go reads the file once a minute. This way, a token that is
 		// refused is also read again for the next request.
 		config.Wrap(transport.ResettableTokenSourceWrapTransport(transport.NewCachedFileTokenSource(config.BearerTokenFile)))
 		config.BearerToken, config.BearerTokenFile = "", ""
 	}
-	server, _, err := rest.DefaultServerUrlFor(config)
-	if err != nil {
-		return nil, fmt.Errorf("--kube-api-url: %w", err)
-	}
 	hc, err := rest.HTTPClientFor(config)
 	if err != nil {
-		return nil, fmt.Errorf("credentials for %s: %w", server, err)
+		return nil, fmt.Errorf("credentials for %s: %w", config.Host, err)
 	}
-	return &client{hc, strings.TrimSuffix(server.String(), "/")}, nil
+	// An API server does not send its clients elsewhere. What does would be sent
+	// our token.
+	hc.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
+	return rest.RESTClientForConfigAndClient(config, hc)
 }
 
 // limitWait has the kernel give a connection up also while there is something to
@@ -119,41 +152,46 @@ func limitWait(_, _ string, c syscall.RawConn) error {
 	return errors.Join(control, err)
 }
 
-// do sends a request and returns the answer to it; anything but success is an
-// error, a *statusError where the server has answered.
-func (c *client) do(ctx context.Context, method, path string, query url.Values, accept string, body []byte) (*http.Response, error) {
-	target := c.server + path
-	if len(query) > 0 {
-		target += "?" + query.Encode()
+// fingerprint tells the contents of the files apart.
+func (c *client) fingerprint() (sum [sha256.Size]byte) {
+	h := sha256.New()
+	for _, file := range c.files {
+		text, err := os.ReadFile(file)
+		fmt.Fprintf(h, "%s %d %v\n", file, len(text), err)
+		h.Write(text)
 	}
-	req, err := http.NewRequestWithContext(ctx, method, target, bytes.NewReader(body))
-	if err != nil {
-		return nil, err
+	h.Sum(sum[:0])
+	return sum
+}
+
+// current returns the client for a request.
+func (c *client) current() *rest.RESTClient {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.rest
+}
+
+// refresh reads the kubeconfig and the CA bundle again, if they have changed: a
+// request has failed, and may have for their sake. What cannot be used, such as a
+// file that is half written, is tried again at the next failure.
+func (c *client) refresh() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	now := c.fingerprint()
+	if now == c.loaded {
+		return
 	}
-	req.Header.Set("Accept", accept)
-	switch {
-	case method == http.MethodPatch:
-		req.Header.Set("Content-Type", "application/strategic-merge-patch+json")
-	case body != nil:
-		req.Header.Set("Content-Type", "application/json")
+	config, err := c.load()
+	if err == nil {
+		var fresh *rest.RESTClient
+		if fresh, err = newRESTClient(config); err == nil {
+			c.rest.Client.CloseIdleConnections()
+			c.rest, c.loaded = fresh, now
+			klog.Infof("Read again after a change: %s", strings.Join(c.files, ", "))
+			return
+		}
 	}
-	resp, err := c.http.Do(req)
-	if err != nil {
-		return nil, err
-	}
-	if resp.StatusCode/100 == 2 {
-		return resp, nil
-	}
-	defer resp.Body.Close()
-	answer, _ := io.ReadAll(io.LimitReader(resp.Body, 64<<10))
-	e := &statusError{code: resp.StatusCode}
-	var status struct{ Message, Reason string }
-	if raw, err := unwrap(answer); err == nil {
-		errors.As(decodeStatus(raw), &e)
-	} else if json.Unmarshal(answer, &status) == nil {
-		e.message, e.reason = status.Message, status.Reason
-	}
-	return nil, e
+	klog.V(1).Infof("%s changed, and cannot be used: %v", strings.Join(c.files, ", "), err)
 }
 
 // patchStatus merges into a Node what its status subresource lets nodes change.
@@ -162,227 +200,57 @@ func (c *client) patchStatus(ctx context.Context, node string, patch any) error 
 	if err != nil {
 		return err
 	}
-	resp, err := c.do(ctx, http.MethodPatch, "/api/v1/nodes/"+node+"/status", url.Values{"fieldManager": {"flanneld"}}, "application/json", body)
-	if err != nil {
-		return err
+	var now Node
+	err = c.current().Patch(types.StrategicMergePatchType).Resource("nodes").Name(node).SubResource("status").
+		Param("fieldManager", "flanneld").Body(body).MaxRetries(0).Do(ctx).Into(&now)
+	if err == nil && now.Name != node { // a proxy may answer anything
+		err = fmt.Errorf("the answer to a patch of Node %s is about %q", node, now.Name)
 	}
-	defer resp.Body.Close()
-	_, err = io.Copy(io.Discard, resp.Body)
 	return err
 }
 
 // nodeOfPod returns the name of the node that a pod runs on.
 func (c *client) nodeOfPod(ctx context.Context, namespace, pod string) (string, error) {
-	resp, err := c.do(ctx, http.MethodGet, "/api/v1/namespaces/"+namespace+"/pods/"+pod, nil, "application/json", nil)
+	text, err := c.current().Get().Namespace(namespace).Resource("pods").Name(pod).
+		SetHeader("Accept", runtime.ContentTypeJSON).MaxRetries(0).Do(ctx).Raw()
 	if err != nil {
 		return "", err
 	}
-	defer resp.Body.Close()
 	var p struct{ Spec struct{ NodeName string } }
-	if err := json.NewDecoder(resp.Body).Decode(&p); err != nil {
-		return "", err
+	if err := json.Unmarshal(text, &p); err != nil {
+		return "", fmt.Errorf("the answer about pod %s/%s: %w", namespace, pod, err)
+	}
+	if p.Spec.NodeName == "" {
+		return "", fmt.Errorf("pod %s/%s has no spec.nodeName", namespace, pod)
 	}
 	return p.Spec.NodeName, nil
-}
-
-// A follower is told of Nodes. What it is given is only valid during the call.
-type follower interface {
-	begin()           // the whole state follows, in puts
-	put(*fields)      // a Node is there, or has changed
-	drop(name []byte) // a Node is gone
-	end()             // the whole state has been told
-}
-
-// A feed follows the Nodes that a field selector chooses, "" all.
-type feed struct {
-	*client
-	selector string
-	fields   fields
-	version  []byte // of what was told last; empty asks for the whole state
-	paged    bool   // the server does not stream the whole state
-	initial  bool   // the whole state is being streamed
-	buf      []byte
-	header   [4]byte
-	alive    *time.Timer // ends a call of follow that hears nothing
-	answered func()      // is called when the server begins to answer
-}
-
-// follow tells f of all Nodes, or of what changed since the last call, and then
-// of changes, until the server or ctx ends it. It returns nil when it can be
-// called again at once.
-func (w *feed) follow(ctx context.Context, f follower) error {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	w.alive = time.AfterFunc(silence, func() { cancel(errSilent) })
-	defer w.alive.Stop()
-	query := url.Values{"watch": {"1"}, "allowWatchBookmarks": {"true"}, "timeoutSeconds": {fmt.Sprint(watchSeconds + rand.IntN(watchSeconds))}}
-	if w.selector != "" {
-		query.Set("fieldSelector", w.selector)
-	}
-	initial := len(w.version) == 0
-	if initial && w.paged {
-		if err := w.list(ctx, f); err != nil {
-			return err
-		}
-		initial = false
-	}
-	if initial {
-		// WatchList: the state comes as a stream, and nobody has to hold all
-		// of it at once (KEP-3157).
-		query.Set("sendInitialEvents", "true")
-		query.Set("resourceVersionMatch", "NotOlderThan")
-	}
-	query.Set("resourceVersion", string(w.version))
-	resp, err := w.do(ctx, http.MethodGet, "/api/v1/nodes", query, protobuf+";stream=watch", nil)
-	var status *statusError
-	if initial && errors.As(err, &status) && (status.code == http.StatusBadRequest || status.code == http.StatusUnprocessableEntity) {
-		w.paged = true
-		return nil
-	}
-	if err != nil {
-		return w.lost(err)
-	}
-	defer resp.Body.Close()
-	w.answered()
-	if initial {
-		f.begin()
-	}
-	w.initial = initial
-	body := bufio.NewReaderSize(resp.Body, 64<<10)
-	for err == nil {
-		w.alive.Reset(silence)
-		err = w.tell(body, f)
-	}
-	if errors.Is(err, io.EOF) || context.Cause(ctx) == errSilent {
-		return nil // who does not answer the next call either is away
-	}
-	return w.lost(err)
-}
-
-// tell reads one event and passes it on.
-func (w *feed) tell(r io.Reader, f follower) error {
-	frame, err := w.frame(r)
-	if err != nil {
-		return err
-	}
-	e, err := decodeEvent(frame)
-	if err != nil {
-		return err
-	}
-	if err := w.fields.node(e.object); err != nil {
-		return err
-	}
-	switch {
-	case e.kind == "BOOKMARK":
-		if w.initial && w.fields.initialEnd {
-			w.initial = false
-			f.end()
-		}
-	case e.kind == "DELETED":
-		f.drop(w.fields.name)
-	default:
-		f.put(&w.fields)
-	}
-	if !w.initial { // what broke off half-way is begun again
-		w.version = append(w.version[:0], w.fields.version...)
-	}
-	return nil
-}
-
-// lost has the next call begin anew when the server no longer knows of what we
-// know (410 Gone), and hides that error, which needs no waiting.
-func (w *feed) lost(err error) error {
-	var status *statusError
-	if errors.As(err, &status) && status.code == http.StatusGone && len(w.version) > 0 {
-		w.version = nil
-		return nil
-	}
-	return err
-}
-
-// frame reads one event: its length in four bytes, then that many
-// (k8s.io/apimachinery/pkg/runtime/serializer/protobuf).
-func (w *feed) frame(r io.Reader) ([]byte, error) {
-	if _, err := io.ReadFull(r, w.header[:]); err != nil {
-		return nil, err
-	}
-	n := int(binary.BigEndian.Uint32(w.header[:]))
-	if n > maxFrame {
-		return nil, fmt.Errorf("an event of %d bytes", n)
-	}
-	w.buf = slices.Grow(w.buf[:0], n)[:n]
-	if _, err := io.ReadFull(r, w.buf); err != nil {
-		return nil, err
-	}
-	return w.buf, nil
-}
-
-// list tells f of all Nodes, page by page.
-func (w *feed) list(ctx context.Context, f follower) error {
-	query := url.Values{"limit": {fmt.Sprint(pageSize)}}
-	if w.selector != "" {
-		query.Set("fieldSelector", w.selector)
-	}
-	f.begin()
-	for {
-		resp, err := w.do(ctx, http.MethodGet, "/api/v1/nodes", query, protobuf, nil)
-		if err != nil {
-			return err
-		}
-		body, err := io.ReadAll(resp.Body)
-		resp.Body.Close()
-		if err != nil {
-			return err
-		}
-		w.alive.Reset(silence)
-		raw, err := unwrap(body)
-		if err != nil {
-			return err
-		}
-		var version, next string
-		err = message(raw, func(num protowire.Number, v []byte, _ uint64) error {
-			switch num {
-			case 1: // ListMeta
-				return message(v, func(num protowire.Number, v []byte, _ uint64) error {
-					switch num {
-					case 2:
-						version = string(v)
-					case 3:
-						next = string(v)
-					}
-					return nil
-				})
-			case 2:
-				if err := w.fields.node(v); err != nil {
-					return err
-				}
-				f.put(&w.fields)
-			}
-			return nil
-		})
-		if err != nil {
-			return err
-		}
-		if next == "" {
-			f.end()
-			w.version = []byte(version)
-			return nil
-		}
-		query.Set("continue", next)
-	}
 }
 
 // explain words an error for the operator, with what to do about it. The cause is
 // as subnet.Outage has it.
 func explain(err error) (cause, text string) {
-	var status *statusError
-	answered := errors.As(err, &status)
-	switch text := err.Error(); {
-	case answered && status.code == http.StatusUnauthorized:
+	text = err.Error()
+	if u := (*url.Error)(nil); errors.As(err, &u) {
+		text = u.Err.Error() // the URL says no more than which request it was
+	}
+	code := http.StatusServiceUnavailable // of what is no answer
+	var status apierrors.APIStatus
+	if errors.As(err, &status) {
+		code = int(status.Status().Code)
+		text = cmp.Or(status.Status().Message, text)
+	}
+	text = strings.Join(strings.Fields(text), " ")
+	if len(text) > maxErrorText {
+		text = strings.ToValidUTF8(text[:maxErrorText], "") + "…"
+	}
+	switch {
+	case code == http.StatusUnauthorized:
 		return "login", text + "; it does not accept our credentials, check the service account, or --kubeconfig-file"
-	case answered && status.code == http.StatusForbidden:
+	case code == http.StatusForbidden:
 		return "", text + "; the ClusterRole must allow get, list, watch of nodes, patch of nodes/status and get of pods"
-	case answered && status.code != http.StatusTooManyRequests && status.code < http.StatusInternalServerError:
+	case code/100 == 3:
+		return "redirect", text + "; it sends us elsewhere, which no API server does: check --kube-api-url, and for a proxy that wants a login"
+	case code != http.StatusTooManyRequests && code < http.StatusInternalServerError:
 		return "", text
 	case strings.Contains(text, "x509:"):
 		return "certificate", text + "; its certificate is not to be trusted, check certificate-authority in --kubeconfig-file, or --kube-api-url"

@@ -12,7 +12,6 @@ import (
 	"fmt"
 	"maps"
 	"net"
-	"net/http"
 	"net/netip"
 	"os"
 	"slices"
@@ -20,9 +19,11 @@ import (
 	"sync"
 	"time"
 
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/pkg/iface"
+	"github.com/flanneld/flanneld/pkg/retry"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -69,23 +70,16 @@ type Manager struct {
 	cancel  context.CancelFunc
 	running sync.WaitGroup
 
-	asked  iface.Selector      // what the operator and the Node say, see Select
-	warned map[netip.Addr]bool // see compare
-	on     subnet.Subnets      // the networks of the families that are on
+	on     subnet.Subnets // the networks of the families that are on
+	want   subnet.Attrs   // what Acquire was asked to publish; of Acquire and Keep alone
+	warned sync.Map       // the texts of warnings that were logged
 
 	mu      sync.Mutex
+	asked   iface.Selector // what the operator and the Node say, see Select
 	own     *ownNode      // nil: there is no Node yet
 	changed chan struct{} // closed when own, or up, changes
 	told    bool          // own is what the API server says
 	up      bool          // the network is: see Ready
-}
-
-// ownNode is this node's Node.
-type ownNode struct {
-	subnets     subnet.Subnets
-	annotations map[string]string
-	addresses   []netip.Addr
-	conditioned bool
 }
 
 var (
@@ -108,9 +102,23 @@ func New(ctx context.Context, o Options) (*Manager, error) {
 	m := &Manager{
 		options: o, client: c, name: o.NodeName, ctx: ctx, cancel: cancel,
 		outage:  subnet.Outage{Store: "Kubernetes' API server at " + c.server},
-		changed: make(chan struct{}), warned: map[netip.Addr]bool{},
+		changed: make(chan struct{}),
 	}
 	m.notices = newNotices(c, m.node)
+	if o.NodeAddress {
+		changes, err := iface.Changes(ctx)
+		if err != nil {
+			cancel()
+			return nil, err
+		}
+		m.running.Go(func() {
+			for range changes { // an interface may hold the Node's address by now
+				m.mu.Lock()
+				m.signal()
+				m.mu.Unlock()
+			}
+		})
+	}
 	m.running.Go(m.followOwn)
 	m.running.Go(func() { m.notices.run(ctx) })
 	return m, nil
@@ -158,11 +166,33 @@ func (m *Manager) Config(context.Context) (*subnet.Config, error) {
 func (m *Manager) Configs(context.Context) <-chan *subnet.Config { return nil }
 
 // Select implements subnet.Manager: the Node may say what peers are to use.
-func (m *Manager) Select(ctx context.Context, sel iface.Selector) (iface.Selector, error) {
-	own, _, err := m.await(ctx, func(*ownNode) string { return "" })
-	if err != nil {
-		return sel, err
-	}
+func (m *Manager) Select(ctx context.Context, sel iface.Selector) <-chan iface.Selector {
+	out := make(chan iface.Selector)
+	go func() {
+		defer close(out)
+		for first := true; ; first = false {
+			own, changed, err := m.await(ctx, m.addressMissing)
+			if err != nil {
+				return
+			}
+			if now, news := m.selector(own, sel); first || news {
+				select {
+				case out <- now:
+				case <-ctx.Done():
+					return
+				}
+			}
+			if closed(ctx, changed) != nil {
+				return
+			}
+		}
+	}()
+	return out
+}
+
+// selector adds to the operator's selector what the Node says, and tells whether
+// that is another one than before.
+func (m *Manager) selector(own *ownNode, sel iface.Selector) (now iface.Selector, news bool) {
 	for _, a := range []struct {
 		annotation string
 		into       *netip.Addr
@@ -172,51 +202,37 @@ func (m *Manager) Select(ctx context.Context, sel iface.Selector) (iface.Selecto
 		}
 	}
 	if m.options.NodeAddress {
-		if sel.Names, err = m.nodeAddresses(ctx); err != nil {
-			return sel, err
+		sel.Names = nil
+		for _, ip := range m.internalIPs(own) {
+			sel.Names = append(sel.Names, ip.String())
 		}
 	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	before := m.asked
 	m.asked = sel
-	return sel, nil
+	return sel, sel.PublicIP != before.PublicIP || sel.PublicIPv6 != before.PublicIPv6 || !slices.Equal(sel.Names, before.Names)
 }
 
-// nodeAddresses returns the Node's InternalIPs, waiting until an interface of
-// this host holds one of them.
-func (m *Manager) nodeAddresses(ctx context.Context) ([]string, error) {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	changes, err := iface.Changes(ctx)
-	if err != nil {
-		return nil, err
-	}
-	go func() {
-		for range changes {
-			m.mu.Lock()
-			m.signal()
-			m.mu.Unlock()
-		}
-	}()
-	var ips []netip.Addr
-	_, _, err = m.await(ctx, func(n *ownNode) string {
-		ips = slices.DeleteFunc(slices.Clone(n.addresses), func(ip netip.Addr) bool {
-			return ip.Is4() && !m.on.IPv4.IsValid() || ip.Is6() && !m.on.IPv6.IsValid()
-		})
-		switch {
-		case len(ips) == 0:
-			return "status.addresses of Node " + m.name + " to have an InternalIP of a family that is on, for --iface-node-address: kubelet's --node-ip sets it"
-		case !held(ips):
-			return fmt.Sprintf("an interface that holds an InternalIP of Node %s, %v: have kubelet's --node-ip name an address of this host, or give --iface rather than --iface-node-address", m.name, ips)
-		}
-		return ""
+// internalIPs are the Node's of the families that are on.
+func (m *Manager) internalIPs(own *ownNode) []netip.Addr {
+	return slices.DeleteFunc(slices.Clone(own.addresses), func(ip netip.Addr) bool {
+		return ip.Is4() && !m.on.IPv4.IsValid() || ip.Is6() && !m.on.IPv6.IsValid()
 	})
-	if err != nil {
-		return nil, err
+}
+
+// addressMissing tells what keeps --iface-node-address from finding the uplink.
+func (m *Manager) addressMissing(own *ownNode) string {
+	if !m.options.NodeAddress {
+		return ""
 	}
-	var names []string
-	for _, ip := range ips {
-		names = append(names, ip.String())
+	switch ips := m.internalIPs(own); {
+	case len(ips) == 0:
+		return "status.addresses of Node " + m.name + " to have an InternalIP of a family that is on, for --iface-node-address: kubelet's --node-ip sets it"
+	case !held(ips):
+		return fmt.Sprintf("an interface that holds an InternalIP of Node %s, %v: have kubelet's --node-ip name an address of this host, or give --iface rather than --iface-node-address", m.name, ips)
 	}
-	return names, nil
+	return ""
 }
 
 // held tells whether an interface of this host has one of the addresses.
@@ -233,9 +249,17 @@ func held(ips []netip.Addr) bool {
 func (m *Manager) address(n *ownNode, annotation string) (netip.Addr, bool) {
 	ip, err := parseAddress(n.annotations[annotation], annotation)
 	if err != nil {
-		klog.Warningf("The annotation %s%s of Node %s is ignored: %v", m.options.AnnotationPrefix, annotation, m.name, err)
+		m.warnOnce("The annotation %s%s of Node %s is ignored: %v", m.options.AnnotationPrefix, annotation, m.name, err)
 	}
 	return ip, ip.IsValid()
+}
+
+// warnOnce logs a warning that was not logged before.
+func (m *Manager) warnOnce(format string, args ...any) {
+	text := fmt.Sprintf(format, args...)
+	if _, known := m.warned.LoadOrStore(text, true); !known {
+		klog.WarningDepth(1, text)
+	}
 }
 
 // parseAddress reads the text of an annotation: the zero Addr for none.
@@ -256,11 +280,12 @@ func (m *Manager) Previous(ctx context.Context, _ subnet.Attrs) (subnet.Attrs, e
 	if err != nil {
 		return subnet.Attrs{}, err
 	}
-	return attrsOf(own.annotations), nil
+	return attrsOf(func(name string) string { return own.annotations[name] }), nil
 }
 
 // Acquire implements subnet.Manager.
 func (m *Manager) Acquire(ctx context.Context, cfg *subnet.Config, want subnet.Lease) (subnet.Lease, error) {
+	m.want = want.Attrs
 	for {
 		own, changed, err := m.await(ctx, func(n *ownNode) string {
 			have := n.subnets
@@ -283,7 +308,7 @@ func (m *Manager) Acquire(ctx context.Context, cfg *subnet.Config, want subnet.L
 		if err != nil || there {
 			return lease, err
 		}
-		if err := wait(ctx, changed); err != nil { // for the watch to tell as well that the Node is gone
+		if err := closed(ctx, changed); err != nil { // for the watch to tell as well that the Node is gone
 			return subnet.Lease{}, err
 		}
 	}
@@ -292,17 +317,12 @@ func (m *Manager) Acquire(ctx context.Context, cfg *subnet.Config, want subnet.L
 // leaseOf returns the lease that a Node's podCIDRs are, with what it says of
 // the public addresses.
 func (m *Manager) leaseOf(own *ownNode, cfg *subnet.Config, attrs subnet.Attrs) (subnet.Lease, error) {
-	lease := subnet.Lease{Attrs: attrs}
+	lease := subnet.Lease{Attrs: m.overwrite(own, attrs)}
 	for _, f := range []struct {
-		pool      subnet.Pool
-		have      netip.Prefix
-		into      *netip.Prefix
-		overwrite string
-		public    *netip.Addr
-	}{
-		{cfg.IPv4, own.subnets.IPv4, &lease.IPv4, publicIPOverwrite, &lease.Attrs.PublicIP},
-		{cfg.IPv6, own.subnets.IPv6, &lease.IPv6, publicIPv6Overwrite, &lease.Attrs.PublicIPv6},
-	} {
+		pool subnet.Pool
+		have netip.Prefix
+		into *netip.Prefix
+	}{{cfg.IPv4, own.subnets.IPv4, &lease.IPv4}, {cfg.IPv6, own.subnets.IPv6, &lease.IPv6}} {
 		if !f.pool.Enabled() {
 			continue
 		}
@@ -314,25 +334,40 @@ func (m *Manager) leaseOf(own *ownNode, cfg *subnet.Config, attrs subnet.Attrs) 
 			return subnet.Lease{}, err
 		}
 		*f.into = f.have
-		if ip, ok := m.address(own, f.overwrite); ok {
+	}
+	return lease, nil
+}
+
+// overwrite returns what is to be published with the public addresses that the
+// Node's annotations overwrite.
+func (m *Manager) overwrite(own *ownNode, attrs subnet.Attrs) subnet.Attrs {
+	for _, f := range []struct {
+		annotation string
+		public     *netip.Addr
+	}{{publicIPOverwrite, &attrs.PublicIP}, {publicIPv6Overwrite, &attrs.PublicIPv6}} {
+		if !f.public.IsValid() {
+			continue // the family is off
+		}
+		if ip, ok := m.address(own, f.annotation); ok {
 			*f.public = ip
 		} else {
 			m.compare(own, *f.public)
 		}
 	}
-	return lease, nil
+	return attrs
 }
 
 // compare warns, once, of an address that was found but is not one of the Node's
 // of that family: the classic mistake on hosts with two interfaces.
 func (m *Manager) compare(own *ownNode, found netip.Addr) {
+	m.mu.Lock()
+	asked := m.asked
+	m.mu.Unlock()
 	same := func(ip netip.Addr) bool { return ip.BitLen() == found.BitLen() }
-	if found == m.asked.PublicIP || found == m.asked.PublicIPv6 || m.warned[found] ||
-		!slices.ContainsFunc(own.addresses, same) || slices.Contains(own.addresses, found) {
+	if found == asked.PublicIP || found == asked.PublicIPv6 || !slices.ContainsFunc(own.addresses, same) || slices.Contains(own.addresses, found) {
 		return
 	}
-	m.warned[found] = true
-	klog.Warningf("The address that peers are told, %s, is not among those of Node %s, %v. If this host has several interfaces, give --iface-node-address or --iface", found, m.name, own.addresses)
+	m.warnOnce("The address that peers are told, %s, is not among those of Node %s, %v. If this host has several interfaces, give --iface-node-address or --iface", found, m.name, own.addresses)
 }
 
 // publish writes the lease's annotations where they differ, and tells whether
@@ -369,7 +404,7 @@ func (m *Manager) patch(ctx context.Context, purpose string, patch any) (there b
 	there = true
 	err = m.retry(ctx, purpose, func(ctx context.Context) error {
 		err := m.client.patchStatus(ctx, m.name, patch)
-		if status := (*statusError)(nil); errors.As(err, &status) && status.code == http.StatusNotFound {
+		if apierrors.IsNotFound(err) {
 			there, err = false, nil
 		}
 		return err
@@ -406,6 +441,10 @@ func (m *Manager) Keep(ctx context.Context, lease subnet.Lease) error {
 				return subnet.ErrLost
 			}
 		}
+		if now := m.overwrite(own, m.want); len(m.want.PublicIPs()) > 0 && !now.Equal(lease.Attrs) {
+			klog.Infof("The annotations of Node %s overwrite other public addresses now: publishing %v, no longer %v", m.name, now.PublicIPs(), lease.Attrs.PublicIPs())
+			return subnet.ErrChanged
+		}
 		m.mu.Lock()
 		up := m.up
 		m.mu.Unlock()
@@ -434,7 +473,7 @@ func (m *Manager) Keep(ctx context.Context, lease subnet.Lease) error {
 		}
 		// Also after a change of ours: the watch brings the Node as it is then,
 		// or tells that it is gone.
-		if err := wait(ctx, changed); err != nil {
+		if err := closed(ctx, changed); err != nil {
 			return err
 		}
 	}
@@ -450,62 +489,15 @@ func (m *Manager) setCondition(ctx context.Context) error {
 	return err
 }
 
-// wait waits for changed to be closed.
-func wait(ctx context.Context, changed <-chan struct{}) error {
-	select {
-	case <-changed:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-}
-
-// await waits for a Node for which missing returns "", and otherwise what is
-// waited for. changed is closed when it changes.
-func (m *Manager) await(ctx context.Context, missing func(*ownNode) string) (own *ownNode, changed <-chan struct{}, err error) {
-	said := ""
-	for {
-		m.mu.Lock()
-		own, changed = m.own, m.changed
-		what, told := fmt.Sprintf("Node %s, which kubelet registers", m.name), m.told
-		m.mu.Unlock()
-		if own != nil {
-			what = missing(own)
-		}
-		if what == "" {
-			if said != "" {
-				what, _, _ = strings.Cut(said, ": ") // without the remedy
-				klog.Infof("No longer waiting for %s", what)
-				m.Notify("waiting", "", "")
-			}
-			return own, changed, nil
-		}
-		if what != said && told {
-			said = what
-			klog.Warningf("Waiting for %s", what)
-			if own != nil {
-				m.Notify("waiting", "NodeIncomplete", "flanneld waits for "+what)
-			}
-		}
-		select {
-		case <-changed:
-		case <-ctx.Done():
-			return nil, nil, ctx.Err()
-		case <-m.ctx.Done():
-			return nil, nil, m.ctx.Err()
-		}
-	}
-}
-
 // attrsOf reads a lease's annotations.
-func attrsOf(annotations map[string]string) subnet.Attrs {
+func attrsOf(annotation func(name string) string) subnet.Attrs {
 	a := subnet.Attrs{
-		BackendType:   annotations[backendType],
-		BackendData:   raw(annotations[backendData]),
-		BackendV6Data: raw(annotations[backendV6Data]),
+		BackendType:   annotation(backendType),
+		BackendData:   raw(annotation(backendData)),
+		BackendV6Data: raw(annotation(backendV6Data)),
 	}
-	a.PublicIP, _ = parseAddress(annotations[publicIP], publicIP) // a peer's: it may be nonsense
-	a.PublicIPv6, _ = parseAddress(annotations[publicIPv6], publicIPv6)
+	a.PublicIP, _ = parseAddress(annotation(publicIP), publicIP) // a peer's: it may be nonsense
+	a.PublicIPv6, _ = parseAddress(annotation(publicIPv6), publicIPv6)
 	return a
 }
 
@@ -540,10 +532,10 @@ func annotationsOf(a subnet.Attrs) map[string]string {
 
 // subnetsOf reads podCIDRs of the families that are on; what is none is left
 // out.
-func subnetsOf(cidrs [][]byte, on subnet.Subnets) subnet.Subnets {
+func subnetsOf(cidrs []string, on subnet.Subnets) subnet.Subnets {
 	var s subnet.Subnets
 	for _, text := range cidrs {
-		p, err := netip.ParsePrefix(string(text))
+		p, err := netip.ParsePrefix(text)
 		switch {
 		case err != nil:
 		case p.Addr().Is4() && on.IPv4.IsValid():
@@ -572,7 +564,11 @@ func (m *Manager) retry(ctx context.Context, purpose string, f func(context.Cont
 		if ctx.Err() == nil {
 			m.fail(purpose, err)
 		}
-		if err := pause.Sleep(ctx); err != nil {
+		rest := pause.Next()
+		if seconds, ok := apierrors.SuggestsClientDelay(err); ok {
+			rest = max(rest, min(time.Duration(seconds)*time.Second, maxRetryAfter))
+		}
+		if err := retry.Sleep(ctx, rest); err != nil {
 			return err
 		}
 	}
@@ -580,59 +576,7 @@ func (m *Manager) retry(ctx context.Context, purpose string, f func(context.Cont
 
 // fail takes note that an attempt has failed.
 func (m *Manager) fail(purpose string, err error) {
+	m.client.refresh()
 	why, text := explain(err)
 	m.outage.Begin(purpose, why, text)
-}
-
-const requestTimeout = 15 * time.Second
-
-// follow keeps a follower told until ctx ends.
-func (m *Manager) follow(ctx context.Context, selector, purpose string, f follower) {
-	w := &feed{
-		client: m.client, selector: selector, fields: fields{prefix: []byte(m.options.AnnotationPrefix)},
-		answered: func() { m.outage.End(purpose) },
-	}
-	pause := subnet.Backoff()
-	for ctx.Err() == nil {
-		began := time.Now()
-		err := w.follow(ctx, f)
-		if ctx.Err() != nil {
-			return
-		}
-		if time.Since(began) > time.Minute {
-			pause.Reset()
-		}
-		if err != nil {
-			m.fail(purpose, err)
-		}
-		if pause.Sleep(ctx) != nil {
-			return
-		}
-	}
-}
-
-// followOwn keeps own.
-func (m *Manager) followOwn() {
-	if m.name == "" {
-		err := m.retry(m.ctx, "learn which Node this is", func(ctx context.Context) error {
-			name, err := m.client.nodeOfPod(ctx, m.options.Namespace, m.options.Pod)
-			if err == nil && name == "" {
-				err = fmt.Errorf("pod %s/%s has no spec.nodeName", m.options.Namespace, m.options.Pod)
-			}
-			m.mu.Lock()
-			m.name = name
-			m.mu.Unlock()
-			return err
-		})
-		if err != nil {
-			return
-		}
-	}
-	m.follow(m.ctx, "metadata.name="+m.name, "read Node "+m.name, &ownFollower{Manager: m})
-}
-
-// signal tells those who wait that something changed. The caller holds m.mu.
-func (m *Manager) signal() {
-	close(m.changed)
-	m.changed = make(chan struct{})
 }

@@ -1,13 +1,10 @@
 package kube
 
 import (
-	"bytes"
-	"context"
 	"encoding/binary"
 	"fmt"
-	"net/http"
-	"net/http/httptest"
 	"net/netip"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -63,11 +60,43 @@ func (n testNode) marshal() []byte {
 	return text(text(text(nil, 1, string(meta)), 2, string(spec)), 3, string(status))
 }
 
-func envelope(raw []byte) []byte { return append([]byte("k8s\x00"), text(nil, 2, string(raw))...) }
+// envelope is what objects are sent in: four bytes, then a runtime.Unknown
+// (k8s.io/apimachinery/pkg/runtime/generated.proto).
+func envelope(kind string, raw []byte) []byte {
+	return append([]byte("k8s\x00"), text(text(nil, 1, string(text(text(nil, 1, "v1"), 2, kind))), 2, string(raw))...)
+}
 
-func frame(kind string, object []byte) []byte {
-	e := text(text(nil, 1, kind), 2, string(text(nil, 1, string(envelope(object)))))
+// frame is an event of a watch: its length, then a metav1.WatchEvent.
+func frame(event string, object []byte) []byte {
+	kind := "Node"
+	if event == "ERROR" {
+		kind = "Status"
+	}
+	e := text(text(nil, 1, event), 2, string(text(nil, 1, string(envelope(kind, object)))))
 	return append(binary.BigEndian.AppendUint32(nil, uint32(len(e))), e...)
+}
+
+// status is a failure, as a metav1.Status.
+func status(code uint64, reason, message string) []byte {
+	return number(text(text(text(nil, 2, "Failure"), 3, message), 4, reason), 6, code)
+}
+
+// object is the Node as our store is given it.
+func (n testNode) object() *Node {
+	var o Node
+	if err := o.Unmarshal(n.marshal()); err != nil {
+		panic(err)
+	}
+	return &o
+}
+
+// objects are a list as a store is given it.
+func objects(nodes ...testNode) []any {
+	var all []any
+	for _, n := range nodes {
+		all = append(all, n.object())
+	}
+	return all
 }
 
 func peerNode(i int) testNode {
@@ -81,69 +110,49 @@ func peerNode(i int) testNode {
 	}
 }
 
-func TestNodeFields(t *testing.T) {
-	f := fields{prefix: []byte("flannel.alpha.coreos.com/")}
-	if err := f.node(peerNode(3).marshal()); err != nil {
-		t.Fatal(err)
+func TestUnmarshal(t *testing.T) {
+	n := peerNode(3).object()
+	if n.Name != "n3" || n.ResourceVersion != "7" || n.CreationTimestamp.Unix() != 3 || !slices.Equal(n.podCIDRs, []string{"10.5.3.0/24"}) ||
+		len(n.Annotations) != 5 || len(n.internalIPs) != 1 || n.networkUp {
+		t.Errorf("got %+v", n)
 	}
-	if string(f.name) != "n3" || string(f.version) != "7" || f.created != 3 || len(f.podCIDRs) != 1 || string(f.podCIDRs[0]) != "10.5.3.0/24" ||
-		len(f.annotations) != 4 || string(f.annotations[3].key) != "public-ip" || len(f.internalIPs) != 1 || f.networkUp || f.initialEnd {
-		t.Errorf("got %+v", f)
+	if ours := n.annotations("flannel.alpha.coreos.com/"); len(ours) != 4 || ours["public-ip"] != "198.18.0.3" {
+		t.Errorf("our annotations are %v", ours)
 	}
-	if err := f.node(text(nil, 1, string(text(nil, 12, string(text(text(nil, 1, "k8s.io/initial-events-end"), 2, "true")))))); err != nil || !f.initialEnd || len(f.annotations) != 0 {
-		t.Errorf("a bookmark: %v, %+v", err, f)
+	n.Reset()
+	if err := n.Unmarshal(text(nil, 3, string(text(nil, 4, string(text(text(nil, 1, "NetworkUnavailable"), 2, "False")))))); err != nil || !n.networkUp || n.Name != "" {
+		t.Errorf("a condition: %v, %+v", err, n)
 	}
-	if err := f.node(text(nil, 3, string(text(nil, 4, string(text(text(nil, 1, "NetworkUnavailable"), 2, "False")))))); err != nil || !f.networkUp {
-		t.Errorf("a condition: %v, %+v", err, f)
+	if c := peerNode(3).object().DeepCopyObject().(*Node); !reflect.DeepEqual(c, peerNode(3).object()) {
+		t.Errorf("the copy is %+v", c)
 	}
 }
 
-// What a heartbeat changes costs no memory and is no news.
+// What a heartbeat changes is no news.
 func TestHeartbeats(t *testing.T) {
 	p := testPeers()
-	f := fields{prefix: []byte("flannel.alpha.coreos.com/")}
 	n := peerNode(3)
-	tell := func() {
-		if err := f.node(n.marshal()); err != nil {
-			t.Fatal(err)
-		}
-		p.put(&f)
-	}
-	p.begin()
-	tell()
-	p.end()
+	p.Replace(objects(n), "")
 	if u := p.take(); !u.Snapshot || len(u.Leases) != 1 {
 		t.Fatalf("got %+v", u)
 	}
+	before := p.byName["n3"]
 	n.heartbeat, n.version = "later", "8"
-	tell()
-	if u := p.take(); len(u.Leases)+len(u.Gone) != 0 {
+	p.Update(n.object())
+	if u := p.take(); len(u.Leases)+len(u.Gone) != 0 || p.byName["n3"] != before {
 		t.Errorf("a heartbeat is news: %+v", u)
-	}
-	raw := n.marshal()
-	if got := testing.AllocsPerRun(100, func() {
-		if f.node(raw) == nil {
-			p.put(&f)
-		}
-	}); got > 0 {
-		t.Errorf("a heartbeat makes %v allocations", got)
 	}
 }
 
-func testPeers() *peers {
-	return newPeers(&Manager{client: &client{}, on: subnet.Subnets{IPv4: netip.MustParsePrefix("10.5.0.0/16")}})
+func testPeers() *peers { return newPeers(testManager(onlyIPv4)) }
+
+func testManager(on subnet.Subnets) *Manager {
+	return &Manager{client: &client{}, options: Options{AnnotationPrefix: "flannel.alpha.coreos.com/"}, on: on}
 }
 
 func TestPeers(t *testing.T) {
 	p := testPeers()
-	f := fields{prefix: []byte("flannel.alpha.coreos.com/")}
-	put := func(n testNode) {
-		t.Helper()
-		if err := f.node(n.marshal()); err != nil {
-			t.Fatal(err)
-		}
-		p.put(&f)
-	}
+	put := func(n testNode) { p.Update(n.object()) }
 	expect := func(what, want string) {
 		t.Helper()
 		u := p.take()
@@ -163,15 +172,10 @@ func TestPeers(t *testing.T) {
 	stranger.annotations = nil
 	podless := peerNode(8)
 	podless.cidrs = nil
-	p.begin()
-	put(peerNode(1))
-	put(peerNode(2))
-	put(stranger)
-	put(podless)
 	expect("before all is told", "")
-	p.end()
+	p.Replace(objects(peerNode(1), peerNode(2), stranger, podless), "")
 	expect("all", "+10.5.1.0/24 at 198.18.0.1 +10.5.2.0/24 at 198.18.0.2")
-	p.drop([]byte("n2"))
+	p.Delete(peerNode(2).object())
 	put(peerNode(9)) // joins
 	put(peerNode(8)) // has got its podCIDR
 	expect("changes", "+10.5.8.0/24 at 198.18.0.8 +10.5.9.0/24 at 198.18.0.9 -10.5.2.0/24")
@@ -183,68 +187,11 @@ func TestPeers(t *testing.T) {
 	twin.cidrs = []string{"10.5.8.0/24"}
 	put(twin)
 	expect("a younger node with the same podCIDR", "")
-	p.drop([]byte("n8"))
+	p.Delete(peerNode(8).object())
 	expect("the older one goes", "+10.5.8.0/24 at 198.18.0.30")
 
-	p.begin() // after a gap
-	put(peerNode(9))
-	put(peerNode(5))
-	p.end()
+	p.Replace(objects(peerNode(9), peerNode(5)), "") // after a gap
 	expect("what went in the gap", "+10.5.5.0/24 at 198.18.0.5 -10.5.77.0/24 -10.5.8.0/24")
-}
-
-// recorder writes down what it is told.
-type recorder struct{ told []string }
-
-func (r *recorder) begin()           { r.told = append(r.told, "begin") }
-func (r *recorder) put(n *fields)    { r.told = append(r.told, "put "+string(n.name)) }
-func (r *recorder) drop(name []byte) { r.told = append(r.told, "drop "+string(name)) }
-func (r *recorder) end()             { r.told = append(r.told, "end") }
-
-// A server that forgot what we know, and one that cannot stream the state.
-func TestFeed(t *testing.T) {
-	bookmark := text(nil, 1, string(text(text(nil, 6, "20"), 12, string(text(text(nil, 1, "k8s.io/initial-events-end"), 2, "true")))))
-	gone := number(text(text(nil, 3, "too old resource version"), 4, "Expired"), 6, 410)
-	list := text(text(nil, 1, string(text(nil, 2, "30"))), 2, string(peerNode(4).marshal()))
-	var asked []string
-	var answers []func(w http.ResponseWriter)
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		q := r.URL.Query()
-		asked = append(asked, fmt.Sprintf("watch=%s version=%s initial=%s", q.Get("watch"), q.Get("resourceVersion"), q.Get("sendInitialEvents")))
-		answer := answers[0]
-		answers = answers[1:]
-		answer(w)
-	}))
-	defer server.Close()
-	send := func(frames ...[]byte) func(http.ResponseWriter) {
-		return func(w http.ResponseWriter) { w.Write(bytes.Join(frames, nil)) }
-	}
-	answers = []func(http.ResponseWriter){
-		send(frame("ADDED", peerNode(1).marshal())), // breaks off: told again
-		send(frame("ADDED", peerNode(1).marshal()), frame("BOOKMARK", bookmark), frame("DELETED", peerNode(1).marshal())),
-		send(frame("ERROR", gone)),
-		func(w http.ResponseWriter) { w.WriteHeader(http.StatusUnprocessableEntity) },
-		func(w http.ResponseWriter) { w.Write(envelope(list)) },
-		send(frame("MODIFIED", peerNode(4).marshal())),
-	}
-	w := &feed{client: &client{http: server.Client(), server: server.URL}, answered: func() {}}
-	r := &recorder{}
-	for range 5 {
-		if err := w.follow(context.Background(), r); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if got, want := strings.Join(r.told, ", "), "begin, put n1, begin, put n1, end, drop n1, begin, put n4, end, put n4"; got != want {
-		t.Errorf("told %s\nwant %s", got, want)
-	}
-	if got, want := strings.Join(asked, "\n"), `watch=1 version= initial=true
-watch=1 version= initial=true
-watch=1 version=7 initial=
-watch=1 version= initial=true
-watch= version= initial=
-watch=1 version=30 initial=`; got != want {
-		t.Errorf("asked\n%s\nwant\n%s", got, want)
-	}
 }
 
 func TestAnnotations(t *testing.T) {
@@ -253,7 +200,8 @@ func TestAnnotations(t *testing.T) {
 		{PublicIP: netip.MustParseAddr("192.0.2.1"), PublicIPv6: netip.MustParseAddr("2001:db8::1"), BackendType: "vxlan", BackendData: []byte(`{"VNI":1}`), BackendV6Data: []byte(`{"VNI":2}`)},
 		{PublicIPv6: netip.MustParseAddr("2001:db8::1"), BackendType: "vxlan", BackendV6Data: []byte(`{"VNI":2}`)},
 	} {
-		if got := attrsOf(annotationsOf(a)); !got.Equal(a) {
+		all := annotationsOf(a)
+		if got := attrsOf(func(name string) string { return all[name] }); !got.Equal(a) {
 			t.Errorf("%+v became %+v", a, got)
 		}
 	}
@@ -262,35 +210,13 @@ func TestAnnotations(t *testing.T) {
 // The cluster may be dual stack, and this network of IPv4 alone.
 func TestFamiliesThatAreOff(t *testing.T) {
 	p := testPeers()
-	f := fields{prefix: []byte("flannel.alpha.coreos.com/")}
 	n := peerNode(9)
 	n.cidrs = append(n.cidrs, "fd05:0:0:9::/64")
-	if err := f.node(n.marshal()); err != nil {
-		t.Fatal(err)
-	}
-	p.begin()
-	p.put(&f)
-	p.end()
+	p.Replace(objects(n), "")
 	for s := range p.take().Leases {
 		if s.String() != "10.5.9.0/24" {
 			t.Errorf("the peer's subnets are %s", s)
 		}
-	}
-}
-
-// A whole heartbeat, from the frame on, makes no allocation.
-func TestHeartbeatFrames(t *testing.T) {
-	p := testPeers()
-	w := &feed{client: p.manager.client, fields: fields{prefix: []byte("flannel.alpha.coreos.com/")}, version: make([]byte, 0, 16)}
-	event := frame("MODIFIED", peerNode(3).marshal())
-	r := bytes.NewReader(event)
-	if got := testing.AllocsPerRun(100, func() {
-		r.Reset(event)
-		if err := w.tell(r, p); err != nil {
-			t.Fatal(err)
-		}
-	}); got > 0 {
-		t.Errorf("a heartbeat makes %v allocations", got)
 	}
 }
 
@@ -302,17 +228,20 @@ func TestAddressesOfTheWrongFamily(t *testing.T) {
 	}
 }
 
-func FuzzEvent(f *testing.F) {
-	f.Add(frame("ADDED", peerNode(1).marshal())[4:])
-	f.Add(frame("ERROR", number(nil, 6, 410))[4:])
+func FuzzNode(f *testing.F) {
+	f.Add(peerNode(1).marshal())
+	f.Add(text(text(nil, 1, string(text(nil, 2, "30"))), 2, string(peerNode(4).marshal()))) // a list
 	f.Fuzz(func(t *testing.T, b []byte) {
-		e, err := decodeEvent(b)
-		if err != nil {
-			return
-		}
-		n := fields{prefix: []byte("flannel.alpha.coreos.com/")}
-		if n.node(e.object) == nil {
-			testPeers().put(&n)
+		var l NodeList
+		l.Unmarshal(b)
+		var n Node
+		if n.Unmarshal(b) == nil {
+			p := testPeers()
+			p.Replace([]any{&n}, "")
+			p.Delete(&n)
+			if len(p.byName) != 0 {
+				t.Errorf("a Node that is gone is still known: %+v", n)
+			}
 		}
 	})
 }

@@ -3,14 +3,15 @@ package kube
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"hash/fnv"
-	"net/http"
-	"net/url"
 	"sync"
 	"time"
 
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/rest"
 	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/pkg/retry"
@@ -168,8 +169,7 @@ func (n *notices) write(ctx context.Context) {
 func (n *notices) wrote(about string, v notice, count int, err error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	var status *statusError
-	forbidden := errors.As(err, &status) && status.code == http.StatusForbidden
+	forbidden := apierrors.IsForbidden(err)
 	now := n.all[about]
 	if now != nil && now.reason == v.reason && now.message == v.message && (err == nil || forbidden) {
 		now.count, now.unsent = count, now.unsent-v.unsent
@@ -189,7 +189,6 @@ func (n *notices) wrote(about string, v notice, count int, err error) {
 func (n *notices) put(ctx context.Context, node string, v notice) (count int, err error) {
 	// Of a Node, which has no namespace, events are in the default one; and its
 	// UID is its name there, as kubelet has it.
-	const path = "/api/v1/namespaces/default/events"
 	sum := fnv.New64a()
 	sum.Write([]byte(v.reason + "\n" + v.message))
 	name := fmt.Sprintf("%s.flannel-%016x", node, sum.Sum64())
@@ -199,11 +198,13 @@ func (n *notices) put(ctx context.Context, node string, v notice) (count int, er
 	if v.count > 0 {
 		patch["count"] = v.count + v.unsent
 	}
-	count, err = n.send(ctx, http.MethodPatch, path+"/"+name, patch)
-	var status *statusError
+	update := func(o object) (int, error) {
+		return n.send(ctx, n.client.current().Patch(types.StrategicMergePatchType).Name(name), o)
+	}
+	count, err = update(patch)
 	switch {
-	case errors.As(err, &status) && status.code == http.StatusNotFound:
-		return n.send(ctx, http.MethodPost, path, object{
+	case apierrors.IsNotFound(err):
+		return n.send(ctx, n.client.current().Post(), object{
 			"apiVersion": "v1", "kind": "Event",
 			"metadata":       object{"name": name, "namespace": "default"},
 			"involvedObject": object{"apiVersion": "v1", "kind": "Node", "name": node, "uid": node},
@@ -212,25 +213,25 @@ func (n *notices) put(ctx context.Context, node string, v notice) (count int, er
 			"firstTimestamp": now, "lastTimestamp": now, "count": v.unsent,
 		})
 	case err == nil && v.count == 0:
-		return n.send(ctx, http.MethodPatch, path+"/"+name, object{"count": count + v.unsent})
+		return update(object{"count": count + v.unsent})
 	}
 	return count, err
 }
 
 // send sends an Event, or a part of one, and returns its count.
-func (n *notices) send(ctx context.Context, method, path string, event any) (int, error) {
+func (n *notices) send(ctx context.Context, request *rest.Request, event any) (int, error) {
 	body, err := json.Marshal(event)
 	if err != nil {
 		return 0, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
-	resp, err := n.client.do(ctx, method, path, url.Values{"fieldManager": {"flanneld"}}, "application/json", body)
+	text, err := request.Namespace("default").Resource("events").Param("fieldManager", "flanneld").
+		SetHeader("Accept", runtime.ContentTypeJSON).Body(body).MaxRetries(0).Do(ctx).Raw()
 	if err != nil {
 		return 0, err
 	}
-	defer resp.Body.Close()
 	var answer struct{ Count int }
-	err = json.NewDecoder(resp.Body).Decode(&answer)
+	err = json.Unmarshal(text, &answer)
 	return answer.Count, err
 }

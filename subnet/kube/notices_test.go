@@ -46,15 +46,23 @@ func (s *eventServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	_, known := s.counts[name]
 	switch {
 	case s.forbidden:
-		http.Error(w, `{"message": "not allowed"}`, http.StatusForbidden)
+		http.Error(w, "not allowed", http.StatusForbidden)
 		return
 	case r.Method == http.MethodPatch && !known:
-		http.Error(w, `{"message": "not found"}`, http.StatusNotFound)
+		http.Error(w, "not found", http.StatusNotFound)
 		return
 	case e.Count != nil:
 		s.counts[name] = *e.Count
 	}
 	fmt.Fprintf(w, `{"count": %d}`, s.counts[name])
+}
+
+func testClient(t *testing.T, url string) *client {
+	c, err := newClient(t.Context(), url, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
 }
 
 // told returns the methods of the requests since the last time.
@@ -82,7 +90,7 @@ func (s *eventServer) count(t *testing.T) int {
 func TestNotices(t *testing.T) {
 	s := newEventServer(t)
 	fresh := func() *notices {
-		return newNotices(&client{http: s.Client(), server: s.URL}, func() string { return "n1" })
+		return newNotices(testClient(t, s.URL), func() string { return "n1" })
 	}
 	n := fresh()
 	step := func(what string, count int, methods ...string) {
@@ -140,7 +148,7 @@ func TestNotices(t *testing.T) {
 	n.begin("x", "Reason", "message")
 	step("nobody answers", 0)
 	s2 := newEventServer(t)
-	n.client = &client{http: s2.Client(), server: s2.URL}
+	n.client = testClient(t, s2.URL)
 	s = s2
 	later(eventRest)
 	step("until then it waits", 1, "PATCH", "POST")

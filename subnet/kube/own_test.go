@@ -32,6 +32,7 @@ func newOwnServer(t *testing.T) (*ownServer, *Manager) {
 			}
 			return
 		}
+		w.Header().Set("Content-Type", "application/vnd.kubernetes.protobuf;stream=watch")
 		for {
 			w.(http.Flusher).Flush()
 			select {
@@ -62,11 +63,15 @@ func (s *ownServer) answer(t *testing.T, how func(http.ResponseWriter)) {
 }
 
 func notFound(w http.ResponseWriter) {
+	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(http.StatusNotFound)
-	w.Write([]byte(`{"kind":"Status","code":404,"reason":"NotFound","message":"nodes \"n1\" not found"}`))
+	w.Write([]byte(`{"kind":"Status","apiVersion":"v1","status":"Failure","code":404,"reason":"NotFound","message":"nodes \"n1\" not found"}`))
 }
 
-func taken(w http.ResponseWriter) { w.Write([]byte("{}")) }
+func taken(w http.ResponseWriter) {
+	w.Header().Set("Content-Type", "application/vnd.kubernetes.protobuf")
+	w.Write(envelope("Node", ownNodeWith()))
+}
 
 // ownNodeWith is this node's Node as it is registered, before flanneld writes to
 // it.

@@ -17,11 +17,12 @@ func (m *Manager) Expiries(context.Context, ...subnet.Subnets) (map[subnet.Subne
 
 // Clock implements subnet.Reporter. Any answer will do.
 func (m *Manager) Clock(ctx context.Context) (time.Time, error) {
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, m.client.server+"/version", nil)
+	c := m.client.current()
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, c.Get().AbsPath("/version").URL().String(), nil)
 	if err != nil {
 		return time.Time{}, err
 	}
-	answer, err := m.client.http.Do(request)
+	answer, err := c.Client.Do(request)
 	if err != nil {
 		return time.Time{}, err
 	}

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"fmt"
-	"hash/maphash"
 	"iter"
 	"net/netip"
 	"slices"
@@ -12,54 +11,18 @@ import (
 	"sync"
 	"time"
 
+	"k8s.io/client-go/tools/cache"
 	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/subnet"
 )
-
-// ownFollower keeps Manager.own.
-type ownFollower struct {
-	*Manager
-	found bool
-}
-
-func (f *ownFollower) begin() { f.found = false }
-
-func (f *ownFollower) put(n *fields) {
-	f.found = true
-	own := &ownNode{subnets: subnetsOf(n.podCIDRs, bothFamilies), annotations: map[string]string{}, conditioned: n.networkUp}
-	for _, a := range n.annotations {
-		own.annotations[string(a.key)] = string(a.value)
-	}
-	for _, text := range n.internalIPs {
-		if ip, err := netip.ParseAddr(string(text)); err == nil {
-			own.addresses = append(own.addresses, ip)
-		}
-	}
-	f.set(own)
-}
-
-func (f *ownFollower) drop([]byte) { f.set(nil) }
-
-func (f *ownFollower) end() {
-	if !f.found {
-		f.set(nil)
-	}
-}
-
-func (m *Manager) set(own *ownNode) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.own, m.told = own, true
-	m.signal()
-}
 
 // Watch implements subnet.Manager.
 func (m *Manager) Watch(ctx context.Context) <-chan subnet.Update {
 	out := make(chan subnet.Update)
 	p := newPeers(m)
 	var running sync.WaitGroup
-	running.Go(func() { m.follow(ctx, "", "follow the nodes", p) })
+	running.Go(func() { m.reflect(ctx, "", "follow the nodes", p) })
 	go func() {
 		defer close(out)
 		defer running.Wait()
@@ -80,16 +43,14 @@ func (m *Manager) Watch(ctx context.Context) <-chan subnet.Update {
 }
 
 // peers are all nodes that take part, and what of them the reader has not been
-// told yet. No two leases that it is told of overlap.
+// told yet. No two leases that it is told of overlap. A reflector fills them; of
+// the Nodes themselves nothing is kept.
 type peers struct {
 	manager *Manager
-	seed    maphash.Seed
 	byName  map[string]*peer
 	subnets claims // podCIDRs
 	publics claims // public addresses, as prefixes of full length
-	round   uint   // of the whole state
-	telling bool   // the whole state is being told: a node that is gone may be here still
-	whole   bool   // has been told once
+	whole   bool   // the whole state has been told once
 
 	// unsettled are the nodes whose claims, or whose rivals', have changed, as
 	// they were; nil for one that is new.
@@ -102,7 +63,7 @@ type peers struct {
 
 func newPeers(m *Manager) *peers {
 	return &peers{
-		manager: m, seed: maphash.MakeSeed(), byName: map[string]*peer{}, unsettled: map[string]*peer{},
+		manager: m, byName: map[string]*peer{}, unsettled: map[string]*peer{},
 		subnets: newClaims(), publics: newClaims(), wake: make(chan struct{}, 1),
 	}
 }
@@ -110,9 +71,7 @@ func newPeers(m *Manager) *peers {
 // A peer is what is kept of a Node.
 type peer struct {
 	name    string
-	sum     uint64 // of the fields that it was made from
-	round   uint   // that saw it last
-	created uint64
+	created int64 // seconds since 1970
 	lease   subnet.Lease // zero: the node takes no part
 	counts  bool         // the lease is one that the reader is told of
 
@@ -125,49 +84,43 @@ func (n *peer) older(than *peer) bool {
 	return cmp.Or(cmp.Compare(n.created, than.created), strings.Compare(n.name, than.name)) < 0
 }
 
-func (p *peers) begin() {
-	p.round++
-	p.telling = true
+var _ cache.ReflectorStore = (*peers)(nil)
+
+// Add implements cache.ReflectorStore.
+func (p *peers) Add(n any) error { return p.Update(n) }
+
+// Update implements cache.ReflectorStore.
+func (p *peers) Update(n any) error {
+	p.put(n.(*Node))
+	p.settle()
+	return nil
 }
 
-func (p *peers) put(n *fields) {
-	sum := n.sum(p.seed)
-	if old := p.byName[string(n.name)]; old != nil { // no allocation: heartbeats end here
-		old.round = p.round
-		if old.sum == sum && old.created == n.created {
-			return
-		}
-	}
-	annotations := map[string]string{}
-	for _, a := range n.annotations {
-		annotations[string(a.key)] = string(a.value)
-	}
-	now := &peer{name: string(n.name), sum: sum, round: p.round, created: n.created}
-	if annotations[managed] == "true" {
-		now.lease = subnet.Lease{Subnets: subnetsOf(n.podCIDRs, p.manager.on), Attrs: attrsOf(annotations)}
-		if len(now.lease.Each()) == 0 || len(now.lease.Attrs.PublicIPs()) == 0 {
-			now.lease = subnet.Lease{} // it has not got so far yet
-		}
-	}
-	p.replace(p.byName[now.name], now)
-}
-
-func (p *peers) drop(name []byte) {
-	if old := p.byName[string(name)]; old != nil {
+// Delete implements cache.ReflectorStore.
+func (p *peers) Delete(n any) error {
+	if old := p.byName[n.(*Node).Name]; old != nil {
 		p.replace(old, nil)
 	}
+	p.settle()
+	return nil
 }
 
-func (p *peers) end() {
-	for _, n := range p.byName {
-		if n.round != p.round {
-			p.replace(n, nil) // went while nobody could tell
+// Replace implements cache.ReflectorStore: the whole state, after which a node
+// that was there before may be gone.
+func (p *peers) Replace(nodes []any, _ string) error {
+	there := make(map[string]bool, len(nodes))
+	for _, n := range nodes {
+		there[n.(*Node).Name] = true
+		p.put(n.(*Node))
+	}
+	for name, n := range p.byName {
+		if !there[name] {
+			p.replace(n, nil)
 		}
 	}
-	p.telling = false
 	p.settle()
 	if p.whole {
-		return
+		return nil
 	}
 	p.whole = true
 	p.mu.Lock()
@@ -179,6 +132,29 @@ func (p *peers) end() {
 		}
 	}
 	p.call()
+	return nil
+}
+
+// Resync implements cache.ReflectorStore; none is asked for.
+func (p *peers) Resync() error { return nil }
+
+// put takes a Node as it is now. Heartbeats end here: they change nothing of the
+// lease.
+func (p *peers) put(n *Node) {
+	prefix := p.manager.options.AnnotationPrefix
+	annotation := func(name string) string { return n.Annotations[prefix+name] }
+	now := &peer{name: n.Name, created: n.CreationTimestamp.Unix()}
+	if annotation(managed) == "true" {
+		now.lease = subnet.Lease{Subnets: subnetsOf(n.podCIDRs, p.manager.on), Attrs: attrsOf(annotation)}
+		if len(now.lease.Each()) == 0 || len(now.lease.Attrs.PublicIPs()) == 0 {
+			now.lease = subnet.Lease{} // it has not got so far yet
+		}
+	}
+	old := p.byName[n.Name]
+	if old != nil && old.created == now.created && old.lease.Subnets == now.lease.Subnets && old.lease.Attrs.Equal(now.lease.Attrs) {
+		return
+	}
+	p.replace(old, now)
 }
 
 // replace puts a node in the place of what was known of it; either may be nil.
@@ -200,9 +176,6 @@ func (p *peers) replace(old, now *peer) {
 			c.add(claim, now)
 			c.rivals(claim, now, func(r *peer, _ netip.Prefix) { p.unsettle(r) })
 		}
-	}
-	if !p.telling {
-		p.settle()
 	}
 }
 

@@ -3,11 +3,23 @@ package kube
 import (
 	"bufio"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
+	"log"
+	"math/big"
 	"net"
 	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -90,5 +102,108 @@ func TestExplain(t *testing.T) {
 		if cause, text := explain(fmt.Errorf("asking: %w", c.err)); cause != c.cause || !strings.Contains(text, c.want) || len(text) > 2*maxErrorText {
 			t.Errorf("%v: got %q, %q; want %q, %q", c.err, cause, text, c.cause, c.want)
 		}
+	}
+}
+
+// The CA bundle that a kubeconfig names is read again when the API server has
+// another certificate; a file that cannot be used changes nothing.
+func TestRefresh(t *testing.T) {
+	logged(t)
+	before, after := tlsServer(t), tlsServer(t)
+	dir := t.TempDir()
+	bundle, kubeconfig := filepath.Join(dir, "ca.crt"), filepath.Join(dir, "kubeconfig")
+	write := func(file, text string) {
+		t.Helper()
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	named := func(server, authority string) string {
+		return fmt.Sprintf("apiVersion: v1\nkind: Config\ncurrent-context: x\nclusters: [{name: c, cluster: {server: %q, %s}}]\ncontexts: [{name: x, context: {cluster: c}}]\n", server, authority)
+	}
+	authority := func(s *httptest.Server) string {
+		return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: s.Certificate().Raw}))
+	}
+	write(bundle, authority(before))
+	write(kubeconfig, named(before.URL, "certificate-authority: "+bundle))
+	c, err := newClient(t.Context(), "", kubeconfig)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ask := func() error { return c.current().Get().AbsPath("/").Do(t.Context()).Error() }
+	if err := ask(); err != nil {
+		t.Fatal(err)
+	}
+
+	// Where the server listens matters as little as its certificate.
+	write(kubeconfig, named(after.URL, "certificate-authority: "+bundle))
+	c.refresh()
+	if err := ask(); err == nil || !strings.Contains(err.Error(), "x509:") {
+		t.Fatalf("the server's new certificate: %v", err)
+	}
+	for _, broken := range []string{"", "-----BEGIN CERTIFICATE-----\n", "nonsense"} {
+		write(bundle, broken)
+		c.refresh()
+	}
+	write(kubeconfig, "{")
+	c.refresh()
+	write(kubeconfig, named(after.URL, "certificate-authority: "+bundle))
+	write(bundle, authority(after))
+	c.refresh()
+	if err := ask(); err != nil {
+		t.Errorf("with the new bundle: %v", err)
+	}
+	same := c.current()
+	c.refresh()
+	if c.current() != same {
+		t.Error("there is another client though nothing has changed")
+	}
+
+	// So is a bundle that is written in the kubeconfig itself.
+	write(kubeconfig, named(before.URL, fmt.Sprintf("certificate-authority-data: %q", base64.StdEncoding.EncodeToString([]byte(authority(before))))))
+	c.refresh()
+	if err := ask(); err != nil {
+		t.Errorf("with a bundle in the kubeconfig: %v", err)
+	}
+}
+
+// tlsServer returns a server that nobody else's certificate is valid for.
+func tlsServer(t *testing.T) *httptest.Server {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := httptest.NewUnstartedServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	s.TLS = &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}}
+	s.Config.ErrorLog = log.New(io.Discard, "", 0)
+	s.StartTLS()
+	t.Cleanup(s.Close)
+	return s
+}
+
+// A server that sends us elsewhere gets no token for there.
+func TestRedirect(t *testing.T) {
+	elsewhere := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		t.Errorf("elsewhere was asked for %s, with %q", r.URL, r.Header.Get("Authorization"))
+	}))
+	defer elsewhere.Close()
+	server := httptest.NewServer(http.RedirectHandler(elsewhere.URL, http.StatusFound))
+	defer server.Close()
+	c, err := newClient(t.Context(), server.URL, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = c.nodeOfPod(t.Context(), "kube-flannel", "kube-flannel-ds-1")
+	if err == nil {
+		t.Fatal("it was answered")
+	}
+	if cause, text := explain(err); cause != "redirect" {
+		t.Errorf("%s, %s", cause, text)
 	}
 }

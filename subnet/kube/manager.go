@@ -76,10 +76,10 @@ type Manager struct {
 
 	mu      sync.Mutex
 	asked   iface.Selector // what the operator and the Node say, see Select
-	own     *ownNode      // nil: there is no Node yet
-	changed chan struct{} // closed when own, or up, changes
-	told    bool          // own is what the API server says
-	up      bool          // the network is: see Ready
+	own     *ownNode       // nil: there is no Node yet
+	changed chan struct{}  // closed when own, or up, changes
+	told    bool           // own is what the API server says
+	up      bool           // the network is: see Ready
 }
 
 var (

@@ -83,7 +83,7 @@ func (m *Manager) followOwn() {
 			return
 		}
 	}
-	m.reflect(m.ctx, "metadata.name="+m.name, "read Node "+m.name, ownStore{m})
+	m.reflectNodes(m.ctx, "metadata.name="+m.name, "read Node "+m.name, ownStore{m})
 }
 
 // setOwn takes note of what the API server says of our Node; nil: there is none.

@@ -2,6 +2,7 @@ package kube
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"net/http"
 	"net/http/httptest"
@@ -10,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -154,4 +156,90 @@ func TestNodeDeletedWhileKept(t *testing.T) {
 	if _, err := kept(); err != subnet.ErrLost {
 		t.Errorf("Keep returned %v", err)
 	}
+}
+
+// annotated is this node's Node with more annotations of ours.
+func annotated(annotations ...string) []byte {
+	n := peerNode(1)
+	for _, a := range annotations {
+		n.annotations = append(n.annotations, "flannel.alpha.coreos.com/"+a)
+	}
+	return n.marshal()
+}
+
+// A public address that the Node overwrites while the lease is kept is published,
+// and so is the one that was found when that ends.
+func TestOverwriteWhileKept(t *testing.T) {
+	said := logged(t)
+	s, m := newOwnServer(t)
+	cfg, err := subnet.ParseConfig([]byte(`{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan"}}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := subnet.Lease{Attrs: subnet.Attrs{PublicIP: netip.MustParseAddr("198.18.0.1"), BackendType: "vxlan", BackendData: []byte(`{"VNI":1}`)}}
+	acquiring := func() (await func() subnet.Lease) {
+		acquired := result(t, func() (subnet.Lease, error) { return m.Acquire(t.Context(), cfg, want) })
+		return func() subnet.Lease {
+			t.Helper()
+			lease, err := acquired()
+			if err != nil {
+				t.Fatal(err)
+			}
+			return lease
+		}
+	}
+	keep := func(l subnet.Lease) func() (bool, error) {
+		return result(t, func() (bool, error) { return false, m.Keep(t.Context(), l) })
+	}
+	s.frames <- frame("ADDED", annotated("public-ip-overwrite=nonsense"))
+	s.frames <- lastBookmark
+	kept := keep(acquiring()())
+	s.frames <- frame("MODIFIED", annotated("public-ip-overwrite=203.0.113.7"))
+	if _, err := kept(); err != subnet.ErrChanged {
+		t.Fatalf("Keep returned %v", err)
+	}
+	acquired := acquiring()
+	s.answer(t, taken)
+	lease := acquired()
+	if lease.Attrs.PublicIP.String() != "203.0.113.7" {
+		t.Errorf("acquired %+v", lease)
+	}
+	kept = keep(lease)
+	s.frames <- frame("MODIFIED", annotated())
+	if _, err := kept(); err != subnet.ErrChanged {
+		t.Fatalf("Keep returned %v", err)
+	}
+	if lease = acquiring()(); lease.Attrs.PublicIP != want.Attrs.PublicIP {
+		t.Errorf("acquired %+v", lease)
+	}
+	if text := said(); strings.Count(text, `"nonsense"`) != 1 {
+		t.Errorf("logged\n%s", text)
+	}
+}
+
+// What the Node says of the public addresses is told each time that it changes,
+// and the operator's word stands.
+func TestSelect(t *testing.T) {
+	logged(t)
+	s, m := newOwnServer(t)
+	selected := m.Select(t.Context(), iface.Selector{PublicIPv6: netip.MustParseAddr("fd18::1")})
+	s.frames <- frame("ADDED", annotated("node-public-ip=198.18.0.2", "node-public-ipv6=fd18::2"))
+	s.frames <- lastBookmark
+	next := func(want string) {
+		t.Helper()
+		select {
+		case sel := <-selected:
+			if got := fmt.Sprint(sel.PublicIP, " ", sel.PublicIPv6); got != want {
+				t.Errorf("selected %s, not %s", got, want)
+			}
+		case <-time.After(time.Minute):
+			t.Fatal("nothing is selected")
+		}
+	}
+	next("198.18.0.2 fd18::1")
+	s.frames <- frame("MODIFIED", annotated("node-public-ip=198.18.0.2", "node-public-ipv6=fd18::3"))
+	s.frames <- frame("MODIFIED", annotated("node-public-ip=198.18.0.4"))
+	next("198.18.0.4 fd18::1")
+	s.frames <- frame("MODIFIED", annotated())
+	next("invalid IP fd18::1")
 }

@@ -22,7 +22,7 @@ func (m *Manager) Watch(ctx context.Context) <-chan subnet.Update {
 	out := make(chan subnet.Update)
 	p := newPeers(m)
 	var running sync.WaitGroup
-	running.Go(func() { m.reflect(ctx, "", "follow the nodes", p) })
+	running.Go(func() { m.reflectNodes(ctx, "", "follow the nodes", p) })
 	go func() {
 		defer close(out)
 		defer running.Wait()
@@ -71,7 +71,7 @@ func newPeers(m *Manager) *peers {
 // A peer is what is kept of a Node.
 type peer struct {
 	name    string
-	created int64 // seconds since 1970
+	created int64        // seconds since 1970
 	lease   subnet.Lease // zero: the node takes no part
 	counts  bool         // the lease is one that the reader is told of
 

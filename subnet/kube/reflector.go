@@ -2,6 +2,9 @@ package kube
 
 import (
 	"context"
+	"errors"
+	"net/http"
+	"reflect"
 	"sync"
 	"time"
 
@@ -17,6 +20,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/pkg/retry"
+	"github.com/flanneld/flanneld/subnet"
 )
 
 const (
@@ -34,16 +38,16 @@ const (
 	maxRetryAfter = 30 * time.Second
 )
 
-// reflect keeps a store equal to the Nodes that a field selector chooses, "" all,
+// reflectNodes keeps a store equal to the Nodes that a field selector chooses, "" all,
 // until ctx ends. The purpose completes the sentence "waiting to …".
-func (m *Manager) reflect(ctx context.Context, selector, purpose string, store cache.ReflectorStore) {
+func (m *Manager) reflectNodes(ctx context.Context, selector, purpose string, store cache.ReflectorStore) {
 	w := &nodeWatcher{manager: m, selector: selector, purpose: purpose, limit: rate.NewLimiter(rate.Every(requestEvery), requestBurst)}
-	r := cache.NewReflectorWithOptions(&cache.ListWatch{ListWithContextFunc: w.list, WatchFuncWithContext: w.watch}, &Node{}, store, cache.ReflectorOptions{
+	reflector := cache.NewReflectorWithOptions(&cache.ListWatch{ListWithContextFunc: w.list, WatchFuncWithContext: w.watch}, &Node{}, store, cache.ReflectorOptions{
 		Name: "nodes",
 		// As subnet.Backoff; client-go adds jitter of up to as much again.
 		Backoff: &wait.Backoff{Duration: 100 * time.Millisecond, Factor: 2, Jitter: 1, Steps: 10, Cap: 3 * time.Second},
 	})
-	r.RunWithContext(klog.NewContext(ctx, quiet))
+	reflector.RunWithContext(klog.NewContext(ctx, quiet))
 }
 
 // quiet is the log of client-go. What goes wrong is logged by subnet.Outage, once;
@@ -80,22 +84,65 @@ func (w *nodeWatcher) list(ctx context.Context, o metav1.ListOptions) (runtime.O
 
 // watch is a cache.WatchFuncWithContext.
 func (w *nodeWatcher) watch(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
-	if err := w.limit.Wait(ctx); err != nil {
-		return nil, err
-	}
 	o.Watch = true
 	o.FieldSelector = w.selector
 	initial := o.SendInitialEvents != nil && *o.SendInitialEvents
-	events, err := w.manager.client.current().Get().Resource("nodes").VersionedParams(&o, params).MaxRetries(0).Watch(ctx)
-	if err != nil {
-		// Where the state is not streamed for another reason, it is listed
-		// next, which tells whether something is wrong.
-		if !initial || utilnet.IsConnectionRefused(err) || apierrors.IsTooManyRequests(err) {
+	for pause := subnet.Backoff(); ; {
+		events, err := w.tryWatch(ctx, o)
+		switch {
+		case err == nil:
+			return w.observe(ctx, events, initial), nil
+		case !initial && resumable(err):
+			// A reflector would ask for the whole state, which is 50 MB of 5000
+			// Nodes for each of as many daemons.
 			w.failed(ctx, err)
+			if err := pause.Sleep(ctx); err != nil {
+				return nil, err
+			}
+		case initial && !utilnet.IsConnectionRefused(err) && !apierrors.IsTooManyRequests(err):
+			return nil, err // the state is listed next, which shows whether something is wrong
+		default:
+			w.failed(ctx, err)
+			return nil, err
 		}
+	}
+}
+
+// tryWatch begins a watch.
+func (w *nodeWatcher) tryWatch(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
+	if err := w.limit.Wait(ctx); err != nil {
 		return nil, err
 	}
-	return w.observe(ctx, events, initial), nil
+	events, err := w.manager.client.current().Get().Resource("nodes").VersionedParams(&o, params).MaxRetries(0).Watch(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if reflect.TypeOf(events) == emptyWatch {
+		return nil, errClosed
+	}
+	return events, nil
+}
+
+// emptyWatch is what client-go returns where a connection was closed before there
+// was an answer.
+var emptyWatch = reflect.TypeOf(watch.NewEmptyWatch())
+
+// errClosed is an answer that ended before it had begun.
+var errClosed = errors.New("the server closes the connection")
+
+// resumable tells whether a watch that failed may go on from where it was: it
+// may unless the server says that it may not.
+func resumable(err error) bool {
+	var status apierrors.APIStatus
+	if !errors.As(err, &status) {
+		return true
+	}
+	switch code := status.Status().Code; code {
+	case http.StatusUnauthorized, http.StatusForbidden, http.StatusRequestTimeout, http.StatusTooManyRequests:
+		return true
+	default:
+		return code/100 != 4
+	}
 }
 
 // succeeded takes note that the server does what it is asked.
@@ -140,6 +187,7 @@ func (o *observedWatch) Stop() {
 func (w *nodeWatcher) observe(ctx context.Context, from watch.Interface, initial bool) watch.Interface {
 	o := &observedWatch{Interface: from, events: make(chan watch.Event), done: make(chan struct{})}
 	o.stop = sync.OnceFunc(func() { close(o.done) })
+	began, heard := time.Now(), false
 	settled := time.AfterFunc(settledAfter, w.succeeded)
 	if initial {
 		settled.Stop()
@@ -148,17 +196,30 @@ func (w *nodeWatcher) observe(ctx context.Context, from watch.Interface, initial
 		defer close(o.events)
 		defer settled.Stop()
 		for e := range from.ResultChan() {
+			heard = true
 			switch {
-			case e.Type == watch.Error && !initial:
+			case initial && e.Type == watch.Bookmark: // from here on a watch like any other
+				initial, heard, began = false, false, time.Now()
+				w.succeeded()
+			case initial:
+			case e.Type == watch.Error:
 				w.failed(ctx, apierrors.FromObject(e.Object))
-			case e.Type == watch.Bookmark, e.Type != watch.Error && !initial:
-				initial = false
+			default:
 				w.succeeded()
 			}
 			select {
 			case o.events <- e:
 			case <-o.done:
 				return
+			}
+		}
+		settled.Stop()
+		if rest := settledAfter - time.Since(began); rest > 0 && !heard && !initial {
+			// A reflector would take this for a reason to ask for the whole state.
+			w.failed(ctx, errClosed)
+			select {
+			case <-time.After(rest):
+			case <-o.done:
 			}
 		}
 	}()

@@ -4,8 +4,11 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"io"
+	"log"
 	"net/http"
 	"net/http/httptest"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -53,6 +56,14 @@ func list(version string, nodes ...testNode) http.HandlerFunc {
 	}
 }
 
+// streamAndHold sends events, and then nothing for as long as it is asked.
+func streamAndHold(frames ...[]byte) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		stream(frames...)(w, r)
+		quietly(w, r)
+	}
+}
+
 // quietly sends nothing for as long as it is asked.
 func quietly(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "application/vnd.kubernetes.protobuf;stream=watch")
@@ -68,7 +79,7 @@ func TestReflect(t *testing.T) {
 		answers []http.HandlerFunc
 		want    int // of peers in the end
 	}{
-		"streamed": {[]http.HandlerFunc{stream(frame("ADDED", one), lastBookmark), quietly}, 1},
+		"streamed": {[]http.HandlerFunc{streamAndHold(frame("ADDED", one), lastBookmark)}, 1},
 		"the state breaks off": {[]http.HandlerFunc{
 			stream(frame("ADDED", one)), stream(frame("ADDED", one), lastBookmark, frame("ADDED", peerNode(2).marshal())), quietly}, 2},
 		"not possible": {[]http.HandlerFunc{func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusUnprocessableEntity) },
@@ -78,7 +89,7 @@ func TestReflect(t *testing.T) {
 			stream(frame("ERROR", status(500, "InternalError", "the required storage feature RequestWatchProgress is disabled"))), list("30", peerNode(4)), quietly}, 1},
 		"forgotten": {[]http.HandlerFunc{
 			stream(frame("ADDED", one), lastBookmark, frame("MODIFIED", one)), stream(frame("ERROR", status(410, "Expired", "too old resource version"))),
-			stream(frame("ADDED", peerNode(7).marshal()), frame("ADDED", peerNode(8).marshal()), frame("ADDED", peerNode(9).marshal()), lastBookmark), quietly}, 3},
+			streamAndHold(frame("ADDED", peerNode(7).marshal()), frame("ADDED", peerNode(8).marshal()), frame("ADDED", peerNode(9).marshal()), lastBookmark)}, 3},
 	} {
 		t.Run(name, func(t *testing.T) {
 			said := logged(t)
@@ -90,7 +101,7 @@ func TestReflect(t *testing.T) {
 			m.outage = subnet.Outage{Store: "the server"}
 			p := newPeers(m)
 			var running sync.WaitGroup
-			running.Go(func() { m.reflect(ctx, "", "follow the nodes", p) })
+			running.Go(func() { m.reflectNodes(ctx, "", "follow the nodes", p) })
 			leases := map[subnet.Subnets]subnet.Lease{}
 			for late := time.After(time.Minute); len(leases) != c.want; {
 				select {
@@ -113,6 +124,52 @@ func TestReflect(t *testing.T) {
 	}
 }
 
+// A watch that breaks off goes on from where it was, however it does: the whole
+// state is asked for once.
+func TestWatchResumes(t *testing.T) {
+	said := logged(t)
+	fail := func(code int) http.HandlerFunc {
+		return func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(code) }
+	}
+	s := &scripted{answers: []http.HandlerFunc{
+		stream(frame("ADDED", peerNode(1).marshal()), lastBookmark),
+		func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) },
+		fail(500), fail(503), fail(429), fail(401), stream(), fail(502),
+		stream(frame("MODIFIED", peerNode(2).marshal())), quietly,
+	}}
+	server := httptest.NewUnstartedServer(s)
+	server.Config.ErrorLog = log.New(io.Discard, "", 0)
+	server.Start()
+	ctx, cancel := context.WithCancel(t.Context())
+	m := testManager(onlyIPv4)
+	m.client = testClient(t, server.URL)
+	m.outage = subnet.Outage{Store: "the server"}
+	p := newPeers(m)
+	var running sync.WaitGroup
+	running.Go(func() { m.reflectNodes(ctx, "", "follow the nodes", p) })
+	leases := map[subnet.Subnets]subnet.Lease{}
+	for late := time.After(time.Minute); len(leases) != 2; {
+		select {
+		case <-p.wake:
+			p.take().Apply(leases)
+		case <-late:
+			t.Fatalf("there are %d peers; asked %q", len(leases), s.asked)
+		}
+	}
+	cancel()
+	running.Wait()
+	server.Close()
+	for i, asked := range s.asked {
+		if want := "watch=true version=20 initial="; i > 0 && i < 9 && asked != want {
+			t.Errorf("request %d asks for %s, not for %s", i, asked, want)
+		}
+	}
+	// Our credentials and the rest are two causes.
+	if text := said(); strings.Count(text, "Waiting to follow the nodes") != 2 || strings.Count(text, "is back") != 1 {
+		t.Errorf("logged\n%s", text)
+	}
+}
+
 // A server that always breaks off is not asked again at once.
 func TestReflectIsPaced(t *testing.T) {
 	logged(t)
@@ -130,7 +187,7 @@ func TestReflectIsPaced(t *testing.T) {
 			defer cancel()
 			m := testManager(onlyIPv4)
 			m.client = testClient(t, server.URL)
-			m.reflect(ctx, "", "follow the nodes", newPeers(m))
+			m.reflectNodes(ctx, "", "follow the nodes", newPeers(m))
 			s.mu.Lock()
 			defer s.mu.Unlock()
 			if n := len(s.asked); n > requestBurst+4 {

@@ -231,10 +231,8 @@ func TestNodeAddresses(t *testing.T) {
 		t.Error("n1 warns of its own address")
 	}
 
-	// The Node says which address it is to be.
+	// The Node says which address it is to be, while the daemon runs.
 	labtest.Do(t, k.Annotate(ctx, "n2", "node-public-ip=198.18.0.2"))
-	labtest.Do(t, n2.Restart(ctx))
-	labtest.Do(t, n2.WaitReady(ctx)) // with the subnet of its new Node
 	waitAnnotation(ctx, t, k, n2, "public-ip", "198.18.0.2")
 	waitSaid(ctx, t, n2, "Uplink eth0 198.18.0.2")
 	pods := addPodsTo(ctx, t, nodes[:3])
@@ -244,9 +242,11 @@ func TestNodeAddresses(t *testing.T) {
 		}
 	}
 	labtest.Do(t, k.Annotate(ctx, "n2", "public-ip-overwrite=203.0.113.7"))
-	labtest.Do(t, n2.Restart(ctx))
 	waitAnnotation(ctx, t, k, n2, "public-ip", "203.0.113.7")
 	waitTraces(ctx, t, n1, []trace{{"bridge fdb show dev flannel.1", " dst 203.0.113.7 "}}, true)
+	labtest.Do(t, k.Annotate(ctx, "n2", "public-ip-overwrite"))
+	waitAnnotation(ctx, t, k, n2, "public-ip", "198.18.0.2")
+	labtest.Do(t, pods[0].WaitPing(ctx, pods[1].IPv4))
 
 	// A second Node with a podCIDR that there is.
 	taken := labtest.Must(n1.SubnetEnv())(t).Subnets.IPv4.String()

@@ -109,8 +109,9 @@ func newAddr(a netlink.Addr) addr {
 }
 
 // routeTo asks the kernel which way it would send to ip.
-func routeTo(ip netip.Addr) route {
-	routes, err := netlink.RouteGet(ip.AsSlice())
+func routeTo(ip netip.Addr) route { return newRoute(netlink.RouteGet(ip.AsSlice())) }
+
+func newRoute(routes []netlink.Route, err error) route {
 	if err != nil {
 		return route{err: err}
 	}

@@ -96,7 +96,7 @@ type situation struct {
 // Run keeps the node's network until ctx ends, and leaves the data path in
 // place. An error is for the operator: it says what no waiting can mend.
 func Run(ctx context.Context, o Options) error {
-	ctx, cancel := context.WithCancel(ctx)
+	inner, cancel := context.WithCancel(ctx)
 	n := &node{
 		Options: o, started: time.Now(), questions: newQuestions(), metrics: newMetrics(o.Manager, o.Version),
 		warned: map[subnet.Subnets]string{}, trouble: map[string]retry.Trouble{},
@@ -104,7 +104,8 @@ func Run(ctx context.Context, o Options) error {
 	}
 	defer n.group.Wait()
 	defer cancel()
-	if err := n.run(ctx); ctx.Err() == nil {
+	// The manager may hear of the end of ctx before inner has ended.
+	if err := n.run(inner); ctx.Err() == nil {
 		return err
 	}
 	return nil

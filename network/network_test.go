@@ -437,6 +437,24 @@ func TestWhatCannotWork(t *testing.T) {
 	}
 }
 
+// ended is a context that has ended before any that is made from it.
+type ended struct{ context.Context }
+
+func (ended) Err() error { return context.Canceled }
+
+// A manager that hears of the end first has failed for that alone.
+func TestEndIsNoError(t *testing.T) {
+	m := &hasty{newManager(vxlanConfig)}
+	if err := Run(ended{context.WithoutCancel(t.Context())}, Options{Manager: m, SubnetFile: filepath.Join(t.TempDir(), "subnet.env")}); err != nil {
+		t.Error(err)
+	}
+}
+
+// hasty is a manager that has been told to end.
+type hasty struct{ *manager }
+
+func (*hasty) Config(context.Context) (*subnet.Config, error) { return nil, context.Canceled }
+
 // The file is written again when somebody loses it, and rules when somebody
 // flushes them.
 func TestRulesAreKept(t *testing.T) {

@@ -28,6 +28,8 @@ import (
 var version = "unknown"
 
 func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	context.AfterFunc(ctx, stop) // a second signal ends the process at once
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(50) // the node's memory is the pods'; collecting costs little where little changes
 	}
@@ -43,9 +45,10 @@ func main() {
 		fmt.Fprintf(os.Stderr, "flanneld: %v\n", err)
 		os.Exit(2)
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	err = run(ctx, o)
-	stop()
+	if ctx.Err() != nil {
+		err = nil // whatever was under way has failed because it was to end
+	}
 	if err != nil {
 		klog.Errorf("flanneld cannot go on: %v", err)
 	} else {

@@ -1,26 +1,16 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 )
-
-// TestMain makes the test's program the daemon itself, where a test asks for it.
-func TestMain(m *testing.M) {
-	if os.Getenv("TEST_IS_FLANNELD") == "" {
-		os.Exit(m.Run())
-	}
-	main()
-}
 
 // daemon runs flanneld at the highest log level until it
 // ends, or has said a text so often, and returns all that it said.
@@ -28,20 +18,9 @@ func daemon(t *testing.T, until string, times int, env []string, args ...string)
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, os.Args[0], append(args, "-v=10")...)
-	cmd.Env = append(env, "TEST_IS_FLANNELD=1", "PATH="+os.Getenv("PATH"))
-	r, w, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer r.Close()
-	cmd.Stdout, cmd.Stderr = w, w
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	w.Close()
+	cmd, lines := start(ctx, t, env, append(args, "-v=10")...)
 	var said strings.Builder
-	for lines := bufio.NewScanner(r); lines.Scan(); {
+	for lines.Scan() {
 		said.WriteString(lines.Text() + "\n")
 		if strings.Contains(lines.Text(), until) {
 			if times--; times == 0 {

@@ -116,13 +116,29 @@ func (d *Daemon) Ready(ctx context.Context) error {
 	return err
 }
 
-// Stop sends SIGTERM and waits for the end. The daemon need not run, here and
-// below.
+// Stop sends SIGTERM and waits for the end, which may not be a failure. The daemon
+// need not run, here and below.
 func (d *Daemon) Stop(ctx context.Context) error {
-	if d.proc == nil {
+	if d.proc == nil || d.proc.Exited() {
 		return nil
 	}
-	return d.proc.Stop(ctx)
+	if err := d.proc.Stop(ctx); err != nil {
+		return err
+	}
+	// One that has just been started may end by the signal itself.
+	if state := d.proc.cmd.ProcessState; state.ExitCode() > 0 {
+		return fmt.Errorf("flanneld on %s, sent SIGTERM: %v\n%s", d.node.Hostname, state, tail(d.logFile()))
+	}
+	return nil
+}
+
+// Signal sends the daemon a signal.
+func (d *Daemon) Signal(sig os.Signal) error { return d.proc.cmd.Process.Signal(sig) }
+
+// Wait waits for the daemon's end.
+func (d *Daemon) Wait() *os.ProcessState {
+	<-d.proc.done
+	return d.proc.cmd.ProcessState
 }
 
 // Kill sends SIGKILL and waits for the end.

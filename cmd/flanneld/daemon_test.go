@@ -1,0 +1,37 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"os"
+	"os/exec"
+	"testing"
+)
+
+// TestMain makes the test's program the daemon itself, where a test asks for it.
+func TestMain(m *testing.M) {
+	if os.Getenv("TEST_IS_FLANNELD") == "" {
+		os.Exit(m.Run())
+	}
+	main()
+}
+
+// start starts flanneld, which is killed when ctx ends, and returns what it says,
+// line by line.
+func start(ctx context.Context, t *testing.T, env []string, args ...string) (*exec.Cmd, *bufio.Scanner) {
+	t.Helper()
+	cmd := exec.CommandContext(ctx, os.Args[0], args...)
+	cmd.Env = append(env, "TEST_IS_FLANNELD=1", "PATH="+os.Getenv("PATH"))
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { r.Close() })
+	cmd.Stdout, cmd.Stderr = w, w
+	err = cmd.Start()
+	w.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cmd, bufio.NewScanner(r)
+}

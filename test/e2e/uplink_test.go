@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
+	"strings"
 	"testing"
 	"time"
 
@@ -116,4 +117,29 @@ func TestUplinkMoves(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestUplinkTakenOver: the uplink goes down, and its address stays on it; the
+// next default route leads elsewhere. Nothing answers the connection to etcd any
+// more, and nothing ends it but the daemon: peers learn where the node is by
+// another one.
+func TestUplinkTakenOver(t *testing.T) {
+	t.Parallel()
+	ctx := labtest.Context(t, time.Minute)
+	l := labtest.New(ctx, t, vxlanConfig, lab.NodeOptions{}, lab.NodeOptions{Routed: true})
+	peer, mover := l.Nodes()[0], l.Nodes()[1]
+	spare := labtest.Must(mover.AddSpareUplink(ctx))(t)
+	labtest.Start(ctx, t, l)
+	pods := addPods(ctx, t, l)
+	labtest.Do(t, pods[0].WaitPing(ctx, pods[1].IPv4))
+
+	labtest.Do(t, mover.Script(ctx, "link set eth0 down"))
+	down := time.Now()
+	waitTraces(ctx, t, peer, []trace{{"bridge fdb show dev flannel.1", "dst " + spare.String() + " "}}, true)
+	t.Logf("the peer knows of it after %v", time.Since(down).Round(time.Millisecond))
+	if want := "Closing the connection from " + mover.IPv4.String() + " to "; !strings.Contains(mover.Log(), want) {
+		t.Errorf("the daemon has not closed the connection by itself, but waited for its end")
+	}
+	labtest.Do(t, pods[0].WaitPing(ctx, pods[1].IPv4))
+	labtest.Do(t, pods[1].WaitPing(ctx, pods[0].IPv4))
 }

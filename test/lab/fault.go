@@ -40,6 +40,26 @@ func (n *Node) PlugCable(ctx context.Context) error {
 	return n.lab.net.Script(ctx, "link set "+n.Hostname+" up")
 }
 
+// AddSpareUplink gives the node a second interface, eth1, on a subnet of its own
+// that the underlay routes, with a default route that is worse than eth0's. It
+// returns the interface's address.
+func (n *Node) AddSpareUplink(ctx context.Context) (netip.Addr, error) {
+	own := netip.AddrFrom4([4]byte{198, 18, byte(100 + n.Number), byte(n.Number)})
+	gateway := netip.AddrFrom4([4]byte{198, 18, byte(100 + n.Number), 254})
+	port := n.Hostname + "s"
+	err := n.lab.net.Script(ctx,
+		fmt.Sprintf("link add %s type veth peer name eth1 netns %s", port, n.Namespace.Name),
+		fmt.Sprintf("addr add %s/24 dev %s", gateway, port),
+		"link set "+port+" up")
+	if err != nil {
+		return own, err
+	}
+	return own, n.Script(ctx,
+		"link set eth1 up",
+		"addr add "+own.String()+"/24 dev eth1",
+		"route add default via "+gateway.String()+" metric 200")
+}
+
 // RemoveUplink makes eth0 vanish with all that is on it. ReplaceUplink makes
 // another of the same name and MAC, not configured yet.
 func (n *Node) RemoveUplink(ctx context.Context) error {

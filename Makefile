@@ -33,10 +33,12 @@ IMAGE ?= $(shell awk '$$1 == "image:" { print $$2; exit }' Documentation/kube-fl
 ARCH ?= $(shell go env GOARCH)
 BASE ?=# an image with iptables and nft; none: made of Debian's packages
 ETCD := build/bin/etcd build/bin/etcdctl
+# Older servers, which answer differently.
+OLD_ETCD := build/stores/etcd-3.4 build/stores/etcd-3.6
 CNI := $(addprefix build/cni/,bridge host-local loopback portmap)
 KUBE := $(addprefix build/kube/,kube-apiserver kube-controller-manager kube-scheduler kube-proxy kubelet kubectl)
 
-.PHONY: help build image manifest docs release release-check tools programs check vulncheck test unit fuzz e2e test-vm bench bench-faults bench-kube bench-udp demo demo-kube demo-down clean FORCE
+.PHONY: help build image manifest docs release release-check tools programs check vulncheck test unit fuzz e2e test-stores test-vm bench bench-faults bench-kube bench-udp demo demo-kube demo-down clean FORCE
 .NOTPARALLEL: # the go tool uses all processors itself
 
 help: ## List the targets
@@ -73,7 +75,7 @@ build/image/flannel-$(ARCH).tar: Dockerfile Documentation/kube-flannel.yml build
 
 image: programs build/image/flannel-$(ARCH).tar ## An image for Kubernetes, with Docker: IMAGE=name ARCH=arm64 BASE=image
 
-tools: programs build/bin/staticcheck $(ETCD) $(CNI) $(KUBE) build/bin/helm ## Install what checks and tests need
+tools: programs build/bin/staticcheck $(ETCD) $(OLD_ETCD) $(CNI) $(KUBE) build/bin/helm ## Install what checks and tests need
 
 programs:
 	@missing() { for p in $(PROGRAMS); do command -v "$${p%:*}" >/dev/null || echo -n " $$p"; done; }; \
@@ -99,6 +101,18 @@ build/cni/host-local: package = github.com/containernetworking/plugins/plugins/i
 build/cni/portmap: package = github.com/containernetworking/plugins/plugins/meta/$(@F)
 $(ETCD) $(CNI): test/go.mod
 	cd test && $(STATIC) -ldflags "-s -w" -o $(CURDIR)/$@ $(package)
+	@touch $@
+
+# The oldest etcd that people run, out of Debian 12's package, whatever system
+# this machine has. Nothing is installed, and no service started.
+build/stores/etcd-3.4:
+	@mkdir -p $(@D)
+	mmdebstrap --quiet --variant=extract --include=etcd-server --format=null --skip=output/dev \
+		--extract-hook='cp "$$1/usr/bin/etcd" $(CURDIR)/$@' bookworm
+
+build/stores/etcd-3.6: test/stores/etcd-3.6/go.mod
+	@mkdir -p $(@D)
+	cd test/stores/etcd-3.6 && $(STATIC) -ldflags "-s -w" -o $(CURDIR)/$@ go.etcd.io/etcd/server/v3
 	@touch $@
 
 build/bin/helm: test/helm/go.mod
@@ -166,8 +180,13 @@ fuzz: ## Each fuzz target for FUZZTIME
 
 # Not from the test cache: it cannot know that the binaries have changed. Two
 # packages at a time: e2e alone takes most of it, and waits half of the time.
-e2e: build programs $(ETCD) $(CNI) $(KUBE) build/bin/helm image ## End-to-end tests in the lab
+e2e: build programs $(ETCD) build/stores/etcd-3.4 $(CNI) $(KUBE) build/bin/helm image ## End-to-end tests in the lab
 	cd test && go test $(RACE) -count=1 -p=2 -timeout=30m $(TESTFLAGS) ./...
+
+# A part of e2e, with every version and every way to log in: e2e has the oldest
+# and the newest of them.
+test-stores: programs $(ETCD) $(OLD_ETCD) ## Every version of etcd that is in use
+	cd test && STORES=all go test $(RACE) -count=1 -timeout=30m $(TESTFLAGS) ./etcd
 
 # The kernel, and what tests run, from Debian's packages. Some 100 MB, once.
 build/vm/root.cpio: test/vm/root

@@ -59,7 +59,7 @@ type Options struct {
 	Prefix    string   // of all keys: "/coreos.com/network"
 
 	CAFile            string // PEM; with https and no file, the system's roots
-	CertFile, KeyFile string // PEM; read again at each connection, so that they can be replaced
+	CertFile, KeyFile string // PEM; all three are read again at each connection, so that they can be replaced
 	Username          string
 	Password          string
 
@@ -74,21 +74,21 @@ type Options struct {
 // Manager is a subnet.Manager. Acquire and Keep are for one caller at a time;
 // the other methods may be called at any time.
 type Manager struct {
-	options  Options
-	config   clientConfig
-	hostname string
+	options    Options
+	tls        *tlsFiles
+	connection *connection
+	hostname   string
 
 	ctx    context.Context // ends with Close
 	cancel context.CancelFunc
 	pulse  sync.WaitGroup
 
 	outage subnet.Outage
+	failed queue
 
 	configured []byte // what Config read
 
 	mu      sync.Mutex
-	client  *clientv3.Client // nil as long as nobody needed it
-	closed  bool
 	latest  moment
 	warned  map[string]int64 // bad records, by key: the revision that was warned of
 	claim   *claim           // nil: none held
@@ -118,20 +118,27 @@ func New(ctx context.Context, o Options) (*Manager, error) {
 		cancel()
 		return nil, err
 	}
-	config, err := newClientConfig(o, dialer)
+	files, err := newTLSFiles(o)
+	if err != nil {
+		cancel()
+		return nil, err
+	}
+	config, err := newClientConfig(o, files, dialer)
 	if err != nil {
 		cancel()
 		return nil, err
 	}
 	m := &Manager{
-		options:  o,
-		config:   config,
-		hostname: hostname,
-		ctx:      ctx,
-		cancel:   cancel,
-		latest:   moment{replaced: make(chan struct{})},
-		warned:   map[string]int64{},
-		outage:   subnet.Outage{Store: "etcd at " + strings.Join(o.Endpoints, ",")},
+		options:    o,
+		tls:        files,
+		connection: newConnection(config, o.Username, o.Password),
+		hostname:   hostname,
+		ctx:        ctx,
+		cancel:     cancel,
+		latest:     moment{replaced: make(chan struct{})},
+		warned:     map[string]int64{},
+		failed:     newQueue(),
+		outage:     subnet.Outage{Store: "etcd at " + strings.Join(o.Endpoints, ",")},
 	}
 	m.pulse.Go(m.beat)
 	return m, nil
@@ -143,15 +150,9 @@ func New(ctx context.Context, o Options) (*Manager, error) {
 func (m *Manager) Close() error {
 	m.release()
 	m.cancel()
-	m.mu.Lock()
-	m.closed = true // nothing is started any more
-	client := m.client
-	m.mu.Unlock()
+	err := m.connection.close()
 	m.pulse.Wait()
-	if client == nil {
-		return nil
-	}
-	return client.Close()
+	return err
 }
 
 func (m *Manager) configKey() string { return path.Join(m.options.Prefix, "config") }

@@ -205,13 +205,13 @@ func (m *Manager) renew(ctx context.Context, purpose string, id clientv3.LeaseID
 // revoke ends an etcd lease that is of no more use. It is a courtesy: one that
 // cannot be revoked runs out by itself.
 func (m *Manager) revoke(id clientv3.LeaseID) {
-	client, err := m.connect()
-	if err != nil {
-		return
-	}
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()
-	if _, err := client.Revoke(ctx, id); err != nil {
+	err := m.connection.attempt(ctx, func(ctx context.Context, c *clientv3.Client) error {
+		_, err := c.Revoke(ctx, id)
+		return err
+	})
+	if err != nil {
 		klog.V(2).Infof("etcd lease %x: revoking it: %v", id, err)
 	}
 }

@@ -74,7 +74,7 @@ func (m *Manager) timeToLive(ctx context.Context, id clientv3.LeaseID) (ttl time
 // Clock implements subnet.Reporter. gRPC tells no time, but at the same address
 // etcd answers over HTTP.
 func (m *Manager) Clock(ctx context.Context) (time.Time, error) {
-	client := &http.Client{Transport: &http.Transport{TLSClientConfig: m.config.TLS, DisableKeepAlives: true}}
+	client := &http.Client{Transport: &http.Transport{TLSClientConfig: m.tls.config(), DisableKeepAlives: true}}
 	last := errors.New("no endpoint speaks HTTP")
 	for _, e := range m.options.Endpoints {
 		if !strings.HasPrefix(e, "http") {

@@ -20,37 +20,81 @@ import (
 	"github.com/flanneld/flanneld/subnet"
 )
 
-// do calls f until it succeeds or ctx ends, and pauses between the attempts.
-// Its purpose completes the sentence "waiting to …". f returns the header of an
-// answer that shows etcd's latest revision; nil where it has none, and then do
-// returns no moment.
-func (m *Manager) do(ctx context.Context, purpose string, f func(context.Context, *clientv3.Client) (*pb.ResponseHeader, error)) (moment, error) {
-	pause := subnet.Backoff()
-	for {
-		before := m.now()
-		var header *pb.ResponseHeader
-		client, err := m.connect()
-		if err == nil {
-			attempt, cancel := context.WithTimeout(ctx, requestTimeout)
-			header, err = f(attempt, client)
-			cancel()
-		}
-		switch {
-		case err == nil:
-			m.outage.End(purpose)
-			if header == nil {
-				return moment{}, nil
-			}
-			return m.learn(before, header.Revision), nil
-		case ctx.Err() != nil:
-			return moment{}, ctx.Err()
-		case m.ctx.Err() != nil:
-			return moment{}, m.ctx.Err()
-		}
+// A request is one to etcd. It returns the header of an answer that shows etcd's
+// latest revision; nil where the answer has none.
+type request func(context.Context, *clientv3.Client) (*pb.ResponseHeader, error)
+
+// do makes the request until it succeeds or ctx ends. Its purpose completes the
+// sentence "waiting to …". It returns no moment where the request has no header.
+func (m *Manager) do(ctx context.Context, purpose string, r request) (moment, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(m.ctx, cancel)()
+	at, err := m.try(ctx, purpose, r)
+	if err == nil || ctx.Err() != nil {
+		return at, err
+	}
+	err = m.failed.retry(ctx, func() (err error) {
+		at, err = m.try(ctx, purpose, r)
+		return err
+	})
+	return at, err
+}
+
+// try makes the request once.
+func (m *Manager) try(ctx context.Context, purpose string, r request) (moment, error) {
+	before := m.now()
+	var header *pb.ResponseHeader
+	err := m.connection.attempt(ctx, func(ctx context.Context, c *clientv3.Client) (err error) {
+		header, err = r(ctx, c)
+		return err
+	})
+	switch {
+	case ctx.Err() != nil:
+		return moment{}, ctx.Err()
+	case err != nil:
 		why, text := explain(err)
 		m.outage.Begin(purpose, why, text)
-		if err := pause.Sleep(ctx); err != nil {
-			return moment{}, err
+		return moment{}, err
+	}
+	m.outage.End(purpose)
+	if header == nil {
+		return moment{}, nil
+	}
+	return m.learn(before, header.Revision), nil
+}
+
+// A queue is for all whose request failed. They try again one after the other,
+// with pauses that grow: however many they are, etcd gets no more requests than
+// from one.
+type queue struct {
+	head  chan struct{} // one element: the right to try
+	pause retry.Backoff
+}
+
+func newQueue() queue { return queue{head: make(chan struct{}, 1), pause: subnet.Backoff()} }
+
+// retry calls f until it succeeds or ctx ends.
+func (q *queue) retry(ctx context.Context, f func() error) error {
+	turn := func() error {
+		select {
+		case q.head <- struct{}{}:
+			defer func() { <-q.head }()
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		if err := q.pause.Sleep(ctx); err != nil {
+			return err
+		}
+		err := f()
+		if err == nil {
+			q.pause.Reset()
+		}
+		return err
+	}
+	for {
+		if err := turn(); err == nil || ctx.Err() != nil {
+			return err
 		}
 	}
 }
@@ -95,8 +139,8 @@ func (m *Manager) renounce() {
 	m.latest = moment{0, make(chan struct{})}
 }
 
-// beat asks for etcd's revision from time to time, and renews the claim: see
-// pulseEvery.
+// beat renews the claim, and asks for etcd's revision, from time to time: see
+// pulseEvery. That the one fails must not keep the other from happening.
 func (m *Manager) beat() {
 	tick := time.NewTicker(pulseEvery)
 	defer tick.Stop()
@@ -106,14 +150,14 @@ func (m *Manager) beat() {
 			return
 		case <-tick.C:
 		}
-		m.do(m.ctx, "see it again", func(ctx context.Context, c *clientv3.Client) (*pb.ResponseHeader, error) {
+		m.keepClaim()
+		m.try(m.ctx, "see it again", func(ctx context.Context, c *clientv3.Client) (*pb.ResponseHeader, error) {
 			got, err := c.Get(ctx, m.configKey(), clientv3.WithCountOnly())
 			if err != nil {
 				return nil, err
 			}
 			return got.Header, nil
 		})
-		m.keepClaim()
 	}
 }
 
@@ -132,7 +176,7 @@ func (m *Manager) changes(ctx context.Context, at moment, keys []string, options
 	ctx, cancel := context.WithCancel(ctx)
 	var running sync.WaitGroup
 	stop = func() { cancel(); running.Wait() }
-	client, err := m.connect()
+	client, watch, err := m.connection.open(ctx)
 	if err != nil {
 		cancel() // the caller's next request says why
 		return ctx.Done(), stop
@@ -149,7 +193,7 @@ func (m *Manager) changes(ctx context.Context, at moment, keys []string, options
 		options := append([]clientv3.OpOption{clientv3.WithRev(at.revision + 1)}, options...)
 		running.Go(func() {
 			defer cancel()
-			for answer := range client.Watch(clientv3.WithRequireLeader(ctx), key, options...) {
+			for answer := range client.Watch(clientv3.WithRequireLeader(watch), key, options...) {
 				if len(answer.Events) > 0 {
 					return
 				}
@@ -178,6 +222,10 @@ func explain(err error) (cause, text string) {
 		return "login", text + ": check --etcd-username and --etcd-password"
 	case errors.Is(err, rpctypes.ErrUserEmpty):
 		return "login", text + ": it wants a user, set --etcd-username and --etcd-password, or a client certificate with --etcd-certfile and --etcd-keyfile"
+	case refused(err):
+		return "login", text + ": etcd does not accept the token that it gave, perhaps users change at the moment"
+	case errors.Is(err, rpctypes.ErrNoSpace):
+		return "", text + ": compact and defragment etcd, or raise its --quota-backend-bytes, and then: etcdctl alarm disarm"
 	case errors.Is(err, rpctypes.ErrPermissionDenied):
 		return "", text + ": the user must be allowed to read and write all keys under --etcd-prefix, see etcdctl role grant-permission --prefix"
 	case says("x509:"):
@@ -190,6 +238,8 @@ func explain(err error) (cause, text string) {
 		return "scheme", text + ": the server closes the connection, perhaps --etcd-endpoints should say https://"
 	case errors.Is(err, context.DeadlineExceeded), status.Code(err) == codes.DeadlineExceeded:
 		return subnet.Away, fmt.Sprintf("no answer within %v", requestTimeout)
+	case status.Code(err) == codes.Canceled:
+		return subnet.Away, "the connections are replaced"
 	case status.Code(err) == codes.Unavailable, errors.As(err, &known) && known.Code() == codes.Unavailable:
 		return subnet.Away, text
 	}

@@ -49,15 +49,15 @@ func (m *Manager) follow(ctx context.Context, out chan<- subnet.Update) error {
 			news.Put(subnet.Lease{Subnets: r.subnets, Attrs: r.attrs})
 		}
 	}
-	client, err := m.connect()
-	if err != nil {
-		return err
-	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	client, watch, err := m.connection.open(ctx)
+	if err != nil {
+		return m.ctx.Err()
+	}
 	// Progress notifications let a quiet watch survive compaction: after a
 	// broken connection it goes on from the last of them.
-	events := client.Watch(clientv3.WithRequireLeader(ctx), m.subnetsPrefix(), clientv3.WithPrefix(), clientv3.WithRev(at.revision+1), clientv3.WithProgressNotify())
+	events := client.Watch(clientv3.WithRequireLeader(watch), m.subnetsPrefix(), clientv3.WithPrefix(), clientv3.WithRev(at.revision+1), clientv3.WithProgressNotify())
 	for {
 		send := out
 		if !news.Snapshot && len(news.Leases) == 0 && len(news.Gone) == 0 {

@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -38,6 +39,10 @@ func TestMain(m *testing.M) {
 	klog.InitFlags(flags)
 	flags.Parse([]string{"-logtostderr=false", "-stderrthreshold=FATAL", "-one_output=true"})
 	klog.SetOutput(log)
+	flag.Parse()
+	if flag.Lookup("test.parallel").Value.String() == strconv.Itoa(runtime.GOMAXPROCS(0)) {
+		flag.Set("test.parallel", "12") // most of the tests wait for most of the time
+	}
 	code := m.Run()
 	if shared.server != nil {
 		shared.server.stop()

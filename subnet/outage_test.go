@@ -43,7 +43,8 @@ func TestOutageIsSaidOnce(t *testing.T) {
 		{"write", "", "disk full", "W store at S: disk full. Waiting to write", false},
 		{"read", "", "", "", false},
 		{"write", "", "disk full", "", false},
-		{"read", "", "disk full", "W store at S: disk full. Waiting to read", false},
+		{"read", "", "disk full", "", false}, // it says so of everything
+		{"read", "", "read-only", "W store at S: read-only. Waiting to read", false},
 		{"write", "", "", "", false},
 		{"read", "", "", "I store at S is back", true},
 	} {

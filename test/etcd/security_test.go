@@ -39,13 +39,14 @@ func newAuthority(t *testing.T, name string) *authority {
 	return a
 }
 
-// sign returns the files of a certificate for 127.0.0.1 and its key.
-func (a *authority) sign(name string) (certFile, keyFile string) {
+// sign returns the files of a certificate for 127.0.0.1, and more addresses, and
+// its key.
+func (a *authority) sign(name string, more ...net.IP) (certFile, keyFile string) {
 	a.t.Helper()
 	certFile, keyFile, _, _ = a.issue(name, &x509.Certificate{
 		KeyUsage:    x509.KeyUsageDigitalSignature,
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
-		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+		IPAddresses: append(more, net.IPv4(127, 0, 0, 1)),
 	})
 	return certFile, keyFile
 }

@@ -6,6 +6,8 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -73,7 +75,9 @@ func TestExplain(t *testing.T) {
 		{rpctypes.ErrGRPCAuthFailed, "login", "--etcd-password"},
 		{rpctypes.ErrUserEmpty, "login", "--etcd-username"},
 		{rpctypes.ErrPermissionDenied, "", "role grant-permission"},
-		{rpctypes.ErrNoSpace, "", "etcdserver: mvcc: database space exceeded"},
+		{status.Error(codes.Unknown, context.DeadlineExceeded.Error()), subnet.Away, "no answer within 10s"},
+		{rpctypes.ErrGRPCInvalidAuthToken, "login", "invalid auth token"},
+		{rpctypes.ErrNoSpace, "", "etcdserver: mvcc: database space exceeded: compact and defragment etcd"},
 		{errors.New("something else"), "", "something else"},
 		{unavailable("transport: authentication handshake failed: tls: failed to verify certificate: x509: certificate signed by unknown authority"), "certificate", "--etcd-cafile"},
 		{unavailable("error reading server preface: remote error: tls: certificate required"), "certificate", "--etcd-certfile"},
@@ -86,7 +90,50 @@ func TestExplain(t *testing.T) {
 	}
 }
 
-// script is a connection with a state for each minute.
+// However many wait, there is one attempt at a time; and when one succeeds, the
+// others do not wait for long.
+func TestQueue(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		q := newQueue()
+		begun := time.Now()
+		var away atomic.Bool
+		var attempts atomic.Int32
+		away.Store(true)
+		var waiting sync.WaitGroup
+		for range 8 {
+			waiting.Go(func() {
+				err := q.retry(t.Context(), func() error {
+					attempts.Add(1)
+					if away.Load() {
+						return errors.New("away")
+					}
+					return nil
+				})
+				if err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		const minute = 60
+		retry.Sleep(t.Context(), minute*time.Second)
+		if n := attempts.Load(); n < minute/3 || n > minute {
+			t.Errorf("%d attempts in a minute, want one in 1.5 to 3 s", n)
+		}
+		away.Store(false)
+		waiting.Wait()
+		if took := time.Since(begun); took > (minute+4)*time.Second {
+			t.Errorf("the last one was done after %v", took)
+		}
+
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		if err := q.retry(ctx, func() error { return nil }); !errors.Is(err, context.Canceled) {
+			t.Errorf("with a context that ended: %v", err)
+		}
+	})
+}
+
+// script is a channel with a state for each minute.
 type script struct {
 	states []connectivity.State
 	begun  time.Time

@@ -45,7 +45,8 @@ func newConnection(config clientConfig, username, password string) *connection {
 	return &connection{config: config, username: username, password: password, turn: make(chan struct{}, 1), in: username == ""}
 }
 
-// attempt calls f; and once more, with a new token, where etcd refuses the token.
+// attempt calls f; and once more where etcd refuses the token, or the client was
+// replaced meanwhile.
 func (c *connection) attempt(ctx context.Context, f func(context.Context, *clientv3.Client) error) error {
 	limited, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
@@ -54,8 +55,8 @@ func (c *connection) attempt(ctx context.Context, f func(context.Context, *clien
 		if err == nil {
 			err = f(request, client)
 		}
-		c.heard(client, limited.Err() != nil && ctx.Err() == nil)
-		if !refused(err) || !c.logOut(request) || again {
+		current := c.heard(client, limited.Err() != nil && ctx.Err() == nil)
+		if again || limited.Err() != nil || current && !(refused(err) && c.logOut(request)) || err == nil {
 			return err
 		}
 	}
@@ -142,26 +143,29 @@ func (c *connection) logOut(request context.Context) bool {
 	return true
 }
 
-// heard takes note of whether a request was answered. gRPC replaces connections
-// that break. But one can be whole, up to a proxy say, and lead nowhere; the
-// client would use it for ever.
-func (c *connection) heard(client *clientv3.Client, silent bool) {
+// heard takes note of whether a request was answered, and tells whether its
+// client is still in use. gRPC replaces connections that break. But one can be
+// whole, up to a proxy say, and lead nowhere; the client would use it for ever.
+func (c *connection) heard(client *clientv3.Client, silent bool) (current bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	switch {
-	case client == nil || client != c.client || c.closed:
-		return
+	case c.closed, client == nil:
+		return true
+	case client != c.client:
+		return false
 	case !silent:
 		c.silent = 0
-		return
+		return true
 	}
 	c.silent++
 	if c.silent < silences || client.ActiveConnection().GetState() != connectivity.Ready {
-		return
+		return true
 	}
 	klog.V(1).Infof("etcd: connections are open, but %d requests got no answer: trying new connections", c.silent)
 	c.client, c.silent = nil, 0
 	c.running.Go(func() { client.Close() }) // which ends the watches, too
+	return true
 }
 
 func (c *connection) close() error {

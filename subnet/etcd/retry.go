@@ -236,10 +236,9 @@ func explain(err error) (cause, text string) {
 		return "scheme", text + ": the server does not speak TLS, perhaps --etcd-endpoints should say http://"
 	case says("error reading server preface: EOF"):
 		return "scheme", text + ": the server closes the connection, perhaps --etcd-endpoints should say https://"
-	case errors.Is(err, context.DeadlineExceeded), status.Code(err) == codes.DeadlineExceeded:
+	case errors.Is(err, context.DeadlineExceeded), status.Code(err) == codes.DeadlineExceeded,
+		text == context.DeadlineExceeded.Error(): // etcd 3.4 says so of what its leader did not answer
 		return subnet.Away, fmt.Sprintf("no answer within %v", requestTimeout)
-	case status.Code(err) == codes.Canceled:
-		return subnet.Away, "the connections are replaced"
 	case status.Code(err) == codes.Unavailable, errors.As(err, &known) && known.Code() == codes.Unavailable:
 		return subnet.Away, text
 	}

@@ -69,6 +69,8 @@ type program struct {
 	args []string
 	tls  *tls.Config // nil: without
 
+	members []*program // of its cluster; nil: it is alone
+
 	process *os.Process
 	exited  chan struct{}
 }
@@ -78,20 +80,21 @@ var programs atomic.Int32
 // newProgramSite returns a site whose server is a program that is not running yet.
 func newProgramSite(t *testing.T, path string, args ...string) *programSite {
 	t.Helper()
-	pid, n := os.Getpid(), programs.Add(1)
-	p := &program{
-		path: path,
-		dir:  t.TempDir(),
-		host: fmt.Sprintf("127.%d.%d.%d", 1+pid>>8%250, pid&255, n),
-		args: args,
-	}
+	p := newProgram(t, path, args...)
 	r, err := newRelay("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	s := &programSite{site: &site{t: t, prefix: "/coreos.com/network", relay: r}, program: p}
-	t.Cleanup(func() { p.kill(); r.close() })
+	t.Cleanup(r.close)
 	return s
+}
+
+func newProgram(t *testing.T, path string, args ...string) *program {
+	pid, n := os.Getpid(), programs.Add(1)
+	p := &program{path: path, dir: t.TempDir(), host: fmt.Sprintf("127.%d.%d.%d", 1+pid>>8%250, pid&255, n), args: args}
+	t.Cleanup(p.kill)
+	return p
 }
 
 // A programSite is a site whose server is a program.
@@ -109,20 +112,26 @@ func (p *program) scheme() string {
 	return "http://"
 }
 
-// start starts the program, and waits until it answers.
-func (s *programSite) start() {
-	s.t.Helper()
-	p := s.program
-	peers := "http://" + net.JoinHostPort(p.host, "2380")
+func (p *program) peers() string { return "http://" + net.JoinHostPort(p.host, "2380") }
+
+// launch starts the program, and does not wait until it answers.
+func (p *program) launch(t *testing.T) {
+	t.Helper()
 	log, err := os.OpenFile(filepath.Join(p.dir, "log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
 	if err != nil {
-		s.t.Fatal(err)
+		t.Fatal(err)
 	}
 	defer log.Close()
+	cluster := ""
+	for _, m := range append(p.members, p) {
+		if !strings.Contains(cluster, m.peers()) {
+			cluster += "," + m.host + "=" + m.peers()
+		}
+	}
 	cmd := exec.Command(p.path, append([]string{
-		"--data-dir", filepath.Join(p.dir, "data"), "--logger=zap", "--bcrypt-cost=4",
+		"--data-dir", filepath.Join(p.dir, "data"), "--name", p.host, "--logger=zap", "--bcrypt-cost=4",
 		"--heartbeat-interval=50", "--election-timeout=500",
-		"--listen-peer-urls", peers, "--initial-advertise-peer-urls", peers, "--initial-cluster", "default=" + peers,
+		"--listen-peer-urls", p.peers(), "--initial-advertise-peer-urls", p.peers(), "--initial-cluster", cluster[1:],
 		"--listen-client-urls", p.scheme() + p.addr(), "--advertise-client-urls", p.scheme() + p.addr(),
 		"--listen-metrics-urls", "http://" + net.JoinHostPort(p.host, "2381"),
 	}, p.args...)...)
@@ -141,17 +150,37 @@ func (s *programSite) start() {
 		}
 	}()
 	if err := <-started; err != nil {
-		s.t.Fatal(err)
+		t.Fatal(err)
 	}
 	p.process, p.exited = cmd.Process, exited
+}
+
+// signal stops the program for a while, or has it go on.
+func (p *program) signal(t *testing.T, s syscall.Signal) {
+	t.Helper()
+	if err := p.process.Signal(s); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// start starts the program, or its cluster, and waits until it answers.
+func (s *programSite) start() {
+	s.t.Helper()
+	all := s.program.members
+	if all == nil {
+		all = []*program{s.program}
+	}
+	for _, p := range all {
+		p.launch(s.t)
+	}
 	if s.client == nil {
-		s.client = asRoot(s.t, p)
+		s.client = asRoot(s.t, s.program)
 	}
 	ctx, cancel := context.WithCancel(s.ctx())
 	defer cancel()
 	go func() {
 		select {
-		case <-exited:
+		case <-s.program.exited:
 			cancel()
 		case <-ctx.Done():
 		}
@@ -162,8 +191,8 @@ func (s *programSite) start() {
 			return
 		}
 		if ctx.Err() != nil {
-			text, _ := os.ReadFile(log.Name())
-			s.t.Fatalf("%s does not answer: %v\n%s", p.path, err, text)
+			text, _ := os.ReadFile(filepath.Join(s.program.dir, "log"))
+			s.t.Fatalf("%s does not answer: %v\n%s", s.program.path, err, text)
 		}
 	}
 }

@@ -161,6 +161,65 @@ func TestTLS(t *testing.T) {
 	})
 }
 
+// Certificates of another CA take the place of those there are, while the
+// manager runs.
+func TestNewCA(t *testing.T) {
+	first, second := newAuthority(t, "ca"), newAuthority(t, "ca")
+	s := secured(t, first, true)
+	o := s.https("a")
+	o.CAFile = filepath.Join(t.TempDir(), "ca.crt")
+	o.CertFile, o.KeyFile = first.sign("client")
+	replace := func(file string, text []byte) {
+		t.Helper()
+		if err := os.WriteFile(file, text, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	read := func(file string) []byte {
+		t.Helper()
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return text
+	}
+	replace(o.CAFile, read(first.file))
+	m := s.managerWith(o)
+	works := func() {
+		t.Helper()
+		s.relay.point(s.server.addr()) // with new connections
+		if _, err := m.Previous(s.ctx(), want("198.18.0.1").Attrs); err != nil {
+			t.Error(err)
+		}
+		if _, err := m.Clock(s.ctx()); err != nil {
+			t.Error(err)
+		}
+	}
+	works()
+
+	// Files that somebody is writing.
+	pair := read(o.KeyFile)
+	replace(o.KeyFile, nil)
+	replace(o.CAFile, nil)
+	works()
+	replace(o.CAFile, append(read(second.file), read(first.file)[:200]...))
+	works()
+	for _, parts := range [][]string{
+		{o.CAFile + " holds no certificate", "stays in force"}, {o.CAFile + " ends in the middle", "stays in force"},
+	} {
+		if lines, _ := log.lines(parts...); len(lines) != 1 {
+			t.Errorf("logged, want one line: %q", lines)
+		}
+	}
+	replace(o.KeyFile, pair)
+
+	cert, key := second.sign("server")
+	replace(s.server.etcd.Config().ClientTLSInfo.CertFile, read(cert))
+	replace(s.server.etcd.Config().ClientTLSInfo.KeyFile, read(key))
+	replace(o.CAFile, read(second.file))
+	works()
+}
+
 // waits tells that a manager says why it cannot use etcd, once, and waits.
 func (s *site) waits(o etcd.Options, parts ...string) {
 	s.t.Helper()

@@ -236,6 +236,13 @@ func (r *relay) point(target string) {
 	}
 }
 
+// divert leads new connections to the target; those that are open stay.
+func (r *relay) divert(target string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.target = target
+}
+
 func (r *relay) cut() { r.point("") }
 
 func (r *relay) close() {

@@ -76,6 +76,7 @@ func TestExplain(t *testing.T) {
 		{rpctypes.ErrUserEmpty, "login", "--etcd-username"},
 		{rpctypes.ErrPermissionDenied, "", "role grant-permission"},
 		{status.Error(codes.Unknown, context.DeadlineExceeded.Error()), subnet.Away, "no answer within 10s"},
+		{status.Error(codes.Canceled, "grpc: the client connection is closing"), subnet.Away, "connections were replaced"},
 		{rpctypes.ErrGRPCInvalidAuthToken, "login", "invalid auth token"},
 		{rpctypes.ErrNoSpace, "", "etcdserver: mvcc: database space exceeded: compact and defragment etcd"},
 		{errors.New("something else"), "", "something else"},

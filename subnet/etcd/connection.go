@@ -84,11 +84,12 @@ func (c *connection) state() (client *clientv3.Client, token string, in bool, er
 		return nil, "", false, context.Canceled
 	}
 	if c.client == nil {
-		if client, err = clientv3.New(c.config); err != nil {
+		made, err := clientv3.New(c.config)
+		if err != nil {
 			return nil, "", false, err
 		}
-		c.client = client
-		c.running.Go(func() { hasten(client.Ctx(), client.ActiveConnection()) })
+		c.client = made
+		c.running.Go(func() { hasten(made.Ctx(), made.ActiveConnection()) })
 	}
 	return c.client, c.token, c.in, nil
 }

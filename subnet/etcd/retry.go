@@ -239,6 +239,8 @@ func explain(err error) (cause, text string) {
 	case errors.Is(err, context.DeadlineExceeded), status.Code(err) == codes.DeadlineExceeded,
 		text == context.DeadlineExceeded.Error(): // etcd 3.4 says so of what its leader did not answer
 		return subnet.Away, fmt.Sprintf("no answer within %v", requestTimeout)
+	case status.Code(err) == codes.Canceled: // while the time for the request ran out
+		return subnet.Away, "no answer until the connections were replaced"
 	case status.Code(err) == codes.Unavailable, errors.As(err, &known) && known.Code() == codes.Unavailable:
 		return subnet.Away, text
 	}

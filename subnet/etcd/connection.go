@@ -42,7 +42,10 @@ type connection struct {
 }
 
 func newConnection(config clientConfig, username, password string) *connection {
-	return &connection{config: config, username: username, password: password, turn: make(chan struct{}, 1), in: username == ""}
+	return &connection{
+		config: config, username: username, password: password,
+		turn: make(chan struct{}, 1), in: username == "",
+	}
 }
 
 // attempt calls f; and once more where etcd refuses the token, or the client was
@@ -126,7 +129,8 @@ func (c *connection) logIn(ctx context.Context) (string, error) {
 // refused tells that a request failed for the token: it expired, or etcd was
 // restarted, or users changed, or authentication was switched on.
 func refused(err error) bool {
-	return slices.Contains([]error{rpctypes.ErrInvalidAuthToken, rpctypes.ErrUserEmpty, rpctypes.ErrAuthOldRevision}, rpctypes.Error(err))
+	token := []error{rpctypes.ErrInvalidAuthToken, rpctypes.ErrUserEmpty, rpctypes.ErrAuthOldRevision}
+	return slices.Contains(token, rpctypes.Error(err))
 }
 
 // logOut forgets the token that a request was made with, and tells whether

@@ -172,7 +172,8 @@ func TestServerKilled(t *testing.T) {
 func TestPasswordChangedAndChangedBack(t *testing.T) {
 	withTokens(t, "300", func(s *programSite) {
 		w := s.worker(s.user("http://" + s.program.addr()))
-		w.refused("check --etcd-username and --etcd-password", func() { s.password("changed") }, func() { s.password("secret") })
+		w.refused("check --etcd-username and --etcd-password",
+			func() { s.password("changed") }, func() { s.password("secret") })
 	})
 }
 
@@ -204,6 +205,7 @@ func TestAuthenticationSwitchedOnForNobody(t *testing.T) {
 		o := s.options("a")
 		o.Endpoints = []string{"http://" + s.program.addr()}
 		w := s.worker(o)
-		w.refused("set --etcd-username and --etcd-password", func() { s.authentication(true) }, func() { s.authentication(false) })
+		w.refused("set --etcd-username and --etcd-password",
+			func() { s.authentication(true) }, func() { s.authentication(false) })
 	})
 }

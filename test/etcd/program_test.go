@@ -218,7 +218,8 @@ func (s *programSite) up() {
 func asRoot(t *testing.T, p *program) *clientv3.Client {
 	t.Helper()
 	login := func(ctx context.Context, c *grpc.ClientConn) (context.Context, error) {
-		answer, err := pb.NewAuthClient(c).Authenticate(ctx, &pb.AuthenticateRequest{Name: "root", Password: "r00t"}, grpc.WaitForReady(true))
+		root := &pb.AuthenticateRequest{Name: "root", Password: "r00t"}
+		answer, err := pb.NewAuthClient(c).Authenticate(ctx, root, grpc.WaitForReady(true))
 		if errors.Is(rpctypes.Error(err), rpctypes.ErrAuthNotEnabled) {
 			return ctx, nil
 		}
@@ -227,7 +228,8 @@ func asRoot(t *testing.T, p *program) *clientv3.Client {
 		}
 		return metadata.AppendToOutgoingContext(ctx, rpctypes.TokenFieldNameGRPC, answer.Token), nil
 	}
-	unary := func(ctx context.Context, method string, req, reply any, c *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+	unary := func(ctx context.Context, method string, req, reply any, c *grpc.ClientConn,
+		invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 		if method != pb.Auth_Authenticate_FullMethodName {
 			var err error
 			if ctx, err = login(ctx, c); err != nil {
@@ -236,7 +238,8 @@ func asRoot(t *testing.T, p *program) *clientv3.Client {
 		}
 		return invoke(ctx, method, req, reply, c, opts...)
 	}
-	stream := func(ctx context.Context, desc *grpc.StreamDesc, c *grpc.ClientConn, method string, open grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+	stream := func(ctx context.Context, desc *grpc.StreamDesc, c *grpc.ClientConn, method string,
+		open grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
 		ctx, err := login(ctx, c)
 		if err != nil {
 			return nil, err
@@ -265,21 +268,23 @@ func must[T any](s *programSite, step func(context.Context) (T, error)) {
 // withUsers makes root, and the user flannel, who may do all under the prefix.
 func (s *programSite) withUsers() {
 	s.t.Helper()
-	c := s.client
-	must(s, func(ctx context.Context) (*clientv3.AuthRoleAddResponse, error) { return c.RoleAdd(ctx, "root") })
-	must(s, func(ctx context.Context) (*clientv3.AuthUserAddResponse, error) {
-		return c.UserAdd(ctx, "root", "r00t")
-	})
-	must(s, func(ctx context.Context) (*clientv3.AuthUserGrantRoleResponse, error) {
-		return c.UserGrantRole(ctx, "root", "root")
-	})
-	must(s, func(ctx context.Context) (*clientv3.AuthRoleAddResponse, error) { return c.RoleAdd(ctx, "flannel") })
-	must(s, func(ctx context.Context) (*clientv3.AuthRoleGrantPermissionResponse, error) {
-		return c.RoleGrantPermission(ctx, "flannel", s.prefix+"/", clientv3.GetPrefixRangeEnd(s.prefix+"/"), clientv3.PermissionType(clientv3.PermReadWrite))
-	})
-	must(s, func(ctx context.Context) (*clientv3.AuthUserAddResponse, error) {
-		return c.UserAdd(ctx, "flannel", "secret")
-	})
+	c, ctx := s.client, s.ctx()
+	all := clientv3.GetPrefixRangeEnd(s.prefix + "/")
+	for _, step := range []func() error{
+		func() error { _, err := c.RoleAdd(ctx, "root"); return err },
+		func() error { _, err := c.UserAdd(ctx, "root", "r00t"); return err },
+		func() error { _, err := c.UserGrantRole(ctx, "root", "root"); return err },
+		func() error { _, err := c.RoleAdd(ctx, "flannel"); return err },
+		func() error {
+			_, err := c.RoleGrantPermission(ctx, "flannel", s.prefix+"/", all, clientv3.PermissionType(clientv3.PermReadWrite))
+			return err
+		},
+		func() error { _, err := c.UserAdd(ctx, "flannel", "secret"); return err },
+	} {
+		if err := step(); err != nil {
+			s.t.Fatal(err)
+		}
+	}
 	s.giveRole()
 }
 

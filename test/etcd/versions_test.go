@@ -16,7 +16,8 @@ import (
 func (s *programSite) secure(ca *authority) etcd.Options {
 	s.t.Helper()
 	certFile, keyFile := ca.sign("server", net.ParseIP(s.program.host))
-	s.program.args = append(s.program.args, "--cert-file", certFile, "--key-file", keyFile, "--trusted-ca-file", ca.file, "--client-cert-auth")
+	s.program.args = append(s.program.args,
+		"--cert-file", certFile, "--key-file", keyFile, "--trusted-ca-file", ca.file, "--client-cert-auth")
 	o := s.https("a")
 	o.CAFile = ca.file
 	o.CertFile, o.KeyFile = ca.sign("client")

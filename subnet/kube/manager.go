@@ -79,6 +79,7 @@ type Manager struct {
 	own     *ownNode       // nil: there is no Node yet
 	changed chan struct{}  // closed when own, or up, changes
 	told    bool           // own is what the API server says
+	waits   map[string]int // what is waited for, by how many: see await
 	up      bool           // the network is: see Ready
 }
 
@@ -102,7 +103,7 @@ func New(ctx context.Context, o Options) (*Manager, error) {
 	m := &Manager{
 		options: o, client: c, name: o.NodeName, ctx: ctx, cancel: cancel,
 		outage:  subnet.Outage{Store: "Kubernetes' API server at " + c.server},
-		changed: make(chan struct{}),
+		changed: make(chan struct{}), waits: map[string]int{},
 	}
 	m.notices = newNotices(c, m.node)
 	if o.NodeAddress {

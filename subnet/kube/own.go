@@ -106,7 +106,7 @@ func (m *Manager) signal() {
 // await waits for a Node for which missing returns "", and otherwise what is
 // waited for. changed is closed when it changes.
 func (m *Manager) await(ctx context.Context, missing func(*ownNode) string) (own *ownNode, changed <-chan struct{}, err error) {
-	said := ""
+	waiting := ""
 	for {
 		m.mu.Lock()
 		own, changed = m.own, m.changed
@@ -116,27 +116,60 @@ func (m *Manager) await(ctx context.Context, missing func(*ownNode) string) (own
 			what = missing(own)
 		}
 		if what == "" {
-			if said != "" {
-				what, _, _ = strings.Cut(said, ": ") // without the remedy
-				klog.Infof("No longer waiting for %s", what)
-				m.Notify("waiting", "", "")
-			}
+			m.endWait(waiting, true)
 			return own, changed, nil
 		}
-		if what != said && told {
-			said = what
-			klog.Warningf("Waiting for %s", what)
-			if own != nil {
-				m.Notify("waiting", "NodeIncomplete", "flanneld waits for "+what)
-			}
+		if what != waiting && told {
+			m.startWait(what, own != nil)
+			m.endWait(waiting, false)
+			waiting = what
 		}
 		select {
 		case <-changed:
+			continue
 		case <-ctx.Done():
-			return nil, nil, ctx.Err()
+			err = ctx.Err()
 		case <-m.ctx.Done():
-			return nil, nil, m.ctx.Err()
+			err = m.ctx.Err()
 		}
+		m.endWait(waiting, false)
+		return nil, nil, err
+	}
+}
+
+// startWait logs what is waited for, unless somebody else waits for it already. A
+// Node that is registered is told, too.
+func (m *Manager) startWait(what string, registered bool) {
+	m.mu.Lock()
+	m.waits[what]++
+	first := m.waits[what] == 1
+	m.mu.Unlock()
+	if !first {
+		return
+	}
+	klog.Warningf("Waiting for %s", what)
+	if registered {
+		m.Notify("waiting", "NodeIncomplete", "flanneld waits for "+what)
+	}
+}
+
+// endWait ends what startWait began, if that is not "", and logs it if what was
+// waited for is there and nobody else waits for it.
+func (m *Manager) endWait(what string, there bool) {
+	if what == "" {
+		return
+	}
+	m.mu.Lock()
+	m.waits[what]--
+	last := m.waits[what] == 0
+	if last {
+		delete(m.waits, what)
+	}
+	m.mu.Unlock()
+	if last && there {
+		what, _, _ = strings.Cut(what, ": ") // without the remedy
+		klog.Infof("No longer waiting for %s", what)
+		m.Notify("waiting", "", "")
 	}
 }
 

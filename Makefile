@@ -36,6 +36,8 @@ ETCD := build/bin/etcd build/bin/etcdctl
 # Older servers, which answer differently.
 OLD_ETCD := build/stores/etcd-3.4 build/stores/etcd-3.6
 CNI := $(addprefix build/cni/,bridge host-local loopback portmap)
+# What else Kubernetes may be: an older API server, and kine in the place of etcd.
+OTHER_KUBE := build/stores/kube-apiserver-1.34 build/stores/kine
 KUBE := $(addprefix build/kube/,kube-apiserver kube-controller-manager kube-scheduler kube-proxy kubelet kubectl)
 
 .PHONY: help build image manifest docs release release-check tools programs check vulncheck test unit fuzz e2e test-stores test-vm bench bench-faults bench-kube bench-udp demo demo-kube demo-down clean FORCE
@@ -75,7 +77,7 @@ build/image/flannel-$(ARCH).tar: Dockerfile Documentation/kube-flannel.yml build
 
 image: programs build/image/flannel-$(ARCH).tar ## An image for Kubernetes, with Docker: IMAGE=name ARCH=arm64 BASE=image
 
-tools: programs build/bin/staticcheck $(ETCD) $(OLD_ETCD) $(CNI) $(KUBE) build/bin/helm ## Install what checks and tests need
+tools: programs build/bin/staticcheck $(ETCD) $(OLD_ETCD) $(CNI) $(KUBE) $(OTHER_KUBE) build/bin/helm ## Install what checks and tests need
 
 programs:
 	@missing() { for p in $(PROGRAMS); do command -v "$${p%:*}" >/dev/null || echo -n " $$p"; done; }; \
@@ -119,10 +121,20 @@ build/bin/helm: test/helm/go.mod
 	cd test/helm && $(STATIC) -ldflags "-s -w" -o $(CURDIR)/$@ helm.sh/helm/v4/cmd/helm
 	@touch $@
 
-# A real control plane and node; some minutes, once. They ask for their version.
+# A real control plane and node, and an older API server; some minutes, once. They
+# ask for their version.
 $(KUBE): test/kubernetes/go.mod
-	cd test/kubernetes && version=$$(awk '$$1 == "k8s.io/kubernetes" { print $$2 }' go.mod) && \
-	$(STATIC) -ldflags "-s -w -X k8s.io/component-base/version.gitVersion=$$version" -o $(CURDIR)/$@ k8s.io/kubernetes/cmd/$(@F)
+build/stores/kube-apiserver-1.34: test/stores/kubernetes-1.34/go.mod
+$(KUBE): program = $(@F)
+build/stores/kube-apiserver-1.34: program = kube-apiserver
+$(KUBE) build/stores/kube-apiserver-1.34:
+	cd $(<D) && version=$$(awk '$$1 == "k8s.io/kubernetes" { print $$2 }' go.mod) && \
+	$(STATIC) -ldflags "-s -w -X k8s.io/component-base/version.gitVersion=$$version" -o $(CURDIR)/$@ k8s.io/kubernetes/cmd/$(program)
+	@touch $@
+
+# With SQLite as Go code: no C compiler is needed.
+build/stores/kine: test/stores/kine/go.mod
+	cd $(<D) && $(STATIC) -ldflags "-s -w" -o $(CURDIR)/$@ github.com/k3s-io/kine
 	@touch $@
 
 # The manifest is the chart with its default values.
@@ -180,13 +192,13 @@ fuzz: ## Each fuzz target for FUZZTIME
 
 # Not from the test cache: it cannot know that the binaries have changed. Two
 # packages at a time: e2e alone takes most of it, and waits half of the time.
-e2e: build programs $(ETCD) build/stores/etcd-3.4 $(CNI) $(KUBE) build/bin/helm image ## End-to-end tests in the lab
+e2e: build programs $(ETCD) build/stores/etcd-3.4 $(CNI) $(KUBE) $(OTHER_KUBE) build/bin/helm image ## End-to-end tests in the lab
 	cd test && go test $(RACE) -count=1 -p=2 -timeout=30m $(TESTFLAGS) ./...
 
 # A part of e2e, with every version and every way to log in: e2e has the oldest
-# and the newest of them.
-test-stores: programs $(ETCD) $(OLD_ETCD) ## Every version of etcd that is in use
-	cd test && STORES=all go test $(RACE) -count=1 -timeout=30m $(TESTFLAGS) ./etcd
+# and the newest of them. Two packages at a time, as there.
+test-stores: build programs $(ETCD) $(OLD_ETCD) $(CNI) $(KUBE) $(OTHER_KUBE) ## Every version of etcd and Kubernetes that is tested
+	cd test && STORES=all go test $(RACE) -count=1 -p=2 -timeout=30m $(TESTFLAGS) ./etcd
 
 # The kernel, and what tests run, from Debian's packages. Some 100 MB, once.
 build/vm/root.cpio: test/vm/root

@@ -49,7 +49,7 @@ func (l *Lab) NewCluster(ctx context.Context, o ClusterOptions) (*Cluster, error
 	if err := errors.Join(k.AddUser(kubeScheduler), k.AddUser(kubeProxy)); err != nil {
 		return nil, err
 	}
-	if _, err := k.launch("kube-scheduler", "--kubeconfig="+k.Kubeconfig(kubeScheduler), "--leader-elect=false", "--bind-address=127.0.0.1"); err != nil {
+	if _, err := k.launch("kube/kube-scheduler", "--kubeconfig="+k.Kubeconfig(kubeScheduler), "--leader-elect=false", "--bind-address=127.0.0.1"); err != nil {
 		return nil, err
 	}
 	c := &Cluster{Kube: k}

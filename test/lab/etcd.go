@@ -27,7 +27,8 @@ const (
 )
 
 // Etcd is the lab's etcd, one member with its data on disk, and a client that
-// reaches it whatever becomes of the underlay.
+// reaches it whatever becomes of the underlay. It may be kine, which knows only
+// those requests that kube-apiserver makes: Put, Get and Compact of these here.
 type Etcd struct {
 	Client *clientv3.Client
 
@@ -58,7 +59,7 @@ func newEtcd(ctx context.Context, l *Lab) (*Etcd, error) {
 
 // Start starts etcd on the data it had, if any, and returns when it answers.
 func (e *Etcd) Start(ctx context.Context) error {
-	program, err := e.lab.Program("bin/etcd")
+	program, err := e.lab.Program(e.lab.options.Store)
 	if err != nil {
 		return err
 	}
@@ -67,12 +68,21 @@ func (e *Etcd) Start(ctx context.Context) error {
 		return err
 	}
 	defer log.Close()
-	cmd := exec.Command(program,
-		"--data-dir="+filepath.Join(e.lab.Dir, "etcd"),
+	args := []string{
+		"--data-dir=" + filepath.Join(e.lab.Dir, "etcd"),
 		"--listen-client-urls=http://[::]:2379",
-		"--advertise-client-urls="+Endpoint,
+		"--advertise-client-urls=" + Endpoint,
 		"--listen-peer-urls=http://127.0.0.1:2380",
-		"--unsafe-no-fsync") // the machine does not crash, only etcd
+		"--unsafe-no-fsync", // the machine does not crash, only etcd
+	}
+	if filepath.Base(program) == "kine" {
+		args = []string{
+			"--listen-address=http://0.0.0.0:2379", "--metrics-bind-address=0",
+			"--endpoint=sqlite://" + filepath.Join(e.lab.Dir, "kine.db") + "?_journal=WAL&cache=shared&_busy_timeout=30000",
+			"--compact-min-retain=0", // Compact is for all that there is
+		}
+	}
+	cmd := exec.Command(program, args...)
 	cmd.Stdout, cmd.Stderr = log, log
 	if e.proc, err = e.lab.net.Launch(cmd); err != nil {
 		return err

@@ -44,6 +44,7 @@ type Kube struct {
 	url         string
 	args        []string // of the API server, besides ours
 	ca          *authority
+	admin       tls.Certificate
 	http        *http.Client // an administrator's
 	server      *Process
 	controllers *Process
@@ -95,14 +96,7 @@ func (k *Kube) credentials() (err error) {
 	if err != nil {
 		return err
 	}
-	cert, key, err = k.ca.server([]string{"kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local"},
-		Gateway.AsSlice(), net.ParseIP(serviceIP))
-	if err != nil {
-		return err
-	}
-	for name, text := range map[string][]byte{
-		"ca.crt": k.ca.pem, "ca.key": caKey, "sa.key": accounts, "apiserver.crt": cert, "apiserver.key": key,
-	} {
+	for name, text := range map[string][]byte{"ca.crt": k.ca.pem, "ca.key": caKey, "sa.key": accounts} {
 		if err := os.WriteFile(k.file(name), text, 0o600); err != nil {
 			return err
 		}
@@ -110,17 +104,44 @@ func (k *Kube) credentials() (err error) {
 	if cert, key, err = k.addUser(kubeAdmin, "system:masters"); err != nil {
 		return err
 	}
-	admin, err := tls.X509KeyPair(cert, key)
+	if k.admin, err = tls.X509KeyPair(cert, key); err != nil {
+		return err
+	}
+	if err := k.certify(k.ca); err != nil {
+		return err
+	}
+	return errors.Join(replaceFile(k.caFile(), k.ca.pem),
+		k.writeKubeconfig(kubeDaemon, "certificate-authority", k.caFile(), map[string]any{"tokenFile": k.TokenFile()}))
+}
+
+// certify has an authority issue the API server's certificate, and an
+// administrator trust that authority alone.
+func (k *Kube) certify(by *authority) error {
+	cert, key, err := by.server([]string{"kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local"},
+		Gateway.AsSlice(), net.ParseIP(serviceIP))
 	if err != nil {
 		return err
 	}
 	roots := x509.NewCertPool()
-	roots.AddCert(k.ca.certificate)
+	roots.AddCert(by.certificate)
 	k.http = &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{
 		DialContext:     k.lab.net.Dial,
-		TLSClientConfig: &tls.Config{RootCAs: roots, Certificates: []tls.Certificate{admin}},
+		TLSClientConfig: &tls.Config{RootCAs: roots, Certificates: []tls.Certificate{k.admin}},
 	}}
-	return k.writeKubeconfig(kubeDaemon, map[string]any{"tokenFile": k.TokenFile()})
+	return errors.Join(replaceFile(k.file("apiserver.crt"), cert), replaceFile(k.file("apiserver.key"), key))
+}
+
+// RenewCA gives the API server a certificate of a new authority, which is in use
+// when the server starts next, if not sooner. Daemons are to trust that authority
+// once trust has been called: it replaces the file that their kubeconfig names. All
+// other kubeconfigs stay with the old authority.
+func (k *Kube) RenewCA() (trust func() error, err error) {
+	ca, err := newAuthority()
+	if err != nil {
+		return nil, err
+	}
+	trust = func() error { return replaceFile(k.caFile(), ca.pem) }
+	return trust, k.certify(ca)
 }
 
 func (k *Kube) file(name string) string { return filepath.Join(k.dir, name) }
@@ -134,16 +155,16 @@ func (k *Kube) AddUser(user string, groups ...string) error {
 
 func (k *Kube) addUser(user string, groups ...string) (cert, key []byte, err error) {
 	if cert, key, err = k.ca.client(user, groups...); err == nil {
-		err = k.writeKubeconfig(user, map[string]any{"client-certificate-data": cert, "client-key-data": key})
+		err = k.writeKubeconfig(user, "certificate-authority-data", k.ca.pem, map[string]any{"client-certificate-data": cert, "client-key-data": key})
 	}
 	return cert, key, err
 }
 
-func (k *Kube) writeKubeconfig(user string, credentials map[string]any) error {
+func (k *Kube) writeKubeconfig(user, authorityKey string, authority any, credentials map[string]any) error {
 	type object = map[string]any
 	text, err := json.MarshalIndent(object{
 		"apiVersion": "v1", "kind": "Config", "current-context": "lab",
-		"clusters": []object{{"name": "lab", "cluster": object{"server": kubeURL, "certificate-authority-data": k.ca.pem}}},
+		"clusters": []object{{"name": "lab", "cluster": object{"server": kubeURL, authorityKey: authority}}},
 		"users":    []object{{"name": user, "user": credentials}},
 		"contexts": []object{{"name": "lab", "context": object{"cluster": "lab", "user": user}}},
 	}, "", "  ")
@@ -155,6 +176,9 @@ func (k *Kube) writeKubeconfig(user string, credentials map[string]any) error {
 
 // Kubeconfig is the path of a user's credentials.
 func (k *Kube) Kubeconfig(user string) string { return k.file(user + ".kubeconfig") }
+
+// caFile is where the daemons' kubeconfig has the API server's authority.
+func (k *Kube) caFile() string { return k.file("apiserver-ca.crt") }
 
 // TokenFile is where the daemons' token is, see Install.
 func (k *Kube) TokenFile() string { return k.file(kubeDaemon + ".token") }
@@ -195,19 +219,25 @@ func (k *Kube) WriteToken(ctx context.Context, spec string) error {
 	if err := json.Unmarshal(answer, &request); err != nil {
 		return err
 	}
-	// Replaced rather than written, as kubelet does.
-	if err := os.WriteFile(k.TokenFile()+".new", []byte(request.Status.Token), 0o600); err != nil {
-		return err
-	}
-	return os.Rename(k.TokenFile()+".new", k.TokenFile())
+	return replaceFile(k.TokenFile(), []byte(request.Status.Token))
 }
 
+// replaceFile puts a new file in the place of another, as kubelet does, rather
+// than write into it.
+func replaceFile(name string, text []byte) error {
+	if err := os.WriteFile(name+".new", text, 0o600); err != nil {
+		return err
+	}
+	return os.Rename(name+".new", name)
+}
+
+// launch starts a program that was built. Its log has its name.
 func (k *Kube) launch(program string, args ...string) (*Process, error) {
-	path, err := k.lab.Program("kube/" + program)
+	path, err := k.lab.Program(program)
 	if err != nil {
 		return nil, err
 	}
-	log, err := os.OpenFile(k.file(program+".log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	log, err := os.OpenFile(k.file(filepath.Base(program)+".log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
 		return nil, err
 	}
@@ -224,8 +254,8 @@ func (k *Kube) Start(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	sa := k.file("sa.key")
-	k.server, err = k.launch("kube-apiserver", append([]string{
+	program, sa := k.lab.options.APIServer, k.file("sa.key")
+	k.server, err = k.launch(program, append([]string{
 		"--etcd-servers=" + Endpoint,
 		"--bind-address=" + at.Hostname(), "--advertise-address=" + at.Hostname(), "--secure-port=" + at.Port(),
 		"--cert-dir=" + k.dir, "--tls-cert-file=" + k.file("apiserver.crt"), "--tls-private-key-file=" + k.file("apiserver.key"),
@@ -239,7 +269,7 @@ func (k *Kube) Start(ctx context.Context) error {
 	}
 	return Poll(ctx, "kube-apiserver", func() error {
 		if k.server.Exited() {
-			return fmt.Errorf("it has exited\n%s", tail(k.file("kube-apiserver.log")))
+			return fmt.Errorf("it has exited\n%s", tail(k.file(filepath.Base(program)+".log")))
 		}
 		_, err := k.Do(ctx, http.MethodGet, "/readyz", nil)
 		return err
@@ -261,7 +291,7 @@ func (k *Kube) Spare(ctx context.Context) (*Kube, error) {
 // clusterCIDR. More arguments are for it; it does nothing else unless these name
 // more --controllers.
 func (k *Kube) StartControllers(clusterCIDR string, args ...string) (err error) {
-	k.controllers, err = k.launch("kube-controller-manager", append([]string{
+	k.controllers, err = k.launch("kube/kube-controller-manager", append([]string{
 		"--kubeconfig=" + k.Kubeconfig(kubeAdmin),
 		"--root-ca-file=" + k.file("ca.crt"), "--service-account-private-key-file=" + k.file("sa.key"),
 		"--controllers=node-ipam-controller",

@@ -14,6 +14,7 @@
 package lab
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -45,6 +46,13 @@ type Options struct {
 	// Keep is the name of a lab that is to outlive the process, until Remove.
 	// Empty: a name from the process id, and everything goes with the process.
 	Keep string
+
+	// Store is the program that the lab's etcd is, such as stores/etcd-3.4, or
+	// stores/kine. Empty: bin/etcd.
+	Store string
+	// APIServer is the program that kube-apiserver is, see NewKube. Empty:
+	// kube/kube-apiserver.
+	APIServer string
 }
 
 // A Lab is an underlay with etcd, an outside host, and nodes.
@@ -55,8 +63,9 @@ type Lab struct {
 	Outside *Namespace // no route leads from here to pods
 	Build   string     // where bin/ and cni/ are
 
-	keep bool
-	net  *Namespace // the underlay
+	options Options
+	keep    bool
+	net     *Namespace // the underlay
 
 	mu     sync.Mutex
 	spaces []*Namespace
@@ -78,7 +87,8 @@ func New(ctx context.Context, o Options) (_ *Lab, err error) {
 	if err := removeDead(ctx); err != nil {
 		return nil, fmt.Errorf("removing what a dead lab left: %w", err)
 	}
-	l := &Lab{Name: o.Keep, Build: build, keep: o.Keep != ""}
+	o.Store, o.APIServer = cmp.Or(o.Store, "bin/etcd"), cmp.Or(o.APIServer, "kube/kube-apiserver")
+	l := &Lab{Name: o.Keep, Build: build, options: o, keep: o.Keep != ""}
 	if !l.keep {
 		l.Name = fmt.Sprintf("fl%d-%d", os.Getpid(), count.Add(1))
 	}
@@ -300,8 +310,19 @@ func findBuild() (string, error) {
 }
 
 // Program returns the path of a program that was built, such as bin/etcd.
-func (l *Lab) Program(name string) (string, error) {
-	path, err := exec.LookPath(filepath.Join(l.Build, name))
+func (l *Lab) Program(name string) (string, error) { return programIn(l.Build, name) }
+
+// Program is the same before there is a lab.
+func Program(name string) (string, error) {
+	build, err := findBuild()
+	if err != nil {
+		return "", err
+	}
+	return programIn(build, name)
+}
+
+func programIn(build, name string) (string, error) {
+	path, err := exec.LookPath(filepath.Join(build, name))
 	if err != nil {
 		return "", fmt.Errorf("%w: run make build tools", err)
 	}

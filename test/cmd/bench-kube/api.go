@@ -42,6 +42,7 @@ func newAPI(kubeconfig string, dial func(ctx context.Context, network, address s
 			Cluster struct {
 				Server string
 				CA     []byte `json:"certificate-authority-data"`
+				CAFile string `json:"certificate-authority"`
 			}
 		}
 		Users []struct {
@@ -61,6 +62,11 @@ func newAPI(kubeconfig string, dial func(ctx context.Context, network, address s
 	cluster, user := config.Clusters[0].Cluster, config.Users[0].User
 	a := &api{server: cluster.Server}
 	trust := &tls.Config{RootCAs: x509.NewCertPool()}
+	if cluster.CAFile != "" {
+		if cluster.CA, err = os.ReadFile(cluster.CAFile); err != nil {
+			return nil, err
+		}
+	}
 	trust.RootCAs.AppendCertsFromPEM(cluster.CA)
 	if user.TokenFile != "" {
 		if text, err = os.ReadFile(user.TokenFile); err != nil {

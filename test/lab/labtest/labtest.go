@@ -28,10 +28,18 @@ func Context(t testing.TB, limit time.Duration) context.Context {
 // the test fails, the daemons' logs are shown.
 func New(ctx context.Context, t testing.TB, config string, nodes ...lab.NodeOptions) *lab.Lab {
 	t.Helper()
+	return NewWith(ctx, t, lab.Options{}, config, nodes...)
+}
+
+// NewWith is New with options for the lab. The test is skipped where one of the
+// programs that they name was not built, unless this is continuous integration.
+func NewWith(ctx context.Context, t testing.TB, o lab.Options, config string, nodes ...lab.NodeOptions) *lab.Lab {
+	t.Helper()
 	if os.Getuid() != 0 {
 		t.Skip("needs root: network namespaces")
 	}
-	l, err := lab.New(ctx, lab.Options{})
+	NeedPrograms(t, o.Store, o.APIServer)
+	l, err := lab.New(ctx, o)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -50,6 +58,24 @@ func New(ctx context.Context, t testing.TB, config string, nodes ...lab.NodeOpti
 		Must(l.AddNode(ctx, o))(t)
 	}
 	return l
+}
+
+// NeedPrograms skips the test unless the programs, such as stores/kine, were
+// built; "" is none. In continuous integration (CI=true) it fails.
+func NeedPrograms(t testing.TB, names ...string) {
+	t.Helper()
+	for _, name := range names {
+		if name == "" {
+			continue
+		}
+		_, err := lab.Program(name)
+		switch {
+		case err != nil && os.Getenv("CI") == "true":
+			t.Fatal(err)
+		case err != nil:
+			t.Skip(err)
+		}
+	}
 }
 
 // NeedDevice skips the test unless the kernel can make such a device: what

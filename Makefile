@@ -198,7 +198,7 @@ e2e: build programs $(ETCD) build/stores/etcd-3.4 $(CNI) $(KUBE) $(OTHER_KUBE) b
 # A part of e2e, with every version and every way to log in: e2e has the oldest
 # and the newest of them. Two packages at a time, as there.
 test-stores: build programs $(ETCD) $(OLD_ETCD) $(CNI) $(KUBE) $(OTHER_KUBE) ## Every version of etcd and Kubernetes that is tested
-	cd test && STORES=all go test $(RACE) -count=1 -p=2 -timeout=30m $(TESTFLAGS) ./etcd
+	cd test && STORES=all go test $(RACE) -count=1 -p=2 -timeout=30m $(TESTFLAGS) ./etcd ./stores
 
 # The kernel, and what tests run, from Debian's packages. Some 100 MB, once.
 build/vm/root.cpio: test/vm/root

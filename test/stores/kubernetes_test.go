@@ -228,13 +228,14 @@ func (c *cluster) addPeer(ctx context.Context, t *testing.T, number int) string 
 	return subnet
 }
 
-// meddle removes an annotation of the first node, which its daemon writes again.
+// meddle removes an annotation of the first node, which its daemon writes again:
+// one that peers of host-gw do not need.
 func (c *cluster) meddle(ctx context.Context, t *testing.T) {
 	t.Helper()
-	labtest.Do(t, c.kube.Annotate(ctx, "n1", "public-ip"))
+	labtest.Do(t, c.kube.Annotate(ctx, "n1", "backend-data"))
 	labtest.Do(t, lab.Poll(ctx, "Node n1 to have its annotation again", func() error {
 		n, err := c.kube.Node(ctx, "n1")
-		if err == nil && n.Metadata.Annotations["flannel.alpha.coreos.com/public-ip"] == "" {
+		if err == nil && n.Metadata.Annotations["flannel.alpha.coreos.com/backend-data"] != "null" {
 			err = fmt.Errorf("the annotations are %v", n.Metadata.Annotations)
 		}
 		return err

@@ -118,8 +118,10 @@ func (p *Proxy) Do(m Misbehaviour) {
 	}
 }
 
-// Counts returns how often each thing was asked for since Do. Connections that
-// were refused are one such thing.
+// Connections are what Counts has of those that were closed at once.
+const Connections = "connections"
+
+// Counts returns how often each thing was asked for since Do.
 func (p *Proxy) Counts() map[string]int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -140,7 +142,7 @@ func (p *Proxy) connState(c net.Conn, state http.ConnState) {
 	switch state {
 	case http.StateNew:
 		if p.does.Refuse {
-			p.counts["connections"]++
+			p.counts[Connections]++
 			c.Close()
 			return
 		}

@@ -302,12 +302,16 @@ func (k *Kube) StartControllers(clusterCIDR string, args ...string) (err error) 
 }
 
 // Cut keeps everybody outside of the underlay's own namespace from the API
-// server: packets vanish on the way.
+// server: packets to it vanish on the way. Its own packets end its side of a
+// connection: otherwise the kernel would deliver them after Mend, even when the
+// server has been killed.
 func (k *Kube) Cut(ctx context.Context) error {
 	_, err := k.lab.net.run(ctx, `
 		add table inet cut-kube
 		add chain inet cut-kube in { type filter hook input priority 0; }
-		add rule inet cut-kube in iifname != "lo" tcp dport 6443 drop`, "nft", "-f", "-")
+		add rule inet cut-kube in iifname != "lo" tcp dport 6443 drop
+		add chain inet cut-kube out { type filter hook output priority 0; }
+		add rule inet cut-kube out oifname != "lo" tcp sport 6443 reject with tcp reset`, "nft", "-f", "-")
 	return err
 }
 

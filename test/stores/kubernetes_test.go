@@ -129,6 +129,9 @@ func (c *cluster) outage(ctx context.Context, t *testing.T) {
 	if answer, err := c.kube.Do(ctx, "GET", "/api/v1/nodes?watch=1&timeoutSeconds=1&resourceVersion="+version, nil); !strings.Contains(fmt.Sprint(string(answer), err), `"code":410`) {
 		t.Errorf("the API server knows version %s still: %s %v", version, answer, err)
 	}
+	for _, n := range c.Nodes()[:2] {
+		waitRoute(ctx, t, n, leaves, true) // nobody has heard of it
+	}
 	labtest.Do(t, c.kube.Mend(ctx))
 	labtest.Do(t, joins.WaitReady(ctx))
 	for _, n := range c.Nodes() {

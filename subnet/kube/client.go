@@ -114,7 +114,7 @@ func readConfig(apiURL, kubeconfig string) (*rest.Config, error) {
 // newRESTClient returns a client of the API server.
 func newRESTClient(config *rest.Config) (*rest.RESTClient, error) {
 	config.APIPath, config.GroupVersion = "/api", &nodeKinds
-	config.NegotiatedSerializer = codecs.WithoutConversion()
+	config.NegotiatedSerializer = nodeCodecs
 	config.AcceptContentTypes = runtime.ContentTypeProtobuf
 	config.ContentType = runtime.ContentTypeJSON // of what we send
 	config.DisableCompression = true             // the network is near, CPU is dear

@@ -8,8 +8,6 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
-	"k8s.io/apimachinery/pkg/runtime/schema"
-	"k8s.io/apimachinery/pkg/runtime/serializer"
 )
 
 // Node is a Kubernetes Node with the fields that flanneld uses. A Node of a real
@@ -32,20 +30,6 @@ type NodeList struct {
 	metav1.TypeMeta
 	metav1.ListMeta
 	Items []Node
-}
-
-// nodeKinds is the API group version that Nodes belong to, and codecs decode
-// Nodes and what the API server answers in their place.
-var (
-	nodeKinds      = schema.GroupVersion{Version: "v1"}
-	codecs, params = newCodecs()
-)
-
-func newCodecs() (serializer.CodecFactory, runtime.ParameterCodec) {
-	scheme := runtime.NewScheme()
-	scheme.AddKnownTypes(nodeKinds, &Node{}, &NodeList{})
-	metav1.AddToGroupVersion(scheme, nodeKinds) // Status, WatchEvent, ListOptions
-	return serializer.NewCodecFactory(scheme), runtime.NewParameterCodec(scheme)
 }
 
 // DeepCopyObject implements runtime.Object.

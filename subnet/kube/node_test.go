@@ -11,6 +11,9 @@ import (
 
 	"google.golang.org/protobuf/encoding/protowire"
 
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -60,9 +63,9 @@ func (n testNode) marshal() []byte {
 	return text(text(text(nil, 1, string(meta)), 2, string(spec)), 3, string(status))
 }
 
-// envelope is what objects are sent in: four bytes, then a runtime.Unknown
+// enveloped is what objects are sent in: four bytes, then a runtime.Unknown
 // (k8s.io/apimachinery/pkg/runtime/generated.proto).
-func envelope(kind string, raw []byte) []byte {
+func enveloped(kind string, raw []byte) []byte {
 	return append([]byte("k8s\x00"), text(text(nil, 1, string(text(text(nil, 1, "v1"), 2, kind))), 2, string(raw))...)
 }
 
@@ -72,7 +75,7 @@ func frame(event string, object []byte) []byte {
 	if event == "ERROR" {
 		kind = "Status"
 	}
-	e := text(text(nil, 1, event), 2, string(text(nil, 1, string(envelope(kind, object)))))
+	e := text(text(nil, 1, event), 2, string(text(nil, 1, string(enveloped(kind, object)))))
 	return append(binary.BigEndian.AppendUint32(nil, uint32(len(e))), e...)
 }
 
@@ -228,20 +231,52 @@ func TestAddressesOfTheWrongFamily(t *testing.T) {
 	}
 }
 
-func FuzzNode(f *testing.F) {
-	f.Add(peerNode(1).marshal())
+// protobufMedia is how Nodes in protobuf are decoded.
+func protobufMedia() runtime.SerializerInfo {
+	all := nodeCodecs.SupportedMediaTypes()
+	return all[slices.IndexFunc(all, func(i runtime.SerializerInfo) bool { return i.MediaType == runtime.ContentTypeProtobuf })]
+}
+
+// decodeEvent decodes an event of a watch as client-go does.
+func decodeEvent(b []byte) (runtime.Object, error) {
+	var e metav1.WatchEvent
+	media := protobufMedia()
+	if _, _, err := media.StreamSerializer.Serializer.Decode(b, nil, &e); err != nil {
+		return nil, err
+	}
+	o, _, err := media.Serializer.Decode(e.Object.Raw, nil, nil)
+	return o, err
+}
+
+func FuzzEvent(f *testing.F) {
+	f.Add(frame("ADDED", peerNode(1).marshal())[4:])
+	f.Add(frame("ERROR", status(410, "Expired", "too old resource version"))[4:])
 	f.Add(text(text(nil, 1, string(text(nil, 2, "30"))), 2, string(peerNode(4).marshal()))) // a list
 	f.Fuzz(func(t *testing.T, b []byte) {
-		var l NodeList
-		l.Unmarshal(b)
-		var n Node
-		if n.Unmarshal(b) == nil {
+		new(NodeList).Unmarshal(b)
+		o, err := decodeEvent(b)
+		if n, ok := o.(*Node); ok && err == nil {
 			p := testPeers()
-			p.Replace([]any{&n}, "")
-			p.Delete(&n)
+			p.Replace([]any{n}, "")
+			p.Delete(n)
 			if len(p.byName) != 0 {
 				t.Errorf("a Node that is gone is still known: %+v", n)
 			}
 		}
 	})
+}
+
+// BenchmarkHeartbeat is what an event costs that changes nothing, from the frame on.
+func BenchmarkHeartbeat(b *testing.B) {
+	p := testPeers()
+	p.Replace(objects(peerNode(3)), "")
+	event := frame("MODIFIED", peerNode(3).marshal())[4:]
+	b.ReportAllocs()
+	for b.Loop() {
+		n, err := decodeEvent(event)
+		if err != nil {
+			b.Fatal(err)
+		}
+		p.Update(n)
+	}
 }

@@ -72,7 +72,7 @@ func notFound(w http.ResponseWriter) {
 
 func taken(w http.ResponseWriter) {
 	w.Header().Set("Content-Type", "application/vnd.kubernetes.protobuf")
-	w.Write(envelope("Node", ownNodeWith()))
+	w.Write(enveloped("Node", ownNodeWith()))
 }
 
 // ownNodeWith is this node's Node as it is registered, before flanneld writes to

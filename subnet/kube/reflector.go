@@ -73,7 +73,7 @@ func (w *nodeWatcher) list(ctx context.Context, o metav1.ListOptions) (runtime.O
 	}
 	o.FieldSelector = w.selector
 	var nodes NodeList
-	err := w.manager.client.current().Get().Resource("nodes").VersionedParams(&o, params).MaxRetries(0).Do(ctx).Into(&nodes)
+	err := w.manager.client.current().Get().Resource("nodes").VersionedParams(&o, nodeParams).MaxRetries(0).Do(ctx).Into(&nodes)
 	if err != nil {
 		w.failed(ctx, err)
 		return nil, err
@@ -113,7 +113,7 @@ func (w *nodeWatcher) tryWatch(ctx context.Context, o metav1.ListOptions) (watch
 	if err := w.limit.Wait(ctx); err != nil {
 		return nil, err
 	}
-	events, err := w.manager.client.current().Get().Resource("nodes").VersionedParams(&o, params).MaxRetries(0).Watch(ctx)
+	events, err := w.manager.client.current().Get().Resource("nodes").VersionedParams(&o, nodeParams).MaxRetries(0).Watch(ctx)
 	if err != nil {
 		return nil, err
 	}

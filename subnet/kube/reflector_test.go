@@ -52,7 +52,7 @@ func list(version string, nodes ...testNode) http.HandlerFunc {
 	}
 	return func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "application/vnd.kubernetes.protobuf")
-		w.Write(envelope("NodeList", all))
+		w.Write(enveloped("NodeList", all))
 	}
 }
 

@@ -266,8 +266,8 @@ func (b *bench) print() error {
 	}{
 		{"start to all programmed, s", "1.5", func(r result) float64 { return float64(r.start) / second }},
 		{"CPU of that, s", "", func(r result) float64 { return float64(r.startCPU) / second }},
-		{"CPU for one heartbeat of each, s", "0.5", func(r result) float64 { return float64(r.heartbeats) / second }},
-		{"resident, MiB", "45", func(r result) float64 { return float64(r.resident) / mib }},
+		{"CPU for one heartbeat of each, s", "2 x floor", func(r result) float64 { return float64(r.heartbeats) / second }},
+		{"resident, MiB", "50", func(r result) float64 { return float64(r.resident) / mib }},
 		{"of that not files, MiB", "", func(r result) float64 { return float64(r.anonymous) / mib }},
 		{"peak, MiB", "70", func(r result) float64 { return float64(r.peak) / mib }},
 	} {

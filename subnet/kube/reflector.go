@@ -30,9 +30,11 @@ const (
 	requestEvery = time.Second
 	requestBurst = 4
 
-	// settledAfter is how long a watch that says nothing must have lasted to be
-	// one: client-go's number for a very short watch.
-	settledAfter = time.Second
+	// settledAfter is how long a watch that says nothing must have lasted to count
+	// as a success: client-go's number for a very short watch. Where the one before
+	// broke off, it may be only slow to do so, too.
+	settledAfter      = time.Second
+	settledAfterBreak = 5 * time.Second
 
 	// maxRetryAfter bounds how long a server may ask us to wait.
 	maxRetryAfter = 30 * time.Second
@@ -41,7 +43,7 @@ const (
 // reflectNodes keeps a store equal to the Nodes that a field selector chooses, "" all,
 // until ctx ends. The purpose completes the sentence "waiting to …".
 func (m *Manager) reflectNodes(ctx context.Context, selector, purpose string, store cache.ReflectorStore) {
-	w := &nodeWatcher{manager: m, selector: selector, purpose: purpose, limit: rate.NewLimiter(rate.Every(requestEvery), requestBurst)}
+	w := &nodeWatcher{manager: m, selector: selector, purpose: purpose, limit: rate.NewLimiter(rate.Every(requestEvery), requestBurst), settledAfter: settledAfter}
 	reflector := cache.NewReflectorWithOptions(&cache.ListWatch{ListWithContextFunc: w.list, WatchFuncWithContext: w.watch}, &Node{}, store, cache.ReflectorOptions{
 		Name: "nodes",
 		// As subnet.Backoff; client-go adds jitter of up to as much again.
@@ -59,6 +61,7 @@ type nodeWatcher struct {
 	manager           *Manager
 	selector, purpose string
 	limit             *rate.Limiter
+	settledAfter      time.Duration
 }
 
 // list is a cache.ListWithContextFunc.
@@ -188,7 +191,7 @@ func (w *nodeWatcher) observe(ctx context.Context, from watch.Interface, initial
 	o := &observedWatch{Interface: from, events: make(chan watch.Event), done: make(chan struct{})}
 	o.stop = sync.OnceFunc(func() { close(o.done) })
 	began, heard := time.Now(), false
-	settled := time.AfterFunc(settledAfter, w.succeeded)
+	settled := time.AfterFunc(w.settledAfter, w.succeeded)
 	if initial {
 		settled.Stop()
 	}
@@ -206,6 +209,7 @@ func (w *nodeWatcher) observe(ctx context.Context, from watch.Interface, initial
 				w.failed(ctx, apierrors.FromObject(e.Object))
 			default:
 				w.succeeded()
+				w.settledAfter = settledAfter
 			}
 			select {
 			case o.events <- e:
@@ -217,6 +221,7 @@ func (w *nodeWatcher) observe(ctx context.Context, from watch.Interface, initial
 		if rest := settledAfter - time.Since(began); rest > 0 && !heard && !initial {
 			// A reflector would take this for a reason to ask for the whole state.
 			w.failed(ctx, errClosed)
+			w.settledAfter = settledAfterBreak
 			select {
 			case <-time.After(rest):
 			case <-o.done:

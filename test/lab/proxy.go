@@ -48,6 +48,8 @@ type Proxy struct {
 	stop    context.CancelFunc
 	counts  map[string]int // requests by what they are for
 	clients map[net.Conn]bool
+	pending int        // requests that are not answered yet, without watches
+	settled *sync.Cond // pending has become zero
 }
 
 // NewProxy starts a proxy, which passes all requests on. It ends with the lab.
@@ -58,6 +60,7 @@ func (k *Kube) NewProxy() (*Proxy, error) {
 	}
 	p := &Proxy{kube: k, counts: map[string]int{}, clients: map[net.Conn]bool{}}
 	p.end, p.stop = context.WithCancel(context.Background())
+	p.settled = sync.NewCond(&p.mu)
 	var l net.Listener
 	err = k.lab.net.Do(func() (err error) {
 		l, err = net.Listen("tcp", netip.AddrPortFrom(Gateway, 0).String())
@@ -86,7 +89,8 @@ func (k *Kube) NewProxy() (*Proxy, error) {
 		ErrorLog:  log.New(io.Discard, "", 0),
 		ConnState: p.connState,
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			does, end := p.take(r.Method + " " + r.URL.Path + " " + r.URL.Query().Get("fieldSelector"))
+			does, end, done := p.take(r)
+			defer done()
 			if does.Answer == nil {
 				pass.ServeHTTP(w, r)
 				return
@@ -103,12 +107,16 @@ func (k *Kube) NewProxy() (*Proxy, error) {
 	return p, nil
 }
 
-// Do changes what the proxy does, and counts from nothing. Connections that are
-// open are closed unless they go on as they are, or as Frame has it.
+// Do changes what the proxy does, and counts from nothing. What is being answered
+// is answered first. Then connections that are open are closed unless they go on
+// as they are, or as Frame has it.
 func (p *Proxy) Do(m Misbehaviour) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.stop()
+	for p.pending > 0 {
+		p.settled.Wait()
+	}
 	p.does, p.counts = m, map[string]int{}
 	p.end, p.stop = context.WithCancel(context.Background())
 	if m.Frame == nil && (m.Refuse || m.Answer != nil) {
@@ -128,12 +136,24 @@ func (p *Proxy) Counts() map[string]int {
 	return maps.Clone(p.counts)
 }
 
-// take counts a request and returns what is to be done to it, and until when.
-func (p *Proxy) take(what string) (Misbehaviour, context.Context) {
+// take counts a request and returns what is to be done to it, until when, and what
+// to call when it is answered.
+func (p *Proxy) take(r *http.Request) (does Misbehaviour, end context.Context, done func()) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.counts[strings.TrimSpace(what)]++
-	return p.does, p.end
+	query := r.URL.Query()
+	p.counts[strings.TrimSpace(r.Method+" "+r.URL.Path+" "+query.Get("fieldSelector"))]++
+	if query.Get("watch") != "" {
+		return p.does, p.end, func() {}
+	}
+	p.pending++
+	return p.does, p.end, func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		if p.pending--; p.pending == 0 {
+			p.settled.Broadcast()
+		}
+	}
 }
 
 func (p *Proxy) connState(c net.Conn, state http.ConnState) {

@@ -64,8 +64,8 @@ func TestSecretsStayOut(t *testing.T) {
 		{name: "a password for etcd, on the command line", until: "etcd", times: 4,
 			args: []string{"--etcd-username=u", "--etcd-password=" + secret, "--etcd-endpoints=" + refuses.URL}},
 		{name: "a password in a URL", until: "holds a user name", times: 1, args: []string{"--etcd-endpoints=http://u:" + secret + "@127.0.0.1:2379"}},
-		{name: "a token for the API server", until: "nauthorized", times: 2, args: kubeconfig("{token: " + secret + "}")},
-		{name: "a password for the API server", until: "nauthorized", times: 2, args: kubeconfig("{username: u, password: " + secret + "}")},
+		{name: "a token for the API server", until: "provide credentials", times: 2, args: kubeconfig("{token: " + secret + "}")},
+		{name: "a password for the API server", until: "provide credentials", times: 2, args: kubeconfig("{username: u, password: " + secret + "}")},
 		{name: "a malformed kubeconfig", until: "kubeconfig", times: 1, args: kubeconfig("{token: [" + secret + "]}")},
 		{name: "a key that is none", until: "flanneld", times: 1, args: kubeconfig("{client-certificate-data: aHVudGVyMg==, client-key-data: aHVudGVyMg==}")},
 	} {

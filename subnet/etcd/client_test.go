@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/status"
@@ -132,6 +133,23 @@ func TestQueue(t *testing.T) {
 			t.Errorf("with a context that ended: %v", err)
 		}
 	})
+}
+
+// A request that its caller gave up says nothing of whether the client gets
+// answers.
+func TestGivenUp(t *testing.T) {
+	c := newConnection(clientConfig{Endpoints: []string{"http://127.0.0.1:1"}}, "", "")
+	defer c.close()
+	c.silent = 1
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	c.attempt(ctx, func(ctx context.Context, _ *clientv3.Client) error {
+		<-ctx.Done()
+		return ctx.Err()
+	})
+	if c.silent != 1 {
+		t.Errorf("%d requests in a row count as not answered", c.silent)
+	}
 }
 
 // script is a channel with a state for each minute.

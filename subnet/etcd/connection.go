@@ -58,7 +58,7 @@ func (c *connection) attempt(ctx context.Context, f func(context.Context, *clien
 		if err == nil {
 			err = f(request, client)
 		}
-		current := c.heard(client, limited.Err() != nil && ctx.Err() == nil)
+		current := c.heard(client, limited.Err() != nil, ctx.Err() != nil)
 		if again || limited.Err() != nil || current && !(refused(err) && c.logOut(request)) || err == nil {
 			return err
 		}
@@ -151,7 +151,7 @@ func (c *connection) logOut(request context.Context) bool {
 // heard takes note of whether a request was answered, and tells whether its
 // client is still in use. gRPC replaces connections that break. But one can be
 // whole, up to a proxy say, and lead nowhere; the client would use it for ever.
-func (c *connection) heard(client *clientv3.Client, silent bool) (current bool) {
+func (c *connection) heard(client *clientv3.Client, silent, givenUp bool) (current bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	switch {
@@ -161,6 +161,8 @@ func (c *connection) heard(client *clientv3.Client, silent bool) (current bool) 
 		return false
 	case !silent:
 		c.silent = 0
+		return true
+	case givenUp: // by the caller: that says nothing of the client
 		return true
 	}
 	c.silent++

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -50,11 +51,12 @@ const (
 // tokens and client certificates again by itself, and the others are read again
 // when a request has failed, see refresh.
 type client struct {
-	server string // URL
-	load   func() (*rest.Config, error)
-	files  []string // what load reads
+	server     string // URL
+	load       func() (*rest.Config, error)
+	kubeconfig string
 
 	mu     sync.Mutex
+	files  []string // what load reads
 	rest   *rest.RESTClient
 	loaded [sha256.Size]byte // of the files
 }
@@ -80,12 +82,9 @@ func newClient(ctx context.Context, apiURL, kubeconfig string) (*client, error) 
 	if err != nil {
 		return nil, err
 	}
-	for _, file := range []string{kubeconfig, config.CAFile} {
-		if file != "" {
-			c.files = append(c.files, file)
-		}
-	}
-	c.loaded = c.fingerprint()
+	c.kubeconfig = kubeconfig
+	c.files = c.filesOf(config)
+	c.loaded = fingerprint(c.files)
 	if c.rest, err = newRESTClient(config); err != nil {
 		return nil, err
 	}
@@ -93,6 +92,7 @@ func newClient(ctx context.Context, apiURL, kubeconfig string) (*client, error) 
 	if err != nil {
 		return nil, fmt.Errorf("--kube-api-url: %w", err)
 	}
+	server.User = nil // it is logged
 	c.server = strings.TrimSuffix(server.String(), "/")
 	return c, nil
 }
@@ -152,10 +152,15 @@ func limitWait(_, _ string, c syscall.RawConn) error {
 	return errors.Join(control, err)
 }
 
+// filesOf returns the files that a configuration was read from.
+func (c *client) filesOf(config *rest.Config) []string {
+	return slices.DeleteFunc([]string{c.kubeconfig, config.CAFile}, func(file string) bool { return file == "" })
+}
+
 // fingerprint tells the contents of the files apart.
-func (c *client) fingerprint() (sum [sha256.Size]byte) {
+func fingerprint(files []string) (sum [sha256.Size]byte) {
 	h := sha256.New()
-	for _, file := range c.files {
+	for _, file := range files {
 		text, err := os.ReadFile(file)
 		fmt.Fprintf(h, "%s %d %v\n", file, len(text), err)
 		h.Write(text)
@@ -177,7 +182,7 @@ func (c *client) current() *rest.RESTClient {
 func (c *client) refresh() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	now := c.fingerprint()
+	now := fingerprint(c.files)
 	if now == c.loaded {
 		return
 	}
@@ -185,7 +190,9 @@ func (c *client) refresh() {
 	if err == nil {
 		var fresh *rest.RESTClient
 		if fresh, err = newRESTClient(config); err == nil {
-			c.rest.Client.CloseIdleConnections()
+			if files := c.filesOf(config); !slices.Equal(files, c.files) {
+				c.files, now = files, fingerprint(files)
+			}
 			c.rest, c.loaded = fresh, now
 			klog.Infof("Read again after a change: %s", strings.Join(c.files, ", "))
 			return
@@ -194,11 +201,12 @@ func (c *client) refresh() {
 	klog.V(1).Infof("%s changed, and cannot be used: %v", strings.Join(c.files, ", "), err)
 }
 
-// patchStatus merges into a Node what its status subresource lets nodes change.
-func (c *client) patchStatus(ctx context.Context, node string, patch any) error {
+// patchStatus merges into a Node what its status subresource lets nodes change, and
+// returns the Node as it is then.
+func (c *client) patchStatus(ctx context.Context, node string, patch any) (*Node, error) {
 	body, err := json.Marshal(patch)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	var now Node
 	err = c.current().Patch(types.StrategicMergePatchType).Resource("nodes").Name(node).SubResource("status").
@@ -206,7 +214,7 @@ func (c *client) patchStatus(ctx context.Context, node string, patch any) error 
 	if err == nil && now.Name != node { // a proxy may answer anything
 		err = fmt.Errorf("the answer to a patch of Node %s is about %q", node, now.Name)
 	}
-	return err
+	return &now, err
 }
 
 // nodeOfPod returns the name of the node that a pod runs on.

@@ -159,8 +159,22 @@ func TestRefresh(t *testing.T) {
 		t.Error("there is another client though nothing has changed")
 	}
 
+	// So is another file that the kubeconfig names by then.
+	other := filepath.Join(dir, "other.crt")
+	write(other, authority(after))
+	write(kubeconfig, named(before.URL, "certificate-authority: "+other))
+	c.refresh()
+	if err := ask(); err == nil {
+		t.Fatal("the server is trusted")
+	}
+	write(other, authority(before))
+	c.refresh()
+	if err := ask(); err != nil {
+		t.Errorf("with another file: %v", err)
+	}
+
 	// So is a bundle that is written in the kubeconfig itself.
-	write(kubeconfig, named(before.URL, fmt.Sprintf("certificate-authority-data: %q", base64.StdEncoding.EncodeToString([]byte(authority(before))))))
+	write(kubeconfig, named(after.URL, fmt.Sprintf("certificate-authority-data: %q", base64.StdEncoding.EncodeToString([]byte(authority(after))))))
 	c.refresh()
 	if err := ask(); err != nil {
 		t.Errorf("with a bundle in the kubeconfig: %v", err)

@@ -183,7 +183,7 @@ func (m *Manager) Select(ctx context.Context, sel iface.Selector) <-chan iface.S
 					return
 				}
 			}
-			if closed(ctx, changed) != nil {
+			if waitChange(ctx, changed, true) != nil {
 				return
 			}
 		}
@@ -269,7 +269,7 @@ func parseAddress(text, annotation string) (netip.Addr, error) {
 		return netip.Addr{}, nil
 	}
 	ip, err := netip.ParseAddr(text)
-	if err != nil || ip.Is4() == strings.Contains(annotation, "ipv6") || ip.Is4In6() {
+	if err != nil || ip.Is4() == strings.Contains(annotation, "ipv6") || ip.Is4In6() || ip.Zone() != "" {
 		return netip.Addr{}, fmt.Errorf("%q is no address of that family", text)
 	}
 	return ip, nil
@@ -309,7 +309,7 @@ func (m *Manager) Acquire(ctx context.Context, cfg *subnet.Config, want subnet.L
 		if err != nil || there {
 			return lease, err
 		}
-		if err := closed(ctx, changed); err != nil { // for the watch to tell as well that the Node is gone
+		if err := waitChange(ctx, changed, false); err != nil {
 			return subnet.Lease{}, err
 		}
 	}
@@ -383,29 +383,24 @@ func (m *Manager) publish(ctx context.Context, own *ownNode, lease subnet.Lease)
 	if len(patch) == 0 {
 		return true, nil
 	}
-	there, err = m.patch(ctx, "publish this node's lease", map[string]any{"metadata": map[string]any{"annotations": patch}})
-	if err != nil || !there {
-		return there, err
-	}
-	// The watch will say the same, later.
-	now := *own
-	now.annotations = maps.Clone(own.annotations)
-	maps.Copy(now.annotations, annotationsOf(lease.Attrs))
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.own == own {
-		m.own = &now
-		m.signal()
-	}
-	return true, nil
+	return m.patch(ctx, "publish this node's lease", map[string]any{"metadata": map[string]any{"annotations": patch}})
 }
 
-// patch merges into the Node, and tells whether it is there still.
+// patch merges into the Node, and tells whether it is there still. The Node is
+// then known as it is in the answer, whatever the watch brings of before.
 func (m *Manager) patch(ctx context.Context, purpose string, patch any) (there bool, err error) {
 	there = true
 	err = m.retry(ctx, purpose, func(ctx context.Context) error {
-		err := m.client.patchStatus(ctx, m.name, patch)
-		if apierrors.IsNotFound(err) {
+		now, err := m.client.patchStatus(ctx, m.name, patch)
+		switch {
+		case err == nil:
+			m.mu.Lock()
+			known := m.own != nil // or the watch says by now that the Node is gone
+			m.mu.Unlock()
+			if known {
+				return ownStore{m}.Update(now)
+			}
+		case apierrors.IsNotFound(err) && !apierrors.IsUnexpectedServerError(err): // rather than from a proxy
 			there, err = false, nil
 		}
 		return err
@@ -462,32 +457,30 @@ func (m *Manager) Keep(ctx context.Context, lease subnet.Lease) error {
 			}
 			last = time.Now()
 		}
+		there := true
 		switch {
 		case wrong:
 			klog.Warningf("Somebody changed the annotations of Node %s: writing them again", m.name)
-			_, err = m.publish(ctx, own, lease)
+			there, err = m.publish(ctx, own, lease)
 		case condition:
-			err = m.setCondition(ctx)
+			there, err = m.setCondition(ctx)
 		}
 		if err != nil {
 			return err
 		}
-		// Also after a change of ours: the watch brings the Node as it is then,
-		// or tells that it is gone.
-		if err := closed(ctx, changed); err != nil {
+		if err := waitChange(ctx, changed, there); err != nil { // a change of ours is one, too
 			return err
 		}
 	}
 }
 
 // setCondition writes the condition that lets the scheduler use the node.
-func (m *Manager) setCondition(ctx context.Context) error {
+func (m *Manager) setCondition(ctx context.Context) (there bool, err error) {
 	now := time.Now().UTC().Format(time.RFC3339)
-	_, err := m.patch(ctx, "set the condition NetworkUnavailable", map[string]any{"status": map[string]any{"conditions": []map[string]string{{
+	return m.patch(ctx, "set the condition NetworkUnavailable", map[string]any{"status": map[string]any{"conditions": []map[string]string{{
 		"type": "NetworkUnavailable", "status": "False", "reason": "FlannelIsUp", "message": "Flannel is running on this node",
 		"lastTransitionTime": now, "lastHeartbeatTime": now,
 	}}}})
-	return err
 }
 
 // attrsOf reads a lease's annotations.

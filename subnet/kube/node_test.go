@@ -224,7 +224,7 @@ func TestFamiliesThatAreOff(t *testing.T) {
 }
 
 func TestAddressesOfTheWrongFamily(t *testing.T) {
-	for annotation, text := range map[string]string{publicIP: "fd18::1", publicIPv6: "192.0.2.1", publicIPv6Overwrite: "::ffff:192.0.2.1", nodePublicIP: "nonsense"} {
+	for annotation, text := range map[string]string{publicIP: "fd18::1", publicIPv6: "192.0.2.1", publicIPv6Overwrite: "::ffff:192.0.2.1", nodePublicIP: "nonsense", nodePublicIPv6: "fe80::1%x\nforged"} {
 		if ip, err := parseAddress(text, annotation); err == nil {
 			t.Errorf("%s: %s is taken for %s", annotation, text, ip)
 		}

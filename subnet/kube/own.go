@@ -6,7 +6,9 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
+	"time"
 
 	"k8s.io/client-go/tools/cache"
 	"k8s.io/klog/v2"
@@ -14,8 +16,12 @@ import (
 	"github.com/flanneld/flanneld/subnet"
 )
 
+// patchAgain is how soon a patch of a Node that is said to be gone is made again.
+const patchAgain = 5 * time.Second
+
 // ownNode is this node's Node.
 type ownNode struct {
+	version     uint64 // its resourceVersion
 	subnets     subnet.Subnets
 	annotations map[string]string // those under our prefix, without it
 	addresses   []netip.Addr      // InternalIPs
@@ -42,28 +48,48 @@ func (s ownStore) Add(n any) error { return s.Update(n) }
 // Update implements cache.ReflectorStore.
 func (s ownStore) Update(v any) error {
 	n := v.(*Node)
+	if n.Name != s.node() { // a server that takes no heed of our field selector
+		return nil
+	}
+	own := s.ownNode(n)
+	s.mu.Lock()
+	stale := s.own != nil && own.version < s.own.version // of before a patch whose answer we have
+	s.mu.Unlock()
+	if !stale {
+		s.setOwn(own)
+	}
+	return nil
+}
+
+func (s ownStore) ownNode(n *Node) *ownNode {
 	own := &ownNode{subnets: subnetsOf(n.podCIDRs, bothFamilies), annotations: n.annotations(s.options.AnnotationPrefix), conditioned: n.networkUp}
+	own.version, _ = strconv.ParseUint(n.ResourceVersion, 10, 64)
 	for _, text := range n.internalIPs {
 		if ip, err := netip.ParseAddr(text); err == nil {
 			own.addresses = append(own.addresses, ip)
 		}
 	}
-	s.setOwn(own)
-	return nil
+	return own
 }
 
 // Delete implements cache.ReflectorStore.
-func (s ownStore) Delete(any) error {
-	s.setOwn(nil)
+func (s ownStore) Delete(n any) error {
+	if n.(*Node).Name == s.node() {
+		s.setOwn(nil)
+	}
 	return nil
 }
 
 // Replace implements cache.ReflectorStore. There is one Node of our name, or none.
 func (s ownStore) Replace(nodes []any, _ string) error {
 	for _, n := range nodes {
-		return s.Update(n)
+		if n.(*Node).Name == s.node() {
+			s.setOwn(s.ownNode(n.(*Node)))
+			return nil
+		}
 	}
-	return s.Delete(nil)
+	s.setOwn(nil)
+	return nil
 }
 
 // Resync implements cache.ReflectorStore; none is asked for.
@@ -90,8 +116,11 @@ func (m *Manager) followOwn() {
 func (m *Manager) setOwn(own *ownNode) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.told && m.own.equal(own) {
-		return // a heartbeat
+	if m.told && m.own.equal(own) { // a heartbeat
+		if own != nil {
+			m.own.version = own.version
+		}
+		return
 	}
 	m.own, m.told = own, true
 	m.signal()
@@ -149,7 +178,7 @@ func (m *Manager) startWait(what string, registered bool) {
 	}
 	klog.Warningf("Waiting for %s", what)
 	if registered {
-		m.Notify("waiting", "NodeIncomplete", "flanneld waits for "+what)
+		m.Notify("waiting for "+what, "NodeIncomplete", "flanneld waits for "+what)
 	}
 }
 
@@ -166,19 +195,28 @@ func (m *Manager) endWait(what string, there bool) {
 		delete(m.waits, what)
 	}
 	m.mu.Unlock()
+	if last {
+		m.Notify("waiting for "+what, "", "")
+	}
 	if last && there {
 		what, _, _ = strings.Cut(what, ": ") // without the remedy
 		klog.Infof("No longer waiting for %s", what)
-		m.Notify("waiting", "", "")
 	}
 }
 
-// closed waits for changed to be closed.
-func closed(ctx context.Context, changed <-chan struct{}) error {
+// waitChange waits for changed to be closed. Where the API server says that the
+// Node is not there, it may have been deleted and registered again as it was, or a
+// proxy may have said so: then waitChange does not wait for long.
+func waitChange(ctx context.Context, changed <-chan struct{}, there bool) error {
+	var again <-chan time.Time
+	if !there {
+		again = time.After(patchAgain)
+	}
 	select {
 	case <-changed:
-		return nil
+	case <-again:
 	case <-ctx.Done():
 		return ctx.Err()
 	}
+	return nil
 }

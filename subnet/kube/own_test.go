@@ -70,9 +70,22 @@ func notFound(w http.ResponseWriter) {
 	w.Write([]byte(`{"kind":"Status","apiVersion":"v1","status":"Failure","code":404,"reason":"NotFound","message":"nodes \"n1\" not found"}`))
 }
 
-func taken(w http.ResponseWriter) {
-	w.Header().Set("Content-Type", "application/vnd.kubernetes.protobuf")
-	w.Write(enveloped("Node", ownNodeWith()))
+// takenAs answers a patch with the Node as it is then.
+func takenAs(node []byte) func(http.ResponseWriter) {
+	return func(w http.ResponseWriter) {
+		w.Header().Set("Content-Type", "application/vnd.kubernetes.protobuf")
+		w.Write(enveloped("Node", node))
+	}
+}
+
+// publishedAs is this node's Node with what is published of a lease.
+func publishedAs(attrs subnet.Attrs, cidrs ...string) []byte {
+	n := peerNode(1)
+	n.annotations, n.cidrs = nil, cidrs
+	for key, value := range annotationsOf(attrs) {
+		n.annotations = append(n.annotations, "flannel.alpha.coreos.com/"+key+"="+value)
+	}
+	return n.marshal()
 }
 
 // ownNodeWith is this node's Node as it is registered, before flanneld writes to
@@ -117,16 +130,15 @@ func TestNodeDeletedWhilePublishing(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	acquired := result(t, func() (subnet.Lease, error) {
-		return m.Acquire(t.Context(), cfg, subnet.Lease{Attrs: subnet.Attrs{PublicIP: netip.MustParseAddr("198.18.0.1"), BackendType: "host-gw"}})
-	})
+	attrs := subnet.Attrs{PublicIP: netip.MustParseAddr("198.18.0.1"), BackendType: "host-gw"}
+	acquired := result(t, func() (subnet.Lease, error) { return m.Acquire(t.Context(), cfg, subnet.Lease{Attrs: attrs}) })
 	s.frames <- frame("ADDED", ownNodeWith("10.5.1.0/24"))
 	s.frames <- lastBookmark
 	s.answer(t, notFound)
 	s.frames <- frame("DELETED", ownNodeWith("10.5.1.0/24"))
 	s.frames <- frame("ADDED", ownNodeWith())
 	s.frames <- frame("MODIFIED", ownNodeWith("10.5.9.0/24"))
-	s.answer(t, taken)
+	s.answer(t, takenAs(publishedAs(attrs, "10.5.9.0/24")))
 	if lease, err := acquired(); err != nil || lease.Subnets.String() != "10.5.9.0/24" {
 		t.Errorf("acquired %+v, %v", lease, err)
 	}
@@ -146,8 +158,8 @@ func TestNodeDeletedWhileKept(t *testing.T) {
 	kept := result(t, func() (bool, error) { return false, m.Keep(ctx, lease) })
 	s.frames <- frame("ADDED", ownNodeWith("10.5.1.0/24"))
 	s.frames <- lastBookmark
-	s.answer(t, taken)    // the annotations
-	s.answer(t, notFound) // the condition
+	s.answer(t, takenAs(publishedAs(lease.Attrs, "10.5.1.0/24"))) // the annotations
+	s.answer(t, notFound)                                         // the condition
 	s.frames <- frame("DELETED", ownNodeWith("10.5.1.0/24"))
 	s.frames <- frame("ADDED", ownNodeWith("10.5.1.0/24"))
 	s.answer(t, notFound) // again: it has gone once more
@@ -199,7 +211,7 @@ func TestOverwriteWhileKept(t *testing.T) {
 		t.Fatalf("Keep returned %v", err)
 	}
 	acquired := acquiring()
-	s.answer(t, taken)
+	s.answer(t, takenAs(annotated("public-ip-overwrite=203.0.113.7", "public-ip=203.0.113.7")))
 	lease := acquired()
 	if lease.Attrs.PublicIP.String() != "203.0.113.7" {
 		t.Errorf("acquired %+v", lease)
@@ -242,4 +254,100 @@ func TestSelect(t *testing.T) {
 	next("198.18.0.4 fd18::1")
 	s.frames <- frame("MODIFIED", annotated())
 	next("invalid IP fd18::1")
+}
+
+// A Node that the API server does not find, though its watch has it, is patched
+// again: it may have been registered again as it was. So is one that a proxy does
+// not find.
+func TestNodeNotFound(t *testing.T) {
+	for name, answer := range map[string]func(http.ResponseWriter){
+		"registered again": notFound,
+		"a proxy's answer": func(w http.ResponseWriter) { http.Error(w, "default backend - 404", http.StatusNotFound) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			logged(t)
+			s, m := newOwnServer(t)
+			cfg, err := subnet.ParseConfig([]byte(`{"Network": "10.5.0.0/16", "Backend": {"Type": "host-gw"}}`))
+			if err != nil {
+				t.Fatal(err)
+			}
+			attrs := subnet.Attrs{PublicIP: netip.MustParseAddr("198.18.0.1"), BackendType: "host-gw"}
+			acquired := result(t, func() (subnet.Lease, error) { return m.Acquire(t.Context(), cfg, subnet.Lease{Attrs: attrs}) })
+			s.frames <- frame("ADDED", ownNodeWith("10.5.1.0/24"))
+			s.frames <- lastBookmark
+			s.answer(t, answer)
+			s.frames <- frame("MODIFIED", ownNodeWith("10.5.1.0/24")) // as a list would find it
+			s.answer(t, takenAs(publishedAs(attrs, "10.5.1.0/24")))
+			if _, err := acquired(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// What a watch brings of before a patch that was answered is not somebody's doing.
+func TestStaleEvent(t *testing.T) {
+	said := logged(t)
+	s, m := newOwnServer(t)
+	at := func(version string, annotations ...string) []byte {
+		n := peerNode(1)
+		n.version = version
+		n.annotations = append(n.annotations, annotations...)
+		return n.marshal()
+	}
+	const theirs, ours = "flannel.alpha.coreos.com/backend-type=host-gw", "flannel.alpha.coreos.com/backend-type=vxlan"
+	lease := subnet.Lease{Subnets: subnet.Subnets{IPv4: netip.MustParsePrefix("10.5.1.0/24")},
+		Attrs: subnet.Attrs{PublicIP: netip.MustParseAddr("198.18.0.1"), BackendType: "vxlan", BackendData: []byte(`{"VNI":1}`)}}
+	kept := result(t, func() (bool, error) { return false, m.Keep(t.Context(), lease) })
+	s.frames <- frame("ADDED", at("7", theirs))
+	s.frames <- lastBookmark
+	s.answer(t, takenAs(at("9", ours)))
+	s.frames <- frame("MODIFIED", at("8", theirs)) // a heartbeat
+	elsewhere := peerNode(1)
+	elsewhere.version, elsewhere.cidrs = "10", []string{"10.5.2.0/24"}
+	s.frames <- frame("MODIFIED", elsewhere.marshal())
+	if _, err := kept(); err != subnet.ErrLost {
+		t.Errorf("Keep returned %v", err)
+	}
+	if times := strings.Count(said(), "Somebody changed"); times != 1 {
+		t.Errorf("it is logged %d times that somebody changed the annotations", times)
+	}
+}
+
+// Another Node than ours is not taken for ours, whatever a server sends.
+func TestOwnIsOwn(t *testing.T) {
+	_, m := newOwnServer(t)
+	ownStore{m}.Replace(objects(peerNode(2), peerNode(1), peerNode(3)), "20")
+	ownStore{m}.Update(peerNode(4).object())
+	ownStore{m}.Delete(peerNode(5).object())
+	if m.own == nil || m.own.subnets.String() != "10.5.1.0/24" {
+		t.Errorf("ours is %+v", m.own)
+	}
+	ownStore{m}.Replace(objects(peerNode(2)), "21")
+	if m.own != nil {
+		t.Errorf("ours is %+v", m.own)
+	}
+}
+
+// What two wait for is an Event until there is nobody who waits.
+func TestWaits(t *testing.T) {
+	said := logged(t)
+	_, m := newOwnServer(t)
+	for range 2 {
+		m.startWait("Node n1: register it", false)
+		m.startWait("status.addresses: set it", true)
+	}
+	m.endWait("Node n1: register it", true)
+	m.endWait("status.addresses: set it", false)
+	if n := len(m.notices.all); n != 1 || strings.Contains(said(), "No longer") {
+		t.Errorf("there are %d notices while it is waited for", n)
+	}
+	m.endWait("Node n1: register it", true)
+	m.endWait("status.addresses: set it", true)
+	if n := len(m.notices.all); n != 0 || len(m.waits) != 0 {
+		t.Errorf("there are %d notices, and waits %v, in the end", n, m.waits)
+	}
+	if text := said(); text != "No longer waiting for Node n1\nNo longer waiting for status.addresses" {
+		t.Errorf("logged\n%s", text)
+	}
 }

@@ -77,6 +77,9 @@ func (w *nodeWatcher) list(ctx context.Context, o metav1.ListOptions) (runtime.O
 	o.FieldSelector = w.selector
 	var nodes NodeList
 	err := w.manager.client.current().Get().Resource("nodes").VersionedParams(&o, nodeParams).MaxRetries(0).Do(ctx).Into(&nodes)
+	if err == nil && nodes.ResourceVersion == "" { // a proxy may answer anything, which must not pass for no Nodes
+		err = errors.New("the answer is no list of Nodes")
+	}
 	if err != nil {
 		w.failed(ctx, err)
 		return nil, err
@@ -95,14 +98,15 @@ func (w *nodeWatcher) watch(ctx context.Context, o metav1.ListOptions) (watch.In
 		switch {
 		case err == nil:
 			return w.observe(ctx, events, initial), nil
-		case !initial && resumable(err):
+		case !initial && resumable(err), utilnet.IsConnectionRefused(err), apierrors.IsTooManyRequests(err):
 			// A reflector would ask for the whole state, which is 50 MB of 5000
-			// Nodes for each of as many daemons.
+			// Nodes for each of as many daemons; or it would pause without heed
+			// of ctx.
 			w.failed(ctx, err)
 			if err := pause.Sleep(ctx); err != nil {
 				return nil, err
 			}
-		case initial && !utilnet.IsConnectionRefused(err) && !apierrors.IsTooManyRequests(err):
+		case initial:
 			return nil, err // the state is listed next, which shows whether something is wrong
 		default:
 			w.failed(ctx, err)
@@ -116,18 +120,23 @@ func (w *nodeWatcher) tryWatch(ctx context.Context, o metav1.ListOptions) (watch
 	if err := w.limit.Wait(ctx); err != nil {
 		return nil, err
 	}
-	events, err := w.manager.client.current().Get().Resource("nodes").VersionedParams(&o, nodeParams).MaxRetries(0).Watch(ctx)
+	var cause error // which client-go keeps to itself
+	events, err := w.manager.client.current().Get().Resource("nodes").VersionedParams(&o, nodeParams).MaxRetries(0).
+		Watch(context.WithValue(ctx, causeKey{}, &cause))
 	if err != nil {
 		return nil, err
 	}
-	if reflect.TypeOf(events) == emptyWatch {
+	switch {
+	case reflect.TypeOf(events) != emptyWatch:
+		return events, nil
+	case cause == nil || utilnet.IsProbableEOF(cause):
 		return nil, errClosed
 	}
-	return events, nil
+	return nil, cause
 }
 
 // emptyWatch is what client-go returns where a connection was closed before there
-// was an answer.
+// was an answer, or none came in time.
 var emptyWatch = reflect.TypeOf(watch.NewEmptyWatch())
 
 // errClosed is an answer that ended before it had begun.
@@ -199,6 +208,11 @@ func (w *nodeWatcher) observe(ctx context.Context, from watch.Interface, initial
 		defer close(o.events)
 		defer settled.Stop()
 		for e := range from.ResultChan() {
+			select {
+			case <-o.done: // what ends a watch that is stopped is no failure
+				return
+			default:
+			}
 			heard = true
 			switch {
 			case initial && e.Type == watch.Bookmark: // from here on a watch like any other
@@ -218,7 +232,14 @@ func (w *nodeWatcher) observe(ctx context.Context, from watch.Interface, initial
 			}
 		}
 		settled.Stop()
-		if rest := settledAfter - time.Since(began); rest > 0 && !heard && !initial {
+		if initial { // or a reflector would ask for the same again, and never list
+			select {
+			case o.events <- watch.Event{Type: watch.Error, Object: &apierrors.NewInternalError(errClosed).ErrStatus}:
+			case <-o.done:
+			}
+			return
+		}
+		if rest := settledAfter - time.Since(began); rest > 0 && !heard {
 			// A reflector would take this for a reason to ask for the whole state.
 			w.failed(ctx, errClosed)
 			w.settledAfter = settledAfterBreak

@@ -3,15 +3,22 @@ package kube
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log"
+	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/time/rate"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/flanneld/flanneld/subnet"
 )
@@ -79,9 +86,8 @@ func TestReflect(t *testing.T) {
 		answers []http.HandlerFunc
 		want    int // of peers in the end
 	}{
-		"streamed": {[]http.HandlerFunc{streamAndHold(frame("ADDED", one), lastBookmark)}, 1},
-		"the state breaks off": {[]http.HandlerFunc{
-			stream(frame("ADDED", one)), stream(frame("ADDED", one), lastBookmark, frame("ADDED", peerNode(2).marshal())), quietly}, 2},
+		"streamed":             {[]http.HandlerFunc{streamAndHold(frame("ADDED", one), lastBookmark)}, 1},
+		"the state breaks off": {[]http.HandlerFunc{stream(frame("ADDED", one)), list("30", peerNode(1), peerNode(2)), quietly}, 2},
 		"not possible": {[]http.HandlerFunc{func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusUnprocessableEntity) },
 			list("30", peerNode(4), peerNode(5)), quietly}, 2},
 		// As API servers have it whose etcd is older than 3.4.25.
@@ -169,6 +175,141 @@ func TestWatchResumes(t *testing.T) {
 		t.Errorf("logged\n%s", text)
 	}
 }
+
+// A watch that stalls goes on from where it was, too, and is no outage: there are
+// API servers that send no bookmarks.
+func TestStalledWatch(t *testing.T) {
+	said := logged(t)
+	m := testManager(onlyIPv4)
+	m.client = testClient(t, "http://127.0.0.1:1")
+	s := &stalling{}
+	m.client.rest.Client.Transport = s
+	ctx, cancel := context.WithCancel(t.Context())
+	s.enough = func() { cancel() }
+	m.reflectNodes(ctx, "", "follow the nodes", newPeers(m))
+	for i, asked := range s.asked {
+		if i > 0 && asked != "version=7 initial=" {
+			t.Errorf("request %d is for %s", i, asked)
+		}
+	}
+	if text := said(); text != "" || len(s.asked) < 2 {
+		t.Errorf("asked %d times, logged\n%s", len(s.asked), text)
+	}
+}
+
+// stalling answers with some events, and then with what a stallGuard makes of
+// silence.
+type stalling struct {
+	asked  []string
+	enough func() // ends it
+}
+
+func (s *stalling) RoundTrip(r *http.Request) (*http.Response, error) {
+	q := r.URL.Query()
+	if s.asked = append(s.asked, "version="+q.Get("resourceVersion")+" initial="+q.Get("sendInitialEvents")); len(s.asked) == 4 {
+		s.enough()
+	}
+	events := bytes.NewReader(bytes.Join([][]byte{frame("ADDED", peerNode(1).marshal()), lastBookmark, frame("MODIFIED", peerNode(1).marshal())}, nil))
+	body := io.NopCloser(io.MultiReader(events, silent{}))
+	return &http.Response{StatusCode: http.StatusOK, Header: http.Header{"Content-Type": {"application/vnd.kubernetes.protobuf;stream=watch"}}, Body: body, Request: r}, nil
+}
+
+type silent struct{}
+
+func (silent) Read([]byte) (int, error) { return 0, errStalled{silence} }
+
+// What is no list of Nodes is not taken for an empty one: the peers stay.
+func TestNoList(t *testing.T) {
+	for name, body := range map[string]string{
+		"an empty object": "{}",
+		"JSON":            `{"kind":"NodeList","apiVersion":"v1","metadata":{"resourceVersion":"5"},"items":[{"metadata":{"name":"n1"}}]}`,
+		"a success":       `{"kind":"Status","apiVersion":"v1","status":"Success"}`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			said := logged(t)
+			asked := make(chan struct{}, 1)
+			s := &scripted{answers: []http.HandlerFunc{
+				stream(frame("ADDED", peerNode(1).marshal()), lastBookmark, frame("ERROR", status(410, "Expired", "too old resource version"))),
+				func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusBadGateway) },
+				func(w http.ResponseWriter, _ *http.Request) {
+					w.Header().Set("Content-Type", "application/json")
+					io.WriteString(w, body)
+				},
+				func(w http.ResponseWriter, _ *http.Request) {
+					w.WriteHeader(http.StatusBadGateway)
+					select {
+					case asked <- struct{}{}:
+					default:
+					}
+				},
+			}}
+			server := httptest.NewServer(s)
+			defer server.Close()
+			ctx, cancel := context.WithCancel(t.Context())
+			m := testManager(onlyIPv4)
+			m.client = testClient(t, server.URL)
+			p := newPeers(m)
+			var running sync.WaitGroup
+			running.Go(func() { m.reflectNodes(ctx, "", "follow the nodes", p) })
+			<-asked
+			cancel()
+			running.Wait()
+			if len(p.byName) != 1 {
+				t.Errorf("there are %d peers", len(p.byName))
+			}
+			if !strings.Contains(said(), "the answer is no list of Nodes") {
+				t.Error("the answer is not logged")
+			}
+		})
+	}
+}
+
+// Nobody waits for a reflector that pauses.
+func TestCloseWhileRefused(t *testing.T) {
+	logged(t)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.Close()
+	m := testManager(onlyIPv4)
+	m.client = testClient(t, "http://"+l.Addr().String())
+	ctx, cancel := context.WithCancel(t.Context())
+	w := &nodeWatcher{manager: m, limit: rate.NewLimiter(rate.Inf, 1)}
+	ended := result(t, func() (bool, error) {
+		initial := true
+		_, err := w.watch(ctx, metav1.ListOptions{SendInitialEvents: &initial})
+		return false, err
+	})
+	for m.outage.State().Trouble == "" {
+		runtime.Gosched()
+	}
+	cancel()
+	if _, err := ended(); !errors.Is(err, context.Canceled) {
+		t.Errorf("client-go is left to pause: %v", err)
+	}
+}
+
+// The log names the reason for which there is no answer.
+func TestCause(t *testing.T) {
+	m := testManager(onlyIPv4)
+	m.client = testClient(t, "http://127.0.0.1:1")
+	w := &nodeWatcher{manager: m, limit: rate.NewLimiter(rate.Inf, 1)}
+	for want, cause := range map[string]error{
+		"i/o timeout":      &net.OpError{Op: "dial", Net: "tcp", Err: os.ErrDeadlineExceeded},
+		errClosed.Error():  io.ErrUnexpectedEOF,
+		"no answer for 2m": errStalled{silence},
+	} {
+		m.client.rest.Client.Transport = stallGuard{failing{cause}}
+		if _, err := w.tryWatch(t.Context(), metav1.ListOptions{Watch: true, ResourceVersion: "5"}); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%v is told as %v", cause, err)
+		}
+	}
+}
+
+type failing struct{ err error }
+
+func (f failing) RoundTrip(*http.Request) (*http.Response, error) { return nil, f.err }
 
 // A server that always breaks off is not asked again at once.
 func TestReflectIsPaced(t *testing.T) {

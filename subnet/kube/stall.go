@@ -22,6 +22,14 @@ type errStalled struct{ after time.Duration }
 
 func (e errStalled) Error() string { return fmt.Sprintf("no answer for %v", e.after) }
 
+// Timeout and Temporary make it a net.Error: client-go takes up a watch again
+// after those.
+func (errStalled) Timeout() bool   { return true }
+func (errStalled) Temporary() bool { return true }
+
+// causeKey is where in a context a stallGuard notes why there is no answer.
+type causeKey struct{}
+
 // A stallGuard gives up requests whose answer does not come, or stops coming
 // while the connection stays: client-go would wait for as long as it stays.
 type stallGuard struct{ next http.RoundTripper }
@@ -37,6 +45,9 @@ func (g stallGuard) RoundTrip(req *http.Request) (*http.Response, error) {
 			err = stalled
 		}
 		cancel(nil)
+		if cause, ok := ctx.Value(causeKey{}).(*error); ok {
+			*cause = err
+		}
 		return nil, err
 	}
 	timer.Stop()

@@ -285,33 +285,30 @@ func TestNodeNotFound(t *testing.T) {
 	}
 }
 
-// What a watch brings of before a patch that was answered is not somebody's doing.
+// What a watch brings of before a patch that was answered is no news; a whole
+// state is, as after etcd was restored.
 func TestStaleEvent(t *testing.T) {
-	said := logged(t)
-	s, m := newOwnServer(t)
-	at := func(version string, annotations ...string) []byte {
+	_, m := newOwnServer(t)
+	store := ownStore{m}
+	expect := func(what, cidr string) {
+		t.Helper()
+		if m.own == nil || m.own.subnets.String() != cidr {
+			t.Errorf("%s: our Node is %+v", what, m.own)
+		}
+	}
+	at := func(version, cidr string) *Node {
 		n := peerNode(1)
-		n.version = version
-		n.annotations = append(n.annotations, annotations...)
-		return n.marshal()
+		n.version, n.cidrs = version, []string{cidr}
+		return n.object()
 	}
-	const theirs, ours = "flannel.alpha.coreos.com/backend-type=host-gw", "flannel.alpha.coreos.com/backend-type=vxlan"
-	lease := subnet.Lease{Subnets: subnet.Subnets{IPv4: netip.MustParsePrefix("10.5.1.0/24")},
-		Attrs: subnet.Attrs{PublicIP: netip.MustParseAddr("198.18.0.1"), BackendType: "vxlan", BackendData: []byte(`{"VNI":1}`)}}
-	kept := result(t, func() (bool, error) { return false, m.Keep(t.Context(), lease) })
-	s.frames <- frame("ADDED", at("7", theirs))
-	s.frames <- lastBookmark
-	s.answer(t, takenAs(at("9", ours)))
-	s.frames <- frame("MODIFIED", at("8", theirs)) // a heartbeat
-	elsewhere := peerNode(1)
-	elsewhere.version, elsewhere.cidrs = "10", []string{"10.5.2.0/24"}
-	s.frames <- frame("MODIFIED", elsewhere.marshal())
-	if _, err := kept(); err != subnet.ErrLost {
-		t.Errorf("Keep returned %v", err)
-	}
-	if times := strings.Count(said(), "Somebody changed"); times != 1 {
-		t.Errorf("it is logged %d times that somebody changed the annotations", times)
-	}
+	store.Update(at("10", "10.5.10.0/24"))
+	expect("a patch's answer", "10.5.10.0/24")
+	store.Update(at("9", "10.5.9.0/24"))
+	expect("an event of before", "10.5.10.0/24")
+	store.Update(at("11", "10.5.11.0/24"))
+	expect("an event of after", "10.5.11.0/24")
+	store.Replace([]any{at("3", "10.5.3.0/24")}, "4")
+	expect("the whole state", "10.5.3.0/24")
 }
 
 // Another Node than ours is not taken for ours, whatever a server sends.

@@ -219,19 +219,31 @@ func (c *client) patchStatus(ctx context.Context, node string, patch any) (*Node
 
 // nodeOfPod returns the name of the node that a pod runs on.
 func (c *client) nodeOfPod(ctx context.Context, namespace, pod string) (string, error) {
-	text, err := c.current().Get().Namespace(namespace).Resource("pods").Name(pod).
-		SetHeader("Accept", runtime.ContentTypeJSON).MaxRetries(0).Do(ctx).Raw()
-	if err != nil {
-		return "", err
-	}
 	var p struct{ Spec struct{ NodeName string } }
-	if err := json.Unmarshal(text, &p); err != nil {
-		return "", fmt.Errorf("the answer about pod %s/%s: %w", namespace, pod, err)
+	if err := doJSON(ctx, c.current().Get().Namespace(namespace).Resource("pods").Name(pod), &p); err != nil {
+		return "", err
 	}
 	if p.Spec.NodeName == "" {
 		return "", fmt.Errorf("pod %s/%s has no spec.nodeName", namespace, pod)
 	}
 	return p.Spec.NodeName, nil
+}
+
+// doJSON sends a request and reads its answer, of a kind that the codecs do not
+// know.
+func doJSON(ctx context.Context, r *rest.Request, into any) error {
+	answer := r.SetHeader("Accept", runtime.ContentTypeJSON).MaxRetries(0).Do(ctx)
+	if err := answer.Error(); err != nil { // with the server's words, which Raw leaves out
+		return err
+	}
+	text, err := answer.Raw()
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(text, into); err != nil {
+		return fmt.Errorf("the answer is no JSON: %w", err)
+	}
+	return nil
 }
 
 // explain words an error for the operator, with what to do about it. The cause is

@@ -9,7 +9,6 @@ import (
 	"time"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
-	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/rest"
 	"k8s.io/klog/v2"
@@ -226,12 +225,7 @@ func (n *notices) send(ctx context.Context, request *rest.Request, event any) (i
 	}
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
-	text, err := request.Namespace("default").Resource("events").Param("fieldManager", "flanneld").
-		SetHeader("Accept", runtime.ContentTypeJSON).Body(body).MaxRetries(0).Do(ctx).Raw()
-	if err != nil {
-		return 0, err
-	}
 	var answer struct{ Count int }
-	err = json.Unmarshal(text, &answer)
+	err = doJSON(ctx, request.Namespace("default").Resource("events").Param("fieldManager", "flanneld").Body(body), &answer)
 	return answer.Count, err
 }

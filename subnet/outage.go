@@ -42,18 +42,17 @@ func (o *Outage) Begin(purpose, why, text string) {
 	if o.said[c] || why == Away && len(o.said) > 0 {
 		return
 	}
-	known := false
+	logged := false // for another purpose
 	for other := range o.said {
-		known = known || other.name == c.name
+		logged = logged || other.name == c.name
 	}
 	if o.said == nil {
 		o.said = map[cause]bool{}
 	}
 	o.said[c] = true
-	if known {
-		return
+	if !logged {
+		klog.Warningf("%s: %s. Waiting to %s", o.Store, text, purpose)
 	}
-	klog.Warningf("%s: %s. Waiting to %s", o.Store, text, purpose)
 }
 
 // End takes note that something could be done.

@@ -51,7 +51,7 @@ func refusing(t *testing.T) string {
 	return l.Addr().String()
 }
 
-// Who has flanneld end while it starts is not told of an error. test/e2e has the
+// An operator who ends flanneld while it starts is not told of an error. test/e2e has the
 // points that take a real store or a network namespace.
 func TestEndWhileStarting(t *testing.T) {
 	network := filepath.Join(t.TempDir(), "net-conf.json")

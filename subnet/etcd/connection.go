@@ -59,7 +59,12 @@ func (c *connection) attempt(ctx context.Context, f func(context.Context, *clien
 			err = f(request, client)
 		}
 		current := c.heard(client, limited.Err() != nil, ctx.Err() != nil)
-		if again || limited.Err() != nil || current && !(refused(err) && c.logOut(request)) || err == nil {
+		switch {
+		case err == nil || again || limited.Err() != nil:
+			return err
+		case !current: // again, with the client that took its place
+		case refused(err) && c.logOut(request): // again, with another token
+		default:
 			return err
 		}
 	}

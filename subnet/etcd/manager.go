@@ -175,7 +175,7 @@ func (m *Manager) Config(ctx context.Context) (*subnet.Config, error) {
 		}
 		if text == nil {
 			if !said {
-				klog.Warningf(`The network is not configured: etcd has no key %s. Waiting for it, for example: etcdctl put %s '{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan"}}'`,
+				klog.Warningf(`The network is not configured: etcd has no key %s. Waiting for it, for example: etcdctl put %s '{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan"}}'. If it is in etcd's v2 store, copy it: Documentation/requirements.md says how`,
 					m.configKey(), m.configKey())
 			}
 			if err := m.await(ctx, at, []string{m.configKey()}); err != nil {

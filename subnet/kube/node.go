@@ -1,8 +1,8 @@
 package kube
 
 import (
-	"maps"
 	"slices"
+	"strings"
 	"time"
 
 	"google.golang.org/protobuf/encoding/protowire"
@@ -202,9 +202,9 @@ func firstTwo(b []byte) (first, second []byte, err error) {
 // annotations are those of a Node that begin with flanneld's prefix, without it.
 func (n *Node) annotations(prefix string) map[string]string {
 	ours := map[string]string{}
-	for key, value := range maps.All(n.Annotations) {
-		if len(key) > len(prefix) && key[:len(prefix)] == prefix {
-			ours[key[len(prefix):]] = value
+	for key, value := range n.Annotations {
+		if name, ok := strings.CutPrefix(key, prefix); ok {
+			ours[name] = value
 		}
 	}
 	return ours

@@ -51,13 +51,7 @@ func (s ownStore) Update(v any) error {
 	if n.Name != s.node() { // a server that takes no heed of our field selector
 		return nil
 	}
-	own := s.ownNode(n)
-	s.mu.Lock()
-	stale := s.own != nil && own.version < s.own.version // of before a patch whose answer we have
-	s.mu.Unlock()
-	if !stale {
-		s.setOwn(own)
-	}
+	s.setOwn(s.ownNode(n), false)
 	return nil
 }
 
@@ -75,7 +69,7 @@ func (s ownStore) ownNode(n *Node) *ownNode {
 // Delete implements cache.ReflectorStore.
 func (s ownStore) Delete(n any) error {
 	if n.(*Node).Name == s.node() {
-		s.setOwn(nil)
+		s.setOwn(nil, true)
 	}
 	return nil
 }
@@ -84,11 +78,11 @@ func (s ownStore) Delete(n any) error {
 func (s ownStore) Replace(nodes []any, _ string) error {
 	for _, n := range nodes {
 		if n.(*Node).Name == s.node() {
-			s.setOwn(s.ownNode(n.(*Node)))
+			s.setOwn(s.ownNode(n.(*Node)), true)
 			return nil
 		}
 	}
-	s.setOwn(nil)
+	s.setOwn(nil, true)
 	return nil
 }
 
@@ -113,9 +107,13 @@ func (m *Manager) followOwn() {
 }
 
 // setOwn takes note of what the API server says of our Node; nil: there is none.
-func (m *Manager) setOwn(own *ownNode) {
+// What is not sure to be the latest may be of before a patch whose answer we have.
+func (m *Manager) setOwn(own *ownNode, latest bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if !latest && m.own != nil && own.version < m.own.version {
+		return
+	}
 	if m.told && m.own.equal(own) { // a heartbeat
 		if own != nil {
 			m.own.version = own.version

@@ -78,6 +78,34 @@ func quietly(w http.ResponseWriter, r *http.Request) {
 	<-r.Context().Done()
 }
 
+// followUntil has the Nodes of a server followed until there are so many peers.
+func followUntil(t *testing.T, s *scripted, peers int) *Manager {
+	t.Helper()
+	server := httptest.NewUnstartedServer(s)
+	server.Config.ErrorLog = log.New(io.Discard, "", 0)
+	server.Start()
+	defer server.Close()
+	ctx, cancel := context.WithCancel(t.Context())
+	m := testManager(onlyIPv4)
+	m.client = testClient(t, server.URL)
+	m.outage = subnet.Outage{Store: "the server"}
+	p := newPeers(m)
+	var running sync.WaitGroup
+	running.Go(func() { m.reflectNodes(ctx, "", "follow the nodes", p) })
+	defer running.Wait()
+	defer cancel()
+	leases := map[subnet.Subnets]subnet.Lease{}
+	for late := time.After(time.Minute); len(leases) != peers; {
+		select {
+		case <-p.wake:
+			p.take().Apply(leases)
+		case <-late:
+			t.Fatalf("there are %d peers; asked %q", len(leases), s.asked)
+		}
+	}
+	return m
+}
+
 // Whatever keeps a server from streaming the state, the state is listed, and
 // nothing is logged; a server that forgot what we know is asked for all again.
 func TestReflect(t *testing.T) {
@@ -100,26 +128,7 @@ func TestReflect(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			said := logged(t)
 			s := &scripted{answers: c.answers}
-			server := httptest.NewServer(s)
-			ctx, cancel := context.WithCancel(t.Context())
-			m := testManager(onlyIPv4)
-			m.client = testClient(t, server.URL)
-			m.outage = subnet.Outage{Store: "the server"}
-			p := newPeers(m)
-			var running sync.WaitGroup
-			running.Go(func() { m.reflectNodes(ctx, "", "follow the nodes", p) })
-			leases := map[subnet.Subnets]subnet.Lease{}
-			for late := time.After(time.Minute); len(leases) != c.want; {
-				select {
-				case <-p.wake:
-					p.take().Apply(leases)
-				case <-late:
-					t.Fatalf("there are %d peers; asked %q", len(leases), s.asked)
-				}
-			}
-			cancel()
-			running.Wait()
-			server.Close()
+			m := followUntil(t, s, c.want)
 			if text := said(); text != "" {
 				t.Errorf("logged\n%s", text)
 			}
@@ -143,28 +152,7 @@ func TestWatchResumes(t *testing.T) {
 		fail(500), fail(503), fail(429), fail(401), stream(), fail(502),
 		stream(frame("MODIFIED", peerNode(2).marshal())), quietly,
 	}}
-	server := httptest.NewUnstartedServer(s)
-	server.Config.ErrorLog = log.New(io.Discard, "", 0)
-	server.Start()
-	ctx, cancel := context.WithCancel(t.Context())
-	m := testManager(onlyIPv4)
-	m.client = testClient(t, server.URL)
-	m.outage = subnet.Outage{Store: "the server"}
-	p := newPeers(m)
-	var running sync.WaitGroup
-	running.Go(func() { m.reflectNodes(ctx, "", "follow the nodes", p) })
-	leases := map[subnet.Subnets]subnet.Lease{}
-	for late := time.After(time.Minute); len(leases) != 2; {
-		select {
-		case <-p.wake:
-			p.take().Apply(leases)
-		case <-late:
-			t.Fatalf("there are %d peers; asked %q", len(leases), s.asked)
-		}
-	}
-	cancel()
-	running.Wait()
-	server.Close()
+	followUntil(t, s, 2)
 	for i, asked := range s.asked {
 		if want := "watch=true version=20 initial="; i > 0 && i < 9 && asked != want {
 			t.Errorf("request %d asks for %s, not for %s", i, asked, want)

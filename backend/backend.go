@@ -1,207 +1,113 @@
-// Package backend is how pods' packets get from one node to another. Each
-// backend is a folder beside this file; importing it registers it.
+// Package backend defines how pods' packets get from one node to another. Each
+// backend is a folder beside this file; importing the folder registers it.
 package backend
 
 import (
 	"context"
 	"errors"
-	"fmt"
-	"maps"
 	"net/netip"
-	"slices"
-	"strings"
 
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/kernel"
 	"github.com/flanneld/flanneld/subnet"
 )
 
-// A Backend says what the kernel of this node must hold for pods' packets to
-// reach its peers. It is a value made from the configuration and the uplink:
+// A Backend computes what the kernel of this node must hold for pods' packets
+// to reach the peers. It is a value made from the configuration and the uplink:
 // where either changes, a new one is made. Its methods touch nothing, except
 // Attrs.
+//
+// A backend that does more than that implements some of Worker, StatsReporter
+// and Differ.
 type Backend interface {
-	// Attrs returns what peers must know of this node: the type and the data
-	// of its lease, without the addresses. previous is what the node
-	// published last, maybe before a restart, or zero: what peers know is best
-	// kept. A backend may have to do something for it, and take its time; what
-	// fails is asked again.
+	// Info returns what the rest of the node must know of the backend. The
+	// answer is always the same.
+	Info() Info
+
+	// Attrs returns what this node publishes with its lease, without the
+	// addresses. previous is what the node published last, maybe before a
+	// restart, or zero: peers have fewer changes to make where it stays. Attrs
+	// may act and take its time; the caller retries what fails.
 	Attrs(ctx context.Context, previous subnet.Attrs) (subnet.Attrs, error)
 
-	// Local returns what the node's own lease calls for: the device and its
-	// address.
+	// Local returns the objects that the node's own lease calls for, such as
+	// the device and its address.
 	Local(own subnet.Lease) []kernel.Object
 
-	// Peer returns what it takes to reach one peer. The error says what is
-	// wrong with the peer's lease; what is right of it is returned all the
-	// same.
+	// Peer returns the objects that it takes to reach one peer. The error says
+	// what is wrong with the peer's lease; objects that do not depend on the
+	// faulty part are returned all the same.
 	Peer(own, peer subnet.Lease) ([]kernel.Object, error)
-
-	// MTU returns the largest packet, in bytes, that pods may send.
-	MTU() int
 }
 
-// A Worker is a Backend that takes more than kernel state: it moves packets
+// Info is what the rest of the node must know of a backend.
+type Info struct {
+	MTU       int        // the largest packet, in bytes, that pods may send
+	Overhead  int        // the most bytes that the backend puts around a packet of pods
+	Endpoints []Endpoint // where peers send packets to: firewalls must accept these
+
+	// NoPeers is set where the backend needs no peers: leases are not watched.
+	NoPeers bool
+
+	// ForeignRoutes is set where commands that the backend runs, a routing
+	// daemon or the operator make the routes inside the network. Such routes
+	// are not taken for those of an earlier daemon, and stay.
+	ForeignRoutes bool
+}
+
+// An Endpoint is an address that peers send packets to.
+type Endpoint struct {
+	Addr     netip.Addr // of this node
+	Protocol string     // as iptables and nft know it without /etc/protocols: "udp", "esp", "4"
+	Port     int        // of UDP
+	Program  string     // the program that has the port; empty: flanneld or the kernel
+}
+
+// A Worker is a Backend that keeps more than kernel state: it moves packets
 // itself, fills a cloud's route table, runs programs.
 type Worker interface {
-	Backend
-
-	// Work does so for one lease of this node's until ctx ends, and returns
-	// when all it started has ended. It is called again, with another lease or
-	// on another backend, only then. Peers come as subnet.Manager's Watch tells
-	// of them, a snapshot and then changes, merged while nobody reads; leases
-	// that cannot be a peer's, our own among them, are left out. Failures are
-	// Work's own to say and to retry; an error ends flanneld, and is for the
-	// operator.
+	// Work runs for one lease of this node until ctx ends, and returns when
+	// everything that it started has ended. Work is called again, with another
+	// lease or on another backend, only after that. Updates of peers come as
+	// from subnet.Manager's Watch: first a snapshot, then changes, merged while
+	// nobody reads. Leases that cannot be a peer's, our own among them, are left
+	// out. Work logs and retries failures itself; an error that it returns ends
+	// flanneld and is meant for the operator.
 	Work(ctx context.Context, own subnet.Lease, peers <-chan subnet.Update) error
 }
 
-// ErrStopping is why (context.Cause) the context of a Worker ends when flanneld
-// does, rather than the lease or the configuration changing.
-var ErrStopping = errors.New("flanneld ends")
+// ErrStopping is the cause (context.Cause) of the end of a Worker's context when
+// flanneld stops, rather than the lease or the configuration changing.
+var ErrStopping = errors.New("flanneld stops")
 
-// A Solitary backend needs no peers: nobody is asked for them.
-type Solitary interface {
-	Backend
-	Solitary()
+// A StatsReporter is a Backend that moves packets itself, and counts them.
+type StatsReporter interface {
+	// QueueStats returns what has been moved since Work began; nothing while
+	// Work does not run. It may be called at any time.
+	QueueStats() []QueueStats
 }
 
-// A Bystander lets others make the routes inside the network: commands that it
-// runs, a routing daemon, the operator. They are not taken for what an earlier
-// daemon has left.
-type Bystander interface {
-	Backend
-	StandBy()
-}
-
-// A Metered backend moves packets itself, and counts them.
-type Metered interface {
-	Backend
-
-	// Flows tells what has been moved since Work began; nothing while it does
-	// not run. It may be called at any time.
-	Flows() []Flow
-}
-
-// A Flow is what one queue has moved in one direction.
-type Flow struct {
+// QueueStats are the counters of one queue in one direction.
+type QueueStats struct {
 	Queue          int
 	Direction      string // "sent" to peers, "received" from them
 	Packets, Bytes uint64
 	Drops          map[string]uint64 // packets, by reason
 }
 
-// A Tunnel is a Backend whose peers put something around pods' packets: it is
-// this that firewalls must let in.
-type Tunnel interface {
-	Backend
-	Endpoints() []Endpoint
+// A Differ is a Backend that keeps state outside of the tables that pkg/kernel
+// reconciles: a device's peers, a cloud's routes, a program's connections.
+type Differ interface {
+	// Diff returns the commands that would make that state what this node's
+	// lease and the leases of its peers call for. It changes nothing.
+	Diff(ctx context.Context, own subnet.Lease, peers []subnet.Lease) ([]string, error)
 }
-
-// An Endpoint is where peers send packets to.
-type Endpoint struct {
-	Addr     netip.Addr // of this node
-	Protocol string     // as iptables and nft know it without /etc/protocols: "udp", "esp", "4"
-	Port     int        // of UDP
-}
-
-// A Factory makes a backend. The errors it returns are for the operator:
-// neither waiting nor retrying will mend them.
-type Factory func(cfg *subnet.Config, uplink iface.Uplink) (Backend, error)
-
-var factories = map[string]Factory{}
-
-// Register makes a backend known by the Type of its configuration. It is
-// called from init.
-func Register(name string, f Factory) { factories[name] = f }
 
 // New makes the backend that the configuration asks for.
 func New(cfg *subnet.Config, uplink iface.Uplink) (Backend, error) {
-	f, ok := factories[cfg.BackendType]
-	if !ok {
-		return nil, fmt.Errorf("Backend Type %q is not known: known are %s", cfg.BackendType, strings.Join(slices.Sorted(maps.Keys(factories)), ", "))
-	}
-	b, err := f(cfg, uplink)
+	t, err := typeOf(cfg.BackendType)
 	if err != nil {
-		return nil, fmt.Errorf("Backend %s: %w", cfg.BackendType, err)
+		return nil, err
 	}
-	return b, nil
-}
-
-// Leftovers are what a backend keeps on a node outside of the kernel's tables,
-// and leaves there when flanneld ends.
-type Leftovers struct {
-	Undo  []Undo   // what to do, in this order
-	Files []string // to be deleted after that, if they are there: patterns, as filepath.Glob takes them
-	Notes []string // on what is for the operator to remove
-}
-
-// An Undo is a command, and how it is done without it.
-type Undo struct {
-	Command string
-	Do      func(context.Context) error
-}
-
-// A Finder looks for what a backend may have left on this node, which had the
-// subnets own. It finds what it can without cfg, which is nil where the
-// configuration is not known.
-type Finder func(ctx context.Context, cfg *subnet.Config, own subnet.Subnets) (Leftovers, error)
-
-var finders []Finder
-
-// RegisterLeftovers has a Finder asked by Left. It is called from init.
-func RegisterLeftovers(f Finder) { finders = append(finders, f) }
-
-// Left returns what all backends have left on this node, whichever it had.
-func Left(ctx context.Context, cfg *subnet.Config, own subnet.Subnets) (Leftovers, error) {
-	var all Leftovers
-	var errs []error
-	for _, find := range finders {
-		l, err := find(ctx, cfg, own)
-		errs = append(errs, err)
-		all.Undo, all.Files, all.Notes = append(all.Undo, l.Undo...), append(all.Files, l.Files...), append(all.Notes, l.Notes...)
-	}
-	return all, errors.Join(errs...)
-}
-
-// Options reads the keys of the configuration's Backend into the struct that
-// into points to. Keys that it does not have are noted in cfg.Warnings.
-func Options(cfg *subnet.Config, into any) error {
-	if cfg.Backend == nil {
-		return nil
-	}
-	hint := "it has none beside Type"
-	if known := subnet.Keys(into); len(known) > 0 {
-		hint = "known are Type, " + strings.Join(known, ", ")
-	}
-	unknown, err := subnet.Decode(cfg.Backend, into)
-	for _, key := range unknown {
-		if !strings.EqualFold(key, "Type") {
-			cfg.Warnings = append(cfg.Warnings, fmt.Sprintf("unknown key %q of Backend %s is ignored: %s", key, cfg.BackendType, hint))
-		}
-	}
-	return err
-}
-
-// A Family is one address family's side of a peer, as its lease tells it.
-type Family struct {
-	On       bool         // both nodes have a subnet of the family, and the peer an address
-	Peer     netip.Prefix // the peer's subnet
-	PublicIP netip.Addr   // the peer's
-	Data     []byte       // the peer's backend data
-}
-
-// Families returns the two sides of a peer, IPv4's and IPv6's.
-func Families(own, peer subnet.Lease) [2]Family {
-	a := peer.Attrs
-	return [2]Family{
-		{own.IPv4.IsValid() && peer.IPv4.IsValid() && a.PublicIP.IsValid(), peer.IPv4, a.PublicIP, a.BackendData},
-		{own.IPv6.IsValid() && peer.IPv6.IsValid() && a.PublicIPv6.IsValid(), peer.IPv6, a.PublicIPv6, a.BackendV6Data},
-	}
-}
-
-// Direct returns the route to the peer's subnet through the peer itself, with
-// nothing around the packets: for peers on the uplink's own link.
-func (f Family) Direct(uplink iface.Uplink) kernel.Route {
-	return kernel.Route{Dst: f.Peer, Via: f.PublicIP, Dev: uplink.Name}
+	return t.make(cfg, uplink)
 }

@@ -14,16 +14,14 @@ import (
 	"k8s.io/klog/v2"
 )
 
-// health tells the outside how the node is: probes over HTTP, systemd by
-// sd_notify(3).
+// health reports the node's state: to probes over HTTP, to systemd by sd_notify(3).
 type health struct {
 	mu      sync.Mutex
 	missing string // what the node waits for; "" once it is ready
 }
 
-// serveHealth serves /healthz, /readyz, /metrics, and /debug/pprof where that is
-// wanted, until ctx ends; nowhere, if the port is 0. Nothing of it changes
-// anything.
+// serveHealth serves /healthz, /readyz, /metrics and, with profile, /debug/pprof until
+// ctx ends; nowhere, if the port is 0. No request changes anything.
 func serveHealth(ctx context.Context, group *sync.WaitGroup, at netip.AddrPort, metrics http.Handler, profile bool) (*health, error) {
 	h := &health{missing: "to start"}
 	if at.Port() == 0 {
@@ -46,7 +44,7 @@ func serveHealth(ctx context.Context, group *sync.WaitGroup, at netip.AddrPort, 
 	server := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}
 	group.Go(func() {
 		if err := server.Serve(l); ctx.Err() == nil {
-			klog.Errorf("Health: %v", err)
+			klog.FromContext(ctx).Error(err, "The health server stopped")
 		}
 	})
 	context.AfterFunc(ctx, func() { server.Close() })
@@ -63,7 +61,7 @@ func (h *health) readyz(w http.ResponseWriter, _ *http.Request) {
 	fmt.Fprintln(w, "ok")
 }
 
-// waitFor says what the node waits for, until it has been ready once.
+// waitFor sets what the node waits for, until it has been ready once.
 func (h *health) waitFor(what string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -74,6 +72,13 @@ func (h *health) waitFor(what string) {
 	notify("STATUS=Waiting for " + what)
 }
 
+// waitingFor returns what the node waits for, "" once it has been ready.
+func (h *health) waitingFor() string {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.missing
+}
+
 func (h *health) setReady() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -81,13 +86,12 @@ func (h *health) setReady() {
 	notify("READY=1\nSTATUS=Ready")
 }
 
-// watchdog ticks as often as systemd, where it is our parent, wants to hear that
-// the main loop is alive: twice within the time after which it takes us for hung.
-// It is nil where nobody wants to.
-func watchdog() <-chan time.Time {
+// watchdog ticks twice within the time after which systemd, where it is our parent,
+// takes the daemon for hung. It is nil where systemd has no watchdog for the daemon.
+func watchdog(log klog.Logger) <-chan time.Time {
 	limit, err := daemon.SdWatchdogEnabled(false)
 	if err != nil {
-		klog.Warningf("systemd: WatchdogSec is without effect: %v", err)
+		log.Error(err, "systemd's WatchdogSec has no effect")
 	}
 	if limit == 0 {
 		return nil
@@ -95,9 +99,9 @@ func watchdog() <-chan time.Time {
 	return time.Tick(limit / 2)
 }
 
-// notify tells systemd, where it is our parent and wants to know.
+// notify sends the state to systemd, where it is our parent and waits for that.
 func notify(state string) {
 	if _, err := daemon.SdNotify(false, state); err != nil {
-		klog.Warningf("systemd: %v", err)
+		klog.Background().Error(err, "Cannot notify systemd")
 	}
 }

@@ -36,7 +36,7 @@ type metrics struct {
 
 	manager subnet.Manager
 	kernel  atomic.Pointer[kernel.Stats]
-	backend atomic.Pointer[backend.Metered] // nil: it counts nothing
+	backend atomic.Pointer[backend.StatsReporter] // nil: it counts nothing
 }
 
 // operation is the label of a duty, named as the log does.
@@ -97,8 +97,8 @@ func (s *metrics) failed(duty string) { s.errors.WithLabelValues(operation(duty)
 
 // setBackend has the counters of a backend told, if it has any.
 func (s *metrics) setBackend(b backend.Backend) {
-	if m, ok := b.(backend.Metered); ok {
-		s.backend.Store(&m)
+	if r, ok := b.(backend.StatsReporter); ok {
+		s.backend.Store(&r)
 	} else {
 		s.backend.Store(nil)
 	}
@@ -164,12 +164,12 @@ func (s *metrics) Collect(ch chan<- prometheus.Metric) {
 		}
 	}
 	if b := s.backend.Load(); b != nil {
-		for _, f := range (*b).Flows() {
-			queue := strconv.Itoa(f.Queue)
-			counter(descPackets, f.Packets, f.Direction, queue)
-			counter(descOctets, f.Bytes, f.Direction, queue)
-			for reason, n := range f.Drops {
-				counter(descDrops, n, f.Direction, queue, reason)
+		for _, q := range (*b).QueueStats() {
+			queue := strconv.Itoa(q.Queue)
+			counter(descPackets, q.Packets, q.Direction, queue)
+			counter(descOctets, q.Bytes, q.Direction, queue)
+			for reason, n := range q.Drops {
+				counter(descDrops, n, q.Direction, queue, reason)
 			}
 		}
 	}
@@ -208,12 +208,12 @@ func herald(m subnet.Manager, about, reason, message string) {
 	}
 }
 
-// measure tells the metrics what this goroutine knows.
-func (n *node) measure() {
-	if n.lease != nil {
+// updateMetrics sets the metrics that this goroutine knows.
+func (n *node) updateMetrics() {
+	if n.own != nil {
 		n.metrics.peers.Set(float64(n.others()))
 	}
-	n.metrics.faulty.Set(float64(len(n.warned)))
+	n.metrics.faulty.Set(float64(len(n.problems)))
 	if now, before := n.kernel.Stats(), n.metrics.kernel.Load(); before == nil || now != *before {
 		stats := now
 		n.metrics.kernel.Store(&stats)
@@ -225,35 +225,35 @@ func (n *node) measure() {
 			herald(n.Manager, "kernel", "KernelFight", text)
 		}
 	}
-	for s, since := range n.unheld {
-		if n.peers != nil && n.kernel.Has(s.String()) {
+	for s, since := range n.unapplied {
+		if n.leases != nil && n.kernel.Has(s.String()) {
 			n.metrics.leaseDuration.Observe(time.Since(since).Seconds())
-			delete(n.unheld, s)
+			delete(n.unapplied, s)
 		}
 	}
-	if len(n.unheld) == 0 {
-		n.unheld = nil // a burst's memory goes
+	if len(n.unapplied) == 0 {
+		n.unapplied = nil // a burst's memory goes
 	}
 }
 
-// note counts news of leases, and the time from now on until the kernel holds
-// what they call for.
-func (n *node) note(u subnet.Update) {
+// countUpdate counts an update of leases, and starts the clock that runs until the
+// kernel holds what the update calls for.
+func (n *node) countUpdate(u subnet.Update) {
 	if u.Snapshot {
 		n.metrics.leaseEvents.WithLabelValues("snapshot").Inc()
 		return
 	}
 	n.metrics.leaseEvents.WithLabelValues("set").Add(float64(len(u.Leases)))
 	n.metrics.leaseEvents.WithLabelValues("removed").Add(float64(len(u.Gone)))
-	if n.lease == nil || u.Since.IsZero() {
+	if n.own == nil || u.Since.IsZero() {
 		return
 	}
-	if n.unheld == nil {
-		n.unheld = make(map[subnet.Subnets]time.Time, len(u.Leases)+len(u.Gone))
+	if n.unapplied == nil {
+		n.unapplied = make(map[subnet.Subnets]time.Time, len(u.Leases)+len(u.Gone))
 	}
 	begin := func(s subnet.Subnets) {
-		if _, waits := n.unheld[s]; !waits && s != n.lease.Subnets {
-			n.unheld[s] = u.Since
+		if _, waits := n.unapplied[s]; !waits && s != n.own.Subnets {
+			n.unapplied[s] = u.Since
 		}
 	}
 	for s := range u.Leases {

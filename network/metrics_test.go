@@ -192,8 +192,8 @@ func TestOnlyGet(t *testing.T) {
 // A counter is a backend that moves packets itself.
 type mover struct{ backend.Backend }
 
-func (mover) Flows() []backend.Flow {
-	return []backend.Flow{{Queue: 1, Direction: "sent", Packets: 3, Bytes: 4500, Drops: map[string]uint64{"no_route": 2}}}
+func (mover) QueueStats() []backend.QueueStats {
+	return []backend.QueueStats{{Queue: 1, Direction: "sent", Packets: 3, Bytes: 4500, Drops: map[string]uint64{"no_route": 2}}}
 }
 
 func TestBackendCounters(t *testing.T) {
@@ -275,11 +275,11 @@ type counting struct {
 	queues int
 }
 
-func (c counting) Flows() []backend.Flow {
-	var all []backend.Flow
+func (c counting) QueueStats() []backend.QueueStats {
+	var all []backend.QueueStats
 	for queue := range c.queues {
 		for _, direction := range []string{"sent", "received"} {
-			all = append(all, backend.Flow{Queue: queue, Direction: direction, Packets: 1e9, Bytes: 1e12, Drops: map[string]uint64{"no_peer": 1, "full": 2, "invalid": 3}})
+			all = append(all, backend.QueueStats{Queue: queue, Direction: direction, Packets: 1e9, Bytes: 1e12, Drops: map[string]uint64{"no_peer": 1, "full": 2, "invalid": 3}})
 		}
 	}
 	return all

@@ -1,5 +1,5 @@
-// Package network is the main loop: configuration, uplink, lease, backend,
-// rules, subnet file, kept true until told to stop.
+// Package network is the main loop: configuration, uplink, lease, backend, rules
+// and subnet file, set up and kept so until the loop is told to stop.
 package network
 
 import (
@@ -15,7 +15,6 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/backend"
-	"github.com/flanneld/flanneld/pkg/firewall"
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/kernel"
 	"github.com/flanneld/flanneld/pkg/retry"
@@ -34,7 +33,7 @@ type Options struct {
 	RulesResync time.Duration // between checks of the rules
 
 	// KernelResync is the time between comparisons of all that the kernel holds
-	// with what is wanted, whatever the kernel has told meanwhile.
+	// with what it should, whether or not the kernel has notified of changes.
 	KernelResync time.Duration
 
 	Blackhole bool           // drop what is sent to our subnet and has no pod there
@@ -45,66 +44,60 @@ type Options struct {
 	Version      string // of this program
 }
 
-// blackholeMetric makes the blackhole the last choice: the route of the bridge
-// that holds the pods, with the same destination, comes first.
-const blackholeMetric = 1 << 31
-
-// nodeOwner owns what the kernel holds for this node itself. Peers own theirs
-// by their subnets.
-const nodeOwner = "this node"
-
-// node is all that is known of this node and its peers. It belongs to the
-// goroutine of Run; the others tell it by channels what they learn.
+// node executes the plans for this node and its peers. It belongs to the goroutine
+// of Run; the other goroutines send what they learn on channels.
 type node struct {
 	Options
+	state        // in force
+	target setup // the latest; in force when there is a lease for it
+
 	started time.Time
+	log     klog.Logger
 	group   sync.WaitGroup // of all the goroutines
 	health  *health
 	metrics *metrics
 	kernel  *kernel.Reconciler
 	rules   *rules
-	tenant  *tenant
+	keeper  *leaseKeeper
 	worker  *worker
-	questions
-	file   *fileWatch           // of the subnet file; nil: it cannot be watched
-	leases <-chan subnet.Update // nil: not asked for
+	status  statusServer
+	file    *fileWatch // of the subnet file; nil: it cannot be watched
+	events  events
 
-	situation               // in force
-	target    situation     // the latest; in force when there is a lease for it
-	lease     *subnet.Lease // nil: none yet
-
-	peers  map[subnet.Subnets]subnet.Lease // all leases, our own too; nil: not known yet
-	warned map[subnet.Subnets]string       // what was last said of a peer
-	unheld map[subnet.Subnets]time.Time    // news of leases, see measure
-
-	rulesSet bool // the rules of the lease are in place
-	fileSet  bool // so is the subnet file
-	ready    bool
-	trouble  map[string]retry.Trouble // of each duty
-	retry    *time.Timer
-	retrying bool // retry is running
-	pause    retry.Backoff
+	unapplied map[subnet.Subnets]time.Time // when updates were received that the kernel does not hold yet
+	rulesSet  bool                         // the rules of the lease are in place
+	fileSet   bool                         // the subnet file has the right content
+	ready     bool
+	errors    map[string]retry.Trouble // the last error of each duty
+	retry     *time.Timer
+	retrying  bool // retry is running
+	pause     retry.Backoff
 }
 
-// A situation is what a node's network is made from.
-type situation struct {
-	cfg     *subnet.Config
-	uplink  iface.Uplink
-	backend backend.Backend // nil: no uplink yet
+// events are what the main loop waits for, beside what node's parts send.
+type events struct {
+	selectors <-chan iface.Selector
+	configs   <-chan *subnet.Config
+	links     <-chan struct{}
+	file      <-chan struct{}      // nil: the subnet file cannot be watched
+	leases    <-chan subnet.Update // nil: leases are not watched
+	watchdog  <-chan time.Time
 }
 
-// Run keeps the node's network until ctx ends, and leaves the data path in
-// place. An error is for the operator: it says what no waiting can mend.
+// Run keeps the node's network until ctx ends, and leaves the data path in place.
+// It logs with the logger of ctx (klog.NewContext). An error is for the operator: it
+// says what neither waiting nor retrying can solve.
 func Run(ctx context.Context, o Options) error {
 	inner, cancel := context.WithCancel(ctx)
 	n := &node{
-		Options: o, started: time.Now(), questions: newQuestions(), metrics: newMetrics(o.Manager, o.Version),
-		warned: map[subnet.Subnets]string{}, trouble: map[string]retry.Trouble{},
+		Options: o, started: time.Now(), log: klog.FromContext(ctx), status: newStatusServer(),
+		metrics: newMetrics(o.Manager, o.Version), errors: map[string]retry.Trouble{},
 		retry: time.NewTimer(0), retrying: true,
 	}
+	n.Uplink.Overlay = backend.Device
 	defer n.group.Wait()
 	defer cancel()
-	// The manager may hear of the end of ctx before inner has ended.
+	// The manager may notice the end of ctx before inner has ended.
 	if err := n.run(inner); ctx.Err() == nil {
 		return err
 	}
@@ -116,110 +109,128 @@ func (n *node) run(ctx context.Context) error {
 	if n.health, err = serveHealth(ctx, &n.group, n.Health, n.metrics, n.Profile); err != nil {
 		return err
 	}
-	n.answer(ctx)
+	n.serveStatus(ctx)
 	n.health.waitFor("the network's configuration")
 	if n.cfg, err = n.Manager.Config(ctx); err != nil {
 		return err
 	}
 	n.target.cfg = n.cfg
-	klog.Infof("Network %s, backend %s", n.cfg.Networks(), n.cfg.BackendType)
-	warn(n.cfg)
-
+	n.log.Info("Network configuration read", "network", n.cfg.Networks(), "backend", n.cfg.BackendType)
+	n.logWarnings(n.cfg)
 	n.health.waitFor("this node to be known")
-	selectors := n.Manager.Select(ctx, n.Uplink)
-	var known bool
-	if n.Uplink, known = <-selectors; !known {
+	if err := n.start(ctx); err != nil {
+		return err
+	}
+	defer n.stop()
+	if n.kernel == nil {
 		return nil // for ctx has ended
 	}
-	if n.kernel, err = kernel.New(); err != nil {
-		return err
-	}
-	defer n.kernel.Close()
-	links, err := iface.Changes(ctx)
-	if err != nil {
-		return err
-	}
-	var fileChanges <-chan struct{}
-	if n.file, err = watchFile(ctx, n.SubnetFile); err != nil {
-		klog.Warning(err)
-	} else {
-		fileChanges = n.file.changes
-	}
-	n.rules = keepRules(ctx, &n.group, n.RulesResync, n.metrics, n.Manager)
-	n.tenant = newTenant(n.Manager, n.metrics)
-	defer func() { n.tenant.leave() }()
-	n.worker = newWorker()
-	defer func() { n.worker.leave(backend.ErrStopping) }()
-
-	configs := n.Manager.Configs(ctx)
-	err = n.look(ctx, n.target.cfg)
+	err = n.refreshUplink(ctx, n.target.cfg)
 	compare := time.NewTicker(n.KernelResync)
 	defer compare.Stop()
-	watchdog := watchdog()
-	close(n.answering)
-	for err == nil {
-		n.converge()
-		n.measure()
-		select {
-		case <-ctx.Done():
-			return nil
-		case ev := <-n.kernel.Events():
-			n.handle(ev)
-		case u, ok := <-n.leases:
-			if !ok {
-				return nil // for ctx has ended
-			}
-			n.update(u)
-		case l := <-n.tenant.leases:
-			n.moveIn(ctx, l)
-		case err = <-n.tenant.failed:
-		case err = <-n.worker.failed:
-		case s := <-n.rules.states:
-			n.rulesSet = s
-		case <-fileChanges:
-			n.lookAtFile()
-		case _, ok := <-links:
-			if !ok {
-				return nil
-			}
-			err = n.look(ctx, n.target.cfg)
-		case cfg, ok := <-configs:
-			if !ok {
-				return nil
-			}
-			err = n.look(ctx, cfg)
-		case sel, ok := <-selectors:
-			if !ok {
-				return nil
-			}
-			n.Uplink = sel
-			err = n.look(ctx, n.target.cfg)
-		case answer := <-n.asked:
-			answer()
-		case <-n.retry.C:
-			n.retrying = false
-			n.kernel.Retry()
-		case <-watchdog:
-			notify("WATCHDOG=1")
-		case <-compare.C:
-			n.kernel.Compare()
-			n.fileSet = false
-			err = n.look(ctx, n.target.cfg)
-		}
+	close(n.status.serving)
+	for running := true; running && err == nil; {
+		n.reconcile()
+		n.updateMetrics()
+		running, err = n.handleEvent(ctx, compare.C)
 	}
 	return err
 }
 
-// warn logs the remarks on a configuration.
-func warn(cfg *subnet.Config) {
+// start opens what events come from and starts the parts that work in goroutines
+// of their own.
+func (n *node) start(ctx context.Context) (err error) {
+	n.events.selectors = n.Manager.Select(ctx, n.Uplink)
+	var known bool
+	if n.Uplink, known = <-n.events.selectors; !known {
+		return nil
+	}
+	if n.events.links, err = iface.Changes(ctx); err != nil {
+		return err
+	}
+	if n.file, err = watchFile(ctx, n.SubnetFile); err != nil {
+		n.log.Error(err, "Changes of the subnet file are noticed at comparisons alone (--kernel-resync)", "path", n.SubnetFile)
+	} else {
+		n.events.file = n.file.changes
+	}
+	if n.kernel, err = kernel.New(); err != nil {
+		return err
+	}
+	n.rules = keepRules(ctx, &n.group, n.RulesResync, n.metrics, n.Manager)
+	n.keeper = newLeaseKeeper(n.Manager, n.metrics)
+	n.worker = newWorker()
+	n.events.configs = n.Manager.Configs(ctx)
+	n.events.watchdog = watchdog(n.log)
+	return nil
+}
+
+func (n *node) stop() {
+	if n.kernel != nil {
+		n.worker.stop(backend.ErrStopping)
+		n.keeper.stop()
+		n.kernel.Close()
+	}
+}
+
+// handleEvent waits for the next event and handles it. It returns false when ctx has
+// ended.
+func (n *node) handleEvent(ctx context.Context, compare <-chan time.Time) (running bool, err error) {
+	running = true
+	select {
+	case <-ctx.Done():
+		return false, nil
+	case ev := <-n.kernel.Events():
+		n.handleNotifications(ev)
+	case u, ok := <-n.events.leases:
+		if running = ok; ok {
+			n.update(u)
+		}
+	case l := <-n.keeper.leases:
+		n.applyLease(ctx, l)
+	case err = <-n.keeper.failed:
+	case err = <-n.worker.failed:
+	case s := <-n.rules.states:
+		n.rulesSet = s
+	case <-n.events.file:
+		n.checkFile()
+	case _, ok := <-n.events.links:
+		if running = ok; ok {
+			err = n.refreshUplink(ctx, n.target.cfg)
+		}
+	case cfg, ok := <-n.events.configs:
+		if running = ok; ok {
+			err = n.refreshUplink(ctx, cfg)
+		}
+	case sel, ok := <-n.events.selectors:
+		if running = ok; ok {
+			n.Uplink = sel
+			err = n.refreshUplink(ctx, n.target.cfg)
+		}
+	case answer := <-n.status.requests:
+		answer()
+	case <-n.retry.C:
+		n.retrying = false
+		n.kernel.Retry()
+	case <-n.events.watchdog:
+		notify("WATCHDOG=1")
+	case <-compare:
+		n.kernel.Compare()
+		n.fileSet = false
+		err = n.refreshUplink(ctx, n.target.cfg)
+	}
+	return running, err
+}
+
+// logWarnings logs the remarks on a configuration, once.
+func (n *node) logWarnings(cfg *subnet.Config) {
 	for _, w := range cfg.Warnings {
-		klog.Warningf("Configuration: %s", w)
+		n.log.Error(nil, "Configuration: "+w)
 	}
 	cfg.Warnings = nil
 }
 
-// handle takes the kernel's notifications, all there are by now.
-func (n *node) handle(ev kernel.Event) {
+// handleNotifications handles all notifications that the kernel has sent by now.
+func (n *node) handleNotifications(ev kernel.Event) {
 	for {
 		n.kernel.Handle(ev)
 		select {
@@ -230,25 +241,25 @@ func (n *node) handle(ev kernel.Event) {
 	}
 }
 
-// look finds out what the uplink is by now, and has the backend and the lease
-// follow it, and the configuration, which may be a new one. What cannot work is
-// an error only while nothing else does.
-func (n *node) look(ctx context.Context, cfg *subnet.Config) error {
+// refreshUplink finds the uplink as it is now, and has the backend and the lease
+// follow it, and the configuration, which may be a new one. A setup that cannot work
+// is an error only while no other is in force.
+func (n *node) refreshUplink(ctx context.Context, cfg *subnet.Config) error {
 	old := n.target
 	sel := n.Uplink
 	sel.Prefer = []netip.Addr{old.uplink.IPv4, old.uplink.IPv6}
 	uplink, err := iface.Find(sel, cfg.IPv4.Enabled(), cfg.IPv6.Enabled())
 	if err != nil {
-		n.target = situation{cfg: cfg, uplink: old.uplink} // which is not there yet
+		n.target = setup{cfg: cfg, uplink: old.uplink} // which is not there yet
 		if n.backend != nil {
 			err = fmt.Errorf("staying with %s: %w", old.uplink.Name, err)
 		} else {
 			n.health.waitFor("an uplink: " + err.Error())
 		}
-		n.say("Uplink", err)
+		n.logOnce("Uplink", err)
 		return nil
 	}
-	n.say("Uplink", nil)
+	n.logOnce("Uplink", nil)
 	if old.backend != nil && cfg == old.cfg && uplink.Equal(old.uplink) {
 		return nil
 	}
@@ -257,225 +268,135 @@ func (n *node) look(ctx context.Context, cfg *subnet.Config) error {
 	case err != nil && n.backend == nil:
 		return err
 	case err != nil && cfg != n.cfg:
-		n.say("Configuration", fmt.Errorf("the new one is refused, the old one stays in force: %w", err))
+		n.logOnce("Configuration", fmt.Errorf("the new one is refused, the old one stays in force: %w", err))
 		return nil
 	case err != nil:
-		n.say("Uplink", fmt.Errorf("%s cannot be used, staying with %s: %w", uplink, old.uplink, err))
+		n.logOnce("Uplink", fmt.Errorf("%s cannot be used, staying with %s: %w", uplink, old.uplink, err))
 		return nil
 	}
-	n.say("Configuration", nil)
+	n.logOnce("Configuration", nil)
 	if old.backend == nil || !uplink.Equal(old.uplink) {
-		klog.Infof("Uplink %s", uplink)
+		n.log.Info("Uplink found", "uplink", uplink)
 	}
-	warn(cfg) // of the backend's keys too, once
-	n.target = situation{cfg, uplink, b}
-	switch {
-	case n.lease == nil:
-		n.situation = n.target
-		n.askForPeers(ctx)
+	n.logWarnings(cfg) // of the backend's keys too
+	n.target = setup{cfg, uplink, b}
+	if n.own == nil {
+		n.setup = n.target
+		n.watchLeases(ctx)
 		n.health.waitFor("a lease")
-		n.tenant.settle(ctx, n.target, n.previous())
+		n.keeper.acquire(ctx, n.target, n.previousSubnets())
 		return nil
-	case cfg == n.cfg: // with new devices and routes at once, whatever becomes of the lease
-		n.situation = n.target
-		n.program(ctx)
 	}
-	n.tenant.settle(ctx, n.target, n.lease.Subnets)
+	if cfg == n.cfg { // the devices and routes follow at once, before the lease does
+		n.setup = n.target
+		n.apply(ctx)
+	}
+	n.keeper.acquire(ctx, n.target, n.own.Subnets)
 	return nil
 }
 
-// askForPeers has the manager watch leases, if the backend has peers at all.
-func (n *node) askForPeers(ctx context.Context) {
-	if n.leases != nil {
-		return
-	}
-	if _, alone := n.backend.(backend.Solitary); !alone {
-		n.leases, n.peers = n.Manager.Watch(ctx), nil
-	} else if n.peers == nil {
-		n.peers = map[subnet.Subnets]subnet.Lease{}
+// watchLeases has the manager watch leases, if the backend has peers at all.
+func (n *node) watchLeases(ctx context.Context) {
+	switch {
+	case n.events.leases != nil:
+	case !n.backend.Info().NoPeers:
+		n.events.leases, n.leases = n.Manager.Watch(ctx), nil
+	case n.leases == nil:
+		n.leases = map[subnet.Subnets]subnet.Lease{}
 	}
 }
 
-// previous returns the subnets that the subnet file names, if it is of this
-// network.
-func (n *node) previous() subnet.Subnets {
+// previousSubnets returns the subnets that the subnet file names, if the file is of
+// this network.
+func (n *node) previousSubnets() subnet.Subnets {
 	env, err := subnet.ReadEnv(n.SubnetFile)
 	switch {
 	case errors.Is(err, os.ErrNotExist):
 	case err != nil:
-		klog.Warningf("The subnet held before is not known: %v", err)
+		n.log.Error(err, "Cannot tell which subnet this node held before", "path", n.SubnetFile)
 	case env.Networks == n.cfg.Networks():
 		return env.Subnets
 	}
 	return subnet.Subnets{}
 }
 
-// moveIn takes up a lease, and what it was acquired for.
-func (n *node) moveIn(ctx context.Context, t tenancy) {
-	if t.backend != n.target.backend {
-		return // there is a later one to come
+// applyLease puts a lease in force, and the setup that it was acquired for.
+func (n *node) applyLease(ctx context.Context, a acquired) {
+	if a.backend != n.target.backend {
+		return // a later one follows
 	}
-	l := t.Lease
-	if t.cfg != n.cfg {
-		klog.Infof("The configuration has changed: network %s, backend %s", t.cfg.Networks(), t.cfg.BackendType)
-		n.situation = t.situation
-		n.askForPeers(ctx)
+	l := a.Lease
+	if a.cfg != n.cfg {
+		n.log.Info("Configuration changed", "network", a.cfg.Networks(), "backend", a.cfg.BackendType)
+		n.setup = a.setup
+		n.watchLeases(ctx)
 	}
-	if n.lease != nil && n.lease.Subnets != l.Subnets {
-		klog.Warningf("This node's subnet is %s from now on, no longer %s: pods that hold addresses of the old one must be restarted", l.Subnets, n.lease.Subnets)
-	} else if n.lease == nil {
-		klog.Infof("Subnet %s", l.Subnets)
+	if n.own != nil && n.own.Subnets != l.Subnets {
+		n.log.Error(nil, "This node's subnet changed: restart the pods that hold addresses of the old one", "subnet", l.Subnets, "old", n.own.Subnets)
+	} else if n.own == nil {
+		n.log.Info("Subnet leased", "subnet", l.Subnets)
 	}
-	n.lease = &l
-	n.program(ctx)
+	n.own = &l
+	n.apply(ctx)
 	n.fileSet, n.rulesSet = false, false
-	n.rules.set(n.wantedRules(), n.cfg.EnableNFTables)
+	p := n.planNode(n.Options)
+	n.rules.set(p.rules, p.nftables)
 }
 
-// wantedRules returns the rules that the lease calls for.
-func (n *node) wantedRules() firewall.Desired {
-	o := firewall.Options{Masquerade: n.IPMasq, RandomFully: n.RandomFully, Forward: n.Forward}
-	return firewall.Desired{
-		IPv4: firewall.For(n.cfg.IPv4.Network, n.lease.IPv4, o),
-		IPv6: firewall.For(n.cfg.IPv6.Network, n.lease.IPv6, o),
-	}
-}
-
-// program wants of the kernel, and of the backend's worker, what the lease and
-// all of the peers call for.
-func (n *node) program(ctx context.Context) {
-	n.kernel.Networks = n.cfg.Networks().Each()
-	if _, ok := n.backend.(backend.Bystander); ok {
-		n.kernel.Networks = nil
-	}
-	objects := n.backend.Local(*n.lease)
-	if n.Blackhole {
-		for _, s := range n.lease.Each() {
-			objects = append(objects, kernel.Route{Dst: s, Blackhole: true, Metric: blackholeMetric})
-		}
-	}
-	n.kernel.Set(nodeOwner, objects)
+// apply has the kernel and the backend's worker follow the plans for the node and
+// all of its peers.
+func (n *node) apply(ctx context.Context) {
+	p := n.planNode(n.Options)
+	n.kernel.Networks = p.networks
+	n.kernel.Set(nodeOwner, p.objects)
 	n.metrics.setBackend(n.backend)
-	n.worker.begin(ctx, n.backend, *n.lease)
-	if n.peers != nil {
-		n.programPeers(subnet.Update{Snapshot: true, Leases: n.peers})
+	n.worker.start(ctx, n.backend, *n.own)
+	if n.leases != nil {
+		n.applyPeers(n.planAllPeers())
 	}
 }
 
-// programPeers passes on news of leases.
-func (n *node) programPeers(u subnet.Update) {
-	news := subnet.Update{Snapshot: u.Snapshot}
-	for s := range u.Gone {
-		news.Delete(s)
+func (n *node) applyPeers(p peersPlan) {
+	for owner, objects := range p.objects {
+		n.kernel.Set(owner, objects)
 	}
-	for s, l := range u.Leases {
-		if n.programPeer(l) {
-			news.Put(l)
-		} else {
-			news.Delete(s)
-		}
+	for _, problem := range p.problems {
+		l := problem.lease
+		n.log.Error(nil, "Peer cannot be reached", "peer", l.Subnets, "addresses", l.Attrs.PublicIPs(), "reason", problem.text)
 	}
-	n.worker.tell(news)
+	n.worker.update(p.update)
 }
 
-// update takes news of leases.
+// update handles an update of leases.
 func (n *node) update(u subnet.Update) {
-	n.note(u)
-	if n.peers == nil {
-		n.peers = map[subnet.Subnets]subnet.Lease{}
-	}
-	for _, s := range u.Apply(n.peers) {
-		delete(n.warned, s)
-		n.kernel.Set(s.String(), nil)
-	}
-	if n.lease != nil {
-		n.programPeers(u)
-	}
+	n.countUpdate(u)
+	n.applyPeers(n.applyUpdate(u))
 }
 
-// programPeer wants of the kernel what a peer calls for: nothing, if it is no
-// peer, and it tells whether it is.
-func (n *node) programPeer(l subnet.Lease) (is bool) {
-	var objects []kernel.Object
-	var err error
-	if l.Subnets != n.lease.Subnets {
-		if err = n.acceptable(l); err == nil {
-			is = true
-			objects, err = n.backend.Peer(*n.lease, l)
-		}
-	}
-	n.kernel.Set(l.Subnets.String(), objects)
-	switch {
-	case err == nil:
-		delete(n.warned, l.Subnets)
-	case n.warned[l.Subnets] != err.Error():
-		n.warned[l.Subnets] = err.Error()
-		klog.Warningf("Peer %s at %v: %v", l.Subnets, l.Attrs.PublicIPs(), err)
-	}
-	return is
-}
-
-// acceptable tells what keeps a lease from being a peer's.
-func (n *node) acceptable(l subnet.Lease) error {
-	own := n.lease.Attrs
-	// Some backends publish no type (see the lease we publish ourselves), and
-	// take peers that do.
-	if t := l.Attrs.BackendType; t != own.BackendType && t != n.cfg.BackendType {
-		return fmt.Errorf("left out, since its backend is %q and ours %q: all nodes must use the same one", t, n.cfg.BackendType)
-	}
-	for _, ip := range l.Attrs.PublicIPs() {
-		if ip == own.PublicIP || ip == own.PublicIPv6 {
-			return fmt.Errorf("left out, since %s is this node's own address: it is an earlier lease of ours that will expire, or a node that needs an address of its own", ip)
-		}
-	}
-	for _, f := range []struct{ network, own, peer netip.Prefix }{
-		{n.cfg.IPv4.Network, n.lease.IPv4, l.IPv4}, {n.cfg.IPv6.Network, n.lease.IPv6, l.IPv6},
-	} {
-		switch {
-		case !f.network.IsValid() || !f.peer.IsValid():
-		case !f.network.Contains(f.peer.Addr()) || f.peer.Bits() < f.network.Bits():
-			return fmt.Errorf("left out, since %s is not in the network %s", f.peer, f.network)
-		case f.peer.Overlaps(f.own):
-			return fmt.Errorf("left out, since %s overlaps this node's own %s", f.peer, f.own)
-		}
-	}
-	return nil
-}
-
-// converge brings everything in line with what is known by now.
-func (n *node) converge() {
-	if n.lease == nil {
+// reconcile makes everything as planned, as far as possible now.
+func (n *node) reconcile() {
+	if n.own == nil {
 		return
 	}
-	if n.peers == nil {
-		// What is there may be a peer's, of before a restart: it stays until
-		// we know better.
+	if n.leases == nil {
+		// Kernel objects may be peers' from before a restart: they stay until the
+		// peers are known.
 		n.health.waitFor("the leases of the other nodes")
 		return
 	}
 	if n.kernel.Pending() {
-		n.say("Kernel", n.kernel.Apply())
+		n.logOnce("Kernel", n.kernel.Apply())
 	}
 	switch {
 	case !n.kernel.Has(nodeOwner):
-		n.health.waitFor("the device: " + string(n.trouble["Kernel"]))
+		n.health.waitFor("the device: " + string(n.errors["Kernel"]))
 	case !n.rulesSet:
 		n.health.waitFor("the rules: see the log")
 	case !n.fileSet:
-		n.watchAgain()
-		err := n.env().WriteFile(n.SubnetFile)
-		n.say("Subnet file", err)
-		if n.fileSet = err == nil; !n.fileSet {
-			n.health.waitFor(err.Error())
-		}
+		n.writeFile()
 	}
 	if !n.ready && n.fileSet {
-		n.ready = true
-		n.health.setReady()
-		n.metrics.ready.Set(1)
-		n.Manager.Ready()
-		debug.FreeOSMemory() // what it took to read everything will not be needed again
-		klog.Infof("Ready after %v: subnet %s, %d peers", time.Since(n.started).Round(time.Millisecond), n.lease.Subnets, n.others())
+		n.becomeReady()
 	}
 	switch failed := n.kernel.Failed() || n.kernel.Pending() || n.rulesSet && !n.fileSet; {
 	case !failed:
@@ -486,21 +407,21 @@ func (n *node) converge() {
 	}
 }
 
-// others returns how many leases there are beside our own.
-func (n *node) others() int {
-	count := len(n.peers)
-	if _, ok := n.peers[n.lease.Subnets]; ok {
-		count--
-	}
-	return count
+func (n *node) becomeReady() {
+	n.ready = true
+	n.health.setReady()
+	n.metrics.ready.Set(1)
+	n.Manager.Ready()
+	debug.FreeOSMemory() // the memory that reading everything took is not needed again
+	n.log.Info("Ready", "after", time.Since(n.started).Round(time.Millisecond), "subnet", n.own.Subnets, "peers", n.others())
 }
 
-// say logs a duty's error, once, and when it is over.
-func (n *node) say(duty string, err error) {
+// logOnce logs a duty's error when it changes, and its end.
+func (n *node) logOnce(duty string, err error) {
 	if err != nil {
 		n.metrics.failed(duty)
 	}
-	trouble := n.trouble[duty]
-	trouble.Log(duty, err)
-	n.trouble[duty] = trouble
+	last := n.errors[duty]
+	last.Log(duty, err)
+	n.errors[duty] = last
 }

@@ -20,8 +20,7 @@ import (
 	"github.com/flanneld/flanneld/pkg/nstest"
 	"github.com/flanneld/flanneld/subnet"
 
-	_ "github.com/flanneld/flanneld/backend/hostgw"
-	_ "github.com/flanneld/flanneld/backend/vxlan"
+	_ "github.com/flanneld/flanneld/backend/all"
 )
 
 // Run works in goroutines of many threads, so that all of the test's process
@@ -323,27 +322,6 @@ func TestBlackholeLeavesPodsAlone(t *testing.T) {
 	nstest.Run(t, "ip link del cni0")
 	if got, err := nstest.Try("ip route get 10.5.1.7"); err == nil {
 		t.Errorf("without the bridge, there is still a route: %s", got)
-	}
-}
-
-func TestWhoIsNoPeer(t *testing.T) {
-	m := newManager(vxlanConfig)
-	begin(t, m, nil)
-	m.grants <- lease("10.5.1.0-24", "")
-	vtep := func(ip string) string {
-		return `{"PublicIP":"` + ip + `","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"0e:00:00:00:00:03"}}`
-	}
-	m.updates <- snapshot(peer2,
-		lease("10.5.1.0-24", vtep("198.18.0.1")),                                                    // ourselves
-		lease("10.5.3.0-24", vtep("198.18.0.1")),                                                    // our lease of before
-		lease("10.5.4.0-24", `{"PublicIP":"198.18.0.4","PublicIPv6":null,"BackendType":"host-gw"}`), // another backend
-		lease("10.9.5.0-24", vtep("198.18.0.5")),                                                    // outside the network
-		lease("10.5.0.0-20", vtep("198.18.0.6")),                                                    // covers ours
-		lease("10.0.0.0-8", vtep("198.18.0.7")),                                                     // covers all
-	)
-	eventually(t, "ready", ready)
-	if got := route("proto 70"); got != "10.5.2.0/24 via 10.5.2.0 dev flannel.1 onlink" {
-		t.Errorf("routes:\n%s", got)
 	}
 }
 

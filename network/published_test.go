@@ -1,7 +1,6 @@
 package network
 
 import (
-	"flag"
 	"fmt"
 	"maps"
 	"os"
@@ -13,11 +12,10 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/flanneld/flanneld/backend/backendtest"
 	"github.com/flanneld/flanneld/pkg/kernel"
 	"github.com/flanneld/flanneld/pkg/pagetest"
 )
-
-var update = flag.Bool("update", false, "write the documentation's list of metrics")
 
 // complete returns a registry of all metrics that there can be.
 func complete() *prometheus.Registry {
@@ -107,7 +105,7 @@ func TestReference(t *testing.T) {
 		}
 		fmt.Fprintf(&table, "| `%s` | %s | %s |\n", name, strings.ToLower(f.GetType().String()), f.GetHelp())
 	}
-	pagetest.Part(t, "../Documentation/metrics.md", "metrics", table.String(), *update)
+	pagetest.Part(t, "../Documentation/metrics.md", "metrics", table.String(), *backendtest.Update)
 }
 
 // The documentation says of each alert what to do.

@@ -115,11 +115,11 @@ type work struct {
 var toys = make(chan work, 10)
 
 func init() {
-	backend.Register("toy", func(cfg *subnet.Config, _ iface.Uplink) (backend.Backend, error) {
+	backend.Register(backend.Type{Name: "toy", New: func(cfg *subnet.Config, _ iface.Uplink) (backend.Backend, error) {
 		t := &toy{works: toys}
 		return t, backend.Options(cfg, &struct{ Name *string }{&t.hostname})
-	})
-	backend.Register("alone", func(*subnet.Config, iface.Uplink) (backend.Backend, error) { return &alone{}, nil })
+	}})
+	backend.Register(backend.Type{Name: "alone", New: func(*subnet.Config, iface.Uplink) (backend.Backend, error) { return &alone{}, nil }})
 }
 
 func (*toy) Attrs(context.Context, subnet.Attrs) (subnet.Attrs, error) {
@@ -127,7 +127,7 @@ func (*toy) Attrs(context.Context, subnet.Attrs) (subnet.Attrs, error) {
 }
 func (*toy) Local(subnet.Lease) []kernel.Object                                 { return nil }
 func (*toy) Peer(subnet.Lease, subnet.Lease) (objects []kernel.Object, _ error) { return nil, nil }
-func (*toy) MTU() int                                                           { return 1400 }
+func (*toy) Info() backend.Info                                                 { return backend.Info{MTU: 1400} }
 
 func (y *toy) Work(ctx context.Context, own subnet.Lease, peers <-chan subnet.Update) error {
 	w := work{own, peers, ctx, make(chan error, 1)}
@@ -142,7 +142,7 @@ func (y *toy) Work(ctx context.Context, own subnet.Lease, peers <-chan subnet.Up
 
 type alone struct{ toy }
 
-func (*alone) Solitary() {}
+func (*alone) Info() backend.Info { return backend.Info{MTU: 1400, NoPeers: true} }
 func (*alone) Attrs(context.Context, subnet.Attrs) (subnet.Attrs, error) {
 	return subnet.Attrs{}, nil
 }
@@ -220,7 +220,7 @@ func TestWorkerFails(t *testing.T) {
 }
 
 // A backend without peers is ready without anybody's leases.
-func TestSolitary(t *testing.T) {
+func TestNoPeers(t *testing.T) {
 	m := newManager(`{"Network": "10.5.0.0/16", "Backend": {"Type": "alone"}}`)
 	begin(t, m, nil)
 	m.grants <- lease("10.5.1.0-24", "")

@@ -2,7 +2,6 @@ package network
 
 import (
 	"context"
-	"fmt"
 	"os"
 	"path/filepath"
 
@@ -12,9 +11,9 @@ import (
 	"github.com/flanneld/flanneld/subnet"
 )
 
-// A fileWatch signals when somebody, ourselves included, has written, replaced
-// or removed a file. Signals that nobody took are merged into one. They end when
-// the context does.
+// A fileWatch signals when any program, this one included, has written, replaced or
+// removed a file. Signals that nobody has taken are merged into one. They end with
+// the context.
 type fileWatch struct {
 	changes chan struct{}
 	watcher *fsnotify.Watcher
@@ -22,6 +21,7 @@ type fileWatch struct {
 }
 
 func watchFile(ctx context.Context, path string) (*fileWatch, error) {
+	log := klog.FromContext(ctx)
 	f := &fileWatch{changes: make(chan struct{}, 1), dir: filepath.Dir(path)}
 	var err error
 	if f.watcher, err = fsnotify.NewWatcher(); err == nil {
@@ -31,7 +31,7 @@ func watchFile(ctx context.Context, path string) (*fileWatch, error) {
 		if f.watcher != nil {
 			f.watcher.Close()
 		}
-		return nil, fmt.Errorf("changes of %s are noticed at comparisons alone (--kernel-resync): %w", path, err)
+		return nil, err
 	}
 	go func() {
 		defer f.watcher.Close()
@@ -44,7 +44,7 @@ func watchFile(ctx context.Context, path string) (*fileWatch, error) {
 					continue
 				}
 			case err := <-f.watcher.Errors:
-				klog.V(1).Infof("Watching %s: %v", f.dir, err)
+				log.V(1).Info("Watching the subnet file failed", "path", f.dir, "err", err)
 			}
 			select {
 			case f.changes <- struct{}{}:
@@ -55,9 +55,9 @@ func watchFile(ctx context.Context, path string) (*fileWatch, error) {
 	return f, nil
 }
 
-// again watches the directory, which is another one by now if somebody removed
-// it, and makes it if there is none. One that is watched already stays so. Before
-// the file is written or read, it lets no change of it go unnoticed.
+// again watches the directory, which is another one by now if it was removed, and
+// makes it where it is missing. A directory that is watched already stays so. Called
+// before the file is written or read, again lets no change go unnoticed.
 func (f *fileWatch) again() error {
 	if err := os.MkdirAll(f.dir, 0o755); err != nil { // as the file's first writer would
 		return err
@@ -65,25 +65,31 @@ func (f *fileWatch) again() error {
 	return f.watcher.Add(f.dir)
 }
 
-// watchAgain has the subnet file watched where it is now.
-func (n *node) watchAgain() {
-	if n.file != nil {
-		n.say("Watching the subnet file", n.file.again())
+// writeFile writes the subnet file and logs a failure, which is retried.
+func (n *node) writeFile() {
+	n.watchFileAgain()
+	err := n.planNode(n.Options).env.WriteFile(n.SubnetFile)
+	n.logOnce("Subnet file", err)
+	if n.fileSet = err == nil; !n.fileSet {
+		n.health.waitFor(err.Error())
 	}
 }
 
-// env is what the subnet file is to say.
-func (n *node) env() subnet.Env {
-	return subnet.Env{Networks: n.cfg.Networks(), Subnets: n.lease.Subnets, MTU: n.backend.MTU(), IPMasq: n.IPMasq}
+// watchFileAgain has the subnet file watched where it is now.
+func (n *node) watchFileAgain() {
+	if n.file != nil {
+		n.logOnce("Watching the subnet file", n.file.again())
+	}
 }
 
-// lookAtFile finds out whether the subnet file still says that.
-func (n *node) lookAtFile() {
-	if n.fileSet {
-		n.watchAgain()
-		said, err := subnet.ReadEnv(n.SubnetFile)
-		if n.fileSet = err == nil && said == n.env(); !n.fileSet {
-			klog.Warningf("Somebody changed or removed %s: writing it again", n.SubnetFile)
-		}
+// checkFile finds out whether the subnet file still has the right content.
+func (n *node) checkFile() {
+	if !n.fileSet {
+		return
+	}
+	n.watchFileAgain()
+	env, err := subnet.ReadEnv(n.SubnetFile)
+	if n.fileSet = err == nil && env == n.planNode(n.Options).env; !n.fileSet {
+		n.log.Info("The subnet file was changed or removed by another program; writing it again", "path", n.SubnetFile)
 	}
 }

@@ -7,6 +7,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"k8s.io/klog/v2"
 )
 
 // hangs is a manager that keeps the main loop waiting, once it is ready.
@@ -50,7 +52,7 @@ func TestNoWatchdog(t *testing.T) {
 	for _, env := range [][2]string{{"", ""}, {"20000", "1"}, {"nonsense", ""}} {
 		t.Setenv("WATCHDOG_USEC", env[0])
 		t.Setenv("WATCHDOG_PID", env[1])
-		if watchdog() != nil {
+		if watchdog(klog.Background()) != nil {
 			t.Errorf("it ticks with WATCHDOG_USEC=%s WATCHDOG_PID=%s", env[0], env[1])
 		}
 	}

@@ -7,32 +7,32 @@ import (
 	"github.com/flanneld/flanneld/subnet"
 )
 
-// A worker runs what a backend has to do beside the kernel's state, in a
-// goroutine of its own, and tells it of peers.
+// A worker runs a backend.Worker in a goroutine of its own, and passes updates of
+// peers to it.
 type worker struct {
-	failed chan error // what ends Work, and no waiting can mend
+	failed chan error // what ends Work, and neither waiting nor retrying can solve
 
-	backend backend.Backend // that works, or has nothing to do
+	backend backend.Backend // that runs, or is no backend.Worker
 	own     subnet.Lease
-	peers   chan subnet.Update // what it has not read yet; nil: nobody reads
-	leave   func(cause error)  // ends the goroutine and waits for it
+	peers   chan subnet.Update // that Work has not read yet; nil: nobody reads
+	stop    func(cause error)  // ends the goroutine and waits for it
 }
 
 func newWorker() *worker {
-	return &worker{failed: make(chan error), leave: func(error) {}}
+	return &worker{failed: make(chan error), stop: func(error) {}}
 }
 
-// begin has b work for a lease, if b is one that works, in place of whatever
-// worked before. It wants to be told of all peers next.
-func (w *worker) begin(ctx context.Context, b backend.Backend, own subnet.Lease) {
+// start runs b for a lease, if b is a backend.Worker, in place of the backend that
+// ran before. The next update must be a snapshot.
+func (w *worker) start(ctx context.Context, b backend.Backend, own subnet.Lease) {
 	if w.backend == b && w.own.Subnets == own.Subnets && w.own.Attrs.Equal(own.Attrs) {
 		return
 	}
 	w.backend, w.own, w.peers = b, own, nil
-	before, done := w.leave, make(chan struct{})
-	// It outlives ctx until somebody says why it ends.
+	before, done := w.stop, make(chan struct{})
+	// The goroutine outlives ctx until stop gives the cause of its end.
 	ctx, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
-	w.leave = func(cause error) {
+	w.stop = func(cause error) {
 		cancel(cause)
 		<-done
 	}
@@ -56,9 +56,9 @@ func (w *worker) begin(ctx context.Context, b backend.Backend, own subnet.Lease)
 	}()
 }
 
-// tell passes on which leases are peers' and which no longer are. What nobody
-// has read yet it is merged with.
-func (w *worker) tell(u subnet.Update) {
+// update passes on which leases are peers', and which no longer are, merged with
+// what nobody has read yet.
+func (w *worker) update(u subnet.Update) {
 	if w.peers == nil {
 		return
 	}

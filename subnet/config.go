@@ -83,8 +83,8 @@ type configJSON struct {
 // defaults are the keys' values where they are left out.
 var defaults = configJSON{EnableIPv4: true}
 
-// family is what the rules for IPv4 and IPv6 differ in.
-type family struct {
+// familyRules is what the rules for IPv4 and IPv6 differ in.
+type familyRules struct {
 	name       string
 	prefix     string // of the keys: "" or "IPv6"
 	is         func(netip.Addr) bool
@@ -94,8 +94,8 @@ type family struct {
 }
 
 var (
-	familyIPv4 = family{"IPv4", "", netip.Addr.Is4, 24, 30, "10.5.0.0/16"}
-	familyIPv6 = family{"IPv6", "IPv6", isIPv6, 64, 126, "fd00:5::/48"}
+	familyIPv4 = familyRules{"IPv4", "", netip.Addr.Is4, 24, 30, "10.5.0.0/16"}
+	familyIPv6 = familyRules{"IPv6", "IPv6", isIPv6, 64, 126, "fd00:5::/48"}
 )
 
 // isIPv6 leaves out what is an IPv6 address in form only: IPv4-mapped ones, and
@@ -119,7 +119,7 @@ func ParseConfig(data []byte) (*Config, error) {
 		return nil, errors.New("EnableIPv4 and EnableIPv6 are both false: at least one must be true")
 	}
 	for _, f := range []struct {
-		family
+		familyRules
 		on                bool
 		network, min, max string
 		len               int
@@ -197,7 +197,7 @@ func (c *Config) Divide() error {
 	return nil
 }
 
-func (p *Pool) divide(f family) error {
+func (p *Pool) divide(f familyRules) error {
 	// The first subnet is not handed out, since its base is the network's own
 	// address: a network holds four subnets at least, hence two bits more.
 	shortest := p.Network.Bits() + 2

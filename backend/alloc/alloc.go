@@ -1,5 +1,5 @@
-// Package alloc leases a subnet for the node and leaves the way to the other
-// nodes' to somebody else. See README.md.
+// Package alloc leases a subnet for the node, and leaves the routes to the other
+// nodes' subnets to the operator or another program. See README.md.
 package alloc
 
 import (
@@ -14,17 +14,12 @@ import (
 // Type is the backend's name in configurations. Leases carry none.
 const Type = "alloc"
 
-func init() { backend.Register(Type, New) }
+func init() { backend.Register(backend.Type{Name: Type, New: New}) }
 
 // options are the backend's keys in the configuration.
 type options struct{}
 
 type alloc struct{ mtu int }
-
-var (
-	_ backend.Solitary  = (*alloc)(nil)
-	_ backend.Bystander = (*alloc)(nil)
-)
 
 // New makes the backend.
 func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
@@ -34,13 +29,9 @@ func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
 	return &alloc{uplink.MTU}, nil
 }
 
-// Solitary implements backend.Solitary: peers are none of our business.
-func (a *alloc) Solitary() {}
-
-// StandBy implements backend.Bystander.
-func (a *alloc) StandBy() {}
-
-func (a *alloc) MTU() int { return a.mtu }
+func (a *alloc) Info() backend.Info {
+	return backend.Info{MTU: a.mtu, NoPeers: true, ForeignRoutes: true}
+}
 
 func (a *alloc) Attrs(context.Context, subnet.Attrs) (subnet.Attrs, error) {
 	return subnet.Attrs{}, nil

@@ -20,8 +20,7 @@ import (
 const Type = "aws-vpc"
 
 func init() {
-	backend.Register(Type, New)
-	backend.RegisterLeftovers(leftovers)
+	backend.Register(backend.Type{Name: Type, New: New, Cleanup: cleanup})
 }
 
 // tableIDs are route tables, written as one text or as a list of them.
@@ -55,7 +54,10 @@ type vpc struct {
 	networks subnet.Subnets
 }
 
-var _ backend.Worker = (*vpc)(nil)
+var (
+	_ backend.Worker = (*vpc)(nil)
+	_ backend.Differ = (*vpc)(nil)
+)
 
 // options are the backend's keys in the configuration. What is said of them here
 // is what README.md says: make docs writes it there.
@@ -76,7 +78,7 @@ func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
 	return &vpc{uplink: uplink, networks: cfg.Networks(), tables: o.RouteTableID}, nil
 }
 
-func (v *vpc) MTU() int { return v.uplink.MTU }
+func (v *vpc) Info() backend.Info { return backend.Info{MTU: v.uplink.MTU} }
 
 func (v *vpc) Attrs(context.Context, subnet.Attrs) (subnet.Attrs, error) {
 	return subnet.Attrs{}, nil
@@ -84,15 +86,15 @@ func (v *vpc) Attrs(context.Context, subnet.Attrs) (subnet.Attrs, error) {
 
 func (v *vpc) Local(subnet.Lease) []kernel.Object { return nil }
 
-// Peer wants nothing of the kernel: the default route leads to the VPC's
-// router, which knows.
+// Peer returns no objects: the default route leads to the VPC's router, which has
+// the routes.
 func (v *vpc) Peer(subnet.Lease, subnet.Lease) ([]kernel.Object, error) { return nil, nil }
 
-// leftovers tells of the routes, which other nodes delete when the instance is
-// gone and its lease, too.
-func leftovers(_ context.Context, cfg *subnet.Config, own subnet.Subnets) (backend.Leftovers, error) {
-	if cfg == nil || cfg.BackendType != Type || own == (subnet.Subnets{}) {
-		return backend.Leftovers{}, nil
+// cleanup notes the node's routes in the VPC. Other nodes delete these once the
+// instance and its lease are gone.
+func cleanup(_ context.Context, cfg *subnet.Config, env subnet.Env) (backend.Cleanup, error) {
+	if cfg == nil || cfg.BackendType != Type {
+		return backend.Cleanup{}, nil
 	}
 	var o options
 	_ = backend.Options(cfg, &o) // one that cannot be read names no table
@@ -100,15 +102,15 @@ func leftovers(_ context.Context, cfg *subnet.Config, own subnet.Subnets) (backe
 	if len(tables) == 0 {
 		tables = tableIDs{"rtb-…"}
 	}
-	var l backend.Leftovers
+	var c backend.Cleanup
 	for _, table := range tables {
-		for _, s := range own.Each() {
+		for _, s := range env.Subnets.Each() {
 			key := "destination-cidr-block"
 			if s.Addr().Is6() {
 				key = "destination-ipv6-cidr-block"
 			}
-			l.Notes = append(l.Notes, fmt.Sprintf("the route to %s in the VPC, until the instance is gone: aws ec2 delete-route --route-table-id %s --%s %s", s, table, key, s))
+			c.Notes = append(c.Notes, fmt.Sprintf("the route to %s in the VPC, until the instance is gone: aws ec2 delete-route --route-table-id %s --%s %s", s, table, key, s))
 		}
 	}
-	return l, nil
+	return c, nil
 }

@@ -191,6 +191,15 @@ func (r *router) read(ctx context.Context) ([]types.RouteTable, error) {
 	return found, err
 }
 
+// desired returns what this node wants of every route table.
+func (r *router) desired() wishes {
+	w := wishes{eni: r.eni.id, own: r.own, networks: r.networks.Each(), known: r.peers != nil}
+	for s := range r.peers {
+		w.peers = append(w.peers, s.Each()...)
+	}
+	return w
+}
+
 // correct brings one route table in order. What fails does not keep the rest
 // from being done.
 func (r *router) correct(ctx context.Context, id string, table *types.RouteTable) bool {
@@ -199,11 +208,7 @@ func (r *router) correct(ctx context.Context, id string, table *types.RouteTable
 		r.say(ctx, duty, r.cloud.noTable())
 		return false
 	}
-	w := wishes{eni: r.eni.id, own: r.own, networks: r.networks.Each(), known: r.peers != nil}
-	for s := range r.peers {
-		w.peers = append(w.peers, s.Each()...)
-	}
-	steps, unsure := plan(*table, w)
+	steps, unsure := plan(*table, r.desired())
 	r.unsure = r.unsure || unsure
 	well := true
 	var failed error // the first

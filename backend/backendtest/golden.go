@@ -19,7 +19,8 @@ import (
 	"github.com/flanneld/flanneld/subnet"
 )
 
-var update = flag.Bool("update", false, "write what the backends answer into the scenarios, and their keys into README.md")
+// Update is the flag -update: tests write what they get into scenarios and pages.
+var Update = flag.Bool("update", false, "write what the code answers into scenarios and pages")
 
 const separator = "\n----\n"
 
@@ -50,7 +51,7 @@ func Golden(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if *update {
+			if *Update {
 				if err := os.WriteFile(file, []byte(strings.TrimRight(scenario, "\n")+"\n"+separator+got), 0o644); err != nil {
 					t.Fatal(err)
 				}
@@ -77,12 +78,12 @@ func answer(scenario string) (string, error) {
 		case "config":
 			cfg, err = subnet.ParseConfig([]byte(rest))
 		case "uplink":
-			uplink, err = parseUplink(rest)
+			uplink, err = ParseUplink(rest)
 		case "own":
-			own, err = parseLease(rest)
+			own, err = ParseLease(rest)
 		case "peer":
 			var l subnet.Lease
-			l, err = parseLease(rest)
+			l, err = ParseLease(rest)
 			peers = append(peers, l)
 		case "", "#":
 		default:
@@ -112,7 +113,16 @@ func answer(scenario string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	fmt.Fprintf(&out, "# pods: mtu %d\n# published, but for the addresses: %s\n", b.MTU(), published)
+	info := b.Info()
+	fmt.Fprintf(&out, "# pods: mtu %d, overhead %d\n", info.MTU, info.Overhead)
+	for _, e := range info.Endpoints {
+		program := ""
+		if e.Program != "" {
+			program = " of " + e.Program
+		}
+		fmt.Fprintf(&out, "# peers send to: %s, protocol %s, port %d%s\n", e.Addr, e.Protocol, e.Port, program)
+	}
+	fmt.Fprintf(&out, "# published, but for the addresses: %s\n", published)
 	for _, o := range b.Local(own) {
 		fmt.Fprintln(&out, o)
 	}
@@ -129,7 +139,8 @@ func answer(scenario string) (string, error) {
 	return out.String(), nil
 }
 
-func parseLease(text string) (subnet.Lease, error) {
+// ParseLease reads the last element of a lease's etcd key, and its value.
+func ParseLease(text string) (subnet.Lease, error) {
 	key, value, _ := strings.Cut(text, " ")
 	s, err := subnet.ParseKey(key)
 	if err != nil {
@@ -139,7 +150,8 @@ func parseLease(text string) (subnet.Lease, error) {
 	return l, json.Unmarshal([]byte(value), &l.Attrs)
 }
 
-func parseUplink(text string) (iface.Uplink, error) {
+// ParseUplink reads the uplink of a scenario, see Golden.
+func ParseUplink(text string) (iface.Uplink, error) {
 	u := iface.Uplink{Index: 2}
 	public := false
 	for i, word := range strings.Fields(text) {

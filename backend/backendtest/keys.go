@@ -15,5 +15,5 @@ func Keys(t *testing.T, defaults any) {
 	if reflect.TypeOf(defaults).NumField() > 0 {
 		table = pagetest.Keys(t, defaults)
 	}
-	pagetest.Part(t, "README.md", "keys", table, *update)
+	pagetest.Part(t, "README.md", "keys", table, *Update)
 }

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/kernel"
 	"github.com/flanneld/flanneld/pkg/retry"
@@ -37,8 +38,7 @@ const (
 const stateDir = "/run/flannel"
 
 func init() {
-	backend.Register(Type, New)
-	backend.RegisterLeftovers(leftovers)
+	backend.Register(backend.Type{Name: Type, New: New, Cleanup: cleanup})
 }
 
 // options are the backend's keys in the configuration. What is said of them here
@@ -74,10 +74,7 @@ type extension struct {
 	pause    retry.Backoff // after a command that failed
 }
 
-var (
-	_ backend.Worker    = (*extension)(nil)
-	_ backend.Bystander = (*extension)(nil)
-)
+var _ backend.Worker = (*extension)(nil)
 
 // New makes the backend.
 func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
@@ -93,16 +90,14 @@ func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
 	if x.options.MTU == 0 {
 		x.options.MTU = uplink.MTU
 	}
-	if least := 576; x.options.MTU < least || x.options.MTU > 65535 { // RFC 791: what every host can take
+	if least := family.IPv4.MinMTU(); x.options.MTU < least || x.options.MTU > 65535 {
 		return nil, fmt.Errorf("MTU %d is not allowed: %d to 65535, or 0 for the uplink's, %d", x.options.MTU, least, uplink.MTU)
 	}
 	return x, nil
 }
 
-// StandBy implements backend.Bystander: routes are up to the commands.
-func (x *extension) StandBy() {}
-
-func (x *extension) MTU() int { return x.options.MTU }
+// Info implements backend.Backend: the commands make the routes.
+func (x *extension) Info() backend.Info { return backend.Info{MTU: x.MTU, ForeignRoutes: true} }
 
 // Attrs runs PreStartupCommand: what it prints is what peers get.
 func (x *extension) Attrs(ctx context.Context, _ subnet.Attrs) (subnet.Attrs, error) {
@@ -124,7 +119,7 @@ func (x *extension) Attrs(ctx context.Context, _ subnet.Attrs) (subnet.Attrs, er
 
 func (x *extension) Local(subnet.Lease) []kernel.Object { return nil }
 
-// Peer wants nothing of the kernel: that is up to SubnetAddCommand.
+// Peer returns no objects: SubnetAddCommand makes them.
 func (x *extension) Peer(_, peer subnet.Lease) ([]kernel.Object, error) {
 	_, err := dataOf(peer)
 	return nil, err

@@ -75,16 +75,16 @@ func (r record) write(path string) error {
 	return nil
 }
 
-// leftovers finds what has been added for peers, by the records of all networks
-// that there were.
-func leftovers(_ context.Context, cfg *subnet.Config, _ subnet.Subnets) (backend.Leftovers, error) {
+// cleanup finds what SubnetAddCommand has added for peers, from the records of all
+// networks that the node has had.
+func cleanup(_ context.Context, cfg *subnet.Config, _ subnet.Env) (backend.Cleanup, error) {
 	pattern := filepath.Join(stateDir, "extension-*.json")
-	l := backend.Leftovers{Files: []string{pattern}}
+	c := backend.Cleanup{Files: []string{pattern}}
 	files, err := filepath.Glob(pattern)
 	for _, file := range files {
 		r := readRecord(file)
 		for _, s := range slices.SortedFunc(maps.Keys(r), func(a, b subnet.Subnets) int { return strings.Compare(a.Key(), b.Key()) }) {
-			l.Undo = append(l.Undo, r[s].undo(s))
+			c.Steps = append(c.Steps, r[s].removal(s))
 		}
 	}
 	var o options
@@ -93,18 +93,18 @@ func leftovers(_ context.Context, cfg *subnet.Config, _ subnet.Subnets) (backend
 		if o.ShutdownCommand != "" {
 			note += ", if flanneld was killed: else it has run ShutdownCommand"
 		}
-		l.Notes = append(l.Notes, note)
+		c.Notes = append(c.Notes, note)
 	}
-	return l, err
+	return c, err
 }
 
-// undo is the removal of a peer, as flanneld would do it.
-func (c call) undo(s subnet.Subnets) backend.Undo {
+// removal returns the removal of a peer, as flanneld would do it.
+func (c call) removal(s subnet.Subnets) backend.CleanupStep {
 	command := "printf '%s\\n' " + quote(c.Data) + " | env"
 	for _, v := range c.Variables {
 		command += " " + quote(v)
 	}
-	return backend.Undo{Command: command + " sh -c " + quote(c.Remove), Do: func(ctx context.Context) error {
+	return backend.CleanupStep{Command: command + " sh -c " + quote(c.Remove), Do: func(ctx context.Context) error {
 		_, err := runner{timeLimit, graceLimit}.run(ctx, "SubnetRemoveCommand for "+s.String(), c.Remove, c.Variables[:], c.Data)
 		return err
 	}}

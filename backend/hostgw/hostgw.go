@@ -6,9 +6,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/netip"
 
 	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/kernel"
 	"github.com/flanneld/flanneld/subnet"
@@ -17,7 +17,7 @@ import (
 // Type is the backend's name in configurations and leases.
 const Type = "host-gw"
 
-func init() { backend.Register(Type, New) }
+func init() { backend.Register(backend.Type{Name: Type, New: New}) }
 
 // options are the backend's keys in the configuration.
 type options struct{}
@@ -29,19 +29,13 @@ func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
 	if err := backend.Options(cfg, &options{}); err != nil {
 		return nil, err
 	}
-	for _, a := range []struct {
-		flag        string
-		own, public netip.Addr
-	}{{"--public-ip", uplink.IPv4, uplink.PublicIP}, {"--public-ipv6", uplink.IPv6, uplink.PublicIPv6}} {
-		if a.own != a.public {
-			return nil, fmt.Errorf("peers cannot route through %s, which is not an address of %s (that is %s): "+
-				"leave out %s, or use the vxlan backend across NAT", a.public, uplink.Name, a.own, a.flag)
-		}
+	if err := uplink.CheckPublicIPs(); err != nil {
+		return nil, fmt.Errorf("peers cannot route through %w, or use the vxlan backend across NAT", err)
 	}
 	return &hostgw{uplink}, nil
 }
 
-func (h *hostgw) MTU() int { return h.uplink.MTU }
+func (h *hostgw) Info() backend.Info { return backend.Info{MTU: h.uplink.MTU} }
 
 func (h *hostgw) Attrs(context.Context, subnet.Attrs) (subnet.Attrs, error) {
 	return subnet.Attrs{BackendType: Type}, nil
@@ -52,25 +46,26 @@ func (h *hostgw) Local(subnet.Lease) []kernel.Object { return nil }
 func (h *hostgw) Peer(own, peer subnet.Lease) ([]kernel.Object, error) {
 	var objects []kernel.Object
 	var errs []error
-	for _, f := range backend.Families(own, peer) {
-		if !f.On {
+	for f, s := range backend.Sides(own, peer).Each() {
+		if !s.On {
 			continue
 		}
-		objects = append(objects, f.Direct(h.uplink))
-		// Whether the gateway can be used is for the kernel to say: some
-		// clouds give hosts a /32 and a route to the others.
-		if !h.uplink.OnLink(f.PublicIP) && !h.single(f.PublicIP) {
+		objects = append(objects, s.Direct(h.uplink))
+		// The kernel decides whether the gateway can be used: some clouds give
+		// hosts a /32 and a route to the others.
+		if !h.uplink.OnLink(s.PublicIP) && !h.hostAddrsOnly(f) {
 			errs = append(errs, fmt.Errorf("its address %s is not on the link of %s (%v): host-gw needs all nodes on one link; "+
-				"the vxlan backend does not, and with DirectRouting it does the same where it can", f.PublicIP, h.uplink.Name, h.uplink.Prefixes))
+				"the vxlan backend does not, and with DirectRouting it does the same where it can", s.PublicIP, h.uplink.Name, h.uplink.Prefixes))
 		}
 	}
 	return objects, errors.Join(errs...)
 }
 
-// single tells whether the uplink has host addresses only, of ip's family.
-func (h *hostgw) single(ip netip.Addr) bool {
+// hostAddrsOnly reports whether all addresses of a family that the uplink has are
+// single addresses (/32, /128).
+func (h *hostgw) hostAddrsOnly(f family.Family) bool {
 	for _, p := range h.uplink.Prefixes {
-		if p.Addr().BitLen() == ip.BitLen() && !p.IsSingleIP() {
+		if f.Has(p.Addr()) && !p.IsSingleIP() {
 			return false
 		}
 	}

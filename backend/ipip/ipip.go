@@ -6,10 +6,10 @@ package ipip
 import (
 	"context"
 	"errors"
-	"fmt"
-	"net/netip"
+	"regexp"
 
 	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/kernel"
 	"github.com/flanneld/flanneld/subnet"
@@ -18,13 +18,11 @@ import (
 // Type is the backend's name in configurations and leases.
 const Type = "ipip"
 
-const (
-	device   = "flannel.ipip"
-	overhead = 20  // the outer IP header
-	leastMTU = 576 // what a host must be able to receive (RFC 791)
-)
+const device = "flannel.ipip"
 
-func init() { backend.Register(Type, New) }
+func init() {
+	backend.Register(backend.Type{Name: Type, New: New, Devices: regexp.QuoteMeta(device)})
+}
 
 // options are the backend's keys in the configuration. What is said of them here
 // is what README.md says: make docs writes it there.
@@ -36,6 +34,7 @@ type options struct {
 type ipip struct {
 	options
 	uplink iface.Uplink
+	info   backend.Info
 }
 
 // New makes the backend.
@@ -47,44 +46,36 @@ func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
 	if cfg.IPv6.Enabled() {
 		return nil, errors.New("it carries IPv4 only: set EnableIPv6 to false, or use the vxlan backend, which carries both")
 	}
-	if b.MTU() < leastMTU {
-		return nil, fmt.Errorf("MTU %d of the uplink %s leaves %d for pods: it must be at least %d", uplink.MTU, uplink.Name, b.MTU(), leastMTU+overhead)
-	}
-	return b, nil
+	var err error
+	_, b.info, err = backend.PodMTU(cfg, uplink, 0, family.Family.HeaderLen) // the outer IP header
+	b.info.Endpoints = []backend.Endpoint{{Addr: uplink.IPv4, Protocol: "4"}}
+	return b, err
 }
 
-func (b *ipip) MTU() int { return b.uplink.MTU - overhead }
+func (b *ipip) Info() backend.Info { return b.info }
 
 func (b *ipip) Attrs(context.Context, subnet.Attrs) (subnet.Attrs, error) {
 	return subnet.Attrs{BackendType: Type}, nil
 }
 
 func (b *ipip) Local(own subnet.Lease) []kernel.Object {
-	base := own.IPv4.Addr()
 	return []kernel.Object{
-		kernel.Link{Name: device, MTU: b.MTU(), Type: kernel.IPIP{Local: b.uplink.IPv4}},
-		// A host address, so that there is no broadcast. It is what the node
-		// itself sends from to remote pods.
-		kernel.Addr{Dev: device, Prefix: netip.PrefixFrom(base, base.BitLen())},
+		kernel.Link{Name: device, MTU: b.info.MTU, Type: kernel.IPIP{Local: b.uplink.IPv4}},
+		backend.HostAddr(device, own.IPv4),
 	}
 }
 
 func (b *ipip) Peer(own, peer subnet.Lease) ([]kernel.Object, error) {
 	var objects []kernel.Object
-	for _, f := range backend.Families(own, peer) {
-		if !f.On {
+	for _, s := range backend.Sides(own, peer).Each() {
+		if !s.On {
 			continue
 		}
-		route := f.Direct(b.uplink)
-		if !b.DirectRouting || !b.uplink.OnLink(f.PublicIP) {
+		route := s.Direct(b.uplink)
+		if !b.DirectRouting || !b.uplink.OnLink(s.PublicIP) {
 			route.Dev, route.Onlink = device, true
 		}
 		objects = append(objects, route)
 	}
 	return objects, nil
-}
-
-// Endpoints implements backend.Tunnel.
-func (b *ipip) Endpoints() []backend.Endpoint {
-	return []backend.Endpoint{{Addr: b.uplink.IPv4, Protocol: "4"}}
 }

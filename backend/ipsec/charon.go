@@ -43,8 +43,8 @@ type process struct {
 	ended chan struct{} // closed when it has
 }
 
-// ErrNoCharon says that it is not installed.
-var ErrNoCharon = fmt.Errorf("there is no charon, neither in PATH nor at %s: install strongSwan with its VICI plugin (Debian: strongswan-charon, strongswan-swanctl)",
+// errNoCharon says that charon is not installed.
+var errNoCharon = fmt.Errorf("there is no charon, neither in PATH nor at %s: install strongSwan with its VICI plugin (Debian: strongswan-charon, strongswan-swanctl)",
 	strings.Join(charonPaths[1:], ", "))
 
 // findCharon returns the path of the program.
@@ -54,7 +54,7 @@ func findCharon() (string, error) {
 			return path, nil
 		}
 	}
-	return "", ErrNoCharon
+	return "", errNoCharon
 }
 
 // start starts charon. It outlives us, so that packets pass while we restart.
@@ -206,9 +206,9 @@ func (c client) established(ctx context.Context) (map[string]bool, error) {
 	return all, nil
 }
 
-// Peers asks charon, whoever has started it, for the hosts that it has tunnels
-// with. The error says that it does not answer.
-func Peers(ctx context.Context) (map[netip.Addr]bool, error) {
+// remoteHosts asks charon for the hosts that it has tunnels with. The error says that
+// charon does not answer.
+func remoteHosts(ctx context.Context) (map[netip.Addr]bool, error) {
 	ctx, cancel := context.WithTimeout(ctx, charonAnswers)
 	defer cancel()
 	s, err := vici.NewSession(vici.WithAddr("unix", charonSocket))

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/kernel"
 	"github.com/flanneld/flanneld/subnet"
@@ -27,8 +28,7 @@ const (
 )
 
 func init() {
-	backend.Register(Type, New)
-	backend.RegisterLeftovers(leftovers)
+	backend.Register(backend.Type{Name: Type, New: New, Checks: checks, Cleanup: cleanup})
 }
 
 // options are the backend's keys in the configuration. What is said of them here
@@ -55,11 +55,15 @@ func (secret) GoString() string { return "…" }
 type ipsec struct {
 	options
 	uplink iface.Uplink
-	locals []netip.Addr // ends of the tunnels
-	mtu    int
+	info   backend.Info
 	socket string        // charon's
 	check  time.Duration // between looks at what charon has
 }
+
+var (
+	_ backend.Worker = (*ipsec)(nil)
+	_ backend.Differ = (*ipsec)(nil)
+)
 
 // New makes the backend.
 func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
@@ -70,36 +74,31 @@ func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
 	if n := len(b.PSK); n < leastPSK {
 		return nil, fmt.Errorf("PSK has %d characters: it must have at least %d, the same on all nodes, for example of: openssl rand -hex 48", n, leastPSK)
 	}
-	for _, f := range []struct {
-		pool        subnet.Pool
-		flag        string
-		own, public netip.Addr
-		header      int // outer
-		least       int // what a host, or a link, must be able to carry
-	}{
-		{cfg.IPv4, "--public-ip", uplink.IPv4, uplink.PublicIP, 20, 576},      // RFC 791
-		{cfg.IPv6, "--public-ipv6", uplink.IPv6, uplink.PublicIPv6, 40, 1280}, // RFC 8200, section 5
-	} {
-		if !f.pool.Enabled() {
-			continue
-		}
-		if f.own != f.public {
-			return nil, fmt.Errorf("peers cannot have a tunnel with %s, which is not an address of %s (that is %s): "+
-				"leave out %s, or use the wireguard backend across NAT", f.public, uplink.Name, f.own, f.flag)
-		}
-		b.locals = append(b.locals, f.own)
-		around := f.header + overhead
-		if b.UDPEncap {
-			around += udpHeader
-		}
-		if b.mtu = uplink.MTU - around; b.mtu < f.least { // IPv6's is the smaller one
-			return nil, fmt.Errorf("MTU %d of the uplink %s leaves %d for pods: it must be at least %d", uplink.MTU, uplink.Name, b.mtu, f.least+around)
+	if err := uplink.CheckPublicIPs(); err != nil {
+		return nil, fmt.Errorf("peers cannot have a tunnel with %w, or use the wireguard backend across NAT", err)
+	}
+	around := overhead
+	if b.UDPEncap {
+		around += udpHeader
+	}
+	var err error
+	if _, b.info, err = backend.PodMTU(cfg, uplink, 0, func(f family.Family) int { return f.HeaderLen() + around }); err != nil {
+		return nil, err
+	}
+	for _, ip := range family.Valid(uplink.Addrs()) {
+		// charon's ports (RFC 7296, section 2.23), and unless they are in UDP the
+		// packets themselves.
+		b.info.Endpoints = append(b.info.Endpoints,
+			backend.Endpoint{Addr: ip, Protocol: "udp", Port: 500, Program: "charon"},
+			backend.Endpoint{Addr: ip, Protocol: "udp", Port: 4500, Program: "charon"})
+		if !b.UDPEncap {
+			b.info.Endpoints = append(b.info.Endpoints, backend.Endpoint{Addr: ip, Protocol: "esp"})
 		}
 	}
 	return b, nil
 }
 
-func (b *ipsec) MTU() int { return b.mtu }
+func (b *ipsec) Info() backend.Info { return b.info }
 
 func (b *ipsec) Attrs(context.Context, subnet.Attrs) (subnet.Attrs, error) {
 	return subnet.Attrs{BackendType: Type}, nil
@@ -130,25 +129,9 @@ type tunnel struct {
 // tunnels returns those to a peer, one for each family that both nodes have.
 func (b *ipsec) tunnels(own, peer subnet.Lease) []tunnel {
 	var all []tunnel
-	for i, f := range backend.Families(own, peer) {
-		if f.On {
-			all = append(all, tunnel{
-				own: [2]netip.Prefix{own.IPv4, own.IPv6}[i], peer: f.Peer,
-				from: [2]netip.Addr{b.uplink.IPv4, b.uplink.IPv6}[i], to: f.PublicIP,
-			})
-		}
-	}
-	return all
-}
-
-// Endpoints implements backend.Tunnel: charon's ports (RFC 7296, section 2.23)
-// and, unless they are in UDP, the packets themselves.
-func (b *ipsec) Endpoints() []backend.Endpoint {
-	var all []backend.Endpoint
-	for _, ip := range b.locals {
-		all = append(all, backend.Endpoint{Addr: ip, Protocol: "udp", Port: 500}, backend.Endpoint{Addr: ip, Protocol: "udp", Port: 4500})
-		if !b.UDPEncap {
-			all = append(all, backend.Endpoint{Addr: ip, Protocol: "esp"})
+	for f, s := range backend.Sides(own, peer).Each() {
+		if s.On {
+			all = append(all, tunnel{own: s.Own, peer: s.Peer, from: b.uplink.Addrs().Of(f), to: s.PublicIP})
 		}
 	}
 	return all

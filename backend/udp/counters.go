@@ -46,15 +46,15 @@ type Counters struct {
 // A Traffic is what one queue has moved so far.
 type Traffic struct{ Sent, Received Counters }
 
-// Flows implements backend.Metered.
-func (u *udp) Flows() []backend.Flow {
-	var all []backend.Flow
+// QueueStats implements backend.StatsReporter.
+func (u *udp) QueueStats() []backend.QueueStats {
+	var all []backend.QueueStats
 	for queue, t := range u.Traffic() {
 		for _, side := range []struct {
 			direction string
 			Counters
 		}{{"sent", t.Sent}, {"received", t.Received}} {
-			f := backend.Flow{Queue: queue, Direction: side.direction, Packets: side.Packets, Bytes: side.Bytes, Drops: map[string]uint64{}}
+			f := backend.QueueStats{Queue: queue, Direction: side.direction, Packets: side.Packets, Bytes: side.Bytes, Drops: map[string]uint64{}}
 			for r, n := range side.Drops {
 				f.Drops[Reason(r).label()] = n
 			}

@@ -32,10 +32,10 @@ type endpoint struct {
 func newTable(own subnet.Lease, peers map[subnet.Subnets]subnet.Lease, port int) *table {
 	t := &table{own: [2]netip.Prefix{own.IPv4, own.IPv6}, known: map[netip.AddrPort]struct{}{}}
 	for _, l := range peers {
-		for _, f := range backend.Families(own, l) {
-			if f.On {
-				e := newEndpoint(netip.AddrPortFrom(f.PublicIP, uint16(port)))
-				t.peers.Insert(f.Peer, e)
+		for _, s := range backend.Sides(own, l).Each() {
+			if s.On {
+				e := newEndpoint(netip.AddrPortFrom(s.PublicIP, uint16(port)))
+				t.peers.Insert(s.Peer, e)
 				t.known[e.addr] = struct{}{}
 			}
 		}

@@ -9,6 +9,7 @@ import (
 	"sync/atomic"
 
 	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/kernel"
 	"github.com/flanneld/flanneld/subnet"
@@ -19,7 +20,9 @@ const Type = "udp"
 
 const device = "flannel0"
 
-func init() { backend.Register(Type, New) }
+func init() {
+	backend.Register(backend.Type{Name: Type, New: New, Devices: "flannel[0-9]+"}) // upstream numbers them
+}
 
 // options are the backend's keys in the configuration. What is said of them here
 // is what README.md says: make docs writes it there.
@@ -33,16 +36,16 @@ var defaults = options{Port: 8285}
 type udp struct {
 	options
 	networks subnet.Subnets
-	local    [2]netip.Addr // what the sockets are bound to, for IPv4 and IPv6
-	mtu      int
+	local    [2]netip.Addr // that the sockets are bound to, by family
+	info     backend.Info
 	able     abilities
 	queues   int
 	running  atomic.Pointer[proxy] // by Work
 }
 
 var (
-	_ backend.Worker  = (*udp)(nil)
-	_ backend.Metered = (*udp)(nil)
+	_ backend.Worker        = (*udp)(nil)
+	_ backend.StatsReporter = (*udp)(nil)
 )
 
 // New makes the backend.
@@ -59,60 +62,34 @@ func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
 	if u.Port < 1 || u.Port > 65535 {
 		return nil, fmt.Errorf("Port %d is not allowed: 1 to 65535", u.Port)
 	}
-	for i, f := range []struct {
-		pool     subnet.Pool
-		local    netip.Addr
-		overhead int // UDP 8, and the outer IP header
-		least    int // what a host, or a link, must be able to carry
-	}{
-		{cfg.IPv4, uplink.IPv4, 8 + 20, 576},  // RFC 791
-		{cfg.IPv6, uplink.IPv6, 8 + 40, 1280}, // RFC 8200, section 5
-	} {
-		if !f.pool.Enabled() {
-			continue
-		}
-		u.local[i] = f.local
-		// IPv6's is the smaller one. A datagram takes no more than 65535 bytes.
-		u.mtu = min(uplink.MTU, 65535) - f.overhead
-		if u.mtu < f.least {
-			return nil, fmt.Errorf("MTU %d of the uplink %s leaves %d for pods: it must be at least %d", uplink.MTU, uplink.Name, u.mtu, f.least+f.overhead)
+	var err error
+	if _, u.info, err = backend.PodMTU(cfg, uplink, 0, func(f family.Family) int { return f.HeaderLen() + udpHeader }); err != nil {
+		return nil, err
+	}
+	for f, pool := range cfg.Pools().Each() {
+		if pool.Enabled() {
+			u.local[f] = uplink.Addrs().Of(f)
+			u.info.Endpoints = append(u.info.Endpoints, backend.Endpoint{Addr: u.local[f], Protocol: "udp", Port: u.Port})
 		}
 	}
 	return u, nil
 }
 
-func (u *udp) MTU() int { return u.mtu }
+func (u *udp) Info() backend.Info { return u.info }
 
 func (u *udp) Attrs(context.Context, subnet.Attrs) (subnet.Attrs, error) {
 	return subnet.Attrs{}, nil
 }
 
 func (u *udp) Local(own subnet.Lease) []kernel.Object {
-	objects := []kernel.Object{kernel.Link{Name: device, MTU: u.mtu, Type: kernel.TUN{}}}
-	for _, f := range []struct{ network, subnet netip.Prefix }{{u.networks.IPv4, own.IPv4}, {u.networks.IPv6, own.IPv6}} {
-		if !f.subnet.IsValid() {
-			continue
+	objects := []kernel.Object{kernel.Link{Name: device, MTU: u.info.MTU, Type: kernel.TUN{}}}
+	for _, f := range family.All {
+		if own.Of(f).IsValid() {
+			objects = append(objects, backend.HostAddr(device, own.Of(f)), kernel.Route{Dst: u.networks.Of(f), Dev: device})
 		}
-		base := f.subnet.Addr()
-		objects = append(objects,
-			// A host address: what the node itself sends from to remote pods.
-			kernel.Addr{Dev: device, Prefix: netip.PrefixFrom(base, base.BitLen())},
-			kernel.Route{Dst: f.network, Dev: device},
-		)
 	}
 	return objects
 }
 
-// Peer wants nothing of the kernel: the proxy knows the way.
+// Peer returns no objects: the proxy knows where each peer is.
 func (u *udp) Peer(subnet.Lease, subnet.Lease) ([]kernel.Object, error) { return nil, nil }
-
-// Endpoints implements backend.Tunnel.
-func (u *udp) Endpoints() []backend.Endpoint {
-	var all []backend.Endpoint
-	for _, ip := range u.local {
-		if ip.IsValid() {
-			all = append(all, backend.Endpoint{Addr: ip, Protocol: "udp", Port: u.Port})
-		}
-	}
-	return all
-}

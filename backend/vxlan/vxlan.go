@@ -12,6 +12,7 @@ import (
 	"net/netip"
 
 	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/kernel"
 	"github.com/flanneld/flanneld/subnet"
@@ -23,9 +24,15 @@ const Type = "vxlan"
 const (
 	maxVNI      = 1<<24 - 1 // RFC 7348, section 5
 	defaultPort = 8472      // the kernel's (udp_port, drivers/net/vxlan); IANA's 4789 came later
+
+	// overhead is what surrounds a packet inside the outer IP packet: the outer
+	// UDP header, the VXLAN header, the inner Ethernet header.
+	overhead = 8 + 8 + 14
 )
 
-func init() { backend.Register(Type, New) }
+func init() {
+	backend.Register(backend.Type{Name: Type, New: New, Devices: `flannel(-v6)?\.[0-9]+`})
+}
 
 // options are the backend's keys in the configuration. What is said of them here
 // is what README.md says: make docs writes it there.
@@ -66,13 +73,13 @@ type data struct {
 type vxlan struct {
 	options
 	uplink iface.Uplink
-	vteps  [2]vtep // IPv4's and IPv6's
-	mtu    int     // for pods, whichever family they use
+	info   backend.Info
+	vteps  family.Pair[vtep]
 }
 
 // vtep is this node's end of one family's tunnels.
 type vtep struct {
-	dev   string
+	dev   string     // empty where the family is off
 	local netip.Addr // outer source address
 	mtu   int
 }
@@ -92,48 +99,37 @@ func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
 	if v.Port == 0 {
 		v.Port = defaultPort
 	}
-	underlay, whose := uplink.MTU, "of the uplink "+uplink.Name
-	if v.options.MTU != 0 {
-		underlay, whose = v.options.MTU, "in the configuration"
+	mtu, info, err := backend.PodMTU(cfg, uplink, v.MTU, func(f family.Family) int { return f.HeaderLen() + overhead })
+	if err != nil {
+		return nil, err
 	}
-	for i, f := range []struct {
-		pool     subnet.Pool
-		name     string
-		local    netip.Addr
-		overhead int // inner Ethernet 14, VXLAN 8, UDP 8, and the outer IP header
-		least    int // what a host, or a link, must be able to carry
-	}{
-		{cfg.IPv4, "flannel", uplink.IPv4, 14 + 8 + 8 + 20, 576},     // RFC 791
-		{cfg.IPv6, "flannel-v6", uplink.IPv6, 14 + 8 + 8 + 40, 1280}, // RFC 8200, section 5
-	} {
-		if !f.pool.Enabled() {
+	v.info = info
+	names := family.Pair[string]{IPv4: "flannel", IPv6: "flannel-v6"}
+	for f, pool := range cfg.Pools().Each() {
+		if !pool.Enabled() {
 			continue
 		}
-		mtu := underlay - f.overhead
-		if mtu < f.least {
-			return nil, fmt.Errorf("MTU %d %s leaves %d for pods: it must be at least %d", underlay, whose, mtu, f.least+f.overhead)
-		}
-		v.vteps[i] = vtep{fmt.Sprintf("%s.%d", f.name, v.VNI), f.local, mtu}
-		v.mtu = mtu // IPv6's is the smaller one
+		local := uplink.Addrs().Of(f)
+		*v.vteps.At(f) = vtep{fmt.Sprintf("%s.%d", names.Of(f), v.VNI), local, mtu.Of(f)}
+		v.info.Endpoints = append(v.info.Endpoints, backend.Endpoint{Addr: local, Protocol: "udp", Port: v.Port})
 	}
 	return v, nil
 }
 
-func (v *vxlan) MTU() int { return v.mtu }
+func (v *vxlan) Info() backend.Info { return v.info }
 
 func (v *vxlan) Attrs(_ context.Context, previous subnet.Attrs) (subnet.Attrs, error) {
 	attrs := subnet.Attrs{BackendType: Type}
-	if v.vteps[0].dev != "" {
-		attrs.BackendData = v.data(previous.BackendData)
-	}
-	if v.vteps[1].dev != "" {
-		attrs.BackendV6Data = v.data(previous.BackendV6Data)
+	for f, t := range v.vteps.Each() {
+		if t.dev != "" {
+			attrs.SetData(f, v.data(previous.DataOf(f)))
+		}
 	}
 	return attrs, nil
 }
 
-// data returns what to publish of a VTEP. It keeps the MAC that peers know, if
-// there is one, so that they need not change anything.
+// data returns what to publish of a VTEP. The VTEP keeps the MAC that peers know,
+// if there is one, so that peers need not change anything.
 func (v *vxlan) data(previous json.RawMessage) json.RawMessage {
 	d, err := parse(previous)
 	if err != nil {
@@ -162,23 +158,16 @@ func parse(text json.RawMessage) (data, error) {
 
 func (v *vxlan) Local(own subnet.Lease) []kernel.Object {
 	var objects []kernel.Object
-	for i, f := range []struct {
-		subnet netip.Prefix
-		data   json.RawMessage
-	}{{own.IPv4, own.Attrs.BackendData}, {own.IPv6, own.Attrs.BackendV6Data}} {
-		if !f.subnet.IsValid() {
+	for f, t := range v.vteps.Each() {
+		if !own.Of(f).IsValid() {
 			continue
 		}
-		d, _ := parse(f.data) // our own; without a MAC the kernel would choose one
-		t := v.vteps[i]
-		base := f.subnet.Addr()
+		d, _ := parse(own.Attrs.DataOf(f)) // our own; without a MAC the kernel would choose one
 		objects = append(objects,
 			kernel.Link{Name: t.dev, MAC: d.VtepMAC, MTU: t.mtu, Type: kernel.VXLAN{
 				VNI: v.VNI, Port: v.Port, Local: t.local, Dev: v.uplink.Name, Learning: v.Learning, GBP: v.GBP,
 			}, TXChecksumOff: v.DisableTxChecksumOffload},
-			// A host address, so that there is no broadcast. It is what the
-			// node itself sends from to remote pods.
-			kernel.Addr{Dev: t.dev, Prefix: netip.PrefixFrom(base, base.BitLen())},
+			backend.HostAddr(t.dev, own.Of(f)),
 		)
 	}
 	return objects
@@ -187,15 +176,15 @@ func (v *vxlan) Local(own subnet.Lease) []kernel.Object {
 func (v *vxlan) Peer(own, peer subnet.Lease) ([]kernel.Object, error) {
 	var objects []kernel.Object
 	var errs []error
-	for i, f := range backend.Families(own, peer) {
-		if !f.On {
+	for f, s := range backend.Sides(own, peer).Each() {
+		if !s.On {
 			continue
 		}
-		if v.DirectRouting && v.uplink.OnLink(f.PublicIP) {
-			objects = append(objects, f.Direct(v.uplink))
+		if v.DirectRouting && v.uplink.OnLink(s.PublicIP) {
+			objects = append(objects, s.Direct(v.uplink))
 			continue
 		}
-		d, err := parse(f.Data)
+		d, err := parse(s.Data)
 		if err == nil && d.VNI != v.VNI {
 			err = fmt.Errorf("its VNI is %d, ours %d: it has not taken up the same configuration", d.VNI, v.VNI)
 		}
@@ -203,23 +192,12 @@ func (v *vxlan) Peer(own, peer subnet.Lease) ([]kernel.Object, error) {
 			errs = append(errs, err)
 			continue
 		}
-		dev, gateway := v.vteps[i].dev, f.Peer.Addr()
+		dev, gateway := v.vteps.Of(f).dev, s.Peer.Addr()
 		objects = append(objects,
 			kernel.Neighbor{Dev: dev, IP: gateway, MAC: d.VtepMAC},
-			kernel.FDBEntry{Dev: dev, MAC: d.VtepMAC, Dst: f.PublicIP},
-			kernel.Route{Dst: f.Peer, Via: gateway, Dev: dev, Onlink: true},
+			kernel.FDBEntry{Dev: dev, MAC: d.VtepMAC, Dst: s.PublicIP},
+			kernel.Route{Dst: s.Peer, Via: gateway, Dev: dev, Onlink: true},
 		)
 	}
 	return objects, errors.Join(errs...)
-}
-
-// Endpoints implements backend.Tunnel.
-func (v *vxlan) Endpoints() []backend.Endpoint {
-	var all []backend.Endpoint
-	for _, t := range v.vteps {
-		if t.dev != "" {
-			all = append(all, backend.Endpoint{Addr: t.local, Protocol: "udp", Port: v.Port})
-		}
-	}
-	return all
 }

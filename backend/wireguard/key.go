@@ -51,28 +51,43 @@ func keyFile() string {
 	return defaultKeyFile
 }
 
-// privateKey returns the key that a file holds. Where there is no file, or there
-// is nothing in it, it gets a new key: peers must never see half of one, nor two.
+// privateKey returns the key that a file holds. Where the file does not exist or is
+// empty, a new key is written into it: peers must never see half of one, nor two.
 func privateKey(file string) (secret, error) {
 	for range 2 {
-		text, err := os.ReadFile(file)
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return secret{}, fmt.Errorf("the private key: %w", err)
+		key, err := readKey(file)
+		switch {
+		case err == nil:
+			return key, shut(file)
+		case !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, errEmpty):
+			return secret{}, err
 		}
-		if line := strings.TrimSpace(string(text)); line != "" {
-			key, err := wgtypes.ParseKey(line)
-			if err != nil { // err may show what there is
-				return secret{}, fmt.Errorf("%s does not hold a private key: delete it, and a new one is made", file)
-			}
-			// As devices keep it, whatever it was (RFC 7748, section 5).
-			key[0], key[31] = key[0]&248, key[31]&127|64
-			return secret(key), shut(file)
-		}
-		if err := makeKey(file, err == nil); err != nil {
+		if err := makeKey(file, errors.Is(err, errEmpty)); err != nil {
 			return secret{}, fmt.Errorf("making a private key: %w", err)
 		}
 	}
-	return secret{}, fmt.Errorf("%s: somebody deletes the private key", file)
+	return secret{}, fmt.Errorf("%s: another program deletes the private key", file)
+}
+
+var errEmpty = errors.New("the file is empty")
+
+// readKey returns the key that a file holds, and changes nothing.
+func readKey(file string) (secret, error) {
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return secret{}, fmt.Errorf("the private key: %w", err)
+	}
+	line := strings.TrimSpace(string(text))
+	if line == "" {
+		return secret{}, fmt.Errorf("the private key: %s: %w", file, errEmpty)
+	}
+	key, err := wgtypes.ParseKey(line)
+	if err != nil { // err may show what there is
+		return secret{}, fmt.Errorf("%s does not hold a private key: delete it, and a new one is made", file)
+	}
+	// As devices keep it, whatever it was (RFC 7748, section 5).
+	key[0], key[31] = key[0]&248, key[31]&127|64
+	return secret(key), nil
 }
 
 // shut has none but the owner read a key.
@@ -117,7 +132,8 @@ func makeKey(file string, replace bool) error {
 	return nil
 }
 
-// leftovers finds the private key, and the sockets of a daemon that was killed.
-func leftovers(context.Context, *subnet.Config, subnet.Subnets) (backend.Leftovers, error) {
-	return backend.Leftovers{Files: []string{keyFile(), filepath.Join(controlDir, "flannel-wg*.sock"), filepath.Join(controlDir, ".flanneld-*")}}, nil
+// cleanup finds the private key, and the sockets of a daemon that was killed.
+func cleanup(context.Context, *subnet.Config, subnet.Env) (backend.Cleanup, error) {
+	files := []string{keyFile(), filepath.Join(controlDir, "flannel-wg*.sock"), filepath.Join(controlDir, ".flanneld-*")}
+	return backend.Cleanup{Files: files, Dirs: []string{controlDir}}, nil
 }

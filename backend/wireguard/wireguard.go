@@ -8,7 +8,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net/netip"
 	"os"
 	"slices"
 	"strings"
@@ -16,6 +15,7 @@ import (
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/kernel"
 	"github.com/flanneld/flanneld/subnet"
@@ -39,8 +39,7 @@ const (
 var modes = []string{separate, auto, overIPv4, overIPv6}
 
 func init() {
-	backend.Register(Type, New)
-	backend.RegisterLeftovers(leftovers)
+	backend.Register(backend.Type{Name: Type, New: New, Devices: "flannel-wg(-v6)?", Checks: checks, Cleanup: cleanup})
 }
 
 // options are the backend's keys in the configuration. What is said of them here
@@ -83,7 +82,7 @@ type wireguard struct {
 	uplink   iface.Uplink
 	networks subnet.Subnets
 	tunnels  []tunnel
-	mtu      int
+	info     backend.Info
 	inKernel bool // the kernel has WireGuard
 }
 
@@ -91,10 +90,13 @@ type wireguard struct {
 type tunnel struct {
 	dev      string
 	port     int
-	families [2]bool // whose packets go through: IPv4's, IPv6's
+	families [2]bool // whose packets go through
 }
 
-var _ backend.Worker = (*wireguard)(nil)
+var (
+	_ backend.Worker = (*wireguard)(nil)
+	_ backend.Differ = (*wireguard)(nil)
+)
 
 // userSpace is the variable by which wireguard-go is told to do its work although
 // the kernel could: it is heeded here too.
@@ -114,7 +116,7 @@ func newBackend(cfg *subnet.Config, uplink iface.Uplink, hasWireGuard func() boo
 	if err := backend.Options(cfg, &w.options); err != nil {
 		return nil, err
 	}
-	on := [2]bool{cfg.IPv4.Enabled(), cfg.IPv6.Enabled()}
+	on := [2]bool{cfg.IPv4.Enabled(), cfg.IPv6.Enabled()} // by family
 	for _, p := range []struct {
 		key  string
 		port int
@@ -136,17 +138,9 @@ func newBackend(cfg *subnet.Config, uplink iface.Uplink, hasWireGuard func() boo
 	case w.Mode == separate && on[0] && on[1] && w.ListenPort == w.ListenPortV6:
 		return nil, fmt.Errorf("ListenPort and ListenPortV6 are both %d: in Mode separate, each device needs a port of its own", w.ListenPort)
 	}
-	underlay, whose := uplink.MTU, "of the uplink "+uplink.Name
-	if w.options.MTU != 0 {
-		underlay, whose = w.options.MTU, "in the configuration"
-	}
-	least := 576 // what a host, or a link, must be able to carry: RFC 791
-	if on[1] {
-		least = 1280 // RFC 8200, section 5
-	}
-	// A datagram takes no more than 65535 bytes.
-	if w.mtu = min(underlay, 65535) - overhead; w.mtu < least {
-		return nil, fmt.Errorf("MTU %d %s leaves %d for pods: it must be at least %d", underlay, whose, w.mtu, least+overhead)
+	var err error
+	if _, w.info, err = backend.PodMTU(cfg, uplink, w.MTU, func(family.Family) int { return overhead }); err != nil {
+		return nil, err
 	}
 	if w.Mode == separate {
 		if on[0] {
@@ -159,10 +153,16 @@ func newBackend(cfg *subnet.Config, uplink iface.Uplink, hasWireGuard func() boo
 		w.tunnels = []tunnel{{"flannel-wg", w.ListenPort, on}}
 	}
 	w.inKernel = hasWireGuard()
+	for _, t := range w.tunnels {
+		// The address that peers with the same configuration choose.
+		public := w.publicIP(t, subnet.Attrs{PublicIP: uplink.PublicIP, PublicIPv6: uplink.PublicIPv6})
+		ip := uplink.Addrs().Of(family.Of(public))
+		w.info.Endpoints = append(w.info.Endpoints, backend.Endpoint{Addr: ip, Protocol: "udp", Port: t.port})
+	}
 	return w, nil
 }
 
-func (w *wireguard) MTU() int { return w.mtu }
+func (w *wireguard) Info() backend.Info { return w.info }
 
 func (w *wireguard) Attrs(context.Context, subnet.Attrs) (subnet.Attrs, error) {
 	key, err := privateKey(keyFile())
@@ -172,11 +172,10 @@ func (w *wireguard) Attrs(context.Context, subnet.Attrs) (subnet.Attrs, error) {
 	attrs := subnet.Attrs{BackendType: Type}
 	for _, t := range w.tunnels {
 		text, _ := json.Marshal(data{key.public(), t.port}) // has nothing that could fail
-		if t.families[0] {
-			attrs.BackendData = text
-		}
-		if t.families[1] {
-			attrs.BackendV6Data = text
+		for _, f := range family.All {
+			if t.families[f] {
+				attrs.SetData(f, text)
+			}
 		}
 	}
 	return attrs, nil
@@ -189,24 +188,18 @@ func (w *wireguard) Local(own subnet.Lease) []kernel.Object {
 	}
 	var objects []kernel.Object
 	for _, t := range w.tunnels {
-		objects = append(objects, kernel.Link{Name: t.dev, MTU: w.mtu, Type: kind})
-		for i, f := range []struct{ network, subnet netip.Prefix }{{w.networks.IPv4, own.IPv4}, {w.networks.IPv6, own.IPv6}} {
-			if !t.families[i] || !f.subnet.IsValid() {
-				continue
+		objects = append(objects, kernel.Link{Name: t.dev, MTU: w.info.MTU, Type: kind})
+		for _, f := range family.All {
+			if t.families[f] && own.Of(f).IsValid() {
+				objects = append(objects, backend.HostAddr(t.dev, own.Of(f)), kernel.Route{Dst: w.networks.Of(f), Dev: t.dev})
 			}
-			base := f.subnet.Addr()
-			objects = append(objects,
-				// A host address: what the node itself sends from to remote pods.
-				kernel.Addr{Dev: t.dev, Prefix: netip.PrefixFrom(base, base.BitLen())},
-				kernel.Route{Dst: f.network, Dev: t.dev},
-			)
 		}
 	}
 	return objects
 }
 
-// Peer wants nothing of the reconciler: Work tells the devices of peers. It tells
-// what is wrong with one.
+// Peer returns no objects: Work configures the devices' peers. The error says what
+// is wrong with the peer's lease.
 func (w *wireguard) Peer(own, peer subnet.Lease) ([]kernel.Object, error) {
 	var all []string
 	for _, t := range w.tunnels {
@@ -218,19 +211,4 @@ func (w *wireguard) Peer(own, peer subnet.Lease) ([]kernel.Object, error) {
 		return nil, errors.New(strings.Join(all, "; "))
 	}
 	return nil, nil
-}
-
-// Endpoints implements backend.Tunnel.
-func (w *wireguard) Endpoints() []backend.Endpoint {
-	var all []backend.Endpoint
-	for _, t := range w.tunnels {
-		// Which address peers that are like us choose.
-		public := w.publicIP(t, subnet.Attrs{PublicIP: w.uplink.PublicIP, PublicIPv6: w.uplink.PublicIPv6})
-		ip := w.uplink.IPv4
-		if public.Is6() {
-			ip = w.uplink.IPv6
-		}
-		all = append(all, backend.Endpoint{Addr: ip, Protocol: "udp", Port: t.port})
-	}
-	return all
 }

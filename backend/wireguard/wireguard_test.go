@@ -33,9 +33,9 @@ func TestMain(m *testing.M) {
 			panic(err)
 		}
 		os.Setenv("WIREGUARD_KEY_FILE", file)
-		backend.Register(Type, func(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
+		backend.Register(backend.Type{Name: Type, New: func(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
 			return newBackend(cfg, uplink, func() bool { return true })
-		})
+		}})
 		return m.Run()
 	}())
 }

@@ -17,6 +17,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/flanneld/flanneld/cmd/internal/settings"
+	"github.com/flanneld/flanneld/network"
+	"github.com/flanneld/flanneld/pkg/kernel"
 	"github.com/flanneld/flanneld/pkg/proc"
 )
 
@@ -208,7 +210,7 @@ func rpFilter(p *patient) []problem {
 	}
 	devices := []string{p.status.Uplink.Name}
 	for _, d := range p.status.Devices {
-		if !strings.HasPrefix(d.Name, "flannel-v6") && !strings.HasPrefix(d.Name, "flannel-wg-v6") { // which carry no IPv4
+		if slices.ContainsFunc(d.Addresses, func(a netip.Prefix) bool { return a.Addr().Is4() }) { // others carry no IPv4
 			devices = append(devices, d.Name)
 		}
 	}
@@ -332,17 +334,6 @@ func portBlocked(p *patient) []problem {
 	return found
 }
 
-// ports are those that peers send to, UDP all.
-func (p *patient) ports() []int {
-	var all []int
-	for _, e := range p.status.Endpoints {
-		if e.Port != 0 && !slices.Contains(all, e.Port) {
-			all = append(all, e.Port)
-		}
-	}
-	return all
-}
-
 // somePeer returns the address of a peer, or one that could be a peer's.
 func (p *patient) somePeer(like netip.Addr) netip.Addr {
 	for _, ip := range p.peers() {
@@ -366,33 +357,22 @@ func (p *patient) peers() []netip.Addr {
 
 func portTaken(p *patient) []problem {
 	var found []problem
-	links, err := netlink.LinkList()
-	if err != nil {
-		return nil
+	var seen []int                 // endpoints of both families have the same port
+	users, _ := kernel.PortUsers() // those that can be listed
+	for _, u := range users {
+		if !slices.Contains(p.devices(), u.Device) && p.blockedBy(u) {
+			found = append(found, problem{fmt.Sprintf("the %s device %s uses UDP port %d: no device of flanneld can use the port beside it", u.Type, u.Device, u.Port),
+				[]string{"ip link del " + u.Device + "    # or set another port in the network configuration, for all nodes"}})
+		}
 	}
-	for _, l := range links {
-		v, ok := l.(*netlink.Vxlan)
-		if !ok || slices.Contains(p.devices(), v.Name) {
+	for _, e := range p.status.Endpoints {
+		if e.Port == 0 || slices.Contains(seen, e.Port) {
 			continue
 		}
-		for _, d := range p.status.Devices {
-			if d.VNI == 0 || v.Port != d.Port || v.VxlanId != d.VNI && !v.FlowBased {
-				continue
-			}
-			found = append(found, problem{fmt.Sprintf("the device %s uses UDP port %d as well, with the same VNI or any: %s cannot be there beside it", v.Name, d.Port, d.Name),
-				[]string{"ip link del " + v.Name + "    # or set another Port in the network configuration, for all nodes"}})
-			break
-		}
-	}
-	for _, other := range otherWireGuards(p.devices()) {
-		if slices.Contains(p.ports(), other.ListenPort) {
-			found = append(found, problem{fmt.Sprintf("the WireGuard device %s listens on UDP port %d", other.Name, other.ListenPort),
-				[]string{fmt.Sprintf("wg set %s listen-port 0    # or set another port in the network configuration, for all nodes", other.Name)}})
-		}
-	}
-	for _, port := range p.ports() {
+		seen = append(seen, e.Port)
+		port := e.Port
 		for _, owner := range owners(port) {
-			if owner.name == "flanneld" || p.status.Backend == "ipsec" && strings.HasPrefix(owner.name, "charon") {
+			if owner.name == "flanneld" || e.Program != "" && strings.HasPrefix(owner.name, e.Program) {
 				continue
 			}
 			found = append(found, problem{fmt.Sprintf("the program %s, process %d, listens on UDP port %d", owner.name, owner.pid, port),
@@ -400,6 +380,17 @@ func portTaken(p *patient) []problem {
 		}
 	}
 	return found
+}
+
+// blockedBy reports whether a device of the kernel takes a port from flanneld. Vxlan
+// devices share a port, as long as their VNIs differ.
+func (p *patient) blockedBy(u kernel.PortUser) bool {
+	for _, d := range p.status.Devices {
+		if d.VNI != 0 && u.Type == "vxlan" && d.Port == u.Port {
+			return u.VNI == 0 || u.VNI == d.VNI
+		}
+	}
+	return slices.ContainsFunc(p.status.Endpoints, func(e network.Endpoint) bool { return e.Port != 0 && e.Port == u.Port })
 }
 
 func (p *patient) devices() []string {

@@ -15,7 +15,6 @@ import (
 
 	"github.com/flanneld/flanneld/backend"
 	"github.com/flanneld/flanneld/pkg/firewall"
-	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/kernel"
 	"github.com/flanneld/flanneld/pkg/proc"
 	"github.com/flanneld/flanneld/subnet"
@@ -73,24 +72,20 @@ func (c *cleanup) run(ctx context.Context) error {
 		env.Networks = cfg.Networks()
 	}
 	r.Networks = env.Networks.Each()
-	r.Devices = iface.Overlay
-	left, err := backend.Left(ctx, cfg, env.Subnets)
+	r.Devices = backend.Device
+	left, err := backend.CleanupAll(ctx, cfg, env)
 	if err != nil {
 		return err
 	}
 	var commands []string
-	for _, u := range left.Undo {
-		commands = append(commands, u.Command)
+	for _, s := range left.Steps {
+		commands = append(commands, s.Command)
 	}
 	more, err := r.Diff()
 	if err != nil {
 		return err
 	}
-	associations, err := r.Associations()
-	if err != nil {
-		return err
-	}
-	commands = append(append(commands, associations...), more...)
+	commands = append(commands, more...)
 	rules, err := firewall.New(ctx, false)
 	if err != nil {
 		if rules, err = firewall.New(ctx, true); err != nil {
@@ -104,7 +99,7 @@ func (c *cleanup) run(ctx context.Context) error {
 		}
 		commands = append(commands, more...)
 	}
-	files := c.files(left.Files)
+	files := c.files(left.Files, left.Dirs)
 	for _, f := range files {
 		commands = append(commands, "rm -rf "+f)
 	}
@@ -126,10 +121,10 @@ func (c *cleanup) run(ctx context.Context) error {
 		}
 	}
 	var errs []error
-	for _, u := range left.Undo {
-		errs = append(errs, u.Do(ctx))
+	for _, s := range left.Steps {
+		errs = append(errs, s.Do(ctx))
 	}
-	errs = append(errs, r.DeleteAssociations(), r.Apply())
+	errs = append(errs, r.Apply())
 	if rules != nil {
 		errs = append(errs, rules.Apply(ctx, firewall.Desired{}))
 	}
@@ -165,16 +160,16 @@ func (c *cleanup) config(ctx context.Context) *subnet.Config {
 
 // files returns those that are there, and the directories that flanneld makes for
 // them if they hold nothing else.
-func (c *cleanup) files(patterns []string) []string {
+func (c *cleanup) files(patterns, dirs []string) []string {
 	patterns = append([]string{c.options.SubnetFile, c.options.StatusSocket}, patterns...)
 	if c.cni {
 		patterns = append(patterns, c.cniDir)
 	}
-	var files, dirs []string
+	var files []string
 	for _, pattern := range patterns {
 		found, _ := filepath.Glob(pattern) // fails only for a bad pattern
 		files = append(files, found...)
-		if dir := filepath.Dir(pattern); (filepath.Base(dir) == "flannel" || dir == "/var/run/wireguard") && !slices.Contains(dirs, dir) {
+		if dir := filepath.Dir(pattern); filepath.Base(dir) == "flannel" && !slices.Contains(dirs, dir) {
 			dirs = append(dirs, dir)
 		}
 	}

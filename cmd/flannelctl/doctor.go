@@ -3,12 +3,12 @@ package main
 import (
 	"context"
 	"fmt"
-	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
 
-	"github.com/flanneld/flanneld/backend/ipsec"
+	"github.com/flanneld/flanneld/backend"
 	"github.com/flanneld/flanneld/network"
 	"github.com/flanneld/flanneld/subnet"
 )
@@ -50,8 +50,6 @@ var checks = []check{
 	{"forward-drop", "the firewall forwards pods' packets", forwardDrop},
 	{"port-blocked", "the firewall lets peers' packets in", portBlocked},
 	{"port-taken", "nobody else uses the UDP port", portTaken},
-	{"charon-down", "charon runs, and answers, where IPsec needs it", charonDown},
-	{"no-tunnel", "keys have been agreed on with all peers, where packets are encrypted", noTunnel},
 	{"mtu-uplink", "the uplink carries what pods send", mtuUplink},
 	{"mtu-bridge", "pods' devices send no more than that", mtuBridge},
 	{"checksum-offload", "the kernel gets checksums in tunnels right", checksumOffload},
@@ -70,9 +68,39 @@ type patient struct {
 	envErr     error
 	leases     []network.Lease
 	rulesets   []ruleset
+}
 
-	charonPeers map[netip.Addr]bool // whom charon has tunnels with
-	charonErr   error               // why that is not known
+// checksOf returns the checks of a node with a backend, the backend's own among
+// them; of all backends, for "".
+func checksOf(backendType string) []check {
+	all := slices.Clone(checks)
+	for _, t := range backend.Types() {
+		if backendType != "" && t.Name != backendType {
+			continue
+		}
+		for _, c := range t.Checks {
+			all = append(all, check{c.Name, c.About + ", with the " + t.Name + " backend", func(p *patient) []problem { return p.run(c) }})
+		}
+	}
+	return all
+}
+
+// run runs a backend's check.
+func (p *patient) run(c backend.Check) []problem {
+	if p.status.Lease == nil {
+		return nil
+	}
+	n := backend.Node{Networks: p.env.Networks, Devices: p.devices()}
+	for _, l := range p.leases {
+		if !l.Own && l.Problem == "" {
+			n.Peers = append(n.Peers, l.Lease())
+		}
+	}
+	var found []problem
+	for _, f := range c.Run(p.ctx, n) {
+		found = append(found, problem{f.Text, f.Fix})
+	}
+	return found
 }
 
 func (t *tool) doctorCommand() *cobra.Command {
@@ -86,7 +114,7 @@ Exit status 1 says that something was found. Documentation/troubleshooting.md te
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if list {
 				var rows [][]cell
-				for _, c := range checks {
+				for _, c := range checksOf("") {
 					rows = append(rows, []cell{{c.name, t.bold}, {c.about, nil}})
 				}
 				t.table(nil, rows)
@@ -112,11 +140,9 @@ func (t *tool) doctor(ctx context.Context) error {
 	p.env, p.envErr = subnet.ReadEnv(t.options.SubnetFile)
 	p.leases, _ = src.Leases(ctx) // none: other checks say why
 	p.rulesets = rulesets(ctx)
-	if p.status.Backend == ipsec.Type {
-		p.charonPeers, p.charonErr = ipsec.Peers(ctx)
-	}
 	found := []finding{}
-	for _, c := range checks {
+	all := checksOf(p.status.Backend)
+	for _, c := range all {
 		for _, f := range c.look(p) {
 			found = append(found, finding{c.name, f.text, f.fix})
 		}
@@ -124,7 +150,7 @@ func (t *tool) doctor(ctx context.Context) error {
 	if t.output == "json" {
 		err = printJSON(found)
 	} else {
-		t.findings(found)
+		t.findings(found, len(all))
 	}
 	if err == nil && len(found) > 0 {
 		return errFound
@@ -133,9 +159,9 @@ func (t *tool) doctor(ctx context.Context) error {
 }
 
 // findings prints them for people.
-func (t *tool) findings(found []finding) {
+func (t *tool) findings(found []finding, checks int) {
 	if len(found) == 0 {
-		fmt.Fprintln(t.out, t.ok(fmt.Sprintf("All is well: %d checks found nothing.", len(checks))))
+		fmt.Fprintln(t.out, t.ok(fmt.Sprintf("All is well: %d checks found nothing.", checks)))
 		return
 	}
 	for _, f := range found {

@@ -8,6 +8,8 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+
+	"github.com/flanneld/flanneld/pkg/family"
 )
 
 // A candidate is a link that the selector points to.
@@ -18,17 +20,13 @@ type candidate struct {
 	exact netip.Addr   // the one of them that was asked for by itself
 }
 
-var (
-	// own are the devices that flannel's backends create. A pattern never means
-	// them: an overlay cannot run over itself.
-	own = regexp.MustCompile(`^flannel(-v6)?\.[0-9]+$|^flannel[0-9]+$|^flannel-wg(-v6)?$|^flannel\.ipip$`)
+// inner are interfaces that lead to what runs on the host rather than to other
+// hosts, by the names that container and virtual machine tools give them. They
+// hold addresses that a pattern may well match, so they come after all others.
+var inner = regexp.MustCompile(`^lo$|^(cni|cbr|docker|podman|virbr)[0-9]+$|^br-[0-9a-f]{12}$|^(kube-ipvs0|nodelocaldns)$`)
 
-	// inner are interfaces that lead to what runs on the host rather than to
-	// other hosts, by the names that container and virtual machine tools give
-	// them. They hold addresses that a pattern may well match, so they come
-	// after all others.
-	inner = regexp.MustCompile(`^lo$|^(cni|cbr|docker|podman|virbr)[0-9]+$|^br-[0-9a-f]{12}$|^(kube-ipvs0|nodelocaldns)$`)
-)
+// overlay reports whether the device is one of the overlay network's own.
+func (s Selector) overlay(device string) bool { return s.Overlay != nil && s.Overlay(device) }
 
 // byDefault tells whether the selector leaves the interface open.
 func (s Selector) byDefault() bool {
@@ -85,7 +83,7 @@ func (h host) candidates(sel Selector, on func(netip.Addr) bool, ipv4 bool) (fou
 		match("--iface="+name, h.named(name))
 	}
 	for _, re := range sel.Regexps {
-		match("--iface-regex="+re.String(), h.matching(re, on))
+		match("--iface-regex="+re.String(), h.matching(sel, re, on))
 	}
 	if to := sel.CanReach; to.IsValid() {
 		asked := "--iface-can-reach=" + to.String()
@@ -94,7 +92,7 @@ func (h host) candidates(sel Selector, on func(netip.Addr) bool, ipv4 bool) (fou
 			missed = append(missed, fmt.Sprintf("no route for %s (%v)", asked, h.reach.err))
 		case h.reach.local: // the route is lo's, while the others reach us on the address's own interface
 			match(asked, h.holding(to))
-		case l == nil || own.MatchString(l.name):
+		case l == nil || sel.overlay(l.name):
 			missed = append(missed, fmt.Sprintf("no route for %s but over the overlay itself", asked))
 		default:
 			match(asked, []candidate{{link: l, by: []netip.Addr{h.reach.src}}})
@@ -106,30 +104,27 @@ func (h host) candidates(sel Selector, on func(netip.Addr) bool, ipv4 bool) (fou
 	if !sel.byDefault() {
 		return found, missed
 	}
-	for _, public := range []struct {
-		flag string
-		ip   netip.Addr
-	}{{"--public-ip", sel.PublicIP}, {"--public-ipv6", sel.PublicIPv6}} {
-		if !on(public.ip) {
+	for f, public := range sel.publicIPs().Each() {
+		if !on(public) {
 			continue
 		}
-		for _, c := range h.holding(public.ip) {
+		for _, c := range h.holding(public) {
 			// A router's address may sit on lo; peers then come in by the
 			// interface of the default route.
 			if !inner.MatchString(c.name) {
-				c.asked = public.flag + "=" + public.ip.String()
+				c.asked = PublicIPFlags.Of(f) + "=" + public.String()
 				return []candidate{c}, nil
 			}
 		}
 	}
-	family := "IPv6"
+	f := family.IPv6
 	if ipv4 {
-		family = "IPv4"
+		f = family.IPv4
 	}
 	if l := h.at(h.gateway); l != nil {
-		return []candidate{{link: l, asked: "the " + family + " default route"}}, nil
+		return []candidate{{link: l, asked: fmt.Sprintf("the %s default route", f)}}, nil
 	}
-	return nil, []string{"there is no " + family + " default route"}
+	return nil, []string{fmt.Sprintf("there is no %s default route", f)}
 }
 
 // named returns the links that --iface may mean.
@@ -159,10 +154,10 @@ func (h host) holding(ip netip.Addr) []candidate {
 
 // matching returns the links with a usable address that matches, and after them
 // those whose name does.
-func (h host) matching(re *regexp.Regexp, on func(netip.Addr) bool) []candidate {
+func (h host) matching(sel Selector, re *regexp.Regexp, on func(netip.Addr) bool) []candidate {
 	var byAddr, byName []candidate
 	for i, l := range h.links {
-		if own.MatchString(l.name) {
+		if sel.overlay(l.name) {
 			continue
 		}
 		c := candidate{link: &h.links[i]}
@@ -189,33 +184,26 @@ func (c candidate) uplink(sel Selector, ipv4, ipv6 bool) (Uplink, error) {
 		return Uplink{}, fmt.Errorf("%s (%s) cannot be reached at %s: the address is %s", c.name, c.asked, c.exact, a.defect(true))
 	}
 	u := Uplink{Name: c.name, Index: c.index, MTU: c.mtu, MAC: c.mac}
-	for _, f := range []struct {
-		name        string
-		on          bool
-		is          func(netip.Addr) bool
-		own, public *netip.Addr
-		asked       netip.Addr
-	}{
-		{"IPv4", ipv4, netip.Addr.Is4, &u.IPv4, &u.PublicIP, sel.PublicIP},
-		{"IPv6", ipv6, netip.Addr.Is6, &u.IPv6, &u.PublicIPv6, sel.PublicIPv6},
-	} {
-		if !f.on {
+	var own, public family.Pair[netip.Addr]
+	for f, on := range (family.Pair[bool]{IPv4: ipv4, IPv6: ipv6}).Each() {
+		if !on {
 			continue
 		}
-		usable := c.usable(f.is)
-		*f.own = c.ownAddr(f.is, usable, f.asked, sel.Prefer)
-		if !f.own.IsValid() {
+		usable, asked := c.usable(f.Has), sel.publicIPs().Of(f)
+		ip := c.ownAddr(f.Has, usable, asked, sel.Prefer)
+		if !ip.IsValid() {
 			return Uplink{}, fmt.Errorf("%s (%s) has no usable %s address%s: give it one, or set Enable%s to false in the network configuration",
-				c.name, c.asked, f.name, c.defects(f.is), f.name)
+				c.name, c.asked, f, c.defects(f.Has), f)
 		}
-		*f.public = cmp.Or(f.asked, *f.own)
+		*own.At(f), *public.At(f) = ip, cmp.Or(asked, ip)
 		for _, a := range usable {
 			u.Prefixes = append(u.Prefixes, a.onLink)
 		}
-		if a := c.find(*f.own); a.defect(false) != "" { // asked for by name
+		if a := c.find(ip); a.defect(false) != "" { // asked for by name
 			u.Prefixes = append(u.Prefixes, a.onLink)
 		}
 	}
+	u.IPv4, u.IPv6, u.PublicIP, u.PublicIPv6 = own.IPv4, own.IPv6, public.IPv4, public.IPv6
 	slices.SortFunc(u.Prefixes, netip.Prefix.Compare)
 	u.Prefixes = slices.Compact(u.Prefixes)
 	return u, nil

@@ -11,6 +11,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// withOverlay has the selector know the devices of an overlay.
+func withOverlay(sel Selector) Selector {
+	sel.Overlay = func(device string) bool { return strings.HasPrefix(device, "flannel") }
+	return sel
+}
+
 // parseHost reads lines such as "eth0 down 198.18.0.1/24 2001:db8::5/64,tentative".
 func parseHost(t *testing.T, text string) host {
 	t.Helper()
@@ -133,7 +139,7 @@ eth1 alt=enp3s0 198.18.5.1/24 2001:db8:5::1/64`
 		t.Run(c.name, func(t *testing.T) {
 			h := parseHost(t, c.host)
 			h.gateway, h.reach = c.gateway, c.reach
-			u, err := h.choose(c.sel, c.v4, c.v6)
+			u, err := h.choose(withOverlay(c.sel), c.v4, c.v6)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -197,7 +203,7 @@ eth2 fe80::2/64,link 2001:db8:2::1/64,tentative`
 		t.Run(c.name, func(t *testing.T) {
 			h := parseHost(t, c.host)
 			h.reach = c.reach
-			u, err := h.choose(c.sel, c.v4, c.v6)
+			u, err := h.choose(withOverlay(c.sel), c.v4, c.v6)
 			if err == nil {
 				t.Fatalf("got %s", u)
 			}

@@ -8,6 +8,8 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+
+	"github.com/flanneld/flanneld/pkg/family"
 )
 
 // A Selector says how the operator wants the uplink chosen. Names are tried
@@ -28,6 +30,18 @@ type Selector struct {
 	// would do: those of the Uplink in use. The kernel lists a new IPv6 address
 	// before the older ones, which is no reason for a node to move.
 	Prefer []netip.Addr
+
+	// Overlay reports whether a device is one of the overlay network's own; nil:
+	// none is. A pattern or a route never selects such a device, since an overlay
+	// cannot run over itself.
+	Overlay func(device string) bool
+}
+
+// PublicIPFlags are the flags that set Selector.PublicIP and PublicIPv6.
+var PublicIPFlags = family.Pair[string]{IPv4: "--public-ip", IPv6: "--public-ipv6"}
+
+func (s Selector) publicIPs() family.Pair[netip.Addr] {
+	return family.Pair[netip.Addr]{IPv4: s.PublicIP, IPv6: s.PublicIPv6}
 }
 
 // An Uplink is the interface that peers reach this node on. Addresses are zero
@@ -41,6 +55,27 @@ type Uplink struct {
 	IPv4, IPv6           netip.Addr     // the interface's own
 	PublicIP, PublicIPv6 netip.Addr     // what peers use: as asked for, else the above
 	Prefixes             []netip.Prefix // that are on the link, both families, sorted
+}
+
+// Addrs returns the interface's own addresses.
+func (u Uplink) Addrs() family.Pair[netip.Addr] {
+	return family.Pair[netip.Addr]{IPv4: u.IPv4, IPv6: u.IPv6}
+}
+
+// PublicIPs returns the addresses that peers use.
+func (u Uplink) PublicIPs() family.Pair[netip.Addr] {
+	return family.Pair[netip.Addr]{IPv4: u.PublicIP, IPv6: u.PublicIPv6}
+}
+
+// CheckPublicIPs returns an error where peers cannot use the node's public
+// addresses since they are not the interface's own, as behind NAT.
+func (u Uplink) CheckPublicIPs() error {
+	for f, own := range u.Addrs().Each() {
+		if public := u.PublicIPs().Of(f); own != public {
+			return fmt.Errorf("%s, which is not an address of %s (that is %s): leave out %s", public, u.Name, own, PublicIPFlags.Of(f))
+		}
+	}
+	return nil
 }
 
 // Equal tells whether nothing differs.
@@ -60,13 +95,13 @@ func (u Uplink) OnLink(peer netip.Addr) bool {
 // 203.0.113.7), mtu 1500".
 func (u Uplink) String() string {
 	var parts []string
-	for _, a := range []struct{ own, public netip.Addr }{{u.IPv4, u.PublicIP}, {u.IPv6, u.PublicIPv6}} {
-		switch {
-		case !a.own.IsValid():
-		case a.own == a.public:
-			parts = append(parts, a.own.String())
+	for f, own := range u.Addrs().Each() {
+		switch public := u.PublicIPs().Of(f); {
+		case !own.IsValid():
+		case own == public:
+			parts = append(parts, own.String())
 		default:
-			parts = append(parts, fmt.Sprintf("%s (known to peers as %s)", a.own, a.public))
+			parts = append(parts, fmt.Sprintf("%s (known to peers as %s)", own, public))
 		}
 	}
 	return fmt.Sprintf("%s %s, mtu %d", u.Name, strings.Join(parts, ", "), u.MTU)

@@ -4,9 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"slices"
 
-	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
@@ -152,50 +150,4 @@ func policyPrefix(a nl.XfrmAddress, family uint16, bits uint8) netip.Prefix {
 		return netip.PrefixFrom(netip.AddrFrom4([4]byte(a[:4])), int(bits))
 	}
 	return netip.PrefixFrom(netip.AddrFrom16(a), int(bits))
-}
-
-// Associations returns the commands that delete the security associations between
-// the ends of policies that are ours and not wanted, as of the last Diff. Whoever
-// keeps keys makes and deletes them; they stay where he is killed.
-func (r *Reconciler) Associations() ([]string, error) {
-	all, err := r.associations()
-	var commands []string
-	for _, a := range all {
-		commands = append(commands, fmt.Sprintf("ip xfrm state delete src %s dst %s proto esp spi %#x", a.Src, a.Dst, uint32(a.Spi)))
-	}
-	slices.Sort(commands)
-	return commands, err
-}
-
-// DeleteAssociations deletes these.
-func (r *Reconciler) DeleteAssociations() error {
-	all, err := r.associations()
-	errs := []error{err}
-	for _, a := range all {
-		if err := r.links.XfrmStateDel(&a); err != nil && !errors.Is(err, unix.ESRCH) {
-			errs = append(errs, fmt.Errorf("the security association from %s to %s: %w", a.Src, a.Dst, err))
-		}
-	}
-	return errors.Join(errs...)
-}
-
-func (r *Reconciler) associations() ([]netlink.XfrmState, error) {
-	ends := map[[2]netip.Addr]bool{}
-	for _, e := range r.entries {
-		if p, ok := e.have.(Policy); ok && e.want == nil && r.ours(p) {
-			ends[[2]netip.Addr{p.From, p.To}] = true
-		}
-	}
-	if len(ends) == 0 {
-		return nil, nil
-	}
-	states, err := netlink.XfrmStateList(netlink.FAMILY_ALL)
-	if err != nil {
-		return nil, fmt.Errorf("reading security associations: %w", err)
-	}
-	return slices.DeleteFunc(states, func(s netlink.XfrmState) bool {
-		from, _ := netip.AddrFromSlice(s.Src)
-		to, _ := netip.AddrFromSlice(s.Dst)
-		return s.Proto != netlink.XFRM_PROTO_ESP || s.Mode != netlink.XFRM_MODE_TUNNEL || s.Reqid != PolicyID || !ends[[2]netip.Addr{from.Unmap(), to.Unmap()}]
-	}), nil
 }

@@ -14,24 +14,22 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-	"k8s.io/klog/v2"
 )
 
-// questions are asked of the goroutine that owns the node, which runs them
-// between two of its own duties.
-type questions struct {
-	asked     chan func()
-	answering chan struct{} // closed once it does
+// A statusServer passes requests to the goroutine that owns the node, which runs them
+// between two events.
+type statusServer struct {
+	requests chan func()
+	serving  chan struct{} // closed once the goroutine runs requests
 }
 
-func newQuestions() questions { return questions{make(chan func()), make(chan struct{})} }
+func newStatusServer() statusServer { return statusServer{make(chan func()), make(chan struct{})} }
 
-// ask has f run, if there is somebody to do so before ctx ends. f must not wait
-// for anything.
-func (q questions) ask(ctx context.Context, f func()) error {
+// do has the goroutine run f, unless ctx ends before. f must not wait for anything.
+func (s statusServer) do(ctx context.Context, f func()) error {
 	done := make(chan struct{})
 	select {
-	case q.asked <- func() { f(); close(done) }:
+	case s.requests <- func() { f(); close(done) }:
 		<-done
 		return nil
 	case <-ctx.Done():
@@ -39,24 +37,24 @@ func (q questions) ask(ctx context.Context, f func()) error {
 	}
 }
 
-// answerFor is how long flanneld takes at most to answer a question.
-const answerFor = 10 * time.Second
+// requestTimeout is how long a request may take.
+const requestTimeout = 10 * time.Second
 
-// answer serves flannelctl on a unix socket until ctx ends. That it cannot is
-// worth a warning and no more.
-func (n *node) answer(ctx context.Context) {
+// serveStatus serves flannelctl on a unix socket until ctx ends. The node works
+// without the socket, too.
+func (n *node) serveStatus(ctx context.Context) {
 	if n.StatusSocket == "" {
 		return
 	}
 	l, err := listenUnix(n.StatusSocket)
 	if err != nil {
-		klog.Warningf("flannelctl will have to look for itself: --status-socket: %v", err)
+		n.log.Error(err, "Cannot serve flannelctl, which has to inspect the node without the daemon", "flag", "--status-socket")
 		return
 	}
 	mux := http.NewServeMux()
 	serve := func(path string, f func(context.Context) (any, error)) {
 		mux.HandleFunc("GET "+path, func(w http.ResponseWriter, r *http.Request) {
-			ctx, cancel := context.WithTimeout(r.Context(), answerFor)
+			ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
 			defer cancel()
 			v, err := f(ctx)
 			if err != nil {
@@ -64,60 +62,60 @@ func (n *node) answer(ctx context.Context) {
 				return
 			}
 			w.Header().Set("Content-Type", "application/json")
-			_ = json.NewEncoder(w).Encode(v) // whoever asked may be gone
+			_ = json.NewEncoder(w).Encode(v) // fails where the client is gone
 		})
 	}
 	serve("/status", func(ctx context.Context) (any, error) {
 		var s Status
 		select {
-		case <-n.answering:
-			if err := n.ask(ctx, func() { s = n.status() }); err != nil {
+		case <-n.status.serving:
+			if err := n.status.do(ctx, func() { s = n.view().status() }); err != nil {
 				return nil, err
 			}
-		default: // it is not as far yet
-			s = n.statusOfStore()
+		default: // the main loop does not run yet
+			s = view{Options: n.Options, waiting: n.health.waitingFor()}.statusOfStore()
 		}
 		s.Daemon = true
 		return s, nil
 	})
 	serve("/leases", func(ctx context.Context) (any, error) {
 		var leases []Lease
-		if err := n.ask(ctx, func() { leases = n.leaseList() }); err != nil {
+		if err := n.status.do(ctx, func() { leases = n.view().leaseList() }); err != nil {
 			return nil, err
 		}
-		n.expiries(ctx, leases)
+		fillExpiries(ctx, n.Manager, leases)
 		return leases, nil
 	})
 	serve("/diff", func(ctx context.Context) (any, error) {
-		var d demand
+		var d desired
 		var failed error
-		if err := n.ask(ctx, func() { d, failed = n.demand() }); err != nil {
+		if err := n.status.do(ctx, func() { d, failed = n.view().desired(n.kernel) }); err != nil {
 			return nil, err
 		}
 		if failed != nil {
 			return nil, failed
 		}
-		return d.all(ctx)
+		return d.diff(ctx)
 	})
-	serve("/skew", func(ctx context.Context) (any, error) { return skew(ctx, n.Manager) })
-	server := &http.Server{Handler: mux, ReadHeaderTimeout: answerFor, BaseContext: func(net.Listener) context.Context { return ctx }}
+	serve("/skew", func(ctx context.Context) (any, error) { return clockSkew(ctx, n.Manager) })
+	server := &http.Server{Handler: mux, ReadHeaderTimeout: requestTimeout, BaseContext: func(net.Listener) context.Context { return ctx }}
 	n.group.Go(func() {
 		if err := server.Serve(l); ctx.Err() == nil {
-			klog.Errorf("flannelctl gets no answers any more: %v", err)
+			n.log.Error(err, "The status server stopped")
 		}
 	})
 	context.AfterFunc(ctx, func() { server.Close() })
 }
 
-// listenUnix listens on a socket for root alone. One that a daemon has left
-// behind is replaced, one that is in use is not.
+// listenUnix listens on a socket for root alone. A socket that a daemon has left
+// behind is replaced, a socket that is in use is not.
 func listenUnix(path string) (net.Listener, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, err
 	}
 	if info, err := os.Lstat(path); err == nil {
 		if info.Mode().Type() != os.ModeSocket {
-			return nil, fmt.Errorf("%s is there and no socket", path)
+			return nil, fmt.Errorf("%s exists and is not a socket", path)
 		}
 		conn, err := net.Dial("unix", path)
 		if err == nil {
@@ -142,10 +140,10 @@ func listenUnix(path string) (net.Listener, error) {
 	return l, nil
 }
 
-// A Client asks a daemon by its socket.
+// A Client sends requests to a daemon through its socket.
 type Client struct{ http *http.Client }
 
-// NewClient returns a Client of the daemon with a socket. Nobody is asked yet.
+// NewClient returns a Client of the daemon with a socket. It does not connect yet.
 func NewClient(socket string) *Client {
 	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return (&net.Dialer{}).DialContext(ctx, "unix", socket)
@@ -153,7 +151,7 @@ func NewClient(socket string) *Client {
 	return &Client{&http.Client{Transport: &http.Transport{DialContext: dial, DisableKeepAlives: true}}}
 }
 
-// get asks a question. An error that the daemon answers with has its words.
+// get sends a request. The error that the daemon answers with is returned as it is.
 func (c *Client) get(ctx context.Context, path string, into any) error {
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://flanneld"+path, nil)
 	if err != nil {
@@ -174,7 +172,7 @@ func (c *Client) get(ctx context.Context, path string, into any) error {
 	return json.Unmarshal(body, into)
 }
 
-// Status returns what the daemon says of itself.
+// Status returns the status of the daemon's node.
 func (c *Client) Status(ctx context.Context) (s Status, err error) {
 	err = c.get(ctx, "/status", &s)
 	return s, err
@@ -198,5 +196,5 @@ func (c *Client) Skew(ctx context.Context) (d time.Duration, err error) {
 	return d, err
 }
 
-// Close ends it.
+// Close does nothing: no connection is kept.
 func (c *Client) Close() {}

@@ -1,6 +1,7 @@
 package ipsec
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -12,45 +13,116 @@ import (
 	"strings"
 
 	"github.com/strongswan/govici/vici"
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/pkg/kernel"
 	"github.com/flanneld/flanneld/pkg/proc"
 	"github.com/flanneld/flanneld/subnet"
 )
 
-// leftovers finds the charon that flanneld has started, or else what it has told
-// another one. Policies are the kernel's to show, and associations go with charon.
-func leftovers(ctx context.Context, _ *subnet.Config, _ subnet.Subnets) (backend.Leftovers, error) {
-	var l backend.Leftovers
+// cleanup finds the charon that flanneld has started, or else what flanneld has
+// given another one; and the security associations, which a charon that was killed
+// leaves. Policies are among the kernel's objects.
+func cleanup(ctx context.Context, _ *subnet.Config, env subnet.Env) (backend.Cleanup, error) {
+	c, err := cleanupCharon(ctx)
+	if err != nil {
+		return c, err
+	}
+	steps, err := associationSteps(env.Networks.Each())
+	c.Steps = append(c.Steps, steps...)
+	return c, err
+}
+
+// associationSteps returns the steps that delete the security associations of our
+// policies.
+func associationSteps(networks []netip.Prefix) (steps []backend.CleanupStep, err error) {
+	states, err := associations(networks)
+	for _, s := range states {
+		steps = append(steps, backend.CleanupStep{
+			Command: fmt.Sprintf("ip xfrm state delete src %s dst %s proto esp spi %#x", s.Src, s.Dst, uint32(s.Spi)),
+			Do: func(context.Context) error {
+				if err := netlink.XfrmStateDel(&s); err != nil && !errors.Is(err, unix.ESRCH) {
+					return fmt.Errorf("the security association from %s to %s: %w", s.Src, s.Dst, err)
+				}
+				return nil
+			},
+		})
+	}
+	return steps, err
+}
+
+// associations returns the security associations of tunnels whose policies are ours:
+// those with PolicyID between subnets of the networks.
+func associations(networks []netip.Prefix) ([]netlink.XfrmState, error) {
+	inside := func(n *net.IPNet) bool {
+		if n == nil {
+			return false
+		}
+		ip, _ := netip.AddrFromSlice(n.IP)
+		return slices.ContainsFunc(networks, func(n netip.Prefix) bool { return n.Contains(ip.Unmap()) })
+	}
+	policies, err := netlink.XfrmPolicyList(netlink.FAMILY_ALL)
+	if errors.Is(err, unix.EPROTONOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EINVAL) {
+		return nil, nil // this kernel has no IPsec
+	}
+	if err != nil {
+		return nil, fmt.Errorf("reading IPsec policies: %w", err)
+	}
+	ends := map[[2]string]bool{}
+	for _, p := range policies {
+		for _, t := range p.Tmpls {
+			if t.Reqid == kernel.PolicyID && inside(p.Src) && inside(p.Dst) {
+				ends[[2]string{t.Src.String(), t.Dst.String()}] = true
+			}
+		}
+	}
+	if len(ends) == 0 {
+		return nil, nil
+	}
+	states, err := netlink.XfrmStateList(netlink.FAMILY_ALL)
+	if err != nil {
+		return nil, fmt.Errorf("reading security associations: %w", err)
+	}
+	states = slices.DeleteFunc(states, func(s netlink.XfrmState) bool {
+		return s.Proto != netlink.XFRM_PROTO_ESP || s.Mode != netlink.XFRM_MODE_TUNNEL || s.Reqid != kernel.PolicyID ||
+			!ends[[2]string{s.Src.String(), s.Dst.String()}]
+	})
+	slices.SortFunc(states, func(a, b netlink.XfrmState) int { return cmp.Compare(uint32(a.Spi), uint32(b.Spi)) })
+	return states, nil
+}
+
+func cleanupCharon(ctx context.Context) (backend.Cleanup, error) {
+	var c backend.Cleanup
 	for _, pid := range started() {
-		l.Undo = append(l.Undo, backend.Undo{
+		c.Steps = append(c.Steps, backend.CleanupStep{
 			Command: fmt.Sprintf("kill %d    # charon", pid),
 			Do:      func(context.Context) error { return end(pid) },
 		})
 	}
-	if len(l.Undo) > 0 || dead() {
-		l.Files = []string{strings.TrimSuffix(charonSocket, "vici") + "*"} // it leaves its sockets
-		return l, nil
+	if len(c.Steps) > 0 || dead() {
+		c.Files = []string{strings.TrimSuffix(charonSocket, "vici") + "*"} // charon leaves its sockets
+		return c, nil
 	}
 	names, keys, err := loaded(ctx)
 	if err != nil {
-		l.Notes = append(l.Notes, fmt.Sprintf("what charon has been told, which does not answer (%v): swanctl --load-all --clear", err))
+		c.Notes = append(c.Notes, fmt.Sprintf("the connections in charon, which does not answer (%v): swanctl --load-all --clear", err))
 	}
 	if len(names)+len(keys) > 0 {
-		commands := []string{"swanctl --load-all --clear"} // forgets what is not in its files
+		commands := []string{"swanctl --load-all --clear"} // unloads what is not in its files
 		for _, name := range names {
 			commands = append(commands, "swanctl --terminate --force --ike "+name)
 		}
-		l.Undo = []backend.Undo{{
+		c.Steps = []backend.CleanupStep{{
 			Command: strings.Join(commands, "\n"),
-			Do:      func(ctx context.Context) error { return forget(ctx, names, keys) },
+			Do:      func(ctx context.Context) error { return unload(ctx, names, keys) },
 		}}
 	}
-	return l, nil
+	return c, nil
 }
 
-// dead tells whether there was a charon, and nobody listens any more.
+// dead reports whether there was a charon, which has ended.
 func dead() bool {
 	c, err := net.Dial("unix", charonSocket)
 	if err == nil {
@@ -145,8 +217,8 @@ func isTunnel(name string) bool {
 	return true
 }
 
-// forget has a running charon forget these, and end the tunnels.
-func forget(ctx context.Context, names, keys []string) error {
+// unload has a running charon unload connections and keys, and end the tunnels.
+func unload(ctx context.Context, names, keys []string) error {
 	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
 	defer cancel()
 	s, err := vici.NewSession(vici.WithAddr("unix", charonSocket))

@@ -44,13 +44,13 @@ func TestListenUnix(t *testing.T) {
 	}
 }
 
-// TestAnswer: there is an answer also before the configuration is known, and
-// questions wait for their turn, but not for ever.
-func TestAnswer(t *testing.T) {
+// TestStatusServer: there is a status also before the configuration is known, and
+// requests wait for the main loop, but not for ever.
+func TestStatusServer(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	path := filepath.Join(t.TempDir(), "flanneld.sock")
-	n := &node{Options: Options{StatusSocket: path, Version: "v1", Manager: newManager("{}")}, questions: newQuestions(), health: &health{missing: "the network's configuration"}}
-	n.answer(ctx)
+	n := &node{Options: Options{StatusSocket: path, Version: "v1", Manager: newManager("{}")}, status: newStatusServer(), health: &health{missing: "the network's configuration"}}
+	n.serveStatus(ctx)
 	defer n.group.Wait()
 	defer cancel()
 	c := NewClient(path)
@@ -60,7 +60,7 @@ func TestAnswer(t *testing.T) {
 	}
 
 	n.started, n.ready, n.health.missing = time.Now(), true, ""
-	close(n.answering)
+	close(n.status.serving)
 	var asking sync.WaitGroup
 	asking.Go(func() {
 		if s, err := c.Status(ctx); err != nil || !s.Ready {
@@ -69,17 +69,17 @@ func TestAnswer(t *testing.T) {
 	})
 	asking.Go(func() {
 		if _, err := c.Diff(ctx); err == nil || !strings.Contains(err.Error(), "not known yet") {
-			t.Errorf("what is wanted, without a lease: %v", err)
+			t.Errorf("the diff without a lease: %v", err)
 		}
 	})
 	for range 2 {
-		(<-n.asked)()
+		(<-n.status.requests)()
 	}
 	asking.Wait()
 
 	busy, giveUp := context.WithCancel(ctx)
 	giveUp()
-	if err := n.ask(busy, func() { t.Error("it was asked all the same") }); err == nil {
+	if err := n.status.do(busy, func() { t.Error("it was asked all the same") }); err == nil {
 		t.Error("nobody had time, and that is no error")
 	}
 }

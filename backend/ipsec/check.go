@@ -1,0 +1,89 @@
+package ipsec
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+
+	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/pkg/family"
+	"github.com/flanneld/flanneld/pkg/proc"
+	"github.com/flanneld/flanneld/subnet"
+)
+
+var checks = []backend.Check{
+	{Name: "charon-down", About: "charon runs, and answers", Run: checkCharon},
+	{Name: "no-tunnel", About: "charon has a tunnel to each peer", Run: checkTunnels},
+}
+
+func checkCharon(ctx context.Context, _ backend.Node) []backend.Problem {
+	_, err := remoteHosts(ctx)
+	if err == nil {
+		return nil
+	}
+	text := "there are no tunnels, or their keys are not renewed: "
+	if errors.Is(err, errNoCharon) {
+		return []backend.Problem{{Text: text + err.Error(), Fix: []string{
+			"apt-get install strongswan-charon strongswan-swanctl libstrongswan-standard-plugins && systemctl restart flanneld",
+		}}}
+	}
+	fix := []string{"systemctl restart flanneld"}
+	for _, pid := range proc.Find("charon") {
+		if fix = []string{fmt.Sprintf("kill -KILL %d    # flanneld starts it again", pid)}; proc.State(pid) == 'T' {
+			fix = []string{fmt.Sprintf("kill -CONT %d", pid)}
+		}
+	}
+	return []backend.Problem{{Text: text + "charon does not answer: " + err.Error(), Fix: fix}}
+}
+
+func checkTunnels(ctx context.Context, n backend.Node) []backend.Problem {
+	hosts, err := remoteHosts(ctx)
+	if err != nil {
+		return nil // charon-down reports that
+	}
+	var found []backend.Problem
+	for _, p := range n.Peers {
+		for _, ip := range p.Attrs.PublicIPs() {
+			if hosts[ip] || !n.Networks.Of(family.Of(ip)).IsValid() {
+				continue
+			}
+			found = append(found, backend.Problem{
+				Text: fmt.Sprintf("charon has no tunnel to %s of %s", ip, p.Subnets),
+				Fix:  []string{"flannelctl doctor    # on that node", "swanctl --list-sas"},
+			})
+		}
+	}
+	return found
+}
+
+// Diff implements backend.Differ: it compares the connections that charon has with
+// those of the peers. Where charon does not answer, its check reports that, and
+// there is nothing to compare.
+func (b *ipsec) Diff(ctx context.Context, own subnet.Lease, peers []subnet.Lease) ([]string, error) {
+	if _, err := remoteHosts(ctx); err != nil {
+		return nil, nil
+	}
+	have, _, err := loaded(ctx)
+	if err != nil {
+		return nil, err
+	}
+	missing := map[string]bool{}
+	for _, p := range peers {
+		for _, t := range b.tunnels(own, p) {
+			missing[t.name()] = true
+		}
+	}
+	var commands []string
+	for _, name := range have {
+		if !missing[name] {
+			commands = append(commands, "swanctl --terminate --ike "+name+"    # and flanneld unloads the connection")
+		}
+		delete(missing, name)
+	}
+	for _, name := range slices.Sorted(maps.Keys(missing)) {
+		commands = append(commands, fmt.Sprintf("systemctl restart flanneld    # charon lacks the connection %s", name))
+	}
+	return commands, nil
+}

@@ -1,0 +1,84 @@
+package wireguard
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"slices"
+	"time"
+
+	"golang.zx2c4.com/wireguard/wgctrl"
+
+	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/subnet"
+)
+
+var checks = []backend.Check{
+	{Name: "no-tunnel", About: "WireGuard has had a handshake with each peer that packets were sent to", Run: checkHandshakes},
+}
+
+// checkHandshakes finds peers that were sent something and have never answered.
+func checkHandshakes(_ context.Context, n backend.Node) []backend.Problem {
+	c, err := wgctrl.New()
+	if err != nil {
+		return nil
+	}
+	defer c.Close()
+	var found []backend.Problem
+	for _, name := range n.Devices {
+		d, err := c.Device(name)
+		if err != nil {
+			continue // the device is missing, or cannot be read
+		}
+		for _, peer := range d.Peers {
+			if !peer.LastHandshakeTime.IsZero() || peer.TransmitBytes == 0 {
+				continue
+			}
+			holder := peer.PublicKey.String()
+			for _, l := range n.Peers {
+				if slices.Contains(published(l), peer.PublicKey) {
+					holder = l.Subnets.String()
+				}
+			}
+			found = append(found, backend.Problem{
+				Text: fmt.Sprintf("%s has had no handshake with %s at %v", name, holder, peer.Endpoint),
+				Fix:  []string{"flannelctl doctor    # on that node", "wg show " + name},
+			})
+		}
+	}
+	return found
+}
+
+// Diff implements backend.Differ: it compares what the devices hold of peers with
+// the peers' leases.
+func (w *wireguard) Diff(_ context.Context, own subnet.Lease, peers []subnet.Lease) ([]string, error) {
+	key, err := readKey(keyFile())
+	if err != nil {
+		return nil, err
+	}
+	c, err := wgctrl.New()
+	if err != nil {
+		return nil, fmt.Errorf("generic netlink: %w", err)
+	}
+	defer c.Close()
+	leases := map[subnet.Subnets]subnet.Lease{}
+	for _, p := range peers {
+		leases[p.Subnets] = p
+	}
+	var commands []string
+	for _, t := range w.tunnels {
+		have, err := c.Device(t.dev)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // the device is among the kernel's objects
+		}
+		if err != nil {
+			return nil, fmt.Errorf("reading %s: %w", t.dev, err)
+		}
+		steps, _ := changes(t.dev, have, w.config(t, key, own, leases), nil, false, time.Now())
+		for _, s := range steps {
+			commands = append(commands, s.commands...)
+		}
+	}
+	return commands, nil
+}

@@ -1,0 +1,164 @@
+package network
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/pkg/family"
+	"github.com/flanneld/flanneld/pkg/firewall"
+	"github.com/flanneld/flanneld/pkg/iface"
+	"github.com/flanneld/flanneld/pkg/kernel"
+	"github.com/flanneld/flanneld/subnet"
+)
+
+// desired is what a node needs of its host, beside what its kernel lacks.
+type desired struct {
+	plan     nodePlan
+	commands []string // that the kernel needs
+	backend  backend.Backend
+	own      subnet.Lease
+	peers    []subnet.Lease
+}
+
+// desired returns what the node needs. r reads the kernel's tables; it knows what
+// the plans call for.
+func (v view) desired(r *kernel.Reconciler) (desired, error) {
+	if v.state == nil || v.own == nil || v.leases == nil {
+		return desired{}, fmt.Errorf("the plan for this node is not known yet: waiting for %s", v.waiting)
+	}
+	commands, err := r.Diff()
+	return desired{v.planNode(v.Options), commands, v.backend, *v.own, v.peers()}, err
+}
+
+// diff returns the commands that the kernel, the backend and the firewall need.
+func (d desired) diff(ctx context.Context) ([]string, error) {
+	var more []string
+	if b, ok := d.backend.(backend.Differ); ok {
+		var err error
+		if more, err = b.Diff(ctx, d.own, d.peers); err != nil {
+			return nil, err
+		}
+	}
+	rules, err := d.plan.diffRules(ctx)
+	return slices.Concat(d.commands, more, rules), err
+}
+
+// diffRules returns the commands that the firewall needs.
+func (p nodePlan) diffRules(ctx context.Context) ([]string, error) {
+	driver, err := firewall.New(ctx, p.nftables)
+	if err != nil {
+		if p.rules.IPv4.IsZero() && p.rules.IPv6.IsZero() {
+			return nil, nil
+		}
+		return nil, err
+	}
+	return driver.Plan(ctx, p.rules)
+}
+
+// An Inspection compares a node with the plans for it without the daemon: with the
+// store, subnet.env and the flags. It is for one goroutine.
+type Inspection struct {
+	view
+	kernel *kernel.Reconciler
+}
+
+// Inspect reads the store of o's Manager and the host until ctx ends, and changes
+// neither. What cannot be found out is missing in the Status, which says why.
+func Inspect(ctx context.Context, o Options) (*Inspection, error) {
+	r, err := kernel.New()
+	if err != nil {
+		return nil, err
+	}
+	o.Uplink.Overlay = backend.Device
+	i := &Inspection{view{Options: o, state: &state{}}, r}
+	if err := i.inspect(ctx); err != nil {
+		i.waiting = err.Error()
+		if s := i.statusOfStore().Store; s.Trouble != "" && errors.Is(err, context.DeadlineExceeded) {
+			i.waiting = s.Name + ": " + s.Trouble
+		}
+	}
+	return i, nil
+}
+
+func (i *Inspection) inspect(ctx context.Context) (err error) {
+	if i.cfg, err = i.Manager.Config(ctx); err != nil {
+		return fmt.Errorf("the network's configuration: %w", err)
+	}
+	var known bool
+	if i.Uplink, known = <-i.Manager.Select(ctx, i.Uplink); !known {
+		return fmt.Errorf("this node to be known: %w", ctx.Err())
+	}
+	if i.uplink, err = iface.Find(i.Uplink, i.cfg.IPv4.Enabled(), i.cfg.IPv6.Enabled()); err != nil {
+		return fmt.Errorf("an uplink: %w", err)
+	}
+	if i.backend, err = backend.New(i.cfg, i.uplink); err != nil {
+		return err
+	}
+	select {
+	case u, ok := <-i.Manager.Watch(ctx):
+		if !ok {
+			return ctx.Err()
+		}
+		i.applyUpdate(u)
+	case <-ctx.Done():
+		return fmt.Errorf("the leases: %w", ctx.Err())
+	}
+	env, envErr := subnet.ReadEnv(i.SubnetFile)
+	own := i.ownLease(env.Subnets)
+	if own == nil {
+		return fmt.Errorf("a lease: none is this node's, which has %s", strings.Trim(fmt.Sprint(family.Valid(i.uplink.PublicIPs())), "[]"))
+	}
+	if r, ok := i.Manager.(subnet.Reporter); ok {
+		ends, err := r.Expiries(ctx, own.Subnets)
+		if err != nil {
+			return err
+		}
+		own.Expires = ends[own.Subnets]
+	}
+	i.own = own
+	p := i.planNode(i.Options)
+	i.kernel.Networks = p.networks
+	i.kernel.Set(nodeOwner, p.objects)
+	for owner, objects := range i.planAllPeers().objects {
+		i.kernel.Set(owner, objects)
+	}
+	i.fileWritten = envErr == nil && env == p.env
+	missing, err := p.diffRules(ctx)
+	i.rulesSet = err == nil && len(missing) == 0
+	return nil
+}
+
+// Close closes what reads the kernel.
+func (i *Inspection) Close() { i.kernel.Close() }
+
+// Status returns what was found.
+func (i *Inspection) Status(context.Context) (Status, error) { return i.status(), nil }
+
+// Leases returns all leases, with their ends where the store knows them.
+func (i *Inspection) Leases(ctx context.Context) ([]Lease, error) {
+	if i.leases == nil {
+		return nil, errors.New(i.waiting)
+	}
+	leases := i.leaseList()
+	fillExpiries(ctx, i.Manager, leases)
+	return leases, nil
+}
+
+// Diff returns the commands that would make the host what it should be.
+func (i *Inspection) Diff(ctx context.Context) ([]string, error) {
+	d, err := i.desired(i.kernel)
+	if err != nil {
+		return nil, err
+	}
+	return d.diff(ctx)
+}
+
+// Skew returns how much this host's clock is ahead of the store's.
+func (i *Inspection) Skew(ctx context.Context) (time.Duration, error) {
+	return clockSkew(ctx, i.Manager)
+}

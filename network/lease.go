@@ -1,0 +1,116 @@
+package network
+
+import (
+	"context"
+	"errors"
+
+	"k8s.io/klog/v2"
+
+	"github.com/flanneld/flanneld/pkg/retry"
+	"github.com/flanneld/flanneld/subnet"
+)
+
+// A leaseKeeper acquires the node's lease and keeps it, in a goroutine of its own:
+// the store may be away for long, while the kernel's objects are still reconciled.
+type leaseKeeper struct {
+	leases chan acquired // each lease that was acquired
+	failed chan error    // what neither waiting nor retrying can solve
+
+	manager subnet.Manager
+	metrics *metrics
+	stop    func() // ends the goroutine and waits for it
+
+	// Of the goroutine alone.
+	held *subnet.Lease  // nil: none
+	cfg  *subnet.Config // that the lease was acquired from
+}
+
+// An acquired lease comes with the setup that it was acquired for.
+type acquired struct {
+	subnet.Lease
+	setup
+}
+
+func newLeaseKeeper(m subnet.Manager, s *metrics) *leaseKeeper {
+	return &leaseKeeper{leases: make(chan acquired), failed: make(chan error), manager: m, metrics: s, stop: func() {}}
+}
+
+// acquire has a lease for s acquired and kept, in place of any earlier one: of these
+// subnets, if possible.
+func (k *leaseKeeper) acquire(ctx context.Context, s setup, subnets subnet.Subnets) {
+	ctx, cancel := context.WithCancel(ctx)
+	before, done := k.stop, make(chan struct{})
+	k.stop = func() {
+		cancel()
+		<-done
+	}
+	go func() {
+		defer close(done)
+		before()
+		if err := k.keep(ctx, s, subnets); err != nil && ctx.Err() == nil {
+			select {
+			case k.failed <- err:
+			case <-ctx.Done():
+			}
+		}
+	}()
+}
+
+func (k *leaseKeeper) keep(ctx context.Context, s setup, subnets subnet.Subnets) error {
+	attrs, err := k.attrs(ctx, s)
+	if err != nil {
+		return err
+	}
+	if k.held != nil && (k.cfg != s.cfg || !k.held.Attrs.Equal(attrs)) {
+		k.held = nil
+	}
+	for k.cfg = s.cfg; ; {
+		if k.held == nil {
+			lease, err := k.manager.Acquire(ctx, s.cfg, subnet.Lease{Subnets: subnets, Attrs: attrs})
+			if err != nil {
+				return err
+			}
+			k.held = &lease
+		}
+		select {
+		case k.leases <- acquired{*k.held, s}:
+		case <-ctx.Done():
+			return nil
+		}
+		if err := k.manager.Keep(ctx, *k.held); !errors.Is(err, subnet.ErrLost) && !errors.Is(err, subnet.ErrChanged) {
+			return err
+		}
+		subnets, k.held = k.held.Subnets, nil // the subnets may be free again
+	}
+}
+
+// attrs returns what the node is to publish: its addresses, and the backend's data,
+// which depends on what the node published before.
+func (k *leaseKeeper) attrs(ctx context.Context, s setup) (subnet.Attrs, error) {
+	self := subnet.Attrs{PublicIP: s.uplink.PublicIP, PublicIPv6: s.uplink.PublicIPv6}
+	var previous subnet.Attrs
+	var err error
+	if k.held != nil {
+		previous = k.held.Attrs
+	} else if previous, err = k.manager.Previous(ctx, self); err != nil {
+		return self, err
+	}
+	var pause retry.Backoff
+	var last retry.Trouble
+	for {
+		attrs, err := s.backend.Attrs(ctx, previous)
+		if err == nil {
+			attrs.PublicIP, attrs.PublicIPv6 = self.PublicIP, self.PublicIPv6
+			return attrs, nil
+		}
+		if ctx.Err() == nil {
+			k.metrics.failed("Publishing")
+			if last.News(err) {
+				klog.FromContext(ctx).Error(err, "Waiting for what this node is to publish")
+			}
+		}
+		if err := pause.Sleep(ctx); err != nil {
+			return self, err
+		}
+	}
+}

@@ -1,0 +1,216 @@
+package network
+
+import (
+	"fmt"
+	"maps"
+	"net/netip"
+
+	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/pkg/family"
+	"github.com/flanneld/flanneld/pkg/firewall"
+	"github.com/flanneld/flanneld/pkg/iface"
+	"github.com/flanneld/flanneld/pkg/kernel"
+	"github.com/flanneld/flanneld/subnet"
+)
+
+// This file is the pure core: it decides what the node and its peers need, and
+// does no I/O. The main loop executes what it returns; flannelctl without a
+// daemon compares it with the host. Scenarios are in testdata/*.txt.
+
+// A setup is what a node's network is made from.
+type setup struct {
+	cfg     *subnet.Config
+	uplink  iface.Uplink
+	backend backend.Backend // nil: there is no uplink yet
+}
+
+// state is what is known of this node and its peers.
+type state struct {
+	setup
+	own      *subnet.Lease                   // nil: none yet
+	leases   map[subnet.Subnets]subnet.Lease // of all nodes, our own too; nil: not known yet
+	problems map[subnet.Subnets]string       // what is wrong with leases of peers
+}
+
+// A nodePlan is what the node itself needs, whoever its peers are.
+type nodePlan struct {
+	networks []netip.Prefix // inside these, gateway routes without a protocol are an earlier daemon's
+	objects  []kernel.Object
+	rules    firewall.Desired
+	nftables bool // that rules are in, or else iptables
+	env      subnet.Env
+}
+
+// nodeOwner owns the kernel objects of the node itself. The objects of a peer are
+// owned by the text of its subnets.
+const nodeOwner = "this node"
+
+// blackholeMetric makes the blackhole the last choice: the route of the bridge
+// that holds the pods, with the same destination, comes first.
+const blackholeMetric = 1 << 31
+
+// planNode returns what the node needs by its own lease.
+func (s *state) planNode(o Options) nodePlan {
+	p := nodePlan{
+		objects:  s.backend.Local(*s.own),
+		nftables: s.cfg.EnableNFTables,
+		env:      subnet.Env{Networks: s.cfg.Networks(), Subnets: s.own.Subnets, MTU: s.backend.Info().MTU, IPMasq: o.IPMasq},
+	}
+	if !s.backend.Info().ForeignRoutes {
+		p.networks = s.cfg.Networks().Each()
+	}
+	if o.Blackhole {
+		for _, subnet := range s.own.Each() {
+			p.objects = append(p.objects, kernel.Route{Dst: subnet, Blackhole: true, Metric: blackholeMetric})
+		}
+	}
+	rules := firewall.Options{Masquerade: o.IPMasq, RandomFully: o.RandomFully, Forward: o.Forward}
+	p.rules = firewall.Desired{
+		IPv4: firewall.For(s.cfg.IPv4.Network, s.own.IPv4, rules),
+		IPv6: firewall.For(s.cfg.IPv6.Network, s.own.IPv6, rules),
+	}
+	return p
+}
+
+// A peersPlan is what changes for the peers.
+type peersPlan struct {
+	objects  map[string][]kernel.Object // by owner; those of owners that are not in the map stay
+	update   subnet.Update              // the same leases, for a backend.Worker: peers' alone
+	problems []problem                  // that were not known before
+}
+
+// A problem is what is wrong with a peer's lease.
+type problem struct {
+	lease subnet.Lease
+	text  string
+}
+
+// applyUpdate takes an update of leases and returns what changes for the peers.
+// Without a lease of our own nothing is decided yet: see planPeers.
+func (s *state) applyUpdate(u subnet.Update) peersPlan {
+	if s.leases == nil {
+		s.leases = map[subnet.Subnets]subnet.Lease{}
+	}
+	p := peersPlan{objects: make(map[string][]kernel.Object, len(u.Leases)+len(u.Gone)), update: subnet.Update{Snapshot: u.Snapshot}}
+	for _, gone := range u.Apply(s.leases) {
+		delete(s.problems, gone)
+		p.objects[gone.String()] = nil
+	}
+	for gone := range u.Gone {
+		p.update.Delete(gone)
+	}
+	if s.own != nil {
+		s.planPeers(&p, u.Leases)
+	}
+	return p
+}
+
+// planAllPeers returns what all peers need, as when the setup or our lease has
+// changed.
+func (s *state) planAllPeers() peersPlan {
+	p := peersPlan{objects: make(map[string][]kernel.Object, len(s.leases)), update: subnet.Update{Snapshot: true}}
+	s.planPeers(&p, s.leases)
+	return p
+}
+
+func (s *state) planPeers(p *peersPlan, leases map[subnet.Subnets]subnet.Lease) {
+	for subnets, l := range leases {
+		objects, isPeer, err := s.planPeer(l)
+		p.objects[subnets.String()] = objects
+		if isPeer {
+			p.update.Put(l)
+		} else {
+			p.update.Delete(subnets)
+		}
+		switch {
+		case err == nil:
+			delete(s.problems, subnets)
+		case s.problems[subnets] != err.Error():
+			if s.problems == nil {
+				s.problems = map[subnet.Subnets]string{}
+			}
+			s.problems[subnets] = err.Error()
+			p.problems = append(p.problems, problem{l, err.Error()})
+		}
+	}
+}
+
+// planPeer returns what a lease needs of the kernel, whether it is a peer's, and
+// what is wrong with it.
+func (s *state) planPeer(l subnet.Lease) (objects []kernel.Object, isPeer bool, err error) {
+	if l.Subnets == s.own.Subnets {
+		return nil, false, nil
+	}
+	if err := s.checkLease(l); err != nil {
+		return nil, false, err
+	}
+	objects, err = s.backend.Peer(*s.own, l)
+	return objects, true, err
+}
+
+// checkLease returns why a lease cannot be a peer's.
+func (s *state) checkLease(l subnet.Lease) error {
+	own := s.own.Attrs
+	// Some backends publish no type (see the lease that we publish ourselves), and
+	// accept peers that do.
+	if t := l.Attrs.BackendType; t != own.BackendType && t != s.cfg.BackendType {
+		return fmt.Errorf("left out, since its backend is %q and ours %q: all nodes must use the same one", t, s.cfg.BackendType)
+	}
+	for _, ip := range l.Attrs.PublicIPs() {
+		if ip == own.PublicIP || ip == own.PublicIPv6 {
+			return fmt.Errorf("left out, since %s is this node's own address: it is an earlier lease of ours that will expire, or a node that needs an address of its own", ip)
+		}
+	}
+	for f, pool := range s.cfg.Pools().Each() {
+		peer := l.Of(f)
+		switch {
+		case !pool.Enabled() || !peer.IsValid():
+		case !pool.Network.Contains(peer.Addr()) || peer.Bits() < pool.Network.Bits():
+			return fmt.Errorf("left out, since %s is not in the network %s", peer, pool.Network)
+		case peer.Overlaps(s.own.Of(f)):
+			return fmt.Errorf("left out, since %s overlaps this node's own %s", peer, s.own.Of(f))
+		}
+	}
+	return nil
+}
+
+// peers returns the leases that are peers'.
+func (s *state) peers() []subnet.Lease {
+	var all []subnet.Lease
+	for subnets, l := range s.leases {
+		if subnets != s.own.Subnets && s.checkLease(l) == nil {
+			all = append(all, l)
+		}
+	}
+	return all
+}
+
+// others returns how many leases there are beside our own.
+func (s *state) others() int {
+	count := len(s.leases)
+	if s.own != nil {
+		if _, ok := s.leases[s.own.Subnets]; ok {
+			count--
+		}
+	}
+	return count
+}
+
+// ownLease finds this node's lease among all: that of the subnets, or else one that
+// is published with the uplink's addresses.
+func (s *state) ownLease(subnets subnet.Subnets) *subnet.Lease {
+	if l, ok := s.leases[subnets]; ok {
+		return &l
+	}
+	for l := range maps.Values(s.leases) {
+		for _, f := range family.All {
+			if ip := l.Attrs.PublicIPOf(f); ip.IsValid() {
+				if ip == s.uplink.PublicIPs().Of(f) {
+					return &l
+				}
+				break
+			}
+		}
+	}
+	return nil
+}

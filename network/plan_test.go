@@ -1,0 +1,171 @@
+package network
+
+import (
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/backend/backendtest"
+	"github.com/flanneld/flanneld/pkg/firewall"
+	"github.com/flanneld/flanneld/subnet"
+)
+
+// TestPlans runs the scenarios of testdata/*.txt: events in, plans out. A scenario is a
+// list of steps with an empty line between them. A step is lines of input, a line
+// "----", and the plan that follows, which "go test ./network -run TestPlans -update"
+// writes. The lines of input are
+//
+//	options  words of: masquerade random forward blackhole
+//	config   the network's configuration
+//	uplink   name, MTU, addresses with prefix lengths, "public" and the addresses peers use
+//	own      our lease: the last element of its etcd key, and its value
+//	lease    a new or changed lease, likewise
+//	gone     the last element of the etcd key of a lease that was removed
+//	snapshot the leases of this step are all there are
+//	#        a remark
+func TestPlans(t *testing.T) {
+	files, err := filepath.Glob("testdata/*.txt")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("no scenarios in testdata: %v", err)
+	}
+	for _, file := range files {
+		t.Run(strings.TrimSuffix(filepath.Base(file), ".txt"), func(t *testing.T) {
+			text, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var s scenario
+			var out []string
+			for i, step := range strings.Split(strings.TrimSpace(string(text)), "\n\n") {
+				input, _, _ := strings.Cut(step, "\n----")
+				plan, err := s.step(input)
+				if err != nil {
+					t.Fatalf("step %d: %v", i+1, err)
+				}
+				out = append(out, strings.TrimRight(input+"\n----\n"+plan, "\n"))
+			}
+			got := strings.Join(out, "\n\n") + "\n"
+			if *backendtest.Update {
+				if err := os.WriteFile(file, []byte(got), 0o644); err != nil {
+					t.Fatal(err)
+				}
+			} else if got != string(text) {
+				t.Errorf("want\n%s\ngot\n%s", text, got)
+			}
+		})
+	}
+}
+
+type scenario struct {
+	state
+	options Options
+}
+
+// step takes one step's events and returns the plan as text.
+func (s *scenario) step(input string) (string, error) {
+	var u subnet.Update
+	var setUp, updated bool
+	for line := range strings.Lines(input) {
+		word, rest, _ := strings.Cut(strings.TrimSpace(line), " ")
+		var err error
+		switch word {
+		case "#", "":
+		case "options":
+			on := func(word string) bool { return slices.Contains(strings.Fields(rest), word) }
+			s.options = Options{IPMasq: on("masquerade"), RandomFully: on("random"), Forward: on("forward"), Blackhole: on("blackhole")}
+		case "config":
+			s.cfg, err = subnet.ParseConfig([]byte(rest))
+			setUp = true
+		case "uplink":
+			s.uplink, err = backendtest.ParseUplink(rest)
+			setUp = true
+		case "own":
+			var l subnet.Lease
+			l, err = backendtest.ParseLease(rest)
+			s.own, setUp = &l, true
+		case "lease":
+			var l subnet.Lease
+			l, err = backendtest.ParseLease(rest)
+			u.Put(l)
+			updated = true
+		case "gone":
+			var gone subnet.Subnets
+			gone, err = subnet.ParseKey(rest)
+			u.Delete(gone)
+			updated = true
+		case "snapshot":
+			u.Snapshot, updated = true, true
+		default:
+			err = fmt.Errorf("unknown word %q", word)
+		}
+		if err != nil {
+			return "", err
+		}
+	}
+	var out strings.Builder
+	if setUp {
+		var err error
+		if s.backend, err = backend.New(s.cfg, s.uplink); err != nil {
+			return fmt.Sprintf("error: %v\n", err), nil
+		}
+		if s.own != nil {
+			writeNodePlan(&out, s.planNode(s.options))
+			if s.leases != nil {
+				writePeersPlan(&out, s.planAllPeers())
+			}
+		}
+	}
+	if updated {
+		writePeersPlan(&out, s.applyUpdate(u))
+		fmt.Fprintf(&out, "other leases: %d\n", s.others())
+	}
+	return out.String(), nil
+}
+
+func writeNodePlan(out *strings.Builder, p nodePlan) {
+	fmt.Fprintf(out, "routes of an earlier daemon are inside: %v\n", p.networks)
+	for _, o := range p.objects {
+		fmt.Fprintln(out, o)
+	}
+	mode := "iptables"
+	if p.nftables {
+		mode = "nftables"
+	}
+	for _, rules := range []firewall.Ruleset{p.rules.IPv4, p.rules.IPv6} {
+		for _, r := range rules.Postrouting {
+			fmt.Fprintf(out, "%s postrouting: %s: %s\n", mode, r.Verdict, r.Why)
+		}
+		for _, r := range rules.Forward {
+			fmt.Fprintf(out, "%s forward: %s: %s\n", mode, r.Verdict, r.Why)
+		}
+	}
+	fmt.Fprintf(out, "subnet file: network %s, subnet %s, mtu %d, masquerade %t\n", p.env.Networks, p.env.Subnets, p.env.MTU, p.env.IPMasq)
+}
+
+func writePeersPlan(out *strings.Builder, p peersPlan) {
+	for _, owner := range slices.Sorted(maps.Keys(p.objects)) {
+		fmt.Fprintf(out, "peer %s\n", owner)
+		for _, o := range p.objects[owner] {
+			fmt.Fprintf(out, "  %s\n", o)
+		}
+	}
+	slices.SortFunc(p.problems, func(a, b problem) int { return strings.Compare(a.lease.Key(), b.lease.Key()) })
+	for _, problem := range p.problems {
+		fmt.Fprintf(out, "problem of %s: %s\n", problem.lease.Subnets, problem.text)
+	}
+	var is, gone []string
+	for s := range p.update.Leases {
+		is = append(is, s.String())
+	}
+	for s := range p.update.Gone {
+		gone = append(gone, s.String())
+	}
+	slices.Sort(is)
+	slices.Sort(gone)
+	fmt.Fprintf(out, "worker: snapshot %t, peers %v, gone %v\n", p.update.Snapshot, is, gone)
+}

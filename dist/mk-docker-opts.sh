@@ -1,6 +1,6 @@
 #!/bin/sh
-# Writes Docker's options for this node's subnet, from the file that flanneld
-# keeps to one that systemd reads as an EnvironmentFile, or a shell.
+# Reads flanneld's subnet file, and writes Docker's options for this node's subnet
+# to a file that systemd can read as an EnvironmentFile, and a shell as a script.
 set -eu
 export LC_ALL=C
 
@@ -52,7 +52,7 @@ if [ $each = false ] && [ $all = false ]; then
 	all=true
 fi
 
-# The file is read, not run: whoever may write it need not be root.
+# The file is read, not executed: its writer need not have the rights of root.
 [ -r "$from" ] || fail "cannot read $from: flanneld writes it once it is ready"
 while IFS='=' read -r key value || [ -n "$key" ]; do
 	case $value in
@@ -64,7 +64,7 @@ while IFS='=' read -r key value || [ -n "$key" ]; do
 	FLANNEL_MTU) DOCKER_OPT_MTU=--mtu=$value ;;
 	FLANNEL_IPMASQ)
 		case $masq$value in
-		truetrue) DOCKER_OPT_IPMASQ=--ip-masq=false ;; # flanneld does
+		truetrue) DOCKER_OPT_IPMASQ=--ip-masq=false ;; # flanneld masquerades
 		truefalse) DOCKER_OPT_IPMASQ=--ip-masq=true ;;
 		false*) ;;
 		*) fail "$from: FLANNEL_IPMASQ=$value is neither true nor false" ;;

@@ -51,24 +51,14 @@ func there(t *testing.T) bool {
 	return nstest.Run(t, "ip route show 10.5.3.0/24") != ""
 }
 
-// Some programs remove a route ten times before they take a breath: that is
-// once.
-func TestFightBlinks(t *testing.T) {
-	f := fights{over: map[Key]*fight{}, blink: time.Hour}
-	for range 3 * fightTimes {
-		if o := peerDirect()[0]; f.undone(o) || f.over[o.Key()].times != 1 {
-			t.Fatalf("counted %d times", f.over[o.Key()].times)
-		}
-	}
-}
-
 // Somebody removes a route whenever we set it: after a while we do so at the
 // pace of the main loop's retries, and say so once.
 func TestFight(t *testing.T) {
 	host(t)
 	log := logged(t)
 	r := start(t)
-	r.fights.blink = 0
+	r.fights.Burst = 0
+	fightTimes := r.fights.Times
 	for i := 1; i < fightTimes; i++ {
 		undo(t, r)
 		apply(t, r)
@@ -106,12 +96,13 @@ func TestFight(t *testing.T) {
 			t.Fatalf("round %d: the route is there: %t; waits: %t", i, there(t), r.Failed())
 		}
 	}
-	if got := strings.Count(log(), "Somebody undoes what is set, 20 times in "); got != 1 || !strings.Contains(log(), ": ip route replace 10.5.3.0/24 via 198.18.0.3 dev eth0 proto 70:") {
-		t.Errorf("said %d times:\n%s", got, log())
+	fight := `command="ip route replace 10.5.3.0/24 via 198.18.0.3 dev eth0 proto 70" count=20 `
+	if got := strings.Count(log(), fight); got != 1 {
+		t.Errorf("the fight is logged %d times:\n%s", got, log())
 	}
 
 	if s := r.Stats(); s.Fights != 1 || s.Fight != peerDirect()[0] ||
-		s.Kinds[KindRoute].Repairs[Missing] != fightTimes-1 || s.Kinds[KindRoute].Repairs[Fight] != 3 {
+		s.Kinds[KindRoute].Repairs[Missing] != uint64(fightTimes-1) || s.Kinds[KindRoute].Repairs[Fight] != 3 {
 		t.Errorf("the counts are %+v", s)
 	}
 
@@ -120,20 +111,20 @@ func TestFight(t *testing.T) {
 	}
 
 	// An opponent who takes his time does not have to be slowed down.
-	g := r.fights.over[peerDirect()[0].Key()]
-	g.set = g.set.Add(-fightPace)
+	r.fights.Pace = 0
 	undo(t, r)
 	apply(t, r)
 	if !there(t) {
 		t.Error("undone a second after it was set, it waits")
 	}
 	// And one who has given up is forgotten.
-	g.last = g.last.Add(-fightCalm - time.Second)
+	r.fights.Calm = 1
 	r.Compare()
 	apply(t, r)
-	if len(r.fights.over) != 0 || !strings.Contains(log(), "Nobody undoes any more") {
-		t.Errorf("%d fights are remembered:\n%s", len(r.fights.over), log())
+	if !strings.Contains(log(), "Other programs no longer undo what they fought over") {
+		t.Errorf("the end of the fight is not logged:\n%s", log())
 	}
+	r.fights.Calm, r.fights.Pace = time.Minute, time.Second
 	if s := r.Stats(); s.Fights != 0 || s.Fight != nil {
 		t.Errorf("after the peace, the counts are %+v", s)
 	}
@@ -148,7 +139,7 @@ func TestFight(t *testing.T) {
 func TestFightOverFormerWish(t *testing.T) {
 	host(t)
 	r := start(t)
-	for range fightTimes - 1 {
+	for range r.fights.Times - 1 {
 		undo(t, r)
 		apply(t, r)
 	}

@@ -121,7 +121,7 @@ func (r *Reconciler) drifted(e *entry, before Object) {
 	e.drift = true
 	switch {
 	case e.state == held:
-	case e.want != nil && e.want == before && r.fights.undone(e.want):
+	case e.want != nil && e.want == before && r.fights.Undone(e.want.Key(), e.want):
 		e.state = held
 		r.held = append(r.held, e)
 	default:
@@ -275,7 +275,7 @@ func (r *Reconciler) compare() error {
 			}
 		}
 	}
-	r.fights.forget()
+	r.fights.Forget()
 	return nil
 }
 

@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
 
+	"github.com/flanneld/flanneld/pkg/fight"
 	"github.com/flanneld/flanneld/pkg/rtnl"
 )
 
@@ -45,7 +46,7 @@ type Reconciler struct {
 	dirty   []*entry            // may differ from the kernel
 	failed  []*entry            // the kernel refused; tried again by Retry
 	held    []*entry            // somebody undoes them at once; set again by Retry
-	fights  fights
+	fights  *fight.Detector[Key, Object]
 
 	devices devices
 	uses    map[string]int // how many wanted objects need the device of this name
@@ -129,7 +130,7 @@ func New() (*Reconciler, error) {
 		sock: sock, links: links, notify: []*rtnl.Listener{notify}, events: make(chan Event),
 		entries: map[Key]*entry{}, owners: map[string][]*entry{},
 		devices: newDevices(), uses: map[string]int{},
-		unknown: true, fights: fights{over: map[Key]*fight{}, blink: fightBlink}, nexthopsKnown: known, fewGateways: fewGateways,
+		unknown: true, fights: newFights(klog.Background()), nexthopsKnown: known, fewGateways: fewGateways,
 	}
 	if err := r.listenXFRM(); err != nil {
 		klog.V(1).Infof("The kernel has no IPsec: %v", err)
@@ -319,7 +320,7 @@ func (r *Reconciler) Compare() { r.unknown = true }
 // there is more to do, such as to read tables again that changed meanwhile.
 func (r *Reconciler) Apply() error {
 	var failures failures
-	r.fights.say()
+	r.fights.LogNew()
 	if r.unknown {
 		if err := r.compare(); err != nil {
 			return fmt.Errorf("reading the kernel's tables: %w", err)
@@ -498,7 +499,7 @@ func (r *Reconciler) done(e *entry, err error, log *changes, failures *failures)
 		r.failed = append(r.failed, e)
 		return
 	}
-	fought := r.fights.done(e.key())
+	fought := r.fights.Restored(e.key())
 	if !fought {
 		log.add(e)
 	}

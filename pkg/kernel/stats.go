@@ -42,7 +42,7 @@ func (r *Reconciler) Stats() Stats {
 	}
 	r.moved = false
 	s := &r.stats
-	s.Fights, s.Fight = r.fights.count, r.fights.latest
+	s.Fights, s.Fight = r.fights.Count(), r.fights.Latest()
 	for k := range s.Kinds {
 		s.Kinds[k] = KindStats{Wanted: r.wanted[k], Held: r.wanted[k], Repairs: r.repairs[k]}
 	}

@@ -96,7 +96,7 @@ func (k *leaseKeeper) attrs(ctx context.Context, s setup) (subnet.Attrs, error) 
 		return self, err
 	}
 	var pause retry.Backoff
-	var last retry.Trouble
+	var last retry.LastError
 	for {
 		attrs, err := s.backend.Attrs(ctx, previous)
 		if err == nil {
@@ -105,7 +105,7 @@ func (k *leaseKeeper) attrs(ctx context.Context, s setup) (subnet.Attrs, error) 
 		}
 		if ctx.Err() == nil {
 			k.metrics.failed("Publishing")
-			if last.News(err) {
+			if last.Changed(err) {
 				klog.FromContext(ctx).Error(err, "Waiting for what this node is to publish")
 			}
 		}

@@ -68,7 +68,7 @@ type node struct {
 	rulesSet  bool                         // the rules of the lease are in place
 	fileSet   bool                         // the subnet file has the right content
 	ready     bool
-	errors    map[string]retry.Trouble // the last error of each duty
+	errors    retry.LastErrors[string] // of each duty
 	retry     *time.Timer
 	retrying  bool // retry is running
 	pause     retry.Backoff
@@ -91,7 +91,7 @@ func Run(ctx context.Context, o Options) error {
 	inner, cancel := context.WithCancel(ctx)
 	n := &node{
 		Options: o, started: time.Now(), log: klog.FromContext(ctx), status: newStatusServer(),
-		metrics: newMetrics(o.Manager, o.Version), errors: map[string]retry.Trouble{},
+		metrics: newMetrics(o.Manager, o.Version), errors: retry.LastErrors[string]{},
 		retry: time.NewTimer(0), retrying: true,
 	}
 	n.Uplink.Overlay = backend.Device
@@ -421,7 +421,5 @@ func (n *node) logOnce(duty string, err error) {
 	if err != nil {
 		n.metrics.failed(duty)
 	}
-	last := n.errors[duty]
-	last.Log(duty, err)
-	n.errors[duty] = last
+	n.errors.Log(n.log, duty, err)
 }

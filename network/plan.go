@@ -10,6 +10,7 @@ import (
 	"github.com/flanneld/flanneld/pkg/firewall"
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/kernel"
+	"github.com/flanneld/flanneld/pkg/retry"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -27,9 +28,9 @@ type setup struct {
 // state is what is known of this node and its peers.
 type state struct {
 	setup
-	own      *subnet.Lease                   // nil: none yet
-	leases   map[subnet.Subnets]subnet.Lease // of all nodes, our own too; nil: not known yet
-	problems map[subnet.Subnets]string       // what is wrong with leases of peers
+	own      *subnet.Lease                    // nil: none yet
+	leases   map[subnet.Subnets]subnet.Lease  // of all nodes, our own too; nil: not known yet
+	problems retry.LastErrors[subnet.Subnets] // what is wrong with leases of peers
 }
 
 // A nodePlan is what the node itself needs, whoever its peers are.
@@ -122,14 +123,10 @@ func (s *state) planPeers(p *peersPlan, leases map[subnet.Subnets]subnet.Lease) 
 		} else {
 			p.update.Delete(subnets)
 		}
-		switch {
-		case err == nil:
-			delete(s.problems, subnets)
-		case s.problems[subnets] != err.Error():
-			if s.problems == nil {
-				s.problems = map[subnet.Subnets]string{}
-			}
-			s.problems[subnets] = err.Error()
+		if s.problems == nil {
+			s.problems = retry.LastErrors[subnet.Subnets]{}
+		}
+		if s.problems.Changed(subnets, err) && err != nil {
 			p.problems = append(p.problems, problem{l, err.Error()})
 		}
 	}

@@ -70,7 +70,7 @@ func (r *rules) keep(ctx context.Context, resync time.Duration) {
 	}
 	defer r.close()
 	set, told := false, false
-	var trouble retry.Trouble
+	var lastError retry.LastError
 	var undone quarrel
 	var checked, written time.Time
 	var took time.Duration // the last check
@@ -115,7 +115,7 @@ func (r *rules) keep(ctx context.Context, resync time.Duration) {
 		if ctx.Err() != nil {
 			return
 		}
-		trouble.Log("Rules", err)
+		lastError.Log(klog.FromContext(ctx), "Rules", err)
 		if err == nil {
 			pause.Reset()
 			next.Reset(resync)

@@ -133,12 +133,10 @@ func (n *node) view() view {
 		ready: n.ready, rulesSet: n.rulesSet, fileWritten: n.fileSet,
 	}
 	for duty, err := range n.errors {
-		if err != "" {
-			if v.errors == nil {
-				v.errors = map[string]string{}
-			}
-			v.errors[duty] = string(err)
+		if v.errors == nil {
+			v.errors = map[string]string{}
 		}
+		v.errors[duty] = string(err)
 	}
 	return v
 }
@@ -217,7 +215,7 @@ func (v view) leaseStatus(l subnet.Lease) Lease {
 	a := l.Attrs
 	s := Lease{
 		Subnets: l.Each(), PublicIPs: a.PublicIPs(), Backend: a.BackendType, BackendData: a.BackendData, BackendV6Data: a.BackendV6Data,
-		Expires: l.Expires, Own: v.own != nil && l.Subnets == v.own.Subnets, Problem: v.problems[l.Subnets],
+		Expires: l.Expires, Own: v.own != nil && l.Subnets == v.own.Subnets, Problem: string(v.problems[l.Subnets]),
 	}
 	if at := v.Manager.State().Expires; s.Own && at.After(s.Expires) {
 		s.Expires = at

@@ -43,13 +43,13 @@ type router struct {
 	mainAt time.Time
 
 	unsure  bool                     // there are routes that may have to go, once the peers are known
-	trouble map[string]retry.Trouble // of each duty
+	trouble retry.LastErrors[string] // of each duty
 	pause   retry.Backoff            // until the next look, if this one fails
 }
 
 // Work implements backend.Worker.
 func (v *vpc) Work(ctx context.Context, own subnet.Lease, peers <-chan subnet.Update) error {
-	r := &router{vpc: v, own: own.Each(), trouble: map[string]retry.Trouble{}, pause: retry.Backoff{Most: lookInterval}}
+	r := &router{vpc: v, own: own.Each(), trouble: retry.LastErrors[string]{}, pause: retry.Backoff{Most: lookInterval}}
 	look := time.NewTimer(rand.N(startSpread))
 	defer look.Stop()
 	for {
@@ -233,7 +233,5 @@ func (r *router) say(ctx context.Context, duty string, err error) {
 	if ctx.Err() == context.Canceled {
 		return
 	}
-	trouble := r.trouble[duty]
-	trouble.Log(duty, err)
-	r.trouble[duty] = trouble
+	r.trouble.Log(klog.FromContext(ctx), duty, err)
 }

@@ -32,7 +32,7 @@ type peer struct {
 	due     time.Time     // when
 	tries   int           // that failed in a row
 	pause   retry.Backoff // from a failure to the next attempt
-	trouble retry.Trouble
+	trouble retry.LastError
 }
 
 // job is Work, for one lease of this node's. It belongs to one goroutine, so
@@ -77,13 +77,13 @@ func (x *extension) Work(ctx context.Context, own subnet.Lease, peers <-chan sub
 // start runs PostStartupCommand until it does well. No peer is added before.
 func (j *job) start(ctx context.Context) {
 	pause := j.pause
-	var trouble retry.Trouble
+	var trouble retry.LastError
 	for {
 		err := j.run(ctx, "PostStartupCommand", j.PostStartupCommand, j.environment(), "")
 		if err == nil || ctx.Err() != nil {
 			return
 		}
-		if trouble.News(err) {
+		if trouble.Changed(err) {
 			klog.Errorf("%v; it is tried again, and peers are added once it has worked", err)
 		}
 		pause.Sleep(ctx)
@@ -214,7 +214,7 @@ func (j *job) attend(ctx context.Context, p *peer) {
 
 // fail has a command tried again.
 func (p *peer) fail(err error) {
-	if p.trouble.News(err) {
+	if p.trouble.Changed(err) {
 		klog.Errorf("%v; it is tried again", err)
 	}
 	p.tries++

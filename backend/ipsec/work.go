@@ -31,12 +31,12 @@ const (
 // wanted, and looks again whenever that may have changed.
 type keyer struct {
 	*ipsec
-	own     subnet.Lease
-	peers   map[subnet.Subnets]subnet.Lease
-	keys    map[netip.Addr]bool // that charon has been given, since it is the one it is
-	client  client              // zero: not connected
-	charon  *process            // that we started, if any
-	trouble retry.Trouble
+	own    subnet.Lease
+	peers  map[subnet.Subnets]subnet.Lease
+	keys   map[netip.Addr]bool // that charon has been given, since it is the one it is
+	client client              // zero: not connected
+	charon *process            // that we started, if any
+	last   retry.LastError
 }
 
 // Work implements backend.Worker.
@@ -69,7 +69,9 @@ func (b *ipsec) Work(ctx context.Context, own subnet.Lease, peers <-chan subnet.
 		case <-timer.C:
 		}
 		err := k.sync(ctx)
-		k.say(err)
+		if !errors.Is(err, errStarting) {
+			k.last.Log(klog.FromContext(ctx), "ipsec", err)
+		}
 		if err != nil {
 			k.hangUp()
 			timer.Reset(pause.Next())
@@ -77,17 +79,6 @@ func (b *ipsec) Work(ctx context.Context, own subnet.Lease, peers <-chan subnet.
 			timer.Reset(k.check)
 			pause.Reset()
 		}
-	}
-}
-
-// say logs an error that is not the same as before. One while charon starts is
-// none.
-func (k *keyer) say(err error) {
-	if errors.Is(err, errStarting) {
-		err = nil
-	}
-	if k.trouble.News(err) && err != nil {
-		klog.Errorf("ipsec: %v", err)
 	}
 }
 

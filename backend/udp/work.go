@@ -39,7 +39,7 @@ type proxy struct {
 	outlets  sync.WaitGroup // run while attached
 	attached bool
 	gone     chan error // why an outlet ended
-	trouble  retry.Trouble
+	trouble  retry.LastError
 	reported [reasons]uint64
 }
 
@@ -89,7 +89,7 @@ func (u *udp) Work(ctx context.Context, own subnet.Lease, peers <-chan subnet.Up
 		}
 		err := p.open()
 		if !errors.Is(err, kernel.ErrNoDevice) { // it will be made, or the log says why not
-			p.trouble.Log("udp", err)
+			p.trouble.Log(klog.FromContext(ctx), "udp", err)
 		} else {
 			err = nil
 		}

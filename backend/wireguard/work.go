@@ -49,7 +49,7 @@ type keeper struct {
 	cost    time.Duration // of a look, as it seems
 	rested  time.Time     // when it may be looked at because of news
 	pause   retry.Backoff // after a failure
-	trouble retry.Trouble
+	trouble retry.LastError
 }
 
 // Work implements backend.Worker.
@@ -102,7 +102,7 @@ func (w *wireguard) Work(ctx context.Context, own subnet.Lease, peers <-chan sub
 		}
 		if key == (secret{}) {
 			if key, err = privateKey(keyFile()); err != nil {
-				keepers[0].say(err)
+				keepers[0].say(ctx, err)
 				next.Reset(lookFirst)
 				continue
 			}
@@ -113,7 +113,7 @@ func (w *wireguard) Work(ctx context.Context, own subnet.Lease, peers <-chan sub
 				if k.stale {
 					k.want, k.stale = w.config(k.tunnel, key, own, leases), false
 				}
-				wait := k.look()
+				wait := k.look(ctx)
 				k.due, k.rested = time.Now().Add(wait), time.Now().Add(restShare*time.Since(begun))
 			}
 			if k.due.Before(soonest) {
@@ -160,9 +160,9 @@ func (k *keeper) link() netlink.Link {
 
 // look makes the device hold what it should, and returns the time until it is
 // looked at again.
-func (k *keeper) look() time.Duration {
+func (k *keeper) look(ctx context.Context) time.Duration {
 	err := k.settle()
-	k.say(err)
+	k.say(ctx, err)
 	if err != nil {
 		return k.pause.Next()
 	}
@@ -227,4 +227,6 @@ func (k *keeper) close() {
 	}
 }
 
-func (k *keeper) say(err error) { k.trouble.Log("wireguard: "+k.dev, err) }
+func (k *keeper) say(ctx context.Context, err error) {
+	k.trouble.Log(klog.FromContext(ctx), "wireguard: "+k.dev, err)
+}

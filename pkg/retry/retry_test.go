@@ -1,12 +1,16 @@
 package retry
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"k8s.io/klog/v2/textlogger"
 )
 
 func TestBackoff(t *testing.T) {
@@ -77,11 +81,15 @@ func TestSleep(t *testing.T) {
 	})
 }
 
-func TestTrouble(t *testing.T) {
-	var trouble Trouble
+// Each change is logged once, whether one operation is watched or several are.
+func TestLastError(t *testing.T) {
+	var log bytes.Buffer
+	logger := textlogger.NewLogger(textlogger.NewConfig(textlogger.Output(&log)))
+	var last, logged LastError
+	several := LastErrors[int]{2: "full"}
 	for i, c := range []struct {
-		err  error
-		news bool
+		err     error
+		changed bool
 	}{
 		{nil, false},
 		{errors.New("full"), true},
@@ -92,11 +100,36 @@ func TestTrouble(t *testing.T) {
 		{nil, false},
 		{errors.New("full"), true},
 	} {
-		if trouble.News(c.err) != c.news {
-			t.Errorf("%d, %v: news is %t", i, c.err, !c.news)
+		if last.Changed(c.err) != c.changed {
+			t.Errorf("%d, %v: changed is %t", i, c.err, !c.changed)
+		}
+		want := ""
+		switch {
+		case c.changed && c.err == nil:
+			want = `"Recovered" operation="%s"`
+		case c.changed:
+			want = `"Failed; retrying" err="` + c.err.Error() + `" operation="%s"`
+		}
+		logged.Log(logger, "Rules", c.err)
+		expect(t, &log, strings.Replace(want, "%s", "Rules", 1))
+		several.Log(logger, 1, c.err)
+		expect(t, &log, strings.Replace(want, "%s", "1", 1))
+		if c.err == nil && len(several) != 1 {
+			t.Errorf("%d: the map has %v", i, several)
 		}
 	}
-	if trouble != "full" {
-		t.Errorf("in the end it is %q", trouble)
+	if last != "full" || several[1] != "full" || several[2] != "full" {
+		t.Errorf("in the end it is %q, and %v", last, several)
+	}
+}
+
+// expect checks that one line was logged, by this file, or none.
+func expect(t *testing.T, log *bytes.Buffer, want string) {
+	t.Helper()
+	got := log.String()
+	log.Reset()
+	if (got == "") != (want == "") || !strings.HasSuffix(got, want+"\n") && want != "" || strings.Count(got, "\n") > 1 ||
+		want != "" && !strings.Contains(got, " retry_test.go:") {
+		t.Errorf("logged %q, want %q", got, want)
 	}
 }

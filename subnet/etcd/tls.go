@@ -96,12 +96,12 @@ func (f *tlsFiles) config() *tls.Config {
 }
 
 // trouble is what keeps files from being read.
-type trouble struct{ retry.Trouble }
+type trouble struct{ retry.LastError }
 
 // log logs how reading what the flags name ended, if that is news.
 func (t *trouble) log(flags string, err error) {
 	switch {
-	case !t.News(err):
+	case !t.Changed(err):
 	case err == nil:
 		klog.Infof("%s: the files can be read again", flags)
 	default:

@@ -180,12 +180,12 @@ func TestAWS(t *testing.T) {
 	lossless = startPings(ctx, t, pods)
 	labtest.Do(t, third.Start("--ip-masq"))
 	labtest.Do(t, third.WaitReady(ctx))
-	said(ctx, t, third, "Route table "+v.Main()+`: the table is full, this node's pods cannot be reached through it: raise the quota "Routes per route table"`)
+	said(ctx, t, third, `err="the table is full, this node's pods cannot be reached through it: raise the quota \"Routes per route table\"`)
 	v.routes(ctx, t, first, second)
 	lossless()
 	v.SetQuota(50)
 	v.routes(ctx, t, nodes...)
-	said(ctx, t, third, "Route table "+v.Main()+": all is well again")
+	said(ctx, t, third, `"Recovered" operation="Route table `+v.Main()+`"`)
 }
 
 // TestAWSThrottled: 30 seconds of throttling, in which daemons start and
@@ -212,7 +212,7 @@ func TestAWSThrottled(t *testing.T) {
 		labtest.Do(t, n.WaitReady(ctx)) // a lease and the kernel's part are not AWS's business
 	}
 	for _, n := range []*lab.Node{nodes[0], nodes[2]} {
-		said(ctx, t, n, "Route tables: EC2 throttles DescribeRouteTables (RequestLimitExceeded)")
+		said(ctx, t, n, `err="EC2 throttles DescribeRouteTables (RequestLimitExceeded)`)
 	}
 	<-end
 	lossless()

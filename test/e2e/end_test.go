@@ -60,7 +60,7 @@ func TestEnd(t *testing.T) {
 			before: etcd(func(ctx context.Context, e *lab.Etcd) error { return e.Cut(ctx) })},
 		"the network's configuration": {config: vxlanConfig, until: "The network is not configured",
 			before: etcd(func(ctx context.Context, e *lab.Etcd) error { return e.Delete(ctx, lab.Prefix+"/config") })},
-		"an uplink": {config: vxlanConfig, args: []string{"--iface=nosuch"}, until: "Uplink: "},
+		"an uplink": {config: vxlanConfig, args: []string{"--iface=nosuch"}, until: `operation="Uplink"`},
 		"a free subnet": {config: `{"Network": "10.5.0.0/16", "SubnetMin": "10.5.1.0", "SubnetMax": "10.5.1.0", "Backend": {"Type": "vxlan"}}`,
 			until: "No subnet is free",
 			before: etcd(func(ctx context.Context, e *lab.Etcd) error {

@@ -2,6 +2,7 @@ package ec2
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"flag"
 	"fmt"
@@ -11,7 +12,9 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -98,14 +101,22 @@ func (l *log) Write(p []byte) (int, error) {
 	return l.text.Write(p)
 }
 
-// lines returns them, each as "E text".
+// structured is what retry.LastError logs.
+var structured = regexp.MustCompile(`^"(?:Recovered|Failed; retrying)"(?: err=(".*"))? operation="(.*)"$`)
+
+// lines returns them, each as "E text", or "E operation: error".
 func (l *log) lines() []string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	var all []string
 	for line := range strings.Lines(l.text.String()) {
 		_, text, _ := strings.Cut(line, "] ")
-		all = append(all, line[:1]+" "+strings.TrimSpace(text))
+		text = strings.TrimSpace(text)
+		if m := structured.FindStringSubmatch(text); m != nil {
+			text, _ = strconv.Unquote(cmp.Or(m[1], `"recovered"`))
+			text = m[2] + ": " + text
+		}
+		all = append(all, line[:1]+" "+text)
 	}
 	return all
 }
@@ -414,7 +425,7 @@ func TestTroubles(t *testing.T) {
 				r.Fail(test.action, "")
 				pass(80 * time.Second)
 				r.expectRoutes(t, r.Main(), "10.5.1.0/24 "+r.eni)
-				if n := r.count(duty + ": all is well again"); n != 1 {
+				if n := r.count(duty + ": recovered"); n != 1 {
 					t.Errorf("that it is over is said %d times", n)
 				}
 				if n := r.Calls(test.action); n > 400 {
@@ -489,11 +500,11 @@ func TestOutage(t *testing.T) {
 		r.log.expect(t, "E Network interface: the instance metadata service does not answer (EOF): …", "E Route tables: EC2's API in eu-test-1 does not answer …")
 		r.Fail("metadata", "")
 		pass(3 * time.Minute)
-		r.log.expect(t, "I Network interface: all is well again")
+		r.log.expect(t, "I Network interface: recovered")
 		r.Fail("*", "")
 		pass(80 * time.Second)
 		r.expectRoutes(t, r.Main(), "10.5.1.0/24 "+r.eni, "10.5.2.0/24 "+other, "fd05:0:0:1::/64 "+r.eni)
-		r.log.expect(t, "I Route tables: all is well again",
+		r.log.expect(t, "I Route tables: recovered",
 			"I aws ec2 delete-route --route-table-id "+r.Main()+" --destination-cidr-block 10.5.3.0/24",
 			"I aws ec2 replace-route …", "I aws ec2 create-route …")
 	})

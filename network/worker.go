@@ -14,8 +14,8 @@ type worker struct {
 
 	backend backend.Backend // that runs, or is no backend.Worker
 	own     subnet.Lease
-	peers   chan subnet.Update // that Work has not read yet; nil: nobody reads
-	stop    func(cause error)  // ends the goroutine and waits for it
+	peers   *subnet.Mailbox   // that Work reads; nil: nobody reads
+	stop    func(cause error) // ends the goroutine and waits for it
 }
 
 func newWorker() *worker {
@@ -37,7 +37,7 @@ func (w *worker) start(ctx context.Context, b backend.Backend, own subnet.Lease)
 		<-done
 	}
 	works, ok := b.(backend.Worker)
-	peers := make(chan subnet.Update, 1)
+	peers := subnet.NewMailbox()
 	if ok {
 		w.peers = peers
 	}
@@ -47,7 +47,7 @@ func (w *worker) start(ctx context.Context, b backend.Backend, own subnet.Lease)
 		if !ok {
 			return
 		}
-		if err := works.Work(ctx, own, peers); err != nil && ctx.Err() == nil {
+		if err := works.Work(ctx, own, peers.C()); err != nil && ctx.Err() == nil {
 			select {
 			case w.failed <- err:
 			case <-ctx.Done():
@@ -56,24 +56,9 @@ func (w *worker) start(ctx context.Context, b backend.Backend, own subnet.Lease)
 	}()
 }
 
-// update passes on which leases are peers', and which no longer are, merged with
-// what nobody has read yet.
+// update passes on which leases are peers', and which no longer are.
 func (w *worker) update(u subnet.Update) {
-	if w.peers == nil {
-		return
+	if w.peers != nil {
+		w.peers.Put(u)
 	}
-	select {
-	case old := <-w.peers:
-		if !u.Snapshot {
-			for s := range u.Gone {
-				old.Delete(s)
-			}
-			for _, l := range u.Leases {
-				old.Put(l)
-			}
-			u = old
-		}
-	default:
-	}
-	w.peers <- u
 }

@@ -12,16 +12,16 @@ import (
 	"github.com/flanneld/flanneld/subnet"
 )
 
-// Watch implements subnet.Manager. Leases of peers come without the time of
-// their end, which would take a request for each.
+// Watch implements subnet.Manager. Leases of peers come without the time of their end, which would take a request
+// for each of them.
 func (m *Manager) Watch(ctx context.Context) <-chan subnet.Update {
-	out := make(chan subnet.Update)
+	updates := subnet.NewMailbox()
 	go func() {
-		defer close(out)
+		defer updates.Close()
 		pause := subnet.Backoff()
 		for {
 			began := time.Now()
-			if err := m.follow(ctx, out); err != nil {
+			if err := m.watchOnce(ctx, updates); err != nil {
 				return
 			}
 			if time.Since(began) > time.Minute {
@@ -32,40 +32,35 @@ func (m *Manager) Watch(ctx context.Context) <-chan subnet.Update {
 			}
 		}
 	}()
-	return out
+	return updates.C()
 }
 
-// follow sends a snapshot and then changes. It returns nil when it may have
-// missed some, and an error when ctx ended or the manager was closed.
-func (m *Manager) follow(ctx context.Context, out chan<- subnet.Update) error {
+// watchOnce puts a snapshot and then changes. It returns nil when it may have missed some, and an error when ctx
+// ended or the manager was closed.
+func (m *Manager) watchOnce(ctx context.Context, updates *subnet.Mailbox) error {
 	records, at, err := m.list(ctx)
 	if err != nil {
 		return err
 	}
-	// What the reader has not been told yet.
-	news := subnet.Update{Snapshot: true, Leases: make(map[subnet.Subnets]subnet.Lease, len(records))}
+	snapshot := subnet.Update{Snapshot: true, Leases: make(map[subnet.Subnets]subnet.Lease, len(records))}
 	for _, r := range records {
 		if r.valid {
-			news.Put(subnet.Lease{Subnets: r.subnets, Attrs: r.attrs})
+			snapshot.Put(subnet.Lease{Subnets: r.subnets, Attrs: r.attrs})
 		}
 	}
+	updates.Put(snapshot)
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	client, watch, err := m.connection.open(ctx)
 	if err != nil {
 		return m.ctx.Err()
 	}
-	// Progress notifications let a quiet watch survive compaction: after a
-	// broken connection it goes on from the last of them.
-	events := client.Watch(clientv3.WithRequireLeader(watch), m.subnetsPrefix(), clientv3.WithPrefix(), clientv3.WithRev(at.revision+1), clientv3.WithProgressNotify())
+	// Progress notifications let a quiet watch survive compaction: after a broken connection, the watch continues from
+	// the last of them.
+	events := client.Watch(clientv3.WithRequireLeader(watch), m.subnetsPrefix(), clientv3.WithPrefix(),
+		clientv3.WithRev(at.revision+1), clientv3.WithProgressNotify())
 	for {
-		send := out
-		if !news.Snapshot && len(news.Leases) == 0 && len(news.Gone) == 0 {
-			send = nil
-		}
 		select {
-		case send <- news:
-			news = subnet.Update{}
 		case <-at.replaced:
 			return nil
 		case answer, ok := <-events:
@@ -78,12 +73,7 @@ func (m *Manager) follow(ctx context.Context, out chan<- subnet.Update) error {
 			}
 			if len(answer.Events) > 0 {
 				m.learn(at, answer.Header.Revision)
-			}
-			if len(answer.Events) > 0 && news.Since.IsZero() {
-				news.Since = time.Now()
-			}
-			for _, e := range answer.Events {
-				m.note(&news, e)
+				updates.Put(m.updateOf(answer.Events))
 			}
 		case <-ctx.Done():
 			return ctx.Err()
@@ -91,18 +81,22 @@ func (m *Manager) follow(ctx context.Context, out chan<- subnet.Update) error {
 	}
 }
 
-// note adds an event to the news. A record that cannot be read is no lease.
-func (m *Manager) note(news *subnet.Update, e *clientv3.Event) {
-	if e.Type == mvccpb.DELETE {
-		if s, err := subnet.ParseKey(strings.TrimPrefix(string(e.Kv.Key), m.subnetsPrefix())); err == nil {
-			news.Delete(s)
+// updateOf returns what events change. A record that cannot be read is no lease.
+func (m *Manager) updateOf(events []*clientv3.Event) subnet.Update {
+	u := subnet.Update{Since: time.Now()}
+	for _, e := range events {
+		if e.Type == mvccpb.DELETE {
+			if s, err := subnet.ParseKey(strings.TrimPrefix(string(e.Kv.Key), m.subnetsPrefix())); err == nil {
+				u.Delete(s)
+			}
+			continue
 		}
-		return
+		switch r, ok := m.parse(e.Kv); {
+		case ok && r.valid:
+			u.Put(subnet.Lease{Subnets: r.subnets, Attrs: r.attrs})
+		case ok:
+			u.Delete(r.subnets)
+		}
 	}
-	switch r, ok := m.parse(e.Kv); {
-	case ok && r.valid:
-		news.Put(subnet.Lease{Subnets: r.subnets, Attrs: r.attrs})
-	case ok:
-		news.Delete(r.subnets)
-	}
+	return u
 }

@@ -64,7 +64,7 @@ func (c *cluster) drop(name string) { c.Delete(testNode{name: name}.object()) }
 
 // read takes the news, as network does.
 func (c *cluster) read() {
-	u := c.take()
+	u := taken(c.peers)
 	if u.Snapshot {
 		clear(c.leases)
 	}

@@ -136,14 +136,24 @@ func TestHeartbeats(t *testing.T) {
 	p := testPeers()
 	n := peerNode(3)
 	p.Replace(objects(n), "")
-	if u := p.take(); !u.Snapshot || len(u.Leases) != 1 {
+	if u := taken(p); !u.Snapshot || len(u.Leases) != 1 {
 		t.Fatalf("got %+v", u)
 	}
 	before := p.byName["n3"]
 	n.heartbeat, n.version = "later", "8"
 	p.Update(n.object())
-	if u := p.take(); len(u.Leases)+len(u.Gone) != 0 || p.byName["n3"] != before {
+	if u := taken(p); len(u.Leases)+len(u.Gone) != 0 || p.byName["n3"] != before {
 		t.Errorf("a heartbeat is news: %+v", u)
+	}
+}
+
+// taken returns the unread update of peers; the zero Update if there is none.
+func taken(p *peers) subnet.Update {
+	select {
+	case u := <-p.updates.C():
+		return u
+	default:
+		return subnet.Update{}
 	}
 }
 
@@ -158,7 +168,7 @@ func TestPeers(t *testing.T) {
 	put := func(n testNode) { p.Update(n.object()) }
 	expect := func(what, want string) {
 		t.Helper()
-		u := p.take()
+		u := taken(p)
 		var got []string
 		for s, l := range u.Leases {
 			got = append(got, fmt.Sprintf("+%s at %s", s, l.Attrs.PublicIP))
@@ -216,7 +226,7 @@ func TestFamiliesThatAreOff(t *testing.T) {
 	n := peerNode(9)
 	n.cidrs = append(n.cidrs, "fd05:0:0:9::/64")
 	p.Replace(objects(n), "")
-	for s := range p.take().Leases {
+	for s := range taken(p).Leases {
 		if s.String() != "10.5.9.0/24" {
 			t.Errorf("the peer's subnets are %s", s)
 		}

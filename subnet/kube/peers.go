@@ -8,7 +8,6 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"k8s.io/client-go/tools/cache"
@@ -19,27 +18,12 @@ import (
 
 // Watch implements subnet.Manager.
 func (m *Manager) Watch(ctx context.Context) <-chan subnet.Update {
-	out := make(chan subnet.Update)
 	p := newPeers(m)
-	var running sync.WaitGroup
-	running.Go(func() { m.reflectNodes(ctx, "", "follow the nodes", p) })
 	go func() {
-		defer close(out)
-		defer running.Wait()
-		for {
-			select {
-			case <-p.wake:
-			case <-ctx.Done():
-				return
-			}
-			select {
-			case out <- p.take():
-			case <-ctx.Done():
-				return
-			}
-		}
+		defer p.updates.Close()
+		m.reflectNodes(ctx, "", "follow the nodes", p)
 	}()
-	return out
+	return p.updates.C()
 }
 
 // peers are all nodes that take part, and what of them the reader has not been
@@ -56,15 +40,13 @@ type peers struct {
 	// they were; nil for one that is new.
 	unsettled map[string]*peer
 
-	mu   sync.Mutex
-	news subnet.Update
-	wake chan struct{} // there is news
+	updates *subnet.Mailbox
 }
 
 func newPeers(m *Manager) *peers {
 	return &peers{
 		manager: m, byName: map[string]*peer{}, unsettled: map[string]*peer{},
-		subnets: newClaims(), publics: newClaims(), wake: make(chan struct{}, 1),
+		subnets: newClaims(), publics: newClaims(), updates: subnet.NewMailbox(),
 	}
 }
 
@@ -123,15 +105,13 @@ func (p *peers) Replace(nodes []any, _ string) error {
 		return nil
 	}
 	p.whole = true
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.news = subnet.Update{Snapshot: true, Leases: make(map[subnet.Subnets]subnet.Lease, len(p.byName))}
+	snapshot := subnet.Update{Snapshot: true, Leases: make(map[subnet.Subnets]subnet.Lease, len(p.byName))}
 	for _, n := range p.byName {
 		if n.counts {
-			p.news.Put(n.lease)
+			snapshot.Put(n.lease)
 		}
 	}
-	p.call()
+	p.updates.Put(snapshot)
 	return nil
 }
 
@@ -213,8 +193,7 @@ func (p *peers) settle() {
 	if len(p.unsettled) == 0 {
 		return
 	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
+	changes := subnet.Update{Since: time.Now()}
 	var put []*peer
 	for name, before := range p.unsettled {
 		// Where nothing but a rival has changed, these two are one.
@@ -230,21 +209,18 @@ func (p *peers) settle() {
 		}
 		p.say(name, was.conflicts, is.conflicts)
 		if was.counts && !(is.counts && is.lease.Subnets == was.lease.Subnets) {
-			p.news.Delete(was.lease.Subnets)
+			changes.Delete(was.lease.Subnets)
 		}
 		if is.counts && !(was.counts && is.lease.Subnets == was.lease.Subnets && is.lease.Attrs.Equal(was.lease.Attrs)) {
 			put = append(put, now)
 		}
 	}
 	for _, n := range put { // after all deletions: what one node loses, another may get
-		p.news.Put(n.lease)
+		changes.Put(n.lease)
 	}
 	p.unsettled = map[string]*peer{}
-	if p.whole && len(p.news.Leases)+len(p.news.Gone) > 0 {
-		if p.news.Since.IsZero() {
-			p.news.Since = time.Now()
-		}
-		p.call()
+	if p.whole {
+		p.updates.Put(changes)
 	}
 }
 
@@ -374,20 +350,4 @@ func (c *claims) rivals(p netip.Prefix, n *peer, each func(*peer, netip.Prefix))
 			visit(at)
 		}
 	}
-}
-
-// call tells the reader that there is news. The caller holds p.mu.
-func (p *peers) call() {
-	select {
-	case p.wake <- struct{}{}:
-	default:
-	}
-}
-
-func (p *peers) take() subnet.Update {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	news := p.news
-	p.news = subnet.Update{}
-	return news
 }

@@ -97,8 +97,8 @@ func followUntil(t *testing.T, s *scripted, peers int) *Manager {
 	leases := map[subnet.Subnets]subnet.Lease{}
 	for late := time.After(time.Minute); len(leases) != peers; {
 		select {
-		case <-p.wake:
-			p.take().Apply(leases)
+		case u := <-p.updates.C():
+			u.Apply(leases)
 		case <-late:
 			t.Fatalf("there are %d peers; asked %q", len(leases), s.asked)
 		}

@@ -113,13 +113,11 @@ func (i *Inspection) inspect(ctx context.Context) (err error) {
 	if own == nil {
 		return fmt.Errorf("a lease: none is this node's, which has %s", strings.Trim(fmt.Sprint(family.Valid(i.uplink.PublicIPs())), "[]"))
 	}
-	if r, ok := i.Manager.(subnet.Reporter); ok {
-		ends, err := r.Expiries(ctx, own.Subnets)
-		if err != nil {
-			return err
-		}
-		own.Expires = ends[own.Subnets]
+	ends, err := i.Manager.Expiries(ctx, own.Subnets)
+	if err != nil {
+		return err
 	}
+	own.Expires = ends[own.Subnets]
 	i.own = own
 	p := i.planNode(i.Options)
 	i.kernel.Networks = p.networks

@@ -203,8 +203,8 @@ func (s *metrics) ServeHTTP(w http.ResponseWriter, _ *http.Request) {
 // herald tells people what needs a hand, where the store is a place for that; ""
 // says that it is over.
 func herald(m subnet.Manager, about, reason, message string) {
-	if h, ok := m.(subnet.Herald); ok {
-		h.Notify(about, reason, message)
+	if r, ok := m.(subnet.EventRecorder); ok {
+		r.RecordEvent(about, reason, message)
 	}
 }
 

@@ -19,6 +19,7 @@ import (
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/nstest"
 	"github.com/flanneld/flanneld/subnet"
+	"github.com/flanneld/flanneld/subnet/subnettest"
 
 	_ "github.com/flanneld/flanneld/backend/all"
 )
@@ -48,19 +49,21 @@ func TestMain(m *testing.M) {
 // manager is a subnet.Manager that the test plays. A nil error means that it
 // waits.
 type manager struct {
-	config   string
-	previous subnet.Attrs
-	wants    chan subnet.Lease // what Acquire was asked for
-	grants   chan subnet.Lease // what it answers
-	lost     chan struct{}
-	updates  chan subnet.Update
-	configs  chan *subnet.Config
-	expires  time.Time
+	*subnettest.Manager // for what the tests of this package do not play
+	config              string
+	previous            subnet.Attrs
+	wants               chan subnet.Lease // what Acquire was asked for
+	grants              chan subnet.Lease // what it answers
+	lost                chan struct{}
+	updates             chan subnet.Update
+	configs             chan *subnet.Config
+	expires             time.Time
 }
 
 func newManager(config string) *manager {
 	return &manager{
-		config: config, wants: make(chan subnet.Lease, 10), grants: make(chan subnet.Lease, 10),
+		Manager: subnettest.NewManager(&subnettest.Store{}, "n1"),
+		config:  config, wants: make(chan subnet.Lease, 10), grants: make(chan subnet.Lease, 10),
 		lost: make(chan struct{}), updates: make(chan subnet.Update), configs: make(chan *subnet.Config),
 	}
 }
@@ -73,17 +76,9 @@ func (m *manager) Config(context.Context) (*subnet.Config, error) {
 	return c, c.Divide()
 }
 
-func (m *manager) Select(_ context.Context, sel iface.Selector) <-chan iface.Selector {
-	out := make(chan iface.Selector, 1)
-	out <- sel
-	return out
-}
-
 func (m *manager) State() subnet.State { return subnet.State{Connected: true, Expires: m.expires} }
 
 func (m *manager) Configs(context.Context) <-chan *subnet.Config { return m.configs }
-
-func (m *manager) Ready() {}
 
 func (m *manager) Previous(context.Context, subnet.Attrs) (subnet.Attrs, error) {
 	return m.previous, nil

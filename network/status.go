@@ -3,7 +3,6 @@ package network
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"net/netip"
 	"slices"
 	"time"
@@ -109,8 +108,11 @@ type SubnetFile struct {
 
 // A Store is where leases come from.
 type Store struct {
-	Name    string `json:"name,omitempty"`
-	Trouble string `json:"trouble,omitempty"` // why it cannot be used now
+	Kind      string   `json:"kind,omitempty"` // "etcd", "kubernetes"
+	Name      string   `json:"name,omitempty"`
+	Endpoints []string `json:"endpoints,omitempty"`
+	Check     string   `json:"check,omitempty"`   // a command that asks the store whether it works
+	Trouble   string   `json:"trouble,omitempty"` // why it cannot be used now
 }
 
 // A view is what a Status is made from.
@@ -185,7 +187,8 @@ func (v view) statusOfStore() Status {
 	state := v.Manager.State()
 	return Status{
 		Version: v.Version, Waiting: v.waiting,
-		SubnetFile: SubnetFile{Path: v.SubnetFile}, Store: Store{state.Store, state.Trouble},
+		SubnetFile: SubnetFile{Path: v.SubnetFile},
+		Store:      Store{state.Kind, state.Store, state.Endpoints, state.Check, state.Problem},
 	}
 }
 
@@ -241,13 +244,12 @@ const expiriesTimeout = 3 * time.Second
 
 // fillExpiries fills in when leases end, as far as the store answers.
 func fillExpiries(ctx context.Context, m subnet.Manager, leases []Lease) {
-	r, ok := m.(subnet.Reporter)
-	if !ok || m.State().Trouble != "" {
+	if m.State().Problem != "" {
 		return
 	}
 	ctx, cancel := context.WithTimeout(ctx, expiriesTimeout)
 	defer cancel()
-	ends, err := r.Expiries(ctx)
+	ends, err := m.Expiries(ctx)
 	if err != nil {
 		return
 	}
@@ -260,11 +262,7 @@ func fillExpiries(ctx context.Context, m subnet.Manager, leases []Lease) {
 
 // clockSkew returns how much this host's clock is ahead of the store's.
 func clockSkew(ctx context.Context, m subnet.Manager) (time.Duration, error) {
-	r, ok := m.(subnet.Reporter)
-	if !ok {
-		return 0, errors.New("the store tells no time")
-	}
-	at, err := r.Clock(ctx)
+	at, err := m.Clock(ctx)
 	if err != nil {
 		return 0, err
 	}

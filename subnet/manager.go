@@ -10,104 +10,105 @@ import (
 	"github.com/flanneld/flanneld/pkg/retry"
 )
 
-// A Manager hands out leases and tells of everyone's. Implementations wait out
-// whatever waiting can mend (the store is away, the network is not configured
-// yet), saying so once; the errors they return are final.
+// A Manager leases subnets to this node, and follows the leases of all nodes. It keeps both in its store, such as etcd.
+//
+// A Manager waits for whatever waiting can repair: the store is away, the network is not configured yet. It logs the
+// cause once. An error that it returns is final and meant for the operator, unless it is the error of a context or one
+// of the errors below.
+//
+// subnettest.Run checks all that is said here.
 type Manager interface {
-	// Config returns the network's configuration, waiting until there is one.
-	// One that is there but cannot work is an error.
+	// Config returns the network's configuration. It waits until there is a configuration; a configuration that
+	// cannot work is an error.
 	Config(ctx context.Context) (*Config, error)
 
-	// Configs tells of each configuration that takes the place of the one that
-	// Config returned. One that cannot work is said, and not told. The channel
-	// is closed when ctx ends; a nil one never tells anything.
+	// Configs sends each configuration that replaces the one that Config returned. A configuration that cannot work is
+	// logged and not sent. The channel is closed when ctx ends. It is nil where the configuration cannot change.
 	Configs(ctx context.Context) <-chan *Config
 
-	// Select tells by which selector this node's uplink is found: sel with what
-	// the store says of it, once it says so, and again each time that it says
-	// otherwise. The channel is closed when ctx or the manager ends.
+	// Select sends the selector by which this node's uplink is found: sel, completed by what the store knows about
+	// this node. The first one is sent once the store knows this node, another one whenever the selector changes. The
+	// channel is closed when ctx ends or the Manager is closed.
 	Select(ctx context.Context, sel iface.Selector) <-chan iface.Selector
 
-	// Previous returns what this node, known by the given public addresses,
-	// published when it last held a lease; zero when there is nothing left of
-	// it. Backends keep what peers already know, such as a VTEP's MAC.
+	// Previous returns what this node published with its last lease, and the zero Attrs if nothing is left of that. The
+	// node is known by the public addresses of self. Backends keep what peers already know, such as a VTEP's MAC.
 	Previous(ctx context.Context, self Attrs) (Attrs, error)
 
-	// Acquire leases subnets of cfg's network for this node and publishes
-	// want.Attrs. A lease that the node already holds is taken up again; else
-	// want.Subnets, if they are set, free and fit; else free ones.
+	// Acquire leases subnets of cfg's network for this node and publishes want.Attrs with them. It takes the lease that
+	// this node already holds; or else want.Subnets, if they are set, fit cfg and are free; or else free subnets. It
+	// waits while no subnets are free.
 	Acquire(ctx context.Context, cfg *Config, want Lease) (Lease, error)
 
-	// Keep renews the lease and restores it when somebody deletes or changes
-	// it, until ctx ends. It returns ErrLost when the subnets went to another
-	// node, and ErrChanged when the store wants something else published: then
-	// the lease must be acquired again.
+	// Keep renews the lease, and restores it when somebody deletes or changes it, until ctx ends. It returns ErrLost
+	// when the subnets went to another node, and ErrChanged when the store wants other addresses published: the lease
+	// must then be acquired again.
 	Keep(ctx context.Context, lease Lease) error
 
-	// Ready says that the node's network is up, for all the store to know.
+	// Ready makes known in the store that this node's network is up. It does not wait.
 	Ready()
 
-	// Watch tells of all leases, the node's own among them: first a snapshot,
-	// then changes, and a snapshot again after any gap. A slow reader gets
-	// the changes merged, never a backlog. The channel is closed when ctx ends.
+	// Watch sends the leases of all nodes, this node's own included: first a snapshot, and then changes. After a gap in
+	// which changes may have been missed, it sends a snapshot, or the changes that the gap hid. A slow reader receives
+	// several changes merged into one update, see Mailbox. The channel is closed when ctx ends.
 	Watch(ctx context.Context) <-chan Update
 
-	// State tells how things stand. It may be called at any time, and does not
-	// wait.
+	// State returns how this node stands with the store. It does not wait.
 	State() State
-}
 
-// A Herald is a Manager whose store is a place to tell people, beside the log,
-// what needs a hand on this node.
-type Herald interface {
-	Manager
-
-	// Notify tells of something, for a short reason in CamelCase, until it is
-	// called again with the same about: with another message, or with "" when
-	// it is over. It does not wait.
-	Notify(about, reason, message string)
-}
-
-// A State is how a Manager stands with its store.
-type State struct {
-	Store     string    // "etcd at http://127.0.0.1:2379"
-	Connected bool      // the store does what it is asked
-	Trouble   string    // why it does not, once that is known
-	Expires   time.Time // when this node's lease ends unless it is renewed; zero: never, or there is none
-}
-
-// A Reporter is a Manager that tells operators more than the daemon needs.
-type Reporter interface {
-	Manager
-
-	// Expiries asks the store when leases end, the named ones or else all. Those
-	// that never do are left out.
+	// Expiries asks the store when leases end: the leases of the given subnets, or all leases if none are given. Leases
+	// that never end are left out.
 	Expiries(ctx context.Context, of ...Subnets) (map[Subnets]time.Time, error)
 
-	// Clock asks for the store's time, which is good to the second.
+	// Clock asks the store for its time, which is good to the second.
 	Clock(ctx context.Context) (time.Time, error)
+
+	// Close ends all that the Manager runs, and calls in progress fail. The lease stays in the store: this node takes it
+	// again when it starts the next time. Close may be called again.
+	Close() error
 }
 
-// Backoff returns what paces attempts at a store: nodes are back soon after it
-// is, but not all at once.
+// An EventRecorder is a Manager whose store has a place for events about this node, as Kubernetes has.
+type EventRecorder interface {
+	// RecordEvent records a problem that a person should act on, with a short reason in CamelCase. The event goes on
+	// until the next call with the same subject: with another message, or with "" when the problem is over. RecordEvent
+	// does not wait.
+	RecordEvent(subject, reason, message string)
+}
+
+// A State is how a node stands with its Manager's store.
+type State struct {
+	Kind      string    // of the store: "etcd", "kubernetes"
+	Store     string    // its name for people: "etcd at http://127.0.0.1:2379"
+	Endpoints []string  // its URLs
+	Check     string    // a command that asks the store whether it works
+	Connected bool      // the store does what it is asked
+	Problem   string    // why it does not, once the reason is known
+	Expires   time.Time // when this node's lease ends unless it is renewed; zero: never, or there is no lease
+}
+
+// Backoff returns the pauses between attempts to use a store. After an outage of the store, nodes come back soon, but
+// not all at once.
 func Backoff() retry.Backoff {
 	return retry.Backoff{First: 100 * time.Millisecond, Most: 3 * time.Second, Jitter: true}
 }
 
-// ErrLost says that a lease's subnets now belong to another node.
-var ErrLost = errors.New("the lease went to another node")
+// Errors of Manager.Keep.
+var (
+	// ErrLost is returned when a lease's subnets belong to another node now.
+	ErrLost = errors.New("the lease went to another node")
 
-// ErrChanged says that a lease is this node's still, and has to be acquired again
-// for what is to be published with it.
-var ErrChanged = errors.New("the lease is to be published with other addresses")
+	// ErrChanged is returned when this node still holds the lease, but has to publish other addresses with it.
+	ErrChanged = errors.New("the lease is to be published with other addresses")
+)
 
-// An Update is news of leases. With Snapshot set, Leases is all there is;
-// otherwise it holds the new and changed ones, and Gone the removed.
+// An Update is a change of the leases that there are. If Snapshot is set, Leases are all leases; otherwise Leases are
+// the new and the changed ones, and Gone are the subnets whose leases are gone.
 type Update struct {
 	Snapshot bool
 	Leases   map[Subnets]Lease
 	Gone     map[Subnets]bool // nil in a snapshot
-	Since    time.Time        // when the first of the changes was learned; zero: not known
+	Since    time.Time        // when the first of the changes became known; zero: not known
 }
 
 // Put records a new or changed lease.
@@ -119,7 +120,7 @@ func (u *Update) Put(l Lease) {
 	delete(u.Gone, l.Subnets)
 }
 
-// Delete records that a lease is gone.
+// Delete records that the lease of the subnets is gone.
 func (u *Update) Delete(s Subnets) {
 	delete(u.Leases, s)
 	if u.Snapshot {
@@ -131,8 +132,7 @@ func (u *Update) Delete(s Subnets) {
 	u.Gone[s] = true
 }
 
-// Apply brings a record of all leases up to date, and returns which are no
-// longer in it.
+// Apply updates a map of all leases, and returns the subnets whose leases it removed.
 func (u Update) Apply(all map[Subnets]Lease) (gone []Subnets) {
 	drop := func(s Subnets) {
 		if _, known := all[s]; known {

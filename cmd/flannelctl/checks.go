@@ -16,7 +16,6 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"github.com/flanneld/flanneld/cmd/internal/settings"
 	"github.com/flanneld/flanneld/network"
 	"github.com/flanneld/flanneld/pkg/kernel"
 	"github.com/flanneld/flanneld/pkg/proc"
@@ -64,27 +63,7 @@ func storeUnreachable(p *patient) []problem {
 	if s.Trouble == "" {
 		return nil
 	}
-	fix := []string{endpointHealth(p.options, strings.Join(p.options.EtcdEndpoints, ","))}
-	if !strings.HasPrefix(s.Name, "etcd") {
-		fix = []string{"curl -k " + s.Name[strings.LastIndexByte(s.Name, ' ')+1:] + "/readyz"}
-	} else if p.status.Daemon {
-		fix = []string{endpointHealth(p.options, strings.TrimPrefix(s.Name, "etcd at "))}
-	}
-	return []problem{{s.Name + " is of no use: " + s.Trouble + ". Pods go on talking; changes are not followed, and the lease may end", fix}}
-}
-
-// endpointHealth is the command that asks etcd how it is, as the daemon would; for
-// a password etcdctl asks.
-func endpointHealth(o *settings.Options, endpoints string) string {
-	command := "etcdctl --endpoints=" + endpoints
-	for _, f := range []struct{ flag, value string }{
-		{"cacert", o.EtcdCAFile}, {"cert", o.EtcdCertFile}, {"key", o.EtcdKeyFile}, {"user", o.EtcdUsername},
-	} {
-		if f.value != "" {
-			command += " --" + f.flag + "=" + f.value
-		}
-	}
-	return command + " endpoint health"
+	return []problem{{s.Name + " cannot be used: " + s.Trouble + ". Pods go on talking; changes are not followed, and the lease may end", []string{s.Check}}}
 }
 
 func leaseMissing(p *patient) []problem {

@@ -16,6 +16,7 @@ import (
 
 	"github.com/flanneld/flanneld/cmd/internal/settings"
 	"github.com/flanneld/flanneld/network"
+	"github.com/flanneld/flanneld/subnet"
 )
 
 // A tool is what the commands share.
@@ -195,7 +196,7 @@ func (t *tool) askable(ctx context.Context) error {
 // inspection closes the manager as well.
 type inspection struct {
 	*network.Inspection
-	manager settings.Manager
+	manager subnet.Manager
 }
 
 func (i inspection) Close() {

@@ -9,8 +9,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-
-	"github.com/flanneld/flanneld/cmd/internal/settings"
 )
 
 // run runs flannelctl.
@@ -75,18 +73,5 @@ func TestEnvironmentFile(t *testing.T) {
 	got, err := environmentFile(file)
 	if want := []string{"FLANNELD_IFACE=eth0", "FLANNELD_ETCD_PREFIX=/a b", "FLANNELD_B=c", "WIREGUARD_KEY_FILE=/k"}; err != nil || !slices.Equal(got, want) {
 		t.Errorf("%q, %v", got, err)
-	}
-}
-
-// The command that doctor advises for etcd is one that etcd answers.
-func TestEndpointHealth(t *testing.T) {
-	for want, o := range map[string]*settings.Options{
-		"etcdctl --endpoints=http://192.0.2.1:2379 endpoint health": {},
-		"etcdctl --endpoints=http://192.0.2.1:2379 --cacert=/ca --cert=/cert --key=/key --user=u endpoint health": {
-			EtcdCAFile: "/ca", EtcdCertFile: "/cert", EtcdKeyFile: "/key", EtcdUsername: "u", EtcdPassword: "p"},
-	} {
-		if got := endpointHealth(o, "http://192.0.2.1:2379"); got != want {
-			t.Errorf("got %s, want %s", got, want)
-		}
 	}
 }

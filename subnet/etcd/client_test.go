@@ -67,17 +67,17 @@ func TestExplain(t *testing.T) {
 		err         error
 		cause, want string
 	}{
-		{unavailable("transport: Error while dialing: dial tcp 127.0.0.1:2379: connect: connection refused"), subnet.Away, "Error while dialing: dial tcp 127.0.0.1:2379: connect: connection refused"},
-		{context.DeadlineExceeded, subnet.Away, "no answer within 10s"},
-		{rpctypes.ErrNoLeader, subnet.Away, "etcdserver: no leader"},
-		{rpctypes.ErrGRPCNoLeader, subnet.Away, "etcdserver: no leader"},
-		{rpctypes.ErrTimeout, subnet.Away, "etcdserver: request timed out"},
+		{unavailable("transport: Error while dialing: dial tcp 127.0.0.1:2379: connect: connection refused"), subnet.Unreachable, "Error while dialing: dial tcp 127.0.0.1:2379: connect: connection refused"},
+		{context.DeadlineExceeded, subnet.Unreachable, "no answer within 10s"},
+		{rpctypes.ErrNoLeader, subnet.Unreachable, "etcdserver: no leader"},
+		{rpctypes.ErrGRPCNoLeader, subnet.Unreachable, "etcdserver: no leader"},
+		{rpctypes.ErrTimeout, subnet.Unreachable, "etcdserver: request timed out"},
 		{rpctypes.ErrAuthFailed, "login", "--etcd-password"},
 		{rpctypes.ErrGRPCAuthFailed, "login", "--etcd-password"},
 		{rpctypes.ErrUserEmpty, "login", "--etcd-username"},
 		{rpctypes.ErrPermissionDenied, "", "role grant-permission"},
-		{status.Error(codes.Unknown, context.DeadlineExceeded.Error()), subnet.Away, "no answer within 10s"},
-		{status.Error(codes.Canceled, "grpc: the client connection is closing"), subnet.Away, "connections were replaced"},
+		{status.Error(codes.Unknown, context.DeadlineExceeded.Error()), subnet.Unreachable, "no answer within 10s"},
+		{status.Error(codes.Canceled, "grpc: the client connection is closing"), subnet.Unreachable, "connections were replaced"},
 		{rpctypes.ErrGRPCInvalidAuthToken, "login", "invalid auth token"},
 		{rpctypes.ErrNoSpace, "", "etcdserver: mvcc: database space exceeded: compact and defragment etcd"},
 		{errors.New("something else"), "", "something else"},
@@ -187,4 +187,18 @@ func TestHasten(t *testing.T) {
 			}
 		}
 	})
+}
+
+// The command that doctor advises is one that etcd answers.
+func TestCheckCommand(t *testing.T) {
+	one := []string{"http://192.0.2.1:2379"}
+	for want, o := range map[string]Options{
+		"etcdctl --endpoints=http://192.0.2.1:2379 endpoint health": {Endpoints: one},
+		"etcdctl --endpoints=http://192.0.2.1:2379,http://192.0.2.2:2379 --cacert=/ca --cert=/cert --key=/key --user=u endpoint health": {
+			Endpoints: append(one, "http://192.0.2.2:2379"), CAFile: "/ca", CertFile: "/cert", KeyFile: "/key", Username: "u", Password: "p"},
+	} {
+		if got := checkCommand(o); got != want {
+			t.Errorf("got %s, want %s", got, want)
+		}
+	}
 }

@@ -83,7 +83,7 @@ type Manager struct {
 	cancel context.CancelFunc
 	pulse  sync.WaitGroup
 
-	outage subnet.Outage
+	health *subnet.StoreHealth
 	failed queue
 
 	configured []byte // what Config read
@@ -138,7 +138,9 @@ func New(ctx context.Context, o Options) (*Manager, error) {
 		latest:     moment{replaced: make(chan struct{})},
 		warned:     map[string]int64{},
 		failed:     newQueue(),
-		outage:     subnet.Outage{Store: "etcd at " + strings.Join(o.Endpoints, ",")},
+		health: subnet.NewStoreHealth(klog.FromContext(ctx), subnet.State{
+			Kind: "etcd", Store: "etcd at " + strings.Join(o.Endpoints, ","), Endpoints: o.Endpoints, Check: checkCommand(o),
+		}),
 	}
 	m.pulse.Go(m.beat)
 	return m, nil
@@ -253,7 +255,9 @@ func (m *Manager) parseConfig(text []byte) (*subnet.Config, error) {
 func (m *Manager) Select(ctx context.Context, sel iface.Selector) <-chan iface.Selector {
 	out := make(chan iface.Selector, 1)
 	out <- sel
-	context.AfterFunc(ctx, func() { close(out) })
+	closed := sync.OnceFunc(func() { close(out) })
+	context.AfterFunc(ctx, closed)
+	context.AfterFunc(m.ctx, closed)
 	return out
 }
 
@@ -264,7 +268,7 @@ func (m *Manager) Ready() {}
 func (m *Manager) State() subnet.State {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	s := m.outage.State()
+	s := m.health.State()
 	s.Expires = m.expires
 	return s
 }

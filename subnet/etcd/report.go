@@ -16,12 +16,10 @@ import (
 	"github.com/flanneld/flanneld/subnet"
 )
 
-var _ subnet.Reporter = (*Manager)(nil)
-
 // askers is how many leases are asked after at once.
 const askers = 16
 
-// Expiries implements subnet.Reporter. It takes a request for each lease.
+// Expiries implements subnet.Manager. It takes a request for each lease.
 func (m *Manager) Expiries(ctx context.Context, of ...subnet.Subnets) (map[subnet.Subnets]time.Time, error) {
 	records, _, err := m.list(ctx)
 	if err != nil {
@@ -71,7 +69,7 @@ func (m *Manager) timeToLive(ctx context.Context, id clientv3.LeaseID) (ttl time
 	return ttl, err
 }
 
-// Clock implements subnet.Reporter. gRPC tells no time, but at the same address
+// Clock implements subnet.Manager. gRPC tells no time, but at the same address
 // etcd answers over HTTP.
 func (m *Manager) Clock(ctx context.Context) (time.Time, error) {
 	client := &http.Client{Transport: &http.Transport{TLSClientConfig: m.tls.config(), DisableKeepAlives: true}}
@@ -97,4 +95,17 @@ func (m *Manager) Clock(ctx context.Context) (time.Time, error) {
 		last = fmt.Errorf("%s tells no time: %w", e, err)
 	}
 	return time.Time{}, last
+}
+
+// checkCommand returns the command that asks etcd whether it works, with our options. etcdctl asks for the password.
+func checkCommand(o Options) string {
+	command := "etcdctl --endpoints=" + strings.Join(o.Endpoints, ",")
+	for _, f := range []struct{ flag, value string }{
+		{"cacert", o.CAFile}, {"cert", o.CertFile}, {"key", o.KeyFile}, {"user", o.Username},
+	} {
+		if f.value != "" {
+			command += " --" + f.flag + "=" + f.value
+		}
+	}
+	return command + " endpoint health"
 }

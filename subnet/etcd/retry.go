@@ -54,10 +54,10 @@ func (m *Manager) try(ctx context.Context, purpose string, r request) (moment, e
 		return moment{}, ctx.Err()
 	case err != nil:
 		why, text := explain(err)
-		m.outage.Begin(purpose, why, text)
+		m.health.Failed(purpose, why, text)
 		return moment{}, err
 	}
-	m.outage.End(purpose)
+	m.health.Succeeded(purpose)
 	if header == nil {
 		return moment{}, nil
 	}
@@ -238,11 +238,11 @@ func explain(err error) (cause, text string) {
 		return "scheme", text + ": the server closes the connection, perhaps --etcd-endpoints should say https://"
 	case errors.Is(err, context.DeadlineExceeded), status.Code(err) == codes.DeadlineExceeded,
 		text == context.DeadlineExceeded.Error(): // etcd 3.4 says so of what its leader did not answer
-		return subnet.Away, fmt.Sprintf("no answer within %v", requestTimeout)
+		return subnet.Unreachable, fmt.Sprintf("no answer within %v", requestTimeout)
 	case status.Code(err) == codes.Canceled: // while the time for the request ran out
-		return subnet.Away, "no answer until the connections were replaced"
+		return subnet.Unreachable, "no answer until the connections were replaced"
 	case status.Code(err) == codes.Unavailable, errors.As(err, &known) && known.Code() == codes.Unavailable:
-		return subnet.Away, text
+		return subnet.Unreachable, text
 	}
 	return "", text
 }

@@ -275,6 +275,6 @@ func explain(err error) (cause, text string) {
 	case strings.Contains(text, "x509:"):
 		return "certificate", text + "; its certificate is not to be trusted, check certificate-authority in --kubeconfig-file, or --kube-api-url"
 	default:
-		return subnet.Away, text
+		return subnet.Unreachable, text
 	}
 }

@@ -92,12 +92,12 @@ func TestExplain(t *testing.T) {
 		{apierrors.NewUnauthorized("Unauthorized"), "login", "check the service account"},
 		{answered(403, "nodes is forbidden"), "", "ClusterRole"},
 		{answered(422, "invalid"), "", "invalid"},
-		{answered(429, "too many requests"), subnet.Away, "too many"},
-		{answered(503, "etcd leader changed"), subnet.Away, "etcd"},
+		{answered(429, "too many requests"), subnet.Unreachable, "too many"},
+		{answered(503, "etcd leader changed"), subnet.Unreachable, "etcd"},
 		{answered(302, ""), "redirect", "proxy"},
-		{answered(502, "<html>\n"+strings.Repeat("page ", 1000)), subnet.Away, "<html> page"},
+		{answered(502, "<html>\n"+strings.Repeat("page ", 1000)), subnet.Unreachable, "<html> page"},
 		{errors.New("tls: failed to verify certificate: x509: certificate signed by unknown authority"), "certificate", "certificate-authority"},
-		{errors.New("connection refused"), subnet.Away, "refused"},
+		{errors.New("connection refused"), subnet.Unreachable, "refused"},
 	} {
 		if cause, text := explain(fmt.Errorf("asking: %w", c.err)); cause != c.cause || !strings.Contains(text, c.want) || len(text) > 2*maxErrorText {
 			t.Errorf("%v: got %q, %q; want %q, %q", c.err, cause, text, c.cause, c.want)

@@ -62,8 +62,8 @@ const (
 type Manager struct {
 	options Options
 	client  *client
-	outage  subnet.Outage
-	notices *notices
+	health  *subnet.StoreHealth
+	events  *events
 	name    string // this node's
 
 	ctx     context.Context // ends with Close
@@ -84,8 +84,8 @@ type Manager struct {
 }
 
 var (
-	_ subnet.Manager = (*Manager)(nil)
-	_ subnet.Herald  = (*Manager)(nil)
+	_ subnet.Manager       = (*Manager)(nil)
+	_ subnet.EventRecorder = (*Manager)(nil)
 )
 
 // New returns a manager. An error is about the options: it does not talk to the
@@ -102,10 +102,13 @@ func New(ctx context.Context, o Options) (*Manager, error) {
 	}
 	m := &Manager{
 		options: o, client: c, name: o.NodeName, ctx: ctx, cancel: cancel,
-		outage:  subnet.Outage{Store: "Kubernetes' API server at " + c.server},
+		health: subnet.NewStoreHealth(klog.FromContext(ctx), subnet.State{
+			Kind: "kubernetes", Store: "Kubernetes' API server at " + c.server, Endpoints: []string{c.server},
+			Check: "curl -k " + c.server + "/readyz",
+		}),
 		changed: make(chan struct{}), waits: map[string]int{},
 	}
-	m.notices = newNotices(c, m.node)
+	m.events = newEvents(c, m.node)
 	if o.NodeAddress {
 		changes, err := iface.Changes(ctx)
 		if err != nil {
@@ -121,7 +124,7 @@ func New(ctx context.Context, o Options) (*Manager, error) {
 		})
 	}
 	m.running.Go(m.followOwn)
-	m.running.Go(func() { m.notices.run(ctx) })
+	m.running.Go(func() { m.events.run(ctx) })
 	return m, nil
 }
 
@@ -139,12 +142,12 @@ func (m *Manager) node() string {
 	return m.name
 }
 
-// Notify implements subnet.Herald: as an Event of the Node.
-func (m *Manager) Notify(about, reason, message string) {
+// RecordEvent implements subnet.EventRecorder, as an Event of the Node.
+func (m *Manager) RecordEvent(subject, reason, message string) {
 	if message == "" {
-		m.notices.end(about)
+		m.events.end(subject)
 	} else {
-		m.notices.begin(about, reason, message)
+		m.events.begin(subject, reason, message)
 	}
 }
 
@@ -183,7 +186,7 @@ func (m *Manager) Select(ctx context.Context, sel iface.Selector) <-chan iface.S
 					return
 				}
 			}
-			if waitChange(ctx, changed, true) != nil {
+			if m.waitChange(ctx, changed, true) != nil {
 				return
 			}
 		}
@@ -309,7 +312,7 @@ func (m *Manager) Acquire(ctx context.Context, cfg *subnet.Config, want subnet.L
 		if err != nil || there {
 			return lease, err
 		}
-		if err := waitChange(ctx, changed, false); err != nil {
+		if err := m.waitChange(ctx, changed, false); err != nil {
 			return subnet.Lease{}, err
 		}
 	}
@@ -331,7 +334,7 @@ func (m *Manager) leaseOf(own *ownNode, cfg *subnet.Config, attrs subnet.Attrs) 
 		if !f.pool.Network.Contains(f.have.Addr()) || f.have.Bits() < f.pool.Network.Bits() {
 			err := fmt.Errorf("the podCIDR %s of Node %s is outside the Network %s in %s: make Network the same as --cluster-cidr of kube-controller-manager",
 				f.have, m.name, f.pool.Network, m.options.ConfigPath)
-			m.Notify("podCIDR", "PodCIDROutsideNetwork", err.Error())
+			m.RecordEvent("podCIDR", "PodCIDROutsideNetwork", err.Error())
 			return subnet.Lease{}, err
 		}
 		*f.into = f.have
@@ -418,7 +421,7 @@ func (m *Manager) Ready() {
 
 // State implements subnet.Manager. A lease lasts as long as the Node.
 func (m *Manager) State() subnet.State {
-	return m.outage.State()
+	return m.health.State()
 }
 
 // Keep implements subnet.Manager: annotations, and the condition once the
@@ -468,7 +471,7 @@ func (m *Manager) Keep(ctx context.Context, lease subnet.Lease) error {
 		if err != nil {
 			return err
 		}
-		if err := waitChange(ctx, changed, there); err != nil { // a change of ours is one, too
+		if err := m.waitChange(ctx, changed, there); err != nil { // a change of ours is one, too
 			return err
 		}
 	}
@@ -552,7 +555,7 @@ func (m *Manager) retry(ctx context.Context, purpose string, f func(context.Cont
 		err := f(attempt)
 		cancel()
 		if err == nil {
-			m.outage.End(purpose)
+			m.health.Succeeded(purpose)
 			return nil
 		}
 		if ctx.Err() == nil {
@@ -572,5 +575,5 @@ func (m *Manager) retry(ctx context.Context, purpose string, f func(context.Cont
 func (m *Manager) fail(purpose string, err error) {
 	m.client.refresh()
 	why, text := explain(err)
-	m.outage.Begin(purpose, why, text)
+	m.health.Failed(purpose, why, text)
 }

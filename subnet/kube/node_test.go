@@ -13,6 +13,7 @@ import (
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/subnet"
 )
@@ -35,6 +36,7 @@ type testNode struct {
 	annotations   []string // key=value
 	addresses     []string // type=address
 	heartbeat     string
+	networkUp     bool
 }
 
 func (n testNode) marshal() []byte {
@@ -55,6 +57,9 @@ func (n testNode) marshal() []byte {
 		spec = text(spec, 7, c)
 	}
 	status := text(nil, 4, string(text(text(text(nil, 1, "Ready"), 2, "True"), 6, n.heartbeat)))
+	if n.networkUp {
+		status = text(status, 4, string(text(text(nil, 1, "NetworkUnavailable"), 2, "False")))
+	}
 	for _, a := range n.addresses {
 		k, v, _ := strings.Cut(a, "=")
 		status = text(status, 5, string(text(text(nil, 1, k), 2, v)))
@@ -160,7 +165,8 @@ func taken(p *peers) subnet.Update {
 func testPeers() *peers { return newPeers(testManager(onlyIPv4)) }
 
 func testManager(on subnet.Subnets) *Manager {
-	return &Manager{client: &client{}, options: Options{AnnotationPrefix: "flannel.alpha.coreos.com/"}, on: on}
+	health := subnet.NewStoreHealth(klog.Background(), subnet.State{Store: "the server"})
+	return &Manager{client: &client{}, health: health, options: Options{AnnotationPrefix: "flannel.alpha.coreos.com/"}, on: on}
 }
 
 func TestPeers(t *testing.T) {

@@ -176,7 +176,7 @@ func (m *Manager) startWait(what string, registered bool) {
 	}
 	klog.Warningf("Waiting for %s", what)
 	if registered {
-		m.Notify("waiting for "+what, "NodeIncomplete", "flanneld waits for "+what)
+		m.RecordEvent("waiting for "+what, "NodeIncomplete", "flanneld waits for "+what)
 	}
 }
 
@@ -194,7 +194,7 @@ func (m *Manager) endWait(what string, there bool) {
 	}
 	m.mu.Unlock()
 	if last {
-		m.Notify("waiting for "+what, "", "")
+		m.RecordEvent("waiting for "+what, "", "")
 	}
 	if last && there {
 		what, _, _ = strings.Cut(what, ": ") // without the remedy
@@ -205,7 +205,7 @@ func (m *Manager) endWait(what string, there bool) {
 // waitChange waits for changed to be closed. Where the API server says that the
 // Node is not there, it may have been deleted and registered again as it was, or a
 // proxy may have said so: then waitChange does not wait for long.
-func waitChange(ctx context.Context, changed <-chan struct{}, there bool) error {
+func (m *Manager) waitChange(ctx context.Context, changed <-chan struct{}, there bool) error {
 	var again <-chan time.Time
 	if !there {
 		again = time.After(patchAgain)
@@ -215,6 +215,8 @@ func waitChange(ctx context.Context, changed <-chan struct{}, there bool) error 
 	case <-again:
 	case <-ctx.Done():
 		return ctx.Err()
+	case <-m.ctx.Done():
+		return m.ctx.Err()
 	}
 	return nil
 }

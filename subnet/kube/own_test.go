@@ -336,13 +336,13 @@ func TestWaits(t *testing.T) {
 	}
 	m.endWait("Node n1: register it", true)
 	m.endWait("status.addresses: set it", false)
-	if n := len(m.notices.all); n != 1 || strings.Contains(said(), "No longer") {
-		t.Errorf("there are %d notices while it is waited for", n)
+	if n := len(m.events.all); n != 1 || strings.Contains(said(), "No longer") {
+		t.Errorf("there are %d events while it is waited for", n)
 	}
 	m.endWait("Node n1: register it", true)
 	m.endWait("status.addresses: set it", true)
-	if n := len(m.notices.all); n != 0 || len(m.waits) != 0 {
-		t.Errorf("there are %d notices, and waits %v, in the end", n, m.waits)
+	if n := len(m.events.all); n != 0 || len(m.waits) != 0 {
+		t.Errorf("there are %d events, and waits %v, in the end", n, m.waits)
 	}
 	if text := said(); text != "No longer waiting for Node n1\nNo longer waiting for status.addresses" {
 		t.Errorf("logged\n%s", text)

@@ -266,7 +266,7 @@ func (c conflict) String() string {
 func (p *peers) say(name string, before, now []conflict) {
 	notify := func(c conflict, reason, message string) {
 		if own := p.manager.node(); own == name || own == c.with {
-			p.manager.Notify(fmt.Sprintf("%s and %s: %s", c.with, name, c), reason, message)
+			p.manager.RecordEvent(fmt.Sprintf("%s and %s: %s", c.with, name, c), reason, message)
 		}
 	}
 	for _, c := range now {

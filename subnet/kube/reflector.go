@@ -158,7 +158,7 @@ func resumable(err error) bool {
 }
 
 // succeeded takes note that the server does what it is asked.
-func (w *nodeWatcher) succeeded() { w.manager.outage.End(w.purpose) }
+func (w *nodeWatcher) succeeded() { w.manager.health.Succeeded(w.purpose) }
 
 // failed takes note that a request has failed, and waits for as long as the
 // server wants to be left alone.

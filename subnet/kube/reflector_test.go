@@ -88,7 +88,6 @@ func followUntil(t *testing.T, s *scripted, peers int) *Manager {
 	ctx, cancel := context.WithCancel(t.Context())
 	m := testManager(onlyIPv4)
 	m.client = testClient(t, server.URL)
-	m.outage = subnet.Outage{Store: "the server"}
 	p := newPeers(m)
 	var running sync.WaitGroup
 	running.Go(func() { m.reflectNodes(ctx, "", "follow the nodes", p) })
@@ -132,7 +131,7 @@ func TestReflect(t *testing.T) {
 			if text := said(); text != "" {
 				t.Errorf("logged\n%s", text)
 			}
-			if !m.outage.State().Connected {
+			if !m.health.State().Connected {
 				t.Error("the server counts as away")
 			}
 		})
@@ -159,7 +158,7 @@ func TestWatchResumes(t *testing.T) {
 		}
 	}
 	// Our credentials and the rest are two causes.
-	if text := said(); strings.Count(text, "Waiting to follow the nodes") != 2 || strings.Count(text, "is back") != 1 {
+	if text := said(); strings.Count(text, `operation="follow the nodes"`) != 2 || strings.Count(text, "The store is back") != 1 {
 		t.Errorf("logged\n%s", text)
 	}
 }
@@ -269,7 +268,7 @@ func TestCloseWhileRefused(t *testing.T) {
 		_, err := w.watch(ctx, metav1.ListOptions{SendInitialEvents: &initial})
 		return false, err
 	})
-	for m.outage.State().Trouble == "" {
+	for m.health.State().Problem == "" {
 		runtime.Gosched()
 	}
 	cancel()

@@ -8,14 +8,12 @@ import (
 	"github.com/flanneld/flanneld/subnet"
 )
 
-var _ subnet.Reporter = (*Manager)(nil)
-
-// Expiries implements subnet.Reporter. A podCIDR is for good.
+// Expiries implements subnet.Manager. A podCIDR is for good.
 func (m *Manager) Expiries(context.Context, ...subnet.Subnets) (map[subnet.Subnets]time.Time, error) {
 	return nil, nil
 }
 
-// Clock implements subnet.Reporter. Any answer will do.
+// Clock implements subnet.Manager. Any answer will do.
 func (m *Manager) Clock(ctx context.Context) (time.Time, error) {
 	c := m.client.current()
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, c.Get().AbsPath("/version").URL().String(), nil)

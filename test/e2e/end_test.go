@@ -56,7 +56,7 @@ func TestEnd(t *testing.T) {
 		until  string                                // what it logs
 		after  func(context.Context, *lab.Lab) error // done then
 	}{
-		"etcd's answer": {config: vxlanConfig, until: "Waiting to read the network's configuration",
+		"etcd's answer": {config: vxlanConfig, until: `operation="read the network's configuration"`,
 			before: etcd(func(ctx context.Context, e *lab.Etcd) error { return e.Cut(ctx) })},
 		"the network's configuration": {config: vxlanConfig, until: "The network is not configured",
 			before: etcd(func(ctx context.Context, e *lab.Etcd) error { return e.Delete(ctx, lab.Prefix+"/config") })},

@@ -133,7 +133,7 @@ func TestKubernetes(t *testing.T) {
 				labtest.Do(t, k.DeleteNode(ctx, gone.Hostname))
 				labtest.Do(t, k.AddNode(ctx, late, subnets...))
 				labtest.Do(t, late.Start(args...))
-				waitSaid(ctx, t, late, "Waiting to read Node n4")
+				waitSaid(ctx, t, late, `operation="read Node n4"`)
 			})
 			back := time.Now()
 			labtest.Do(t, late.WaitReady(ctx))

@@ -86,21 +86,21 @@ func (w *worker) restored(before entry) {
 // and goes on then.
 func (w *worker) refused(why string, fault, repair func()) {
 	w.t.Helper()
-	began, _ := log.lines(w.store + ": ")
-	ended, _ := log.lines(w.store + " is back")
+	began, _ := log.lines("cannot be used", w.store)
+	ended, _ := log.lines("is back", w.store)
 	before := w.get(w.key)
 	fault()
 	w.delete(w.key) // which the node sees, and cannot put right
-	log.await(w.t, len(began)+1, w.store+": ")
+	log.await(w.t, len(began)+1, "cannot be used", w.store)
 	w.quiet(6 * time.Second)
 	repair()
 	w.restored(before)
-	log.await(w.t, len(ended)+1, w.store+" is back")
+	log.await(w.t, len(ended)+1, "is back", w.store)
 	w.works()
-	if lines, _ := log.lines(w.store + ": "); len(lines) != len(began)+1 || !strings.Contains(lines[len(began)], why) {
+	if lines, _ := log.lines("cannot be used", w.store); len(lines) != len(began)+1 || !strings.Contains(lines[len(began)], why) {
 		w.t.Errorf("the log has %q, want one line with %q", lines[len(began):], why)
 	}
-	if lines, _ := log.lines(w.store + " is back"); len(lines) != len(ended)+1 {
+	if lines, _ := log.lines("is back", w.store); len(lines) != len(ended)+1 {
 		w.t.Errorf("the log has %q, want one more", lines)
 	}
 }
@@ -157,13 +157,13 @@ func TestServerKilled(t *testing.T) {
 	withTokens(t, "300", func(s *programSite) {
 		w := s.worker(s.user("http://" + s.program.addr()))
 		s.program.kill()
-		log.await(s.t, 1, w.store+": ")
+		log.await(s.t, 1, "cannot be used", w.store)
 		s.start()
 		began := time.Now()
 		w.works()
-		log.await(s.t, 1, w.store+" is back")
+		log.await(s.t, 1, "is back", w.store)
 		s.few(working, nil, began)
-		if lines, _ := log.lines(w.store + ": "); len(lines) != 1 {
+		if lines, _ := log.lines("cannot be used", w.store); len(lines) != 1 {
 			s.t.Errorf("the log has %q, want one line", lines)
 		}
 	})
@@ -193,7 +193,7 @@ func TestAuthenticationSwitchedOffAndOn(t *testing.T) {
 			w.works()
 			s.few(working, before, began)
 		}
-		if lines, _ := log.lines(w.store + ": "); len(lines) != 0 {
+		if lines, _ := log.lines("cannot be used", w.store); len(lines) != 0 {
 			s.t.Errorf("the log has %q", lines)
 		}
 	})

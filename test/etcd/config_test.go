@@ -82,7 +82,7 @@ func TestEtcdIsWaitedFor(t *testing.T) {
 		cfg, err := m.Config(s.t.Context())
 		done <- configured{cfg, err}
 	}()
-	log.await(t, 1, socket, "Waiting to read the network's configuration")
+	log.await(t, 1, socket, `operation="read the network's configuration"`)
 	s.up()
 	s.put("config", small)
 	relay, err := newRelay("unix", socket)
@@ -94,8 +94,8 @@ func TestEtcdIsWaitedFor(t *testing.T) {
 	if got := receive(t, done); got.err != nil {
 		t.Error(got.err)
 	}
-	log.await(t, 1, socket+" is back")
-	if said, _ := log.lines(socket, "Waiting"); len(said) != 1 {
+	log.await(t, 1, "is back", socket)
+	if said, _ := log.lines(socket, "cannot be used"); len(said) != 1 {
 		t.Errorf("said more than once:\n%s", strings.Join(said, "\n"))
 	}
 }

@@ -229,7 +229,7 @@ func (s *site) waits(o etcd.Options, parts ...string) {
 		_, err := m.Previous(s.t.Context(), want("198.18.0.1").Attrs)
 		done <- err
 	}()
-	log.await(s.t, 1, append(parts, "Waiting to read the leases")...)
+	log.await(s.t, 1, append(parts, `operation="read the leases"`)...)
 	select {
 	case err := <-done:
 		s.t.Errorf("did not wait: %v", err)

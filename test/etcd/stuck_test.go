@@ -93,17 +93,17 @@ func TestMembersThatHang(t *testing.T) {
 		members[0].signal(t, syscall.SIGSTOP)
 		s.settle()
 		w.works()
-		before, _ := log.lines(w.store + ": ")
-		ended, _ := log.lines(w.store + " is back")
+		before, _ := log.lines("cannot be used", w.store)
+		ended, _ := log.lines("is back", w.store)
 		members[1].signal(t, syscall.SIGSTOP)
-		log.await(t, len(before)+1, w.store+": ")
+		log.await(t, len(before)+1, "cannot be used", w.store)
 		s.quiet(6 * time.Second)
 		members[0].signal(t, syscall.SIGCONT)
 		members[1].signal(t, syscall.SIGCONT)
 		s.settle()
 		w.works()
-		log.await(t, len(ended)+1, w.store+" is back")
-		if lines, _ := log.lines(w.store + ": "); len(lines) > len(before)+1 {
+		log.await(t, len(ended)+1, "is back", w.store)
+		if lines, _ := log.lines("cannot be used", w.store); len(lines) > len(before)+1 {
 			t.Errorf("the log has %q", lines)
 		}
 	})

@@ -67,7 +67,7 @@ func life(s *programSite, o etcd.Options, users bool) {
 		_, err := early.Config(s.ctx())
 		configured <- err
 	}()
-	log.await(s.t, 1, "etcd at "+o.Endpoints[0]+": ")
+	log.await(s.t, 1, "cannot be used", "etcd at "+o.Endpoints[0])
 	s.up()
 	if users {
 		s.withUsers()

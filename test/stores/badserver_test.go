@@ -211,8 +211,8 @@ func (c *cluster) waitUp(ctx context.Context, t *testing.T, n *lab.Node) {
 }
 
 var (
-	outageBegins = regexp.MustCompile(`(?m)^[WE].* Kubernetes' API server at https://198\.18\.0\.254:.*$`)
-	outageEnds   = regexp.MustCompile(`(?m)^I.* Kubernetes' API server at https://198\.18\.0\.254:.* is back$`)
+	outageBegins = regexp.MustCompile(`(?m)^E.*"The store cannot be used; retrying" store="Kubernetes' API server at https://198\.18\.0\.254:.*$`)
+	outageEnds   = regexp.MustCompile(`(?m)^I.*"The store is back" store="Kubernetes' API server at https://198\.18\.0\.254:.*$`)
 )
 
 // checkOutage: one line when it begins and one when it ends; or perhaps none,

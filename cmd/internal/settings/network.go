@@ -2,7 +2,6 @@ package settings
 
 import (
 	"context"
-	"io"
 	"net/netip"
 	"os"
 
@@ -13,7 +12,7 @@ import (
 )
 
 // Network returns the options of the main loop.
-func (o *Options) Network(m Manager) network.Options {
+func (o *Options) Network(m subnet.Manager) network.Options {
 	return network.Options{
 		Manager:      m,
 		Uplink:       o.Uplink,
@@ -30,16 +29,19 @@ func (o *Options) Network(m Manager) network.Options {
 	}
 }
 
-// A Manager is a subnet manager that can be closed.
-type Manager interface {
-	subnet.Manager
-	io.Closer
-}
-
-// Manager returns the subnet manager that the options choose. It does not talk to
-// its store yet.
-func (o *Options) Manager(ctx context.Context) (Manager, error) {
-	if o.KubeSubnetMgr {
+// managers are the subnet managers by their names, which are the Kind of their State. A manager's constructor takes
+// options of a type of its own: here they are filled in from the flags.
+var managers = map[string]func(context.Context, *Options) (subnet.Manager, error){
+	"etcd": func(ctx context.Context, o *Options) (subnet.Manager, error) {
+		return etcd.New(ctx, etcd.Options{
+			Endpoints: o.EtcdEndpoints, Prefix: o.EtcdPrefix,
+			CAFile: o.EtcdCAFile, CertFile: o.EtcdCertFile, KeyFile: o.EtcdKeyFile,
+			Username: o.EtcdUsername, Password: string(o.EtcdPassword),
+			RenewMargin: o.LeaseRenewMargin,
+			Identity:    identity(),
+		})
+	},
+	"kubernetes": func(ctx context.Context, o *Options) (subnet.Manager, error) {
 		return kube.New(ctx, kube.Options{
 			APIURL: o.KubeAPIURL, Kubeconfig: o.KubeconfigFile,
 			AnnotationPrefix: o.KubeAnnotationPrefix,
@@ -49,12 +51,18 @@ func (o *Options) Manager(ctx context.Context) (Manager, error) {
 			NodeAddress:  o.IfaceNodeAddress,
 			SetCondition: o.SetNodeNetworkUnavailable,
 		})
+	},
+}
+
+// manager returns the name of the subnet manager that the options choose.
+func (o *Options) manager() string {
+	if o.KubeSubnetMgr {
+		return "kubernetes"
 	}
-	return etcd.New(ctx, etcd.Options{
-		Endpoints: o.EtcdEndpoints, Prefix: o.EtcdPrefix,
-		CAFile: o.EtcdCAFile, CertFile: o.EtcdCertFile, KeyFile: o.EtcdKeyFile,
-		Username: o.EtcdUsername, Password: string(o.EtcdPassword),
-		RenewMargin: o.LeaseRenewMargin,
-		Identity:    identity(),
-	})
+	return "etcd"
+}
+
+// Manager returns the subnet manager that the options choose. It does not use its store yet.
+func (o *Options) Manager(ctx context.Context) (subnet.Manager, error) {
+	return managers[o.manager()](ctx, o)
 }

@@ -16,14 +16,14 @@ import (
 	"github.com/flanneld/flanneld/pkg/retry"
 )
 
-// notices are what kubectl describe node shows of what needs a hand: Warnings on
+// events are what kubectl describe node shows of what needs a hand: Warnings on
 // this node's Node. Each is one Event, however often it comes to that: its count
 // and its last time are renewed, a minute apart at least, and from time to time
 // while it goes on, since the API server forgets an Event after an hour.
 //
 // They say nothing that the log does not: where they cannot be written, for want
 // of the right or of an API server, nothing else suffers.
-type notices struct {
+type events struct {
 	client *client
 	node   func() string // its name, "" while it is not known
 
@@ -61,13 +61,13 @@ const (
 	maxEventMessage = 1024 // the API server's
 )
 
-func newNotices(c *client, node func() string) *notices {
-	return &notices{client: c, node: node, all: map[string]*notice{}, wake: make(chan struct{}, 1)}
+func newEvents(c *client, node func() string) *events {
+	return &events{client: c, node: node, all: map[string]*notice{}, wake: make(chan struct{}, 1)}
 }
 
 // begin makes a notice of what has come about, until end. What it is about tells it
 // from others.
-func (n *notices) begin(about, reason, message string) {
+func (n *events) begin(about, reason, message string) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	v := n.all[about]
@@ -90,7 +90,7 @@ func (n *notices) begin(about, reason, message string) {
 }
 
 // end takes note that something is over.
-func (n *notices) end(about string) {
+func (n *events) end(about string) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if v := n.all[about]; v != nil {
@@ -101,8 +101,8 @@ func (n *notices) end(about string) {
 	}
 }
 
-// run writes notices until ctx ends, and then those that are not written at all.
-func (n *notices) run(ctx context.Context) {
+// run writes events until ctx ends, and then those that are not written at all.
+func (n *events) run(ctx context.Context) {
 	tick := time.NewTicker(eventRest)
 	tick.Stop()
 	for ctx.Err() == nil {
@@ -127,7 +127,7 @@ func (n *notices) run(ctx context.Context) {
 }
 
 // idle tells whether there is nothing to come back to.
-func (n *notices) idle() bool {
+func (n *events) idle() bool {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	for about, v := range n.all {
@@ -139,7 +139,7 @@ func (n *notices) idle() bool {
 }
 
 // write writes all that are due.
-func (n *notices) write(ctx context.Context) {
+func (n *events) write(ctx context.Context) {
 	node := n.node()
 	if node == "" {
 		return
@@ -165,7 +165,7 @@ func (n *notices) write(ctx context.Context) {
 }
 
 // wrote takes note of what became of a notice as it was to be written.
-func (n *notices) wrote(about string, v notice, count int, err error) {
+func (n *events) wrote(about string, v notice, count int, err error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	forbidden := apierrors.IsForbidden(err)
@@ -185,7 +185,7 @@ func (n *notices) wrote(about string, v notice, count int, err error) {
 
 // put writes a notice, and returns how often it came to that in all: an earlier
 // life of this daemon may have written it.
-func (n *notices) put(ctx context.Context, node string, v notice) (count int, err error) {
+func (n *events) put(ctx context.Context, node string, v notice) (count int, err error) {
 	// Of a Node, which has no namespace, events are in the default one; and its
 	// UID is its name there, as kubelet has it.
 	sum := fnv.New64a()
@@ -218,7 +218,7 @@ func (n *notices) put(ctx context.Context, node string, v notice) (count int, er
 }
 
 // send sends an Event, or a part of one, and returns its count.
-func (n *notices) send(ctx context.Context, request *rest.Request, event any) (int, error) {
+func (n *events) send(ctx context.Context, request *rest.Request, event any) (int, error) {
 	body, err := json.Marshal(event)
 	if err != nil {
 		return 0, err

@@ -89,8 +89,8 @@ func (s *eventServer) count(t *testing.T) int {
 
 func TestNotices(t *testing.T) {
 	s := newEventServer(t)
-	fresh := func() *notices {
-		return newNotices(testClient(t, s.URL), func() string { return "n1" })
+	fresh := func() *events {
+		return newEvents(testClient(t, s.URL), func() string { return "n1" })
 	}
 	n := fresh()
 	step := func(what string, count int, methods ...string) {
@@ -158,6 +158,6 @@ func TestNotices(t *testing.T) {
 		n.begin(fmt.Sprint(i), "Reason", "message")
 	}
 	if len(n.all) != maxEvents {
-		t.Errorf("%d notices", len(n.all))
+		t.Errorf("%d events", len(n.all))
 	}
 }

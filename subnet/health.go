@@ -1,0 +1,80 @@
+package subnet
+
+import (
+	"maps"
+	"sync"
+
+	"k8s.io/klog/v2"
+)
+
+// Unreachable is the cause of a failure when the store cannot be reached, or can do nothing at all. It is not logged
+// while another cause lasts.
+const Unreachable = "unreachable"
+
+// A StoreHealth records which requests to a store fail and why. It logs each cause once, whichever requests it makes
+// fail, and logs once that the store is back.
+type StoreHealth struct {
+	log klog.Logger
+
+	mu      sync.Mutex
+	state   State
+	failing map[failure]bool
+	used    bool // a request has succeeded
+}
+
+// A failure is over when a request succeeds: a request for the same operation, or any request if operation is "".
+type failure struct{ cause, operation string }
+
+// NewStoreHealth returns the health of a store that nobody has used yet. State returns store, with Connected and
+// Problem filled in.
+func NewStoreHealth(log klog.Logger, store State) *StoreHealth {
+	return &StoreHealth{log: log, state: store, failing: map[failure]bool{}}
+}
+
+// Failed records that a request has failed. The operation is what the request was for, such as "read the leases"; text
+// says why it failed and what to do about it. Failures with the same cause are one: they are logged once, and over with
+// the first success of any request. A failure without a cause is the operation's own: the store answered, and refused.
+func (h *StoreHealth) Failed(operation, cause, text string) {
+	f := failure{cause: cause}
+	if cause == "" {
+		f = failure{text, operation}
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.state.Problem = text
+	if h.failing[f] || cause == Unreachable && len(h.failing) > 0 {
+		return
+	}
+	logged := false // for another operation
+	for other := range h.failing {
+		logged = logged || other.cause == f.cause
+	}
+	h.failing[f] = true
+	if !logged {
+		h.log.Error(nil, "The store cannot be used; retrying", "store", h.state.Store, "operation", operation, "reason", text)
+	}
+}
+
+// Succeeded records that a request has succeeded.
+func (h *StoreHealth) Succeeded(operation string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.used = true
+	if len(h.failing) == 0 {
+		return
+	}
+	maps.DeleteFunc(h.failing, func(f failure, _ bool) bool { return f.operation == "" || f.operation == operation })
+	if len(h.failing) == 0 {
+		h.state.Problem = ""
+		h.log.Info("The store is back", "store", h.state.Store)
+	}
+}
+
+// State returns the store's State.
+func (h *StoreHealth) State() State {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	s := h.state
+	s.Connected = h.used && len(h.failing) == 0
+	return s
+}

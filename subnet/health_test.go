@@ -1,0 +1,74 @@
+package subnet
+
+import (
+	"bytes"
+	"flag"
+	"reflect"
+	"strings"
+	"testing"
+
+	"k8s.io/klog/v2"
+)
+
+func TestStoreHealthLogsOnce(t *testing.T) {
+	flags := flag.NewFlagSet("", flag.PanicOnError)
+	klog.InitFlags(flags)
+	flags.Parse([]string{"-logtostderr=false", "-stderrthreshold=FATAL", "-one_output=true"})
+	defer flags.Parse([]string{"-logtostderr=true"})
+	var log bytes.Buffer
+	klog.SetOutput(&log)
+	defer klog.SetOutput(nil)
+
+	store := State{Kind: "test", Store: "store at S", Endpoints: []string{"http://s"}, Check: "curl http://s"}
+	h := NewStoreHealth(klog.Background(), store)
+	if s := h.State(); !reflect.DeepEqual(s, store) {
+		t.Errorf("before any request it is %+v", s)
+	}
+	failed := func(operation, reason string) string {
+		return `E "The store cannot be used; retrying" store="store at S" operation="` + operation + `" reason="` + reason + `"`
+	}
+	const back = `I "The store is back" store="store at S"`
+	for _, step := range []struct {
+		operation, cause, text string // no text: it succeeds
+		want                   string
+		connected              bool
+	}{
+		{"read", "", "", "", true},
+		{"read", Unreachable, "no answer", failed("read", "no answer"), false},
+		{"read", Unreachable, "no answer", "", false},
+		{"write", Unreachable, "no answer", "", false},
+		{"write", "login", "wrong password", failed("write", "wrong password"), false},
+		{"read", Unreachable, "no answer", "", false},
+		{"read", "login", "wrong password", "", false},
+		{"read", "", "", back, true},
+		{"read", "", "", "", true},
+		{"read", Unreachable, "no answer", failed("read", "no answer"), false},
+		{"write", "", "", back, true},
+
+		// What the store refuses for one operation does not end with the success of another.
+		{"write", "", "disk full", failed("write", "disk full"), false},
+		{"read", "", "", "", false},
+		{"write", "", "disk full", "", false},
+		{"read", "", "disk full", "", false}, // the same for all operations
+		{"read", "", "read-only", failed("read", "read-only"), false},
+		{"write", "", "", "", false},
+		{"read", "", "", back, true},
+	} {
+		log.Reset()
+		if step.text != "" {
+			h.Failed(step.operation, step.cause, step.text)
+		} else {
+			h.Succeeded(step.operation)
+		}
+		got := strings.TrimSpace(log.String())
+		if severity, message, found := strings.Cut(got, "] "); found { // the rest is klog's header
+			got = severity[:1] + " " + message
+		}
+		if got != step.want {
+			t.Errorf("%s, %s:\n got %q\nwant %q", step.operation, step.text, got, step.want)
+		}
+		if s := h.State(); s.Connected != step.connected || (s.Problem == "") != step.connected || s.Check != store.Check {
+			t.Errorf("after %s, %s it is %+v", step.operation, step.text, s)
+		}
+	}
+}

@@ -7,8 +7,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// EachMessage calls f for the messages of a datagram, until it fails. That a
-// datagram ends within a message is an error, too.
+// EachMessage calls f for each message of a datagram, until f fails. A datagram that ends within a message is an error.
 func EachMessage(b []byte, f func(h unix.NlMsghdr, body []byte) error) error {
 	for len(b) >= unix.NLMSG_HDRLEN {
 		h := unix.NlMsghdr{
@@ -29,12 +28,10 @@ func EachMessage(b []byte, f func(h unix.NlMsghdr, body []byte) error) error {
 	return nil
 }
 
-// attrType masks the flags out of an attribute's type (NLA_TYPE_MASK,
-// linux/netlink.h).
+// attrType masks the flags out of an attribute's type (NLA_TYPE_MASK, linux/netlink.h).
 const attrType = 0x3fff
 
-// EachAttr calls f for the attributes (struct rtattr) in b; NLA_F_* flags are left
-// out of kind.
+// EachAttr calls f for each attribute (struct rtattr) in b. The kind has no NLA_F_* flags.
 func EachAttr(b []byte, f func(kind uint16, value []byte)) {
 	for len(b) >= unix.SizeofRtAttr {
 		n := int(binary.NativeEndian.Uint16(b))
@@ -46,5 +43,5 @@ func EachAttr(b []byte, f func(kind uint16, value []byte)) {
 	}
 }
 
-// Align rounds up to where the next message or attribute begins.
+// Align rounds n up to where the next message or attribute begins.
 func Align(n int) int { return (n + unix.NLMSG_ALIGNTO - 1) &^ (unix.NLMSG_ALIGNTO - 1) }

@@ -5,8 +5,8 @@ import (
 	"errors"
 )
 
-// Signals signals that there are notifications of groups. Signals that nobody
-// took are merged into one; none follows the end of ctx.
+// Signals sends a signal when there are notifications of the groups. Signals that nobody has received are merged into
+// one. When ctx ends there are no more, and the channel stays open.
 func Signals(ctx context.Context, groups ...int) (<-chan struct{}, error) {
 	l, err := Listen(nil, groups...)
 	if err != nil {

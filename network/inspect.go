@@ -8,6 +8,8 @@ import (
 	"strings"
 	"time"
 
+	"k8s.io/klog/v2"
+
 	"github.com/flanneld/flanneld/backend"
 	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/pkg/firewall"
@@ -70,7 +72,7 @@ type Inspection struct {
 // Inspect reads the store of o's Manager and the host until ctx ends, and changes
 // neither. What cannot be found out is missing in the Status, which says why.
 func Inspect(ctx context.Context, o Options) (*Inspection, error) {
-	r, err := kernel.New()
+	r, err := kernel.New(klog.FromContext(ctx))
 	if err != nil {
 		return nil, err
 	}

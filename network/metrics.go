@@ -153,8 +153,8 @@ func (s *metrics) Collect(ch chan<- prometheus.Metric) {
 		gauge(descFights, float64(stats.Fights))
 		for i, k := range stats.Kinds {
 			kind := kernel.Kind(i)
-			if kind == kernel.KindNexthop {
-				continue // a means only
+			if kind.BestEffort() {
+				continue
 			}
 			gauge(descObjectsWanted, float64(k.Wanted), kind.String())
 			gauge(descObjectsHeld, float64(k.Held), kind.String())

@@ -13,6 +13,7 @@ import (
 
 	"github.com/prometheus/common/expfmt"
 	"github.com/prometheus/common/model"
+	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/backend"
 	"github.com/flanneld/flanneld/pkg/kernel"
@@ -231,7 +232,7 @@ func BenchmarkScrape(b *testing.B) {
 	for _, c := range []struct{ peers, queues int }{{0, 0}, {5000, 0}, {5000, 2}, {5000, 16}} {
 		b.Run(fmt.Sprintf("peers=%d/queues=%d", c.peers, c.queues), func(b *testing.B) {
 			nstest.New(b)
-			r, err := kernel.New()
+			r, err := kernel.New(klog.Background())
 			if err != nil {
 				b.Fatal(err)
 			}

@@ -64,14 +64,17 @@ type node struct {
 	file    *fileWatch // of the subnet file; nil: it cannot be watched
 	events  events
 
-	unapplied map[subnet.Subnets]time.Time // when updates were received that the kernel does not hold yet
-	rulesSet  bool                         // the rules of the lease are in place
-	fileSet   bool                         // the subnet file has the right content
-	ready     bool
-	errors    retry.LastErrors[string] // of each duty
-	retry     *time.Timer
-	retrying  bool // retry is running
-	pause     retry.Backoff
+	unapplied   map[subnet.Subnets]time.Time // when updates were received that the kernel does not hold yet
+	kernelWoken bool                         // the kernel's reconciler has something to do
+	kernelErr   error                        // that it returned last
+
+	rulesSet bool // the rules of the lease are in place
+	fileSet  bool // the subnet file has the right content
+	ready    bool
+	errors   retry.LastErrors[string] // of each duty
+	retry    *time.Timer
+	retrying bool // retry is running
+	pause    retry.Backoff
 }
 
 // events are what the main loop waits for, beside what node's parts send.
@@ -153,7 +156,7 @@ func (n *node) start(ctx context.Context) (err error) {
 	} else {
 		n.events.file = n.file.changes
 	}
-	if n.kernel, err = kernel.New(); err != nil {
+	if n.kernel, err = kernel.New(n.log); err != nil {
 		return err
 	}
 	n.rules = keepRules(ctx, &n.group, n.RulesResync, n.metrics, n.Manager)
@@ -179,8 +182,8 @@ func (n *node) handleEvent(ctx context.Context, compare <-chan time.Time) (runni
 	select {
 	case <-ctx.Done():
 		return false, nil
-	case ev := <-n.kernel.Events():
-		n.handleNotifications(ev)
+	case <-n.kernel.Wake():
+		n.kernelWoken = true
 	case u, ok := <-n.events.leases:
 		if running = ok; ok {
 			n.update(u)
@@ -210,7 +213,6 @@ func (n *node) handleEvent(ctx context.Context, compare <-chan time.Time) (runni
 		answer()
 	case <-n.retry.C:
 		n.retrying = false
-		n.kernel.Retry()
 	case <-n.events.watchdog:
 		notify("WATCHDOG=1")
 	case <-compare:
@@ -227,18 +229,6 @@ func (n *node) logWarnings(cfg *subnet.Config) {
 		n.log.Error(nil, "Configuration: "+w)
 	}
 	cfg.Warnings = nil
-}
-
-// handleNotifications handles all notifications that the kernel has sent by now.
-func (n *node) handleNotifications(ev kernel.Event) {
-	for {
-		n.kernel.Handle(ev)
-		select {
-		case ev = <-n.kernel.Events():
-		default:
-			return
-		}
-	}
 }
 
 // refreshUplink finds the uplink as it is now, and has the backend and the lease
@@ -384,9 +374,7 @@ func (n *node) reconcile() {
 		n.health.waitFor("the leases of the other nodes")
 		return
 	}
-	if n.kernel.Pending() {
-		n.logOnce("Kernel", n.kernel.Apply())
-	}
+	n.reconcileKernel()
 	switch {
 	case !n.kernel.Has(nodeOwner):
 		n.health.waitFor("the device: " + string(n.errors["Kernel"]))
@@ -398,12 +386,29 @@ func (n *node) reconcile() {
 	if !n.ready && n.fileSet {
 		n.becomeReady()
 	}
-	switch failed := n.kernel.Failed() || n.kernel.Pending() || n.rulesSet && !n.fileSet; {
-	case !failed:
+	switch { // the subnet file; the kernel's and the rules' reconcilers retry by themselves
+	case !n.rulesSet || n.fileSet:
 		n.pause.Reset()
 	case !n.retrying:
 		n.retry.Reset(n.pause.Next())
 		n.retrying = true
+	}
+}
+
+// reconcileKernel makes the kernel hold what is planned, if there is anything to do.
+func (n *node) reconcileKernel() {
+	select {
+	case <-n.kernel.Wake():
+		n.kernelWoken = true
+	default:
+	}
+	if !n.kernelWoken {
+		return
+	}
+	n.kernelWoken = false
+	if err := n.kernel.Reconcile(); err != n.kernelErr {
+		n.kernelErr = err
+		n.logOnce("Kernel", err)
 	}
 }
 

@@ -20,6 +20,7 @@ import (
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 	"golang.org/x/time/rate"
+	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/kernel"
@@ -80,7 +81,7 @@ func start(t testing.TB, able abilities, queues int) *node {
 	n := &node{t: t, udp: b.(*udp), peers: make(chan subnet.Update, 1)}
 	n.udp.able, n.udp.queues = able, queues
 	n.own = lease(t, "10.5.1.0-24&fd05:0:0:1::-64", `{"PublicIP":"198.18.0.1","PublicIPv6":"fd18::1"}`)
-	if n.kern, err = kernel.New(); err != nil {
+	if n.kern, err = kernel.New(klog.Background()); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(n.kern.Close)
@@ -154,7 +155,7 @@ func (n *node) apply() {
 	n.t.Helper()
 	n.kern.Set("node", n.udp.Local(n.own))
 	n.kern.Compare()
-	if err := n.kern.Apply(); err != nil {
+	if err := n.kern.Reconcile(); err != nil {
 		n.t.Fatal(err)
 	}
 }

@@ -12,6 +12,7 @@ import (
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
+	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/backend"
 	"github.com/flanneld/flanneld/pkg/firewall"
@@ -58,7 +59,7 @@ func (c *cleanup) run(ctx context.Context) error {
 			return err
 		}
 	}
-	r, err := kernel.New()
+	r, err := kernel.New(klog.FromContext(ctx))
 	if err != nil {
 		return err
 	}
@@ -124,7 +125,7 @@ func (c *cleanup) run(ctx context.Context) error {
 	for _, s := range left.Steps {
 		errs = append(errs, s.Do(ctx))
 	}
-	errs = append(errs, r.Apply())
+	errs = append(errs, r.Reconcile())
 	if rules != nil {
 		errs = append(errs, rules.Apply(ctx, firewall.Desired{}))
 	}

@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"testing"
 
+	"k8s.io/klog/v2"
+
 	"github.com/flanneld/flanneld/pkg/nstest"
 )
 
@@ -16,14 +18,14 @@ func BenchmarkPeers(b *testing.B) {
 				nstest.New(b)
 				nstest.Need(b, "ip")
 				nstest.Run(b, "ip link add eth0 type veth peer name far")
-				r, err := New()
+				r, err := New(klog.Background())
 				if err != nil {
 					b.Fatal(err)
 				}
 				defer r.Close()
 				r.fewGateways = few
 				r.Set("node", node())
-				if err := r.Apply(); err != nil {
+				if err := r.Reconcile(); err != nil {
 					b.Fatal(err)
 				}
 				b.ResetTimer()
@@ -31,14 +33,14 @@ func BenchmarkPeers(b *testing.B) {
 					for i := range n {
 						r.Set(fmt.Sprint(i), vxlanPeer(i))
 					}
-					if err := r.Apply(); err != nil {
+					if err := r.Reconcile(); err != nil {
 						b.Fatal(err)
 					}
 					b.StopTimer()
 					for i := range n {
 						r.Set(fmt.Sprint(i), nil)
 					}
-					if err := r.Apply(); err != nil {
+					if err := r.Reconcile(); err != nil {
 						b.Fatal(err)
 					}
 					b.StartTimer()

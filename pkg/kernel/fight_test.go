@@ -32,7 +32,8 @@ func logged(t *testing.T) func() string {
 // hear handles what the kernel tells, until the entry of that route is such.
 func hear(r *Reconciler, such func(have Object) bool) {
 	for k := peerDirect()[0].Key(); !such(r.entries[k].have); {
-		r.Handle(<-r.Events()) // without news, the test's deadline ends this
+		<-r.Wake() // without news, the test's deadline ends this
+		r.receive()
 	}
 }
 
@@ -57,29 +58,29 @@ func TestFight(t *testing.T) {
 	host(t)
 	log := logged(t)
 	r := start(t)
-	r.fights.Burst = 0
+	r.fights.Burst, r.backoff.First, r.backoff.Most = 0, time.Hour, time.Hour
 	fightTimes := r.fights.Times
 	for i := 1; i < fightTimes; i++ {
 		undo(t, r)
 		apply(t, r)
-		if !there(t) || r.Failed() {
-			t.Fatalf("after %d times the route is there: %t; waits: %t", i, there(t), r.Failed())
+		if !there(t) || r.waiting() {
+			t.Fatalf("after %d times the route is there: %t; waits: %t", i, there(t), r.waiting())
 		}
 	}
 	for i := range 3 {
 		undo(t, r)
-		if r.Pending() || !r.Failed() {
+		if r.pending() || !r.waiting() {
 			t.Fatalf("round %d: no wait", i)
 		}
 		nstest.Run(t, "ip route add 10.5.3.0/24 via 198.18.0.66 dev eth0 proto static") // hastens it no more than ...
 		hear(r, func(have Object) bool { return have != nil })
 		nstest.Run(t, "ip route del 10.5.3.0/24")
 		hear(r, gone)
-		if r.Pending() {
+		if r.pending() {
 			t.Fatalf("round %d: no wait, after something else was there", i)
 		}
-		r.Compare() // ... this,
-		r.again()   // or news of some device
+		r.Compare()     // ... this,
+		r.retryFailed() // or news of some device
 		apply(t, r)
 		if there(t) {
 			t.Fatalf("round %d: set again at once", i)
@@ -90,10 +91,10 @@ func TestFight(t *testing.T) {
 		if !r.Has("peer") || there(t) {
 			t.Errorf("round %d: the peer has what it wants: %t; the route is there: %t", i, r.Has("peer"), there(t))
 		}
-		r.Retry()
+		r.retry()
 		apply(t, r)
-		if !there(t) || r.Failed() {
-			t.Fatalf("round %d: the route is there: %t; waits: %t", i, there(t), r.Failed())
+		if !there(t) || r.waiting() {
+			t.Fatalf("round %d: the route is there: %t; waits: %t", i, there(t), r.waiting())
 		}
 	}
 	fight := `command="ip route replace 10.5.3.0/24 via 198.18.0.3 dev eth0 proto 70" count=20 `
@@ -106,7 +107,7 @@ func TestFight(t *testing.T) {
 		t.Errorf("the counts are %+v", s)
 	}
 
-	if got := strings.Count(log(), "(it was missing)"); got != fightTimes-1 {
+	if got := strings.Count(log(), `reason="it was missing"`); got != fightTimes-1 {
 		t.Errorf("each of %d repairs is said:\n%s", got, log())
 	}
 
@@ -139,6 +140,7 @@ func TestFight(t *testing.T) {
 func TestFightOverFormerWish(t *testing.T) {
 	host(t)
 	r := start(t)
+	r.backoff.First, r.backoff.Most = time.Hour, time.Hour
 	for range r.fights.Times - 1 {
 		undo(t, r)
 		apply(t, r)
@@ -153,8 +155,8 @@ func TestFightOverFormerWish(t *testing.T) {
 	}
 	r.Set("direct", nil)
 	apply(t, r)
-	r.Retry()
-	if there(t) || r.Pending() || r.Failed() {
-		t.Errorf("dropped: there %t, pending %t, waits %t", there(t), r.Pending(), r.Failed())
+	r.retry()
+	if there(t) || r.pending() || r.waiting() {
+		t.Errorf("dropped: there %t, pending %t, waits %t", there(t), r.pending(), r.waiting())
 	}
 }

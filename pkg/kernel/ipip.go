@@ -7,8 +7,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// IPIP is the type of a device that puts IPv4 packets into IPv4 packets (RFC
-// 2003). Where they go is said by the gateways of its routes.
+// IPIP is the type of a device that puts IPv4 packets into IPv4 packets (RFC 2003). The gateways of the device's
+// routes say where the packets go.
 type IPIP struct {
 	Local netip.Addr // outer source address
 }
@@ -17,15 +17,14 @@ func (i IPIP) lower() string { return "" }
 
 func (i IPIP) String() string { return "ipip local " + i.Local.String() + " nopmtudisc" }
 
-// netlink returns the device as the netlink library takes it. The outer packet
-// may be fragmented if the inner one may: nopmtudisc.
+// netlink returns the device as the netlink library takes it. The outer packet may be fragmented if the inner packet
+// may (nopmtudisc).
 func (i IPIP) netlink(attrs netlink.LinkAttrs) *netlink.Iptun {
 	return &netlink.Iptun{LinkAttrs: attrs, Local: i.Local.AsSlice(), Proto: unix.IPPROTO_IPIP}
 }
 
-// readIPIP returns the type of a device that the kernel has, nil if it has one
-// peer only or options that we would not set. Upstream's carries MPLS, too,
-// which does no harm.
+// readIPIP returns the type of a device that the kernel has, nil if the device has only one peer, or options that we
+// would not set. The device of upstream flannel carries MPLS as well, which does no harm.
 func readIPIP(t *netlink.Iptun) LinkType {
 	remote, _ := netip.AddrFromSlice(t.Remote)
 	local, ok := netip.AddrFromSlice(t.Local)

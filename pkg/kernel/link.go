@@ -1,23 +1,109 @@
 package kernel
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"iter"
 	"net"
-	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/flanneld/flanneld/pkg/rtnl"
 )
 
-// linkAlias marks the devices that we made (IFLA_IFALIAS, shown by "ip link"),
-// so that one which is no longer wanted is known for ours after a restart.
+// A Link is a device that is ours: the reconciler creates it, replaces one of another type, and sets it up.
+type Link struct {
+	Name string
+	MAC  MAC // zero: any
+	MTU  int // in bytes
+	Type LinkType
+
+	// TXChecksumOff makes the kernel compute the checksums of what it sends, instead of the hardware. False leaves
+	// the setting as it is.
+	TXChecksumOff bool
+
+	down bool // read from the kernel: the device is there, but not up
+}
+
+// A LinkType is what makes a device the sort of device it is. It cannot be changed once the device exists: VXLAN,
+// TUN, IPIP or WireGuard.
+type LinkType interface {
+	String() string // as it follows "type" in "ip link add"
+	lower() string  // the device that it sits on, "" if none
+}
+
+func (l Link) Key() Key       { return Key{Kind: KindLink, Dev: l.Name} }
+func (l Link) device() string { return l.Name }
+func (l Link) Undo() string   { return "ip link del " + l.Name }
+func (l Link) String() string {
+	var b strings.Builder
+	if _, ok := l.Type.(TUN); ok {
+		fmt.Fprintf(&b, "ip tuntap add %s mode %v && ip link set %s mtu %d", l.Name, l.Type, l.Name, l.MTU)
+		if !l.down {
+			b.WriteString(" up")
+		}
+		return b.String()
+	}
+	fmt.Fprintf(&b, "ip link add %s", l.Name)
+	if l.MAC != (MAC{}) {
+		fmt.Fprintf(&b, " address %s", l.MAC)
+	}
+	fmt.Fprintf(&b, " mtu %d", l.MTU)
+	if !l.down {
+		b.WriteString(" up")
+	}
+	fmt.Fprintf(&b, " type %v", l.Type)
+	if l.TXChecksumOff {
+		fmt.Fprintf(&b, " && ethtool -K %s tx-checksum-ip-generic off", l.Name)
+	}
+	return b.String()
+}
+
+// describe names a device that is not as desired.
+func (l Link) describe() string {
+	switch {
+	case l.Type == nil:
+		return "a device of another type"
+	case l.down:
+		return l.String() + " down"
+	}
+	return l.String()
+}
+
+// lowerDevice returns the name of the device that a link sits on, "" if none.
+func lowerDevice(o Object) string { return o.(Link).Type.lower() }
+
+// changeCommand returns the commands that make a device the desired one.
+func changeCommand(have, desired Object) string {
+	h, exists := have.(Link)
+	want := desired.(Link)
+	switch {
+	case !exists:
+		return want.String()
+	case h.Type != want.Type:
+		return want.Undo() + " && " + want.String()
+	}
+	command := "ip link set " + want.Name
+	if want.MAC != h.MAC {
+		command += fmt.Sprintf(" address %s", want.MAC)
+	}
+	if want.MTU != h.MTU {
+		command += fmt.Sprintf(" mtu %d", want.MTU)
+	}
+	return command + " up"
+}
+
+// linkAlias marks the devices that we made (IFLA_IFALIAS, shown by "ip link"). After a restart it tells that a device
+// which is no longer desired is ours.
 const linkAlias = "flanneld"
 
-// devices are the links of the namespace, ours and others'.
+// devices are all links of the namespace, ours and others.
 type devices struct {
-	at     map[int]device // by number
+	at     map[int]device // by index
 	number map[string]int // by name
 }
 
@@ -28,22 +114,42 @@ type device struct {
 
 func newDevices() devices { return devices{map[int]device{}, map[string]int{}} }
 
-func (d devices) name(number int) string { return d.at[number].name }
+func (d devices) name(index int) string { return d.at[index].name }
 
-func (d devices) put(number int, dev device) {
-	d.delete(number)
-	d.at[number], d.number[dev.name] = dev, number
+func (d devices) put(index int, dev device) {
+	d.delete(index)
+	d.at[index], d.number[dev.name] = dev, index
 }
 
-func (d devices) delete(number int) {
-	if name := d.at[number].name; d.number[name] == number {
+func (d devices) delete(index int) {
+	if name := d.at[index].name; d.number[name] == index {
 		delete(d.number, name)
 	}
-	delete(d.at, number)
+	delete(d.at, index)
 }
 
-// link brings one device about, changes or removes it.
-func (r *Reconciler) link(e *entry) error {
+// ownDevices returns the indexes of the devices that we are to hold.
+func (r *Reconciler) ownDevices() iter.Seq[int] {
+	return func(yield func(int) bool) {
+		for index, d := range r.devices.at {
+			if r.ownsDevice(d.name) && !yield(index) {
+				return
+			}
+		}
+	}
+}
+
+// ownsDevice tells whether a device is one that we are to hold.
+func (r *Reconciler) ownsDevice(dev string) bool {
+	e := r.entries[Key{Kind: KindLink, Dev: dev}]
+	return e != nil && e.want != nil
+}
+
+// ownsLink tells whether a link is ours. readLinks and linkNotified observe no others.
+func (r *Reconciler) ownsLink(Object) bool { return true }
+
+// applyLink creates, changes or removes one device.
+func (r *Reconciler) applyLink(e *entry) error {
 	name := e.key().Dev
 	err := r.changeLink(e, name)
 	if err != nil { // it may be half done
@@ -64,7 +170,7 @@ func (r *Reconciler) changeLink(e *entry, name string) error {
 			return err
 		}
 		r.devices.delete(r.devices.number[name])
-		r.lost(name)
+		r.forgetObjectsOn(name)
 		exists = false
 	}
 	if !wanted {
@@ -104,9 +210,9 @@ func (r *Reconciler) changeLink(e *entry, name string) error {
 		return fmt.Errorf("setting it up: %w", err)
 	}
 	r.devices.put(attrs.Index, device{name, true})
-	// A new MAC flushes the neighbours, going down flushes routes and IPv6
-	// addresses: what is on the device is put there again, to be sure.
-	r.lost(name)
+	// A new MAC flushes the neighbours, going down flushes routes and IPv6 addresses: all objects on the device are
+	// set again, to be sure.
+	r.forgetObjectsOn(name)
 	return nil
 }
 
@@ -159,9 +265,8 @@ func (r *Reconciler) netlink(l Link) (netlink.Link, error) {
 	return nil, fmt.Errorf("no link of type %T can be made", l.Type)
 }
 
-// readLink returns a device as the kernel has it. Type is nil for one of a type
-// that we would never make, MAC zero where any will do, TXChecksumOff looked at
-// only where it is wanted, or was.
+// readLink returns a device as the kernel has it. Type is nil for a type that we would never make, MAC is zero where
+// any will do, TXChecksumOff is read only where it is desired, or was.
 func (r *Reconciler) readLink(l netlink.Link) Link {
 	attrs := l.Attrs()
 	have := Link{Name: attrs.Name, MTU: attrs.MTU, down: attrs.Flags&net.FlagUp == 0}
@@ -174,21 +279,114 @@ func (r *Reconciler) readLink(l netlink.Link) Link {
 		before, _ := e.have.(Link)
 		have.TXChecksumOff = (want.TXChecksumOff || before.TXChecksumOff) && r.sock.txChecksumOff(have.Name)
 	}
-	if v, ok := l.(*netlink.Vxlan); ok && v.Group == nil && !v.L2miss && !v.L3miss && !v.Proxy && !v.RSC && !v.FlowBased {
-		local, _ := netip.AddrFromSlice(v.SrcAddr)
-		have.Type = VXLAN{
-			VNI: v.VxlanId, Port: v.Port, Local: local.Unmap(), Dev: r.devices.name(v.VtepDevIndex),
-			Learning: v.Learning, GBP: v.GBP,
+	switch l := l.(type) {
+	case *netlink.Vxlan:
+		have.Type = readVXLAN(l, r.devices)
+	case *netlink.Tuntap:
+		if isTUN(l) {
+			have.Type = TUN{}
 		}
-	}
-	if t, ok := l.(*netlink.Tuntap); ok && isTUN(t) {
-		have.Type = TUN{}
-	}
-	if _, ok := l.(*netlink.Wireguard); ok {
+	case *netlink.Wireguard:
 		have.Type = WireGuard{}
-	}
-	if t, ok := l.(*netlink.Iptun); ok {
-		have.Type = readIPIP(t)
+	case *netlink.Iptun:
+		have.Type = readIPIP(l)
 	}
 	return have
+}
+
+// readLinks reads all devices of the namespace, and observes ours.
+func (r *Reconciler) readLinks() error {
+	// The mask leaves out statistics (RTEXT_FILTER_SKIP_STATS, linux/rtnetlink.h).
+	request := appendAttr32(make([]byte, unix.SizeofIfInfomsg), unix.IFLA_EXT_MASK, 1<<3)
+	r.devices = newDevices()
+	var own [][]byte
+	err := r.sock.dump(unix.RTM_GETLINK, request, func(_ uint16, body []byte) {
+		index, d, alias, ok := linkHeader(body)
+		if !ok {
+			return
+		}
+		r.devices.put(index, d)
+		if r.ownsDevice(d.name) || alias == linkAlias || r.Devices != nil && r.Devices(d.name) {
+			own = append(own, slices.Clone(body))
+		}
+	})
+	if err != nil && !errors.Is(err, errInterrupted) {
+		return err
+	}
+	for _, body := range own {
+		if l, err := netlink.LinkDeserialize(&unix.NlMsghdr{Type: unix.RTM_NEWLINK}, body); err == nil {
+			r.observe(decoded{Object: r.readLink(l)}, false)
+		}
+	}
+	return err
+}
+
+// linkNotified handles the notification of a device that was added, changed or removed.
+func (r *Reconciler) linkNotified(gone bool, body []byte) {
+	index, now, _, ok := linkHeader(body)
+	if !ok {
+		return
+	}
+	if gone {
+		now = device{}
+	}
+	var own Object
+	if r.ownsDevice(now.name) {
+		// The device was down while we made or changed it: what counts is its present state, not the one at the time
+		// of the notification.
+		l, err := r.links.LinkByIndex(index)
+		if err != nil {
+			return // a later notification says that the device is gone
+		}
+		own = r.readLink(l)
+		now.up = usable(l.Attrs().RawFlags)
+	}
+	before := r.devices.at[index]
+	if now.name == "" {
+		r.devices.delete(index)
+	} else {
+		r.devices.put(index, now)
+	}
+	if before.name != now.name && r.uses[before.name] > 0 {
+		r.observe(decoded{Object: Link{Name: before.name}}, true)
+		r.forgetObjectsOn(before.name)
+	}
+	if r.uses[now.name] == 0 {
+		return
+	}
+	if own != nil {
+		r.observe(decoded{Object: own}, false)
+	}
+	if !now.up && before.up {
+		// IPv4 routes go with a device that goes down, routes through nexthops also with its carrier, and there is no
+		// notification of them.
+		r.forgetObjectsOn(now.name)
+	}
+	if now != before {
+		r.retryFailed() // what failed because of the device
+	}
+}
+
+// linkHeader reads what matters of any device from a struct ifinfomsg with attributes. ok is false for messages that
+// are not about the device itself.
+func linkHeader(body []byte) (index int, d device, alias string, ok bool) {
+	if len(body) < unix.SizeofIfInfomsg || body[0] == unix.AF_BRIDGE {
+		return 0, device{}, "", false
+	}
+	index = int(int32(binary.NativeEndian.Uint32(body[4:])))
+	d.up = usable(binary.NativeEndian.Uint32(body[8:]))
+	rtnl.EachAttr(body[unix.SizeofIfInfomsg:], func(kind uint16, value []byte) {
+		switch kind {
+		case unix.IFLA_IFNAME:
+			d.name = strings.TrimRight(string(value), "\x00")
+		case unix.IFLA_IFALIAS:
+			alias = strings.TrimRight(string(value), "\x00")
+		}
+	})
+	return index, d, alias, d.name != ""
+}
+
+// usable tells from a device's flags whether the device is up and has a carrier.
+func usable(flags uint32) bool {
+	return flags&unix.IFF_UP != 0 && flags&(unix.IFF_RUNNING|unix.IFF_LOWER_UP) != 0
 }

@@ -2,40 +2,36 @@ package kernel
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
 	"strings"
 
 	"golang.org/x/sys/unix"
-	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/pkg/rtnl"
 )
 
-// A nexthop is a nexthop object of the kernel (ip-nexthop(8), since 5.3): a
-// gateway with a number, through which a route goes by naming the number. The
-// routes of IPv4 get one each, since the kernel files plain ones by device
-// alone and searches the pile for each that is added (fib_find_info,
-// net/ipv4/fib_semantics.c): 20000 take ten times as long. IPv6 has no such
-// pile and no need for them.
+// A nexthop is a nexthop object of the kernel (ip-nexthop(8), since 5.3): a gateway with a number, and routes can
+// name the number instead of the gateway. Each gateway of IPv4 routes gets a nexthop, because the kernel files plain
+// IPv4 routes by device alone, and searches all of a device's routes for each that is added (fib_find_info,
+// net/ipv4/fib_semantics.c): 20000 routes take ten times as long. IPv6 does not search, and needs no nexthops.
 //
-// A nexthop is a means only: a route is as right without one, and plain routes
-// are left as they are. It is claimed with its route, made when its route is
-// set, and removed when nobody claims it. Where it cannot be had, for whatever
-// reason, the route is plain.
+// Nexthops are best effort: a route is as right without one, and plain routes are left as they are. A nexthop is
+// claimed together with its route, added when its route is set, and removed when no route claims it. Where it cannot
+// be had, for whatever reason, the route is plain.
 type nexthop struct {
 	id     uint32
 	via    netip.Addr
 	dev    string
 	onlink bool
 
-	foreign bool // somebody else's, of whom we know no more than the number
+	foreign bool // another program's, of which we know only the number
 }
 
-// nexthopOf returns the nexthop that a route could go through. Its number is
-// the gateway's address, so that it is the same after a restart. Numbers that
-// the kernel or a routing daemon give out begin at 1.
+// nexthopOf returns the nexthop that a route could go through. Its number is the gateway's address, so that the
+// number is the same after a restart. The numbers that the kernel or a routing daemon assigns begin at 1.
 func nexthopOf(o Object) (nexthop, bool) {
 	r, ok := o.(Route)
 	if !ok || !r.Via.Is4() || r.Via.IsUnspecified() {
@@ -45,11 +41,7 @@ func nexthopOf(o Object) (nexthop, bool) {
 	return nexthop{id: binary.BigEndian.Uint32(ip[:]), via: r.Via, dev: r.Dev, onlink: r.Onlink}, true
 }
 
-func (n nexthop) Key() Key {
-	var ip [4]byte
-	binary.BigEndian.PutUint32(ip[:], n.id)
-	return Key{Kind: KindNexthop, Prefix: netip.PrefixFrom(netip.AddrFrom4(ip), 32)}
-}
+func (n nexthop) Key() Key       { return Key{Kind: KindNexthop, ID: n.id} }
 func (n nexthop) device() string { return n.dev }
 func (n nexthop) Undo() string   { return fmt.Sprintf("ip nexthop del id %d", n.id) }
 func (n nexthop) String() string {
@@ -67,7 +59,8 @@ const (
 )
 
 // nexthopBody is a struct nhmsg with attributes.
-func nexthopBody(n nexthop, dev int, add bool) []byte {
+func nexthopBody(o Object, dev int, _ uint32, add bool) []byte {
+	n := o.(nexthop)
 	if !add {
 		return appendAttr32(make([]byte, unix.SizeofNhmsg), unix.NHA_ID, n.id)
 	}
@@ -82,7 +75,7 @@ func nexthopBody(n nexthop, dev int, add bool) []byte {
 	return appendAttr32(b, unix.NHA_OIF, uint32(dev))
 }
 
-func decodeNexthop(body []byte, name func(int) string) decoded {
+func decodeNexthop(body []byte, devices devices) decoded {
 	if len(body) < unix.SizeofNhmsg {
 		return decoded{}
 	}
@@ -97,7 +90,7 @@ func decodeNexthop(body []byte, name func(int) string) decoded {
 		case unix.NHA_GATEWAY:
 			n.via, _ = netip.AddrFromSlice(value)
 		case unix.NHA_OIF:
-			n.dev = name(int(binary.NativeEndian.Uint32(value)))
+			n.dev = devices.name(int(binary.NativeEndian.Uint32(value)))
 		case unix.NHA_GROUP, unix.NHA_BLACKHOLE, unix.NHA_ENCAP, attrNexthopFDB:
 			n.foreign = true
 		}
@@ -108,30 +101,59 @@ func decodeNexthop(body []byte, name func(int) string) decoded {
 	return decoded{Object: n, dev: n.dev}
 }
 
-// nexthopsKnown tells whether the kernel has nexthop objects.
-func nexthopsKnown(s *socket) bool {
+func (r *Reconciler) ownsNexthop(o Object) bool { return !o.(nexthop).foreign }
+
+// probeNexthops returns an error if the kernel has no nexthop objects.
+func probeNexthops(s *socket) error {
 	err := s.dump(unix.RTM_GETNEXTHOP, make([]byte, unix.SizeofNhmsg), func(uint16, []byte) {})
-	if err != nil && err != errInterrupted {
-		klog.V(1).Infof("The kernel has no nexthop objects (it has since 5.3): routes are plain: %v", err)
-		return false
+	if err != nil && !errors.Is(err, errInterrupted) {
+		return fmt.Errorf("nexthop objects need Linux 5.3: %w", err)
 	}
-	return true
+	return nil
 }
 
-// nexthopsTold tells whether a route through a nexthop shows its gateway and
-// device to who reads it. Where it does not, by the operator's wish
-// (net.ipv4.nexthop_compat_mode is 0), others could not tell where our routes
-// go, and nor could we.
-func nexthopsTold() bool {
+// dumpNexthops also finds out whether our routes may go through nexthops. It is called before routes are read.
+func dumpNexthops(r *Reconciler) [][]byte {
+	r.nexthops = routesShowGateway()
+	return [][]byte{make([]byte, unix.SizeofNhmsg)}
+}
+
+// routesShowGateway tells whether a route through a nexthop shows its gateway and device to those who read the route.
+// An operator can turn this off (net.ipv4.nexthop_compat_mode is 0). Then other programs could not see where our
+// routes go, and we could not either.
+func routesShowGateway() bool {
 	// Kernels without the setting always show them.
 	text, err := os.ReadFile("/proc/sys/net/ipv4/nexthop_compat_mode")
 	return err != nil || strings.TrimSpace(string(text)) != "0"
 }
 
-// fewGateways is how many gateways the kernel can well search.
+// fewGateways is how many gateways the kernel can search fast enough.
 const fewGateways = 256
 
-// useNexthops tells whether routes that are set now go through nexthops. As
-// long as they are few they do not: plain routes outlive a loss of the uplink's
-// carrier, and can be removed by commands that name their gateway.
+// useNexthops tells whether routes that are set now go through nexthops. While there are few gateways they do not:
+// plain routes stay when the uplink loses its carrier, and commands that name their gateway can remove them.
 func (r *Reconciler) useNexthops() bool { return r.nexthops && r.wanted[KindNexthop] > r.fewGateways }
+
+// skipNexthop tells that a nexthop is not to be added: it would not be used, or another program has its number.
+func (r *Reconciler) skipNexthop(e *entry) bool {
+	n, ok := e.have.(nexthop)
+	return !r.useNexthops() || ok && n.foreign
+}
+
+// nexthop returns the entry of the nexthop that an entry's route could go through, nil if there is none.
+func (r *Reconciler) nexthop(e *entry) *entry {
+	if n, ok := nexthopOf(e.want); ok {
+		return r.entries[n.Key()]
+	}
+	return nil
+}
+
+// viaNexthop returns the number of the nexthop that an entry's route is to go through, 0 for a plain route.
+func (r *Reconciler) viaNexthop(e *entry) uint32 {
+	if n := r.nexthop(e); n != nil && n.have != nil && r.useNexthops() {
+		if own, _ := nexthopOf(e.want); own == n.have {
+			return own.id
+		}
+	}
+	return 0
+}

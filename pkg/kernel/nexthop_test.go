@@ -23,7 +23,7 @@ const (
 // useNexthops has nexthops used from the first gateway on.
 func useNexthops(t *testing.T, r *Reconciler) {
 	t.Helper()
-	if !r.nexthopsKnown {
+	if !r.supported[KindNexthop] {
 		t.Skip("this kernel has no nexthop objects")
 	}
 	r.fewGateways = 0
@@ -141,7 +141,7 @@ func TestNexthopsOfOthers(t *testing.T) {
 		})
 		r.Compare()
 		apply(t, r)
-		if r.Pending() {
+		if r.pending() {
 			t.Error("it is compared again and again")
 		}
 		if got := nstest.Run(t, "ip route show 10.5.3.0/24"); !strings.Contains(got, "nhid "+nhidDirect) {
@@ -287,15 +287,15 @@ func TestCarrierIsLost(t *testing.T) {
 	show := func() string { return strings.TrimSpace(nstest.Run(t, "ip route show 10.5.3.0/24")) }
 	nstest.Run(t, "ip link set far down")
 	settle(t, r, "a plain route", func() bool { return show() == "10.5.3.0/24 via 198.18.0.3 dev eth0 proto 70 linkdown" })
-	if r.Failed() {
+	if r.waiting() {
 		t.Error("something waits, though all is as well as can be")
 	}
 	nstest.Run(t, "ip link set far up")
 	settle(t, r, "the carrier", func() bool { return show() == "10.5.3.0/24 via 198.18.0.3 dev eth0 proto 70" })
 	r.Compare()
 	apply(t, r)
-	if r.Failed() || r.Pending() {
-		t.Errorf("failed %t, pending %t", r.Failed(), r.Pending())
+	if r.waiting() || r.pending() {
+		t.Errorf("failed %t, pending %t", r.waiting(), r.pending())
 	}
 }
 
@@ -364,7 +364,7 @@ func TestNexthopsThatAreNotTold(t *testing.T) {
 func TestKernelWithoutNexthops(t *testing.T) {
 	host(t)
 	r := withNexthops(t)
-	r.nexthopsKnown = false
+	r.supported[KindNexthop] = false
 	r.Set("node", node())
 	r.Set("peer", peer(mac2))
 	r.Set("direct", peerDirect())
@@ -372,7 +372,7 @@ func TestKernelWithoutNexthops(t *testing.T) {
 	if err := r.compare(); err != nil || len(r.dirty) > 0 {
 		t.Errorf("%v, %d entries differ", err, len(r.dirty))
 	}
-	if nexthops(t) != "" || !r.Has("peer") || r.Failed() {
-		t.Errorf("nexthops %q, all there %t, failed %t", nexthops(t), r.Has("peer"), r.Failed())
+	if nexthops(t) != "" || !r.Has("peer") || r.waiting() {
+		t.Errorf("nexthops %q, all there %t, failed %t", nexthops(t), r.Has("peer"), r.waiting())
 	}
 }

@@ -1,6 +1,5 @@
-// Package kernel makes the kernel's links, addresses, routes, neighbours and
-// FDB entries what they are wanted to be, and keeps them so. It is the only
-// code that writes them.
+// Package kernel makes the kernel hold the desired links, addresses, neighbours, FDB entries, routes and IPsec
+// policies, and restores them when another program changes them. No other code of this project writes them.
 package kernel
 
 import (
@@ -8,50 +7,49 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"strings"
+
+	"golang.org/x/sys/unix"
 )
 
-// RouteProtocol marks the routes that this daemon writes (rtm_protocol,
-// linux/rtnetlink.h). Numbers above RTPROT_STATIC (4) are user space's own;
-// 70 is 'F' and in nobody's /etc/iproute2/rt_protos.
+// RouteProtocol marks the routes that this daemon writes (rtm_protocol, linux/rtnetlink.h). Numbers above
+// RTPROT_STATIC (4) are for programs like ours; 70 is 'F', and no /etc/iproute2/rt_protos has it.
 const RouteProtocol = 70
 
-// An Object is something that the kernel is wanted to hold: a Link, Addr,
-// Neighbor, FDBEntry, Route or Policy. Objects are values and compare with ==.
+// An Object is something that the kernel can hold: a Link, Addr, Neighbor, FDBEntry, Route or Policy. Objects are
+// values and compare with ==.
 type Object interface {
-	// Key identifies the object in the kernel. Two objects with one key
-	// cannot be there together.
+	// Key identifies the object in the kernel. The kernel cannot hold two objects with one key.
 	Key() Key
-	// String returns the ip or bridge command that brings the object about.
+	// String returns the ip or bridge command that makes the kernel hold the object.
 	String() string
-	// Undo returns the command that removes it.
+	// Undo returns the command that removes the object.
 	Undo() string
-	// device is the name of the device that the object lives on.
+	// device is the name of the device that the object is on; "": none.
 	device() string
 }
 
-// Kind tells one type of object from another. Objects are applied in the order
-// of their kinds, and removed in the opposite one.
-type Kind uint8
-
-const (
-	KindLink Kind = iota
-	KindAddr
-	KindNeighbor
-	KindFDB
-	KindNexthop
-	KindRoute
-	KindPolicy
-	kinds // how many there are
-)
-
-// Key identifies an object. Which fields count depends on the kind.
+// Key identifies an object. The kind decides which of the other fields are set.
 type Key struct {
 	Kind   Kind
-	Dev    string       // all but routes and nexthops; of policies: "out 10.5.1.0/24", direction and source
-	Prefix netip.Prefix // addresses, neighbours (as /32 or /128), nexthops (their number), routes, policies (where to)
-	MAC    MAC          // FDB entries
-	Metric uint32       // routes
+	Dir    PolicyDir // policies
+	MAC    MAC       // FDB entries
+	ID     uint32    // nexthops
+	Metric uint32    // routes
+	Dev    string    // links, addresses, neighbours, FDB entries
+	Dst    KeyPrefix // addresses, neighbours (as /32 or /128), routes, policies
+	Src    KeyPrefix // policies
+}
+
+// A KeyPrefix is a netip.Prefix as part of a Key: it takes 18 bytes instead of 32, and there are tens of thousands of
+// keys.
+type KeyPrefix struct {
+	addr [16]byte
+	bits uint8
+	is4  bool
+}
+
+func keyPrefix(p netip.Prefix) KeyPrefix {
+	return KeyPrefix{p.Addr().As16(), uint8(p.Bits()), p.Addr().Is4()}
 }
 
 // A MAC is an Ethernet address. Its text is "0e:aa:bb:cc:dd:ee".
@@ -78,167 +76,9 @@ func (m *MAC) UnmarshalText(text []byte) error {
 	return nil
 }
 
-// A Link is a device that is ours: created if missing, replaced if of the wrong
-// kind, and up.
-type Link struct {
-	Name string
-	MAC  MAC // zero: any
-	MTU  int // in bytes
-	Type LinkType
-
-	// TXChecksumOff has the kernel compute the checksums of what it sends,
-	// rather than leave it to the hardware. False: as it is.
-	TXChecksumOff bool
-
-	down bool // read from the kernel: it is there, but not up
-}
-
-// A LinkType is what makes a device the sort of device it is. It cannot be
-// changed once the device exists: VXLAN, TUN, IPIP or WireGuard.
-type LinkType interface {
-	String() string // as it follows "type" in "ip link add"
-	lower() string  // the device that it sits on, "" if none
-}
-
-// VXLAN is the type of a VTEP (RFC 7348).
-type VXLAN struct {
-	VNI      int
-	Port     int        // UDP, of the peers as well as our own
-	Local    netip.Addr // outer source address
-	Dev      string     // the uplink
-	Learning bool       // learn peers' MACs from what they send
-	GBP      bool       // group based policy extension
-}
-
-func (v VXLAN) lower() string { return v.Dev }
-
-func (v VXLAN) String() string {
-	s := fmt.Sprintf("vxlan id %d local %s dev %s dstport %d", v.VNI, v.Local, v.Dev, v.Port)
-	if !v.Learning {
-		s += " nolearning"
+func family(a netip.Addr) uint8 {
+	if a.Is4() {
+		return unix.AF_INET
 	}
-	if v.GBP {
-		s += " gbp"
-	}
-	return s
-}
-
-func (l Link) Key() Key       { return Key{Kind: KindLink, Dev: l.Name} }
-func (l Link) device() string { return l.Name }
-func (l Link) Undo() string   { return "ip link del " + l.Name }
-func (l Link) String() string {
-	var b strings.Builder
-	if _, ok := l.Type.(TUN); ok {
-		fmt.Fprintf(&b, "ip tuntap add %s mode %v && ip link set %s mtu %d", l.Name, l.Type, l.Name, l.MTU)
-		if !l.down {
-			b.WriteString(" up")
-		}
-		return b.String()
-	}
-	fmt.Fprintf(&b, "ip link add %s", l.Name)
-	if l.MAC != (MAC{}) {
-		fmt.Fprintf(&b, " address %s", l.MAC)
-	}
-	fmt.Fprintf(&b, " mtu %d", l.MTU)
-	if !l.down {
-		b.WriteString(" up")
-	}
-	fmt.Fprintf(&b, " type %v", l.Type)
-	if l.TXChecksumOff {
-		fmt.Fprintf(&b, " && ethtool -K %s tx-checksum-ip-generic off", l.Name)
-	}
-	return b.String()
-}
-
-// An Addr is an address on one of our own devices.
-type Addr struct {
-	Dev    string
-	Prefix netip.Prefix // the address itself, with its prefix length
-}
-
-func (a Addr) Key() Key       { return Key{Kind: KindAddr, Dev: a.Dev, Prefix: a.Prefix} }
-func (a Addr) device() string { return a.Dev }
-func (a Addr) Undo() string   { return fmt.Sprintf("ip addr del %s dev %s", a.Prefix, a.Dev) }
-func (a Addr) String() string {
-	s := fmt.Sprintf("ip addr replace %s dev %s", a.Prefix, a.Dev)
-	if a.Prefix.Addr().Is6() {
-		s += " nodad" // nobody else can hold it, and it must serve at once
-	}
-	return s
-}
-
-// A Neighbor is a permanent ARP or NDP entry on one of our own devices.
-type Neighbor struct {
-	Dev string
-	IP  netip.Addr
-	MAC MAC
-}
-
-func (n Neighbor) Key() Key {
-	return Key{Kind: KindNeighbor, Dev: n.Dev, Prefix: netip.PrefixFrom(n.IP, n.IP.BitLen())}
-}
-func (n Neighbor) device() string { return n.Dev }
-func (n Neighbor) Undo() string   { return fmt.Sprintf("ip neigh del %s dev %s", n.IP, n.Dev) }
-func (n Neighbor) String() string {
-	return fmt.Sprintf("ip neigh replace %s lladdr %s dev %s nud permanent", n.IP, n.MAC, n.Dev)
-}
-
-// An FDBEntry is a permanent entry of a VTEP's forwarding database: frames to
-// MAC go to the host Dst.
-type FDBEntry struct {
-	Dev string
-	MAC MAC
-	Dst netip.Addr
-}
-
-func (f FDBEntry) Key() Key       { return Key{Kind: KindFDB, Dev: f.Dev, MAC: f.MAC} }
-func (f FDBEntry) device() string { return f.Dev }
-func (f FDBEntry) Undo() string {
-	return fmt.Sprintf("bridge fdb del %s dev %s dst %s self", f.MAC, f.Dev, f.Dst)
-}
-func (f FDBEntry) String() string {
-	return fmt.Sprintf("bridge fdb replace %s dev %s dst %s self permanent", f.MAC, f.Dev, f.Dst)
-}
-
-// A Route is a route of the main table, with our RouteProtocol.
-type Route struct {
-	Dst    netip.Prefix
-	Via    netip.Addr // zero: none
-	Dev    string
-	Onlink bool   // Via is on Dev's link whatever the addresses say
-	Metric uint32 // zero: the kernel's default, 0 for IPv4 and 1024 for IPv6
-
-	Blackhole bool // drops what it matches; no Via, no Dev
-}
-
-func (r Route) Key() Key       { return Key{Kind: KindRoute, Prefix: r.Dst, Metric: r.Metric} }
-func (r Route) device() string { return r.Dev }
-func (r Route) Undo() string   { return r.command("del") }
-func (r Route) String() string { return r.command("replace") }
-
-func (r Route) command(verb string) string {
-	var b strings.Builder
-	b.WriteString("ip ")
-	if r.Dst.Addr().Is6() {
-		b.WriteString("-6 ")
-	}
-	fmt.Fprintf(&b, "route %s ", verb)
-	if r.Blackhole {
-		b.WriteString("blackhole ")
-	}
-	b.WriteString(r.Dst.String())
-	if r.Via.IsValid() {
-		fmt.Fprintf(&b, " via %s", r.Via)
-	}
-	if r.Dev != "" {
-		fmt.Fprintf(&b, " dev %s", r.Dev)
-	}
-	if r.Onlink {
-		b.WriteString(" onlink")
-	}
-	if r.Metric != 0 {
-		fmt.Fprintf(&b, " metric %d", r.Metric)
-	}
-	fmt.Fprintf(&b, " proto %d", RouteProtocol)
-	return b.String()
+	return unix.AF_INET6
 }

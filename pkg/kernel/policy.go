@@ -11,21 +11,20 @@ import (
 	"github.com/flanneld/flanneld/pkg/rtnl"
 )
 
-// PolicyID marks our IPsec policies, and the security associations that may
-// serve them (reqid, ip-xfrm(8)). It is upstream's.
+// PolicyID marks our IPsec policies, and the security associations that may serve them (reqid, ip-xfrm(8)). Upstream
+// flannel has the same number.
 const PolicyID = 11
 
-// A Policy is an IPsec policy (XFRM): packets between two subnets take the ESP
-// tunnel between two hosts, and none get past it.
+// A Policy is an IPsec policy (XFRM): packets between two subnets must take the ESP tunnel between two hosts.
 type Policy struct {
 	Dir      PolicyDir
 	Src, Dst netip.Prefix // of the packets
 	From, To netip.Addr   // ends of the tunnel
 
-	other bool // read from the kernel: this one does something else
+	other bool // read from the kernel: the policy does something else
 }
 
-// PolicyDir tells what packets a policy is for (XFRM_POLICY_*, linux/xfrm.h).
+// PolicyDir says what packets a policy is for (XFRM_POLICY_*, linux/xfrm.h).
 type PolicyDir uint8
 
 const (
@@ -37,7 +36,7 @@ const (
 func (d PolicyDir) String() string { return [...]string{"in", "out", "fwd"}[d] }
 
 func (p Policy) Key() Key {
-	return Key{Kind: KindPolicy, Dev: p.Dir.String() + " " + p.Src.String(), Prefix: p.Dst}
+	return Key{Kind: KindPolicy, Dir: p.Dir, Src: keyPrefix(p.Src), Dst: keyPrefix(p.Dst)}
 }
 func (p Policy) device() string { return "" }
 func (p Policy) Undo() string {
@@ -53,33 +52,16 @@ func (p Policy) String() string {
 
 var errNoXFRM = errors.New("this kernel has no IPsec: run modprobe xfrm_user")
 
-// listenXFRM opens what it takes to deal with policies. There is no news of what
-// we do ourselves.
-func (r *Reconciler) listenXFRM() error {
-	sock, err := newSocket(unix.NETLINK_XFRM)
-	if err != nil {
-		return err
-	}
-	l, err := rtnl.ListenTo(unix.NETLINK_XFRM, ignore(sock.pid), nl.XFRMNLGRP_POLICY)
-	if err != nil {
-		sock.close()
-		return err
-	}
-	r.xfrm = sock
-	r.notify = append(r.notify, l)
-	return nil
+func dumpPolicies(*Reconciler) [][]byte { return [][]byte{make([]byte, nl.SizeofXfrmUserpolicyId)} }
+
+func (r *Reconciler) ownsPolicy(o Object) bool {
+	p := o.(Policy)
+	return !p.other && r.insideNetworks(p.Src) && r.insideNetworks(p.Dst)
 }
 
-// readPolicies observes all policies.
-func (r *Reconciler) readPolicies() error {
-	return r.xfrm.dump(nl.XFRM_MSG_GETPOLICY, make([]byte, nl.SizeofXfrmUserpolicyId), func(_ uint16, body []byte) {
-		r.observe(decodePolicy(body), false)
-	})
-}
-
-// policyBody is a struct xfrm_userpolicy_info with a template, or to remove the
-// policy a struct xfrm_userpolicy_id.
-func policyBody(p Policy, add bool) []byte {
+// policyBody is a struct xfrm_userpolicy_info with a template, or, to delete the policy, a struct xfrm_userpolicy_id.
+func policyBody(o Object, _ int, _ uint32, add bool) []byte {
+	p := o.(Policy)
 	selector := nl.XfrmSelector{
 		Family: uint16(family(p.Src.Addr())), PrefixlenS: uint8(p.Src.Bits()), PrefixlenD: uint8(p.Dst.Bits()),
 	}
@@ -104,9 +86,9 @@ func policyBody(p Policy, add bool) []byte {
 
 const modeTunnel = 1 // XFRM_MODE_TUNNEL
 
-// decodePolicy reads a struct xfrm_userpolicy_info with attributes. Policies that
-// cannot have the key of one of ours decode to a nil Object.
-func decodePolicy(body []byte) decoded {
+// decodePolicy reads a struct xfrm_userpolicy_info with attributes. Policies that cannot have the key of one of ours
+// decode to a nil Object.
+func decodePolicy(body []byte, _ devices) decoded {
 	if len(body) < nl.SizeofXfrmUserpolicyInfo {
 		return decoded{}
 	}
@@ -119,7 +101,7 @@ func decodePolicy(body []byte) decoded {
 	s := info.Sel
 	plain := s.Dport == 0 && s.Sport == 0 && s.Proto == 0 && s.Ifindex == 0 && s.User == 0
 	if p.Dir > PolicyFwd || !p.Src.IsValid() || !p.Dst.IsValid() {
-		plain = false // of one socket, for one
+		plain = false // such as the policy of one socket
 	}
 	p.other = info.Priority != 0 || info.Action != 0 // XFRM_POLICY_BLOCK
 	templates := 0
@@ -130,7 +112,8 @@ func decodePolicy(body []byte) decoded {
 				t := nl.DeserializeXfrmUserTmpl(value)
 				from, to := policyPrefix(t.Saddr, t.Family, 0), policyPrefix(t.XfrmId.Daddr, t.Family, 0)
 				p.From, p.To = from.Addr(), to.Addr()
-				p.other = p.other || t.XfrmId.Proto != unix.IPPROTO_ESP || t.Mode != modeTunnel || t.Reqid != PolicyID || t.Optional != 0
+				p.other = p.other || t.XfrmId.Proto != unix.IPPROTO_ESP || t.Mode != modeTunnel ||
+					t.Reqid != PolicyID || t.Optional != 0
 				templates++
 			}
 		case nl.XFRMA_MARK, nl.XFRMA_IF_ID:

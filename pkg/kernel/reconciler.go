@@ -1,93 +1,102 @@
 package kernel
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/pkg/fight"
+	"github.com/flanneld/flanneld/pkg/retry"
 	"github.com/flanneld/flanneld/pkg/rtnl"
 )
 
-// A Reconciler holds what the kernel of one network namespace is wanted to
-// hold, by owner, and what it does hold as far as is known. Set changes the
-// former, Handle and Compare learn the latter, Apply removes the difference.
-// It touches only what is ours:
+// A Reconciler keeps the desired objects of one network namespace, by owner, and knows what the kernel holds of them.
+// Set changes what is desired, and Reconcile makes the kernel hold it. Reconcile changes only what is ours:
 //
-//   - links that it was told to hold, or made in an earlier life;
-//   - what sits on these links, but for what the kernel put there itself;
+//   - links that are desired, or that carry our alias because an earlier process made them;
+//   - what is on these links, except what the kernel put there itself;
 //   - routes, and nexthop objects, that carry RouteProtocol;
-//   - gateway routes inside Networks that carry no protocol of their own
-//     (RTPROT_BOOT): upstream's daemon leaves these;
+//   - gateway routes inside Networks that carry no protocol of their own (RTPROT_BOOT): upstream flannel leaves these;
 //   - IPsec policies with PolicyID between subnets inside Networks.
 //
-// It is for one goroutine.
+// A Reconciler is for one goroutine. To reconcile after each receive from Wake and after each Set is always right.
 type Reconciler struct {
 	Networks []netip.Prefix
 
-	// Devices, where it is set, tells of a device's name that it is ours,
-	// though it may lack our mark: upstream's devices have none.
+	// Devices may be nil. It tells from the name of a device that the device is ours although it lacks our alias: the
+	// devices of upstream flannel have none.
 	Devices func(name string) bool
 
-	sock   *socket
-	xfrm   *socket // nil: the kernel has no IPsec
-	links  *netlink.Handle
-	notify []*rtnl.Listener
-	events chan Event
+	log       klog.Logger
+	sock      *socket         // of rtnetlink
+	sockets   map[int]*socket // by netlink protocol; nil: the kernel does not have the protocol
+	supported [kinds]bool     // whether the kernel has the kind
+	links     *netlink.Handle
+
+	listeners []*listener
+	watchers  sync.WaitGroup // the listeners' goroutines
+	closed    chan struct{}
+	buf       []byte // for one notification
+	wake      chan struct{}
 
 	entries map[Key]*entry
 	owners  map[string][]*entry // what an owner claims
 	dirty   []*entry            // may differ from the kernel
-	failed  []*entry            // the kernel refused; tried again by Retry
-	held    []*entry            // somebody undoes them at once; set again by Retry
+	failed  []refusal           // to be retried
+	paced   []*entry            // fought over: to be set again by the next retry
 	fights  *fight.Detector[Key, Object]
 
-	devices devices
-	uses    map[string]int // how many wanted objects need the device of this name
-	round   uint           // of comparisons
-	unknown bool           // the kernel must be read before anything is done
+	err     error // what Reconcile returned
+	backoff retry.Backoff
+	retryAt time.Time // zero: no retry is due
+	timer   *time.Timer
 
-	nexthopsKnown bool // the kernel has nexthop objects
-	nexthops      bool // and our routes may go through them
-	fewGateways   int  // up to so many gateways, routes are plain
+	devices     devices
+	uses        map[string]int // how many desired objects need the device of this name
+	round       uint           // of comparisons
+	mustCompare bool           // the kernel's tables must be read before anything is changed
 
-	wanted  [kinds]int // how many objects are
+	nexthops    bool // routes may go through nexthops
+	fewGateways int  // up to this many gateways, routes are plain
+
+	wanted  [kinds]int // how many objects are desired
 	repairs [kinds][causes]uint64
-	stats   Stats // as of the last time
-	moved   bool  // and something has changed since
+	stats   Stats // as of the last call of Stats
+	changed bool  // since then
 }
 
-// An entry is what is wanted, and what there is, under one key.
+// An entry is the desired and the actual object under one key. An entry with neither is not in Reconciler.entries.
 type entry struct {
 	claim
-	others []claim // that come to their turn when the claim is dropped
+	others []claim // of other owners; the first of them is next when the claim is dropped
 	have   Object  // nil: nothing
 	via    uint32  // the nexthop that have, a route, goes through; 0: none
 
 	round uint // the comparison that saw have
+	kind  Kind
 	state state
-	drift bool // the kernel changed, not our wishes
+	drift bool // the kernel changed, not what is desired
 	seen  bool // by Stats, while it counts
 }
 
-// state tells which list an entry counts in.
+// state says which list an entry counts in.
 type state uint8
 
 const (
 	idle   state = iota
 	dirty        // in Reconciler.dirty
 	failed       // in Reconciler.failed
-	held         // in Reconciler.held
+	paced        // in Reconciler.paced
 )
 
-// key returns what the entry is filed under. An entry that stands for nothing
-// is not filed.
 func (e *entry) key() Key {
 	if e.want != nil {
 		return e.want.Key()
@@ -95,74 +104,199 @@ func (e *entry) key() Key {
 	return e.have.Key()
 }
 
-// A claim is an owner's wish. A nil Object wishes for nothing.
+// A claim is what an owner desires under one key. A nil Object: nothing.
 type claim struct {
 	owner string
 	want  Object
 }
 
-// New returns a Reconciler for the calling thread's network namespace. It
-// listens to the kernel from now on: Events must be received and handed to
-// Handle. Close ends it.
-func New() (*Reconciler, error) {
-	sock, err := newSocket(unix.NETLINK_ROUTE)
-	if err != nil {
-		return nil, err
-	}
-	groups := []int{unix.RTNLGRP_LINK, unix.RTNLGRP_NEIGH,
-		unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE}
-	known := nexthopsKnown(sock)
-	if known {
-		groups = append(groups, unix.RTNLGRP_NEXTHOP)
-	}
-	notify, err := rtnl.Listen(ignore(sock.pid), groups...)
-	if err != nil {
-		sock.close()
-		return nil, err
-	}
+// A refusal is an entry that could not be applied, and why.
+type refusal struct {
+	*entry
+	err error
+}
+
+// A listener receives the notifications of one netlink protocol.
+type listener struct {
+	*rtnl.Listener
+	protocol int
+	drained  chan struct{} // Reconcile has read all that had come
+}
+
+// New returns a Reconciler for the calling thread's network namespace, which keeps the kernel's notifications from
+// now on. Close ends it.
+func New(log klog.Logger) (*Reconciler, error) {
 	links, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
-		sock.close()
-		notify.Close()
 		return nil, fmt.Errorf("netlink: %w", err)
 	}
 	r := &Reconciler{
-		sock: sock, links: links, notify: []*rtnl.Listener{notify}, events: make(chan Event),
+		log: log, links: links, sockets: map[int]*socket{},
+		closed: make(chan struct{}), buf: make([]byte, 1<<16), wake: make(chan struct{}, 1),
 		entries: map[Key]*entry{}, owners: map[string][]*entry{},
-		devices: newDevices(), uses: map[string]int{},
-		unknown: true, fights: newFights(klog.Background()), nexthopsKnown: known, fewGateways: fewGateways,
+		fights:  newFights(log),
+		devices: newDevices(), uses: map[string]int{}, fewGateways: fewGateways,
 	}
-	if err := r.listenXFRM(); err != nil {
-		klog.V(1).Infof("The kernel has no IPsec: %v", err)
+	for k := range kindTable {
+		protocol := kindTable[k].protocol
+		if _, tried := r.sockets[protocol]; tried {
+			continue
+		}
+		err := r.open(protocol)
+		if err != nil && protocol == unix.NETLINK_ROUTE {
+			r.Close()
+			return nil, err
+		}
+		if err != nil {
+			log.V(1).Info("The kernel does not support a netlink protocol", "protocol", protocol, "err", err)
+		}
 	}
-	var readers sync.WaitGroup
-	for i, l := range r.notify {
-		readers.Go(func() { r.read(l, i == 0) })
-	}
-	go func() {
-		readers.Wait()
-		close(r.events)
-	}()
+	r.sock = r.sockets[unix.NETLINK_ROUTE]
+	r.Compare()
 	return r, nil
+}
+
+// open opens the sockets of a netlink protocol and finds out which of its kinds the kernel has. The listener ignores
+// the notifications of our own changes.
+func (r *Reconciler) open(protocol int) error {
+	r.sockets[protocol] = nil
+	sock, err := newSocket(protocol)
+	if err != nil {
+		return err
+	}
+	var groups []int
+	for k := range kindTable {
+		d := &kindTable[k]
+		if d.protocol != protocol {
+			continue
+		}
+		if d.probe != nil {
+			if err := d.probe(sock); err != nil {
+				r.log.V(1).Info("The kernel does not have "+d.plural, "err", err)
+				continue
+			}
+		}
+		r.supported[k] = true
+		groups = append(groups, d.groups...)
+	}
+	raw, err := rtnl.ListenTo(protocol, ignore(sock.pid), groups...)
+	if err != nil {
+		sock.close()
+		return err
+	}
+	l := &listener{raw, protocol, make(chan struct{}, 1)}
+	r.sockets[protocol], r.listeners = sock, append(r.listeners, l)
+	r.watchers.Go(func() { r.watch(l) })
+	return nil
 }
 
 // Close stops listening. The kernel keeps what it holds.
 func (r *Reconciler) Close() {
-	for _, l := range r.notify {
+	select {
+	case <-r.closed:
+		return
+	default:
+		close(r.closed)
+	}
+	for _, l := range r.listeners {
 		l.Close()
 	}
-	for range r.events { // until read has ended
+	r.watchers.Wait()
+	if r.timer != nil {
+		r.timer.Stop()
 	}
 	r.links.Close()
-	r.sock.close()
-	if r.xfrm != nil {
-		r.xfrm.close()
+	for _, s := range r.sockets {
+		if s != nil {
+			s.close()
+		}
 	}
 }
 
-// Set makes objects all that the owner wants. An object that several owners
-// want stays until the last of them gives it up; where they differ, who came
-// first has it.
+// Wake signals that there is something for Reconcile to do: notifications have come, a retry is due, or Set, Compare
+// or Diff leave something to do. Signals that nobody has received are merged into one.
+func (r *Reconciler) Wake() <-chan struct{} { return r.wake }
+
+func (r *Reconciler) signal() {
+	select {
+	case r.wake <- struct{}{}:
+	default:
+	}
+}
+
+// Reconcile takes the notifications that have come, and makes the kernel hold what is desired. It returns what the
+// kernel refuses: the same error value again until it has tried again, nil when the kernel holds everything. What is
+// refused is retried with backoff: Wake signals when a retry is due.
+func (r *Reconciler) Reconcile() error {
+	r.receive()
+	if !r.retryAt.IsZero() && !time.Now().Before(r.retryAt) {
+		r.retryAt = time.Time{}
+		r.retry()
+	}
+	if r.pending() {
+		r.err = r.apply()
+	}
+	if len(r.dirty) > 0 && !r.mustCompare {
+		r.signal()
+	}
+	switch {
+	case !r.pending() && !r.waiting():
+		r.backoff.Reset()
+	case r.retryAt.IsZero():
+		pause := r.backoff.Next()
+		r.retryAt = time.Now().Add(pause)
+		r.timer = time.AfterFunc(pause, r.signal)
+	}
+	return r.err
+}
+
+// Run calls Reconcile whenever there is something to do, and then done with the error, until ctx ends. It is for
+// callers that have nothing else to do.
+func (r *Reconciler) Run(ctx context.Context, done func(error)) {
+	for ctx.Err() == nil {
+		select {
+		case <-ctx.Done():
+		case <-r.wake:
+			done(r.Reconcile())
+		}
+	}
+}
+
+// pending tells whether there is something to apply.
+func (r *Reconciler) pending() bool { return r.mustCompare || len(r.dirty) > 0 }
+
+// waiting tells whether something waits for a retry.
+func (r *Reconciler) waiting() bool { return len(r.failed) > 0 || len(r.paced) > 0 }
+
+// retry queues all that waits for a retry.
+func (r *Reconciler) retry() {
+	r.retryFailed()
+	for _, e := range r.paced {
+		if e.state == paced {
+			r.queue(e)
+		}
+	}
+	r.paced = nil
+}
+
+// retryFailed queues what the kernel refused.
+func (r *Reconciler) retryFailed() {
+	for _, f := range r.failed {
+		if f.state == failed {
+			r.queue(f.entry)
+		}
+	}
+	r.failed = nil
+}
+
+// Compare makes the next Reconcile read all of the kernel's tables first, as after a gap in the notifications.
+func (r *Reconciler) Compare() {
+	r.mustCompare = true
+	r.signal()
+}
+
+// Set makes objects all that the owner desires. An object that several owners desire stays until the last of them
+// drops it; where their objects differ, the owner that was first decides.
 func (r *Reconciler) Set(owner string, objects []Object) {
 	wants, keys := make([]Object, 0, 2*len(objects)), make([]Key, 0, 2*len(objects))
 	want := func(o Object) {
@@ -183,43 +317,33 @@ func (r *Reconciler) Set(owner string, objects []Object) {
 	}
 	if len(wants) == 0 {
 		delete(r.owners, owner)
-		return
+	} else {
+		claimed := make([]*entry, len(wants))
+		for i, o := range wants {
+			claimed[i] = r.claim(keys[i], claim{owner, o})
+		}
+		r.owners[owner] = claimed
 	}
-	claimed := make([]*entry, len(wants))
-	for i, o := range wants {
-		claimed[i] = r.claim(keys[i], claim{owner, o})
+	if r.pending() {
+		r.signal()
 	}
-	r.owners[owner] = claimed
 }
 
-// claim puts, changes or (with a nil want) drops one owner's claim to a key,
-// and returns the entry.
+// claim puts, changes or (with a nil want) drops one owner's claim to a key, and returns the entry.
 func (r *Reconciler) claim(k Key, c claim) *entry {
 	e := r.entries[k]
 	if e == nil {
 		if c.want == nil {
 			return nil
 		}
-		e = &entry{}
+		e = &entry{kind: k.Kind}
 		r.entries[k] = e
 	}
 	before := e.want
-	switch {
-	case e.want == nil || e.owner == c.owner:
+	if e.want == nil || e.owner == c.owner {
 		e.claim = c
-	default:
-		i := slices.IndexFunc(e.others, func(o claim) bool { return o.owner == c.owner })
-		switch {
-		case i >= 0 && c.want == nil:
-			e.others = slices.Delete(e.others, i, i+1)
-		case i >= 0:
-			e.others[i] = c
-		case c.want != nil:
-			e.others = append(e.others, c)
-			if c.want != e.want && k.Kind != KindNexthop {
-				klog.Warningf("%s and %s cannot both have their way: %s stays, instead of %s", e.owner, c.owner, e.want, c.want)
-			}
-		}
+	} else {
+		r.claimLater(e, c)
 	}
 	if e.want == nil && len(e.others) > 0 {
 		e.claim, e.others = e.others[0], e.others[1:]
@@ -227,46 +351,63 @@ func (r *Reconciler) claim(k Key, c claim) *entry {
 	if e.want == before {
 		return e
 	}
-	r.moved = true
+	r.changed = true
 	switch {
 	case before == nil:
 		r.wanted[k.Kind]++
 	case e.want == nil:
 		r.wanted[k.Kind]--
 	}
-	r.use(before, -1)
-	r.use(e.want, +1)
+	r.use(k.Kind, before, -1)
+	r.use(k.Kind, e.want, +1)
 	e.drift = false
-	if e.want == nil && e.have == nil {
-		delete(r.entries, k)
-		return e
-	}
-	if k.Kind != KindNexthop || e.want == nil {
+	switch {
+	case e.want == nil && e.have == nil:
+		r.drop(k, e)
+	case !kindTable[k.Kind].bestEffort || e.want == nil:
 		r.queue(e)
 	}
 	return e
 }
 
-// use counts the devices that an object needs.
-func (r *Reconciler) use(o Object, n int) {
-	if o == nil {
-		return
-	}
-	names := []string{o.device()}
-	if l, ok := o.(Link); ok {
-		names = append(names, l.Type.lower())
-	}
-	for _, name := range names {
-		if name == "" {
-			continue
-		}
-		if r.uses[name] += n; r.uses[name] == 0 {
-			delete(r.uses, name)
+// claimLater puts, changes or drops the claim of an owner that is not the first.
+func (r *Reconciler) claimLater(e *entry, c claim) {
+	i := slices.IndexFunc(e.others, func(o claim) bool { return o.owner == c.owner })
+	switch {
+	case i >= 0 && c.want == nil:
+		e.others = slices.Delete(e.others, i, i+1)
+	case i >= 0:
+		e.others[i] = c
+	case c.want != nil:
+		e.others = append(e.others, c)
+		if c.want != e.want && !kindTable[e.kind].bestEffort {
+			r.log.Error(nil, "Two owners desire different objects with one key; the first owner's object stays",
+				"owner", e.owner, "command", e.want.String(), "otherOwner", c.owner, "otherCommand", c.want.String())
 		}
 	}
 }
 
-// queue has the next Apply look at an entry.
+// use counts the devices that an object needs.
+func (r *Reconciler) use(k Kind, o Object, n int) {
+	if o == nil {
+		return
+	}
+	r.useDevice(o.device(), n)
+	if lower := kindTable[k].lower; lower != nil {
+		r.useDevice(lower(o), n)
+	}
+}
+
+func (r *Reconciler) useDevice(name string, n int) {
+	if name == "" {
+		return
+	}
+	if r.uses[name] += n; r.uses[name] == 0 {
+		delete(r.uses, name)
+	}
+}
+
+// queue makes the next apply compare the desired and the actual object of an entry.
 func (r *Reconciler) queue(e *entry) {
 	if e.state != dirty {
 		e.state = dirty
@@ -274,255 +415,66 @@ func (r *Reconciler) queue(e *entry) {
 	}
 }
 
-// nexthop returns the entry of the nexthop that an entry's route could go
-// through, nil if there is none.
-func (r *Reconciler) nexthop(e *entry) *entry {
-	if n, ok := nexthopOf(e.want); ok {
-		return r.entries[n.Key()]
-	}
-	return nil
-}
-
-// Pending tells whether Apply has anything to do.
-func (r *Reconciler) Pending() bool { return r.unknown || len(r.dirty) > 0 }
-
-// Failed tells whether there is anything that the kernel refused, or that
-// somebody undoes as soon as it is done. It waits for Retry.
-func (r *Reconciler) Failed() bool { return len(r.failed) > 0 || len(r.held) > 0 }
-
-// Retry queues what Failed tells of, for the next Apply.
-func (r *Reconciler) Retry() {
-	r.again()
-	for _, e := range r.held {
-		if e.state == held {
-			r.queue(e)
-		}
-	}
-	r.held = nil
-}
-
-// again queues what the kernel refused.
-func (r *Reconciler) again() {
-	for _, e := range r.failed {
-		if e.state == failed {
-			r.queue(e)
-		}
-	}
-	r.failed = nil
-}
-
-// Compare makes the next Apply read all of the kernel's tables first, as after
-// a gap in the notifications.
-func (r *Reconciler) Compare() { r.unknown = true }
-
-// Apply makes the kernel hold what is wanted. What it refuses is reported and
-// stays for Retry; the rest is done all the same. Pending tells afterwards whether
-// there is more to do, such as to read tables again that changed meanwhile.
-func (r *Reconciler) Apply() error {
-	var failures failures
-	r.fights.LogNew()
-	if r.unknown {
-		if err := r.compare(); err != nil {
-			return fmt.Errorf("reading the kernel's tables: %w", err)
-		}
-	}
-	interrupted := r.unknown // the tables changed while they were read, which is no failure
-	var log changes
-	todo := r.take()
-	for _, k := range []Kind{KindRoute, KindLink} {
-		r.apply(k, todo, false, &log, &failures)
-	}
-	r.apply(KindLink, todo, true, &log, &failures)
-	for _, e := range todo {
-		if e.want != e.have && e.state == idle {
-			r.queue(e)
-		}
-	}
-	todo = r.take() // with what went when a link was replaced
-	for _, e := range todo {
-		if n := r.nexthop(e); n != nil {
-			r.queue(n)
-		}
-	}
-	todo = append(todo, r.take()...)
-	for k := KindAddr; k < kinds; k++ {
-		r.apply(k, todo, true, &log, &failures)
-	}
-	// Last, what routes may have needed until they were replaced; with a nexthop
-	// the kernel even removes the routes that still go through it.
-	for _, k := range []Kind{KindPolicy, KindNexthop, KindFDB, KindNeighbor, KindAddr} {
-		r.apply(k, todo, false, &log, &failures)
-	}
-	log.write()
-	if r.unknown && !interrupted { // the kernel lost track of the requests
-		failures.add(errors.New("some of the kernel's answers were lost: its tables will be read again"))
-	}
-	return failures.err()
-}
-
-// take empties the queue.
-func (r *Reconciler) take() []*entry {
-	todo := r.dirty
-	r.dirty = nil
-	for _, e := range todo {
-		e.state = idle
-	}
-	return todo
-}
-
-// apply brings the entries of one kind about (add), or removes them.
-func (r *Reconciler) apply(kind Kind, todo []*entry, add bool, log *changes, failures *failures) {
-	var batch []*entry
-	var requests []request
-	var via []uint32 // by which nexthop
-	for _, e := range todo {
-		if e.want == e.have || e.state == failed || (e.want != nil) != add || e.key().Kind != kind {
-			continue // settled or failed meanwhile, or not its turn
-		}
-		if !add && !r.ours(e.have) {
-			delete(r.entries, e.key())
-			e.have = nil
-			continue
-		}
-		if kind == KindLink {
-			r.done(e, r.link(e), log, failures)
-			continue
-		}
-		if kind == KindPolicy && r.xfrm == nil {
-			r.done(e, errNoXFRM, log, failures)
-			continue
-		}
-		if n, ok := e.have.(nexthop); kind == KindNexthop && add && (!r.useNexthops() || ok && n.foreign) {
-			continue
-		}
-		o, by := e.want, uint32(0)
-		if !add {
-			o, by = e.have, e.via
-		} else if n := r.nexthop(e); n != nil && n.have != nil && r.useNexthops() {
-			if own, _ := nexthopOf(o); own == n.have {
-				by = own.id
-			}
-		}
-		dev := 0
-		if name := o.device(); name != "" {
-			var ok bool
-			if dev, ok = r.devices.number[name]; !ok {
-				if add && r.own(name) {
-					r.done(e, unix.ENODEV, log, failures) // why has been said
-				} else if add {
-					r.done(e, fmt.Errorf("there is no device %s", name), log, failures)
-				} else {
-					r.done(e, nil, log, failures) // it went with its device
-				}
-				continue
-			}
-		}
-		batch, via = append(batch, e), append(via, by)
-		requests = append(requests, encode(o, dev, by, add))
-	}
-	if len(batch) == 0 {
-		return
-	}
-	sock := r.sock
-	if kind == KindPolicy {
-		sock = r.xfrm
-	}
-	results, err := sock.do(requests)
-	if err == nil && add && kind == KindRoute {
-		err = r.evict(batch, requests, results)
-	}
-	for i, e := range batch {
-		if err != nil {
-			r.done(e, err, log, failures)
-			r.unknown = true
-			continue
-		}
-		if !add && isGone(results[i]) {
-			results[i] = nil
-			e.drift = false // late news of what had gone: nothing was left over
-		}
-		if results[i] == nil {
-			e.via = via[i]
-		}
-		r.done(e, results[i], log, failures)
+// drop removes an entry that has neither a desired nor an actual object.
+func (r *Reconciler) drop(k Key, e *entry) {
+	delete(r.entries, k)
+	if e.state == failed {
+		r.queue(e) // so that the failure is forgotten
 	}
 }
 
-// evict tries again what the kernel refused to put in place of another route,
-// after removing that. It does not replace a route when, with the same key, it
-// has ours further down (EEXIST), nor in IPv6 when the gateway would be reached
-// by that very route (EINVAL).
-func (r *Reconciler) evict(batch []*entry, requests []request, results []error) error {
-	var tried []int
-	var again []request
-	for i, e := range batch {
-		if e.have == nil || !errors.Is(results[i], unix.EEXIST) && !errors.Is(results[i], unix.EINVAL) {
-			continue
-		}
-		tried = append(tried, i)
-		again = append(again, encode(e.have, r.devices.number[e.have.device()], 0, false), requests[i])
-	}
-	if len(again) == 0 {
-		return nil
-	}
-	answers, err := r.sock.do(again)
-	if err != nil {
-		return err
-	}
-	for n, i := range tried {
-		results[i] = answers[2*n+1]
-	}
-	return nil
-}
-
-// isGone tells the errors that the kernel answers to the removal of what is
-// not there: routes ESRCH, neighbours, FDB entries and policies ENOENT, addresses
-// EADDRNOTAVAIL, anything on a vanished device ENODEV.
-func isGone(err error) bool {
-	return errors.Is(err, unix.ESRCH) || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EADDRNOTAVAIL) || errors.Is(err, unix.ENODEV)
-}
-
-// done takes note of the kernel's answer.
-func (r *Reconciler) done(e *entry, err error, log *changes, failures *failures) {
-	r.moved = true
-	if err != nil && e.key().Kind == KindNexthop {
-		klog.V(1).Infof("%s: %v: the route will be plain", command(e), err)
-		return
-	}
-	if err != nil {
-		// A device that goes takes its objects first, then itself: news of it
-		// is on the way, and brings the entry back.
-		if !errors.Is(err, unix.ENODEV) {
-			failures.add(fmt.Errorf("%s: %w", command(e), err))
-		}
-		e.state = failed
-		r.failed = append(r.failed, e)
-		return
-	}
-	fought := r.fights.Restored(e.key())
-	if !fought {
-		log.add(e)
-	}
-	r.count(e, fought)
-	if e.want == nil {
-		delete(r.entries, e.key())
-	}
-	if a, ok := e.have.(Addr); ok && e.want == nil {
-		e.have = nil
-		r.lost(a.Dev) // if it was the last one, routes went with it
-	}
-	e.have, e.drift = e.want, false
-}
-
-// Has tells whether the kernel holds all that an owner wants.
+// Has tells whether the kernel holds all that an owner desires.
 func (r *Reconciler) Has(owner string) bool {
 	for _, e := range r.owners[owner] {
-		if e.key().Kind == KindNexthop {
+		if kindTable[e.kind].bestEffort {
 			continue
 		}
-		if e.owner != owner && !slices.ContainsFunc(e.others, func(c claim) bool { return c == claim{owner, e.want} }) || e.want != e.have {
+		decides := e.owner == owner ||
+			slices.ContainsFunc(e.others, func(c claim) bool { return c == claim{owner, e.want} })
+		if !decides || e.want != e.have {
 			return false
 		}
 	}
 	return true
+}
+
+// insideNetworks tells whether a prefix is part of one of the networks.
+func (r *Reconciler) insideNetworks(p netip.Prefix) bool {
+	return slices.ContainsFunc(r.Networks, func(n netip.Prefix) bool {
+		return n.Bits() < p.Bits() && n.Contains(p.Addr())
+	})
+}
+
+// onOwnDevice tells whether an object is on one of our devices.
+func (r *Reconciler) onOwnDevice(o Object) bool { return r.ownsDevice(o.device()) }
+
+// refused returns what the kernel refuses, as one error of one line: there may be a refusal for each peer.
+func (r *Reconciler) refused(lostAnswers bool) error {
+	const most = 3
+	var err error
+	count := 0
+	add := func(next error) {
+		if err == nil {
+			err = next
+		} else {
+			err = fmt.Errorf("%w; %w", err, next)
+		}
+	}
+	for _, f := range r.failed {
+		// A device takes its objects with it: the notification that the device is gone will come, and queues the
+		// entry.
+		if errors.Is(f.err, unix.ENODEV) {
+			continue
+		}
+		if count++; count <= most {
+			add(fmt.Errorf("%s: %w", command(f.entry), f.err))
+		}
+	}
+	if count > most {
+		err = fmt.Errorf("%w; and %d more", err, count-most)
+	}
+	if lostAnswers {
+		add(errors.New("some of the kernel's answers were lost: its tables will be read again"))
+	}
+	return err
 }

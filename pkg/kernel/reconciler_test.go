@@ -1,6 +1,7 @@
 package kernel
 
 import (
+	"context"
 	"flag"
 	"fmt"
 	"net/netip"
@@ -8,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/pkg/nstest"
 )
@@ -59,6 +62,19 @@ func host(t *testing.T) {
 	uplink(t)
 }
 
+// quietHost is host, with an IPv4 uplink that gets no addresses by itself.
+func quietHost(t *testing.T) {
+	t.Helper()
+	nstest.New(t)
+	nstest.Need(t, "ip")
+	for _, line := range []string{
+		"ip link add eth0 type veth peer name far", "ip link set far addrgenmode none", "ip link set eth0 addrgenmode none",
+		"ip link set far up", "ip link set eth0 up", "ip addr add 198.18.0.1/24 dev eth0",
+	} {
+		nstest.Run(t, line)
+	}
+}
+
 func uplink(t *testing.T) {
 	t.Helper()
 	nstest.Run(t, "ip link add eth0 type veth peer name far")
@@ -85,61 +101,43 @@ var noNexthops = flag.Bool("no-nexthops", false, "use no nexthop objects")
 
 func idler(t *testing.T) *Reconciler {
 	t.Helper()
-	r, err := New()
+	r, err := New(klog.Background())
 	if err != nil {
 		t.Fatal(err)
 	}
 	if *noNexthops {
-		r.nexthopsKnown, r.fewGateways = false, 0
+		r.supported[KindNexthop], r.fewGateways = false, 0
 	}
 	t.Cleanup(r.Close)
+	r.backoff.First, r.backoff.Most = 100*time.Millisecond, 100*time.Millisecond
 	r.Networks = []netip.Prefix{prefix("10.5.0.0/16"), prefix("fd05::/48")}
 	return r
 }
 
 func apply(t *testing.T, r *Reconciler) {
 	t.Helper()
-	if err := r.Apply(); err != nil {
+	if err := r.Reconcile(); err != nil {
 		t.Fatal(err)
 	}
 }
 
-// settle does what the main loop does, until the condition holds.
+// settle reconciles until the condition holds.
 func settle(t *testing.T, r *Reconciler, what string, condition func() bool) {
 	t.Helper()
-	deadline := time.After(time.Minute)
-	retry := time.NewTicker(100 * time.Millisecond)
-	defer retry.Stop()
-	for {
-		if r.Pending() {
-			if err := r.Apply(); err != nil {
-				t.Logf("apply: %v", err)
-			}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	met := false
+	r.signal() // for the first time
+	r.Run(ctx, func(err error) {
+		if err != nil {
+			t.Logf("refused: %v", err)
 		}
-		if condition() {
-			return
+		if met = condition(); met {
+			cancel()
 		}
-		select {
-		case ev := <-r.Events():
-			handle(r, ev)
-		case <-retry.C:
-			r.Retry()
-		case <-deadline:
-			t.Fatalf("not within a minute: %s\n\ngot\n%s", what, tables(t))
-		}
-	}
-}
-
-// handle takes the kernel's notifications, all there are by now: to look at the
-// tables after each of them would take ten times as long.
-func handle(r *Reconciler, ev Event) {
-	for {
-		r.Handle(ev)
-		select {
-		case ev = <-r.Events():
-		case <-time.After(time.Millisecond):
-			return
-		}
+	})
+	if !met {
+		t.Fatalf("not within a minute: %s\n\ngot\n%s", what, tables(t))
 	}
 }
 
@@ -409,12 +407,12 @@ func TestRefusedObjects(t *testing.T) {
 	r.Set("node", node())
 	r.Set("far", []Object{Route{Dst: prefix("10.5.4.0/24"), Via: addr("198.19.0.4"), Dev: "eth0"}})
 	r.Set("peer", peer(mac2))
-	err := r.Apply()
+	err := r.Reconcile()
 	if err == nil || !strings.Contains(err.Error(), "ip route replace 10.5.4.0/24 via 198.19.0.4 dev eth0 proto 70: network is unreachable") {
 		t.Fatalf("got error %v", err)
 	}
-	if !r.Failed() || r.Pending() {
-		t.Errorf("failed %t, pending %t", r.Failed(), r.Pending())
+	if !r.waiting() || r.pending() {
+		t.Errorf("waiting %t, pending %t", r.waiting(), r.pending())
 	}
 	if got := nstest.Run(t, "ip route show 10.5.2.0/24"); got == "" {
 		t.Error("one refusal kept the rest from being applied")
@@ -425,8 +423,8 @@ func TestRefusedObjects(t *testing.T) {
 	if got := nstest.Run(t, "ip route show 10.5.4.0/24"); !strings.Contains(got, "via 198.18.0.4") {
 		t.Errorf("route: %q", got)
 	}
-	r.Retry()
-	if r.Pending() {
+	r.retry()
+	if r.pending() {
 		t.Error("what was refused once is retried though it is no longer wanted")
 	}
 }
@@ -470,40 +468,25 @@ func TestAddressChanges(t *testing.T) {
 // An IPv4 uplink that goes down takes its routes along without a word, and no
 // address goes or comes. News of the link is all there is.
 func TestUplinkFlaps(t *testing.T) {
-	nstest.New(t)
-	nstest.Need(t, "ip")
-	for _, line := range []string{
-		"ip link add eth0 type veth peer name far", "ip link set far addrgenmode none", "ip link set eth0 addrgenmode none",
-		"ip link set far up", "ip link set eth0 up", "ip addr add 198.18.0.1/24 dev eth0",
-	} {
-		nstest.Run(t, line)
-	}
+	quietHost(t)
 	r := idler(t)
 	r.Set("direct", peerDirect()[:1])
 	apply(t, r)
 	before := tables(t)
+	r.backoff.First, r.backoff.Most = time.Hour, time.Hour // it is the notifications that lead to repairs
 	nstest.Run(t, "ip link set eth0 down")
-	for !r.Failed() { // it is noticed, and cannot be mended yet
-		r.Handle(<-r.Events())
-		if r.Pending() {
-			r.Apply()
-		}
-	}
+	settle(t, r, "it is noticed, and cannot be repaired yet", r.waiting)
 	nstest.Run(t, "ip link set eth0 up")
-	for tables(t) != before {
-		r.Handle(<-r.Events()) // without news, the test's deadline ends this
-		if r.Pending() {
-			r.Apply()
-		}
-	}
+	settle(t, r, before, func() bool { return tables(t) == before })
 }
 
-// Notifications that nobody could read in time end in a comparison.
+// Notifications that do not fit into the socket, because nobody reconciles, end in a comparison. Nothing reads them
+// meanwhile.
 func TestLostNotifications(t *testing.T) {
 	host(t)
 	r := start(t)
-	nstest.Run(t, "ip route del 10.5.2.0/24")
-	r.Handle(nil)
+	nstest.Overflow(t, r.listeners[0], "eth0")
+	nstest.Run(t, "ip route del 10.5.2.0/24") // this notification is among the lost ones
 	apply(t, r)
 	if got := nstest.Run(t, "ip route show 10.5.2.0/24"); got == "" {
 		t.Error("the route is still gone")
@@ -528,11 +511,11 @@ func TestChangeDuringRead(t *testing.T) {
 	}
 	r.Compare()
 	apply(t, r) // is no failure
-	if !changed || !r.Pending() {
-		t.Errorf("changed %v, pending %v", changed, r.Pending())
+	if !changed || !r.pending() {
+		t.Errorf("changed %v, pending %v", changed, r.pending())
 	}
 	apply(t, r)
-	if r.Pending() {
+	if r.pending() {
 		t.Error("is not content with a read that nothing came between")
 	}
 }

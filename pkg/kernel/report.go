@@ -15,101 +15,66 @@ func command(e *entry) string {
 	return e.want.String()
 }
 
-// changes collects what was done, for the log: a line for each of a few, a
-// count of many.
+// changes collects what was done, for the log: a line for each of a few changes, the counts of many.
 type changes struct {
-	lines []string
-	added [kinds]int
-	gone  [kinds]int
+	log     klog.Logger
+	lines   [][]any // keys and values
+	added   [kinds]int
+	removed [kinds]int
 }
 
-// wordy is how many changes at once are logged one by one.
-const wordy = 20
+// maxLines is how many changes at once are logged one by one.
+const maxLines = 20
 
 func (c *changes) add(e *entry) {
-	if e.key().Kind == KindNexthop && (e.want != nil || !e.drift) {
-		return // the route that goes through it says all
+	if kindTable[e.kind].bestEffort && (e.want != nil || !e.drift) {
+		return // the object that uses it is logged
 	}
 	if e.want != nil {
-		c.added[e.want.Key().Kind]++
+		c.added[e.kind]++
 	} else {
-		c.gone[e.have.Key().Kind]++
+		c.removed[e.kind]++
 	}
-	if len(c.lines) > wordy && !klog.V(2).Enabled() {
+	if len(c.lines) > maxLines && !c.log.V(2).Enabled() {
 		return
 	}
-	line := command(e)
+	line := []any{"command", command(e)}
 	switch {
 	case e.want != nil && e.drift && e.have == nil:
-		line += " (it was missing)"
+		line = append(line, "reason", "it was missing")
 	case e.want != nil && e.have != nil:
-		line += fmt.Sprintf(" (instead of: %s)", describe(e.have))
+		line = append(line, "reason", "instead of "+describe(e.have))
 	case e.want == nil && e.drift:
-		line += " (left over)"
+		line = append(line, "reason", "it was left over")
 	}
 	c.lines = append(c.lines, line)
 }
 
 func (c *changes) write() {
-	if len(c.lines) <= wordy || klog.V(2).Enabled() {
+	if len(c.lines) <= maxLines || c.log.V(2).Enabled() {
 		for _, line := range c.lines {
-			klog.Info(line)
+			c.log.Info("Applied", line...)
 		}
 		return
 	}
-	var parts []string
-	for kind, name := range [kinds]string{"links", "addresses", "neighbours", "FDB entries", "nexthops", "routes", "policies"} {
-		if n := c.added[kind]; n > 0 {
-			parts = append(parts, fmt.Sprintf("%d %s set", n, name))
-		}
-		if n := c.gone[kind]; n > 0 {
-			parts = append(parts, fmt.Sprintf("%d %s removed", n, name))
-		}
-	}
-	klog.Infof("Kernel: %s (--v=2 shows each)", strings.Join(parts, ", "))
+	c.log.Info("Applied many changes; --v=2 logs each of them", "set", counts(c.added), "removed", counts(c.removed))
 }
 
-// describe names an object that is in the way of the one wanted.
+// counts returns such as "2 links, 40 routes".
+func counts(numbers [kinds]int) string {
+	var parts []string
+	for k, n := range numbers {
+		if n > 0 {
+			parts = append(parts, fmt.Sprintf("%d %s", n, kindTable[k].plural))
+		}
+	}
+	return strings.Join(parts, ", ")
+}
+
+// describe names an object that is in the place of the desired one.
 func describe(o Object) string {
-	switch o := o.(type) {
-	case foreign:
-		return strings.Replace(o.String(), fmt.Sprintf("proto %d", RouteProtocol), fmt.Sprintf("proto %d", o.protocol), 1)
-	case Link:
-		if o.Type == nil {
-			return "a device of another type"
-		}
-		if o.down {
-			return o.String() + " down"
-		}
+	if d, ok := o.(interface{ describe() string }); ok {
+		return d.describe()
 	}
 	return o.String()
-}
-
-// failures collects errors, of which there may be one a peer.
-type failures struct {
-	first []error
-	more  int
-}
-
-func (f *failures) add(err error) {
-	if len(f.first) < 3 {
-		f.first = append(f.first, err)
-	} else {
-		f.more++
-	}
-}
-
-// err returns them as one error, of one line.
-func (f *failures) err() error {
-	if len(f.first) == 0 {
-		return nil
-	}
-	err := f.first[0]
-	for _, next := range f.first[1:] {
-		err = fmt.Errorf("%w; %w", err, next)
-	}
-	if f.more > 0 {
-		err = fmt.Errorf("%w; and %d more", err, f.more)
-	}
-	return err
 }

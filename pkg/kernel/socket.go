@@ -12,18 +12,18 @@ import (
 	"github.com/flanneld/flanneld/pkg/rtnl"
 )
 
-// socket speaks rtnetlink (rtnetlink(7)), or another protocol of netlink:
-// requests in batches, and dumps. It is for one goroutine.
+// socket sends requests in batches, and dumps tables, over rtnetlink (rtnetlink(7)) or another protocol of netlink.
+// It is for one goroutine.
 type socket struct {
 	fd  int
-	pid uint32 // our address on the bus, which the kernel puts on what we caused
+	pid uint32 // our address, which is in the notifications of changes that we caused
 	seq uint32
 	buf []byte
 }
 
 const (
-	// A batch is one sendmsg: large enough to make the system call's cost
-	// vanish, small enough for its errors to fit the receive buffer.
+	// A batch is one sendmsg: large enough that the system call costs nothing, small enough that its errors fit into
+	// the receive buffer.
 	batchMessages = 256
 	receiveBuffer = 1 << 20
 )
@@ -44,10 +44,10 @@ func newSocket(protocol int) (*socket, error) {
 		return nil, fmt.Errorf("netlink: %w", err)
 	}
 	s.pid = name.(*unix.SockaddrNetlink).Pid
-	// All of these only help; old kernels and small capabilities do without.
+	// These options only help: old kernels, and processes with few capabilities, do without them.
 	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, receiveBuffer)
-	_ = unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_EXT_ACK, 1) // errors come with a text
-	_ = unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_CAP_ACK, 1) // and without the request
+	_ = unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_EXT_ACK, 1) // errors with a text
+	_ = unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_CAP_ACK, 1) // errors without the request
 	return s, nil
 }
 
@@ -60,9 +60,8 @@ type request struct {
 	body  []byte
 }
 
-// do sends the requests and returns the kernel's answer to each, in their
-// order. Only the last of a batch asks for an acknowledgement: failures are
-// reported without being asked for.
+// do sends the requests and returns the kernel's answer to each, in the same order. Only the last request of a batch
+// asks for an acknowledgement: the kernel reports failures in any case.
 func (s *socket) do(requests []request) ([]error, error) {
 	results := make([]error, len(requests))
 	var out []byte
@@ -84,7 +83,7 @@ func (s *socket) do(requests []request) ([]error, error) {
 		for done := false; !done; {
 			err := s.receive(func(h unix.NlMsghdr, body []byte) error {
 				if h.Type != unix.NLMSG_ERROR || h.Seq-first >= uint32(len(batch)) {
-					return nil // left over from an earlier exchange
+					return nil // of an earlier batch
 				}
 				results[start+int(h.Seq-first)] = ackError(h, body)
 				done = done || h.Seq == s.seq
@@ -98,9 +97,8 @@ func (s *socket) do(requests []request) ([]error, error) {
 	return results, nil
 }
 
-// dump sends a dump request and calls each for every message of the answer.
-// errInterrupted says that the kernel's tables changed meanwhile, so that the
-// answer may lack something.
+// dump sends a dump request and calls each for every message of the answer. errInterrupted says that the kernel's
+// tables changed meanwhile, so that the answer may lack something.
 func (s *socket) dump(kind uint16, body []byte, each func(kind uint16, body []byte)) error {
 	s.seq++
 	if err := s.send(appendMessage(nil, kind, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, s.seq, body)); err != nil {
@@ -143,7 +141,7 @@ func (s *socket) send(b []byte) error {
 	return nil
 }
 
-// receive reads one datagram and calls each for its messages.
+// receive reads one datagram and calls each for every message in it.
 func (s *socket) receive(each func(h unix.NlMsghdr, body []byte) error) error {
 	for {
 		n, _, err := unix.Recvfrom(s.fd, s.buf, 0)
@@ -157,9 +155,8 @@ func (s *socket) receive(each func(h unix.NlMsghdr, body []byte) error) error {
 	}
 }
 
-// ignore returns a classic BPF program that drops messages whose nlmsg_pid is
-// own: the notifications of routes and neighbours carry the address of who
-// asked for the change, and to hear our own thousands back would be waste.
+// ignore returns a classic BPF program that drops messages whose nlmsg_pid is own. The notifications of routes and
+// neighbours carry the address of the socket that asked for the change, and our own changes can be thousands.
 func ignore(own uint32) []unix.SockFilter {
 	loaded := binary.BigEndian.Uint32(binary.NativeEndian.AppendUint32(nil, own)) // as BPF loads it
 	return []unix.SockFilter{
@@ -170,8 +167,8 @@ func ignore(own uint32) []unix.SockFilter {
 	}
 }
 
-// ackError returns what an NLMSG_ERROR message says: nil, an errno, or an errno
-// with the kernel's text (NLMSGERR_ATTR_MSG).
+// ackError returns what an NLMSG_ERROR message says: nil, an errno, or an errno with the kernel's text
+// (NLMSGERR_ATTR_MSG).
 func ackError(h unix.NlMsghdr, body []byte) error {
 	if len(body) < 4 {
 		return errors.New("netlink: short acknowledgement")
@@ -181,7 +178,7 @@ func ackError(h unix.NlMsghdr, body []byte) error {
 		return nil
 	}
 	err := unix.Errno(errno)
-	const header = 4 + unix.NLMSG_HDRLEN // NETLINK_CAP_ACK leaves the request's header alone
+	const header = 4 + unix.NLMSG_HDRLEN // NETLINK_CAP_ACK keeps the request's header
 	if h.Flags&unix.NLM_F_ACK_TLVS == 0 || len(body) < header {
 		return err
 	}

@@ -1,28 +1,27 @@
 package kernel
 
-// Stats are counts of what a Reconciler holds and has done. They are values and
-// compare with ==.
+// Stats are counts of what a Reconciler holds and has done. They are values and compare with ==.
 type Stats struct {
 	Kinds  [kinds]KindStats // by Kind
-	Fights int              // objects that somebody undoes as often as they are set
-	Fight  Object           // the latest of these that the log has named; nil: none
+	Fights int              // objects that another program undoes as often as they are set
+	Fight  Object           // the latest of these that the log has named; nil: there is no fight
 }
 
-// KindStats are those of one kind of objects.
+// KindStats are the counts of one kind of objects.
 type KindStats struct {
-	Wanted  int
-	Held    int            // of these, by the kernel as they should be
+	Wanted  int            // objects that are desired
+	Held    int            // of these, those that the kernel holds as desired
 	Repairs [causes]uint64 // by Cause
 }
 
-// A Cause is why something was set right that was not a wish of ours.
+// A Cause is why something was repaired that Set did not change.
 type Cause uint8
 
 const (
-	Missing  Cause = iota // somebody removed it
-	Changed               // somebody changed it, or put another in its place
-	LeftOver              // it was there and nobody wants it: removed
-	Fight                 // any of these, time and again
+	Missing  Cause = iota // another program removed it
+	Changed               // another program changed it, or put another in its place
+	LeftOver              // it was there and not desired: it was removed
+	Fight                 // any of these, again and again
 	causes                // how many there are
 )
 
@@ -30,45 +29,54 @@ func (c Cause) String() string {
 	return [...]string{"missing", "changed", "left_over", "fight"}[c]
 }
 
-func (k Kind) String() string {
-	return [...]string{"link", "address", "neighbor", "fdb", "nexthop", "route", "policy"}[k]
-}
-
-// Stats returns the counts of now. It costs nothing where nothing has changed, or
-// else as much as there are objects that are not as they should be.
+// Stats returns the present counts. It takes no time when nothing has changed since the last call, and otherwise a
+// time that grows with the number of objects that are not as desired.
 func (r *Reconciler) Stats() Stats {
-	if !r.moved {
+	if !r.changed {
 		return r.stats
 	}
-	r.moved = false
+	r.changed = false
 	s := &r.stats
 	s.Fights, s.Fight = r.fights.Count(), r.fights.Latest()
 	for k := range s.Kinds {
-		s.Kinds[k] = KindStats{Wanted: r.wanted[k], Held: r.wanted[k], Repairs: r.repairs[k]}
+		s.Kinds[k] = KindStats{}
+		if !kindTable[k].bestEffort { // which may differ for good
+			s.Kinds[k] = KindStats{Wanted: r.wanted[k], Held: r.wanted[k], Repairs: r.repairs[k]}
+		}
 	}
 	// Whatever differs is in the list that its state names, maybe twice.
-	lists := [...]struct {
-		state   state
-		entries []*entry
-	}{{dirty, r.dirty}, {failed, r.failed}, {held, r.held}}
-	for _, l := range lists {
-		for _, e := range l.entries {
-			if e.state == l.state && e.want != nil && e.want != e.have && !e.seen {
-				e.seen = true
-				s.Kinds[e.key().Kind].Held--
-			}
+	for e, state := range r.differing {
+		if e.state == state && e.want != nil && e.want != e.have && !e.seen && !kindTable[e.kind].bestEffort {
+			e.seen = true
+			s.Kinds[e.kind].Held--
 		}
 	}
-	for _, l := range lists {
-		for _, e := range l.entries {
-			e.seen = false
-		}
+	for e := range r.differing {
+		e.seen = false
 	}
-	s.Kinds[KindNexthop] = KindStats{} // which may differ for good, and are a means only
 	return *s
 }
 
-// count takes note of what was done about an entry, before the entry does.
+// differing yields the entries of all lists, with the state that the list stands for.
+func (r *Reconciler) differing(yield func(*entry, state) bool) {
+	for _, e := range r.dirty {
+		if !yield(e, dirty) {
+			return
+		}
+	}
+	for _, f := range r.failed {
+		if !yield(f.entry, failed) {
+			return
+		}
+	}
+	for _, e := range r.paced {
+		if !yield(e, paced) {
+			return
+		}
+	}
+}
+
+// count takes note of a repair, before the entry does.
 func (r *Reconciler) count(e *entry, fought bool) {
 	cause := Missing
 	switch {
@@ -81,5 +89,5 @@ func (r *Reconciler) count(e *entry, fought bool) {
 	case e.have != nil:
 		cause = Changed
 	}
-	r.repairs[e.key().Kind][cause]++
+	r.repairs[e.kind][cause]++
 }

@@ -67,13 +67,11 @@ func TestStats(t *testing.T) {
 	missing = all
 	missing[KindRoute]--
 	for range 2 {
-		if r.Apply() == nil {
+		if r.Reconcile() == nil {
 			t.Fatal("a route with an unreachable gateway is taken")
 		}
 		check("refused", all, missing)
-		for _, e := range r.failed {
-			r.queue(e)
-		}
+		r.retryFailed()
 	}
 	r.Set("far", nil)
 	r.Set("direct", nil)

@@ -8,9 +8,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TUN is the type of a device whose IP packets a program reads and writes
-// (Documentation/networking/tuntap.rst). The device is there whether or not the
-// program is, so that its routes stay, and takes several queues.
+// TUN is the type of a device whose IP packets a program reads and writes (Documentation/networking/tuntap.rst of the
+// kernel). The device has several queues, and stays when the program ends, so that its routes stay.
 type TUN struct{}
 
 func (TUN) lower() string { return "" }
@@ -20,11 +19,11 @@ func (TUN) String() string { return "tun multi_queue" }
 // TUNClone is the file that gives access to TUN devices (linux/if_tun.h).
 const TUNClone = "/dev/net/tun"
 
-// tunFlags say what a queue of such a device is: packets are preceded by a
-// struct virtio_net_hdr, not by the older struct tun_pi.
+// tunFlags describe a queue of such a device: packets are preceded by a struct virtio_net_hdr, not by the older
+// struct tun_pi.
 const tunFlags = unix.IFF_TUN | unix.IFF_NO_PI | unix.IFF_VNET_HDR | unix.IFF_MULTI_QUEUE
 
-// addTUN makes the device. Netlink cannot.
+// addTUN creates the device, which netlink cannot.
 func addTUN(name string) error {
 	fd, err := unix.Open(TUNClone, unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -48,8 +47,7 @@ func addTUN(name string) error {
 // ErrNoDevice says that there is no such device.
 var ErrNoDevice = errors.New("no such device")
 
-// OpenTUN opens one more queue of a TUN device, which must exist: it is for a
-// Reconciler to make. Reads do not block.
+// OpenTUN opens one more queue of a TUN device, which must exist: a Reconciler creates it. Reads do not block.
 func OpenTUN(name string) (fd int, err error) {
 	if _, err := netlink.LinkByName(name); err != nil {
 		return -1, fmt.Errorf("%s: %w", name, ErrNoDevice)
@@ -70,8 +68,7 @@ func OpenTUN(name string) (fd int, err error) {
 	return fd, nil
 }
 
-// isTUN tells whether a device is a TUN. Linux tells more than the mere kind
-// since 4.20.
+// isTUN tells whether a device is a TUN as ours are. Linux before 4.20 says no more than that it is a TUN or a TAP.
 func isTUN(t *netlink.Tuntap) bool {
 	return t.Mode == 0 || t.Mode == unix.IFF_TUN && !t.NonPersist && t.Flags&netlink.TUNTAP_MULTI_QUEUE != 0
 }

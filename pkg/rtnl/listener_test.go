@@ -63,7 +63,8 @@ func TestLoss(t *testing.T) {
 	await(t, l, "what came after it", func(datagram []byte, _ error) bool { return is(datagram) })
 }
 
-// TryNext returns what has come, and nothing when nothing has. Wait returns when there is something, and reads nothing.
+// TryNext returns what has come, and nothing when nothing has. Wait returns when there is something, and reads
+// nothing.
 func TestWaitAndTryNext(t *testing.T) {
 	l := start(t, nil)
 	buf := make([]byte, 1<<16)

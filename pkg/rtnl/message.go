@@ -7,7 +7,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// EachMessage calls f for each message of a datagram, until f fails. A datagram that ends within a message is an error.
+// EachMessage calls f for each message of a datagram, until f fails. A datagram that ends within a message is an
+// error.
 func EachMessage(b []byte, f func(h unix.NlMsghdr, body []byte) error) error {
 	for len(b) >= unix.NLMSG_HDRLEN {
 		h := unix.NlMsghdr{

@@ -1,0 +1,190 @@
+package kernel
+
+import (
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/flanneld/flanneld/pkg/rtnl"
+)
+
+// A Route is a route of the main table, with our RouteProtocol.
+type Route struct {
+	Dst    netip.Prefix
+	Via    netip.Addr // zero: none
+	Dev    string
+	Onlink bool   // Via is on Dev's link whatever the addresses say
+	Metric uint32 // zero: the kernel's default, 0 for IPv4 and 1024 for IPv6
+
+	Blackhole bool // drops what it matches; no Via, no Dev
+}
+
+func (r Route) Key() Key       { return Key{Kind: KindRoute, Dst: keyPrefix(r.Dst), Metric: r.Metric} }
+func (r Route) device() string { return r.Dev }
+func (r Route) Undo() string   { return r.command("del", RouteProtocol) }
+func (r Route) String() string { return r.command("replace", RouteProtocol) }
+
+func (r Route) command(verb string, protocol uint8) string {
+	var b strings.Builder
+	b.WriteString("ip ")
+	if r.Dst.Addr().Is6() {
+		b.WriteString("-6 ")
+	}
+	fmt.Fprintf(&b, "route %s ", verb)
+	if r.Blackhole {
+		b.WriteString("blackhole ")
+	}
+	b.WriteString(r.Dst.String())
+	if r.Via.IsValid() {
+		fmt.Fprintf(&b, " via %s", r.Via)
+	}
+	if r.Dev != "" {
+		fmt.Fprintf(&b, " dev %s", r.Dev)
+	}
+	if r.Onlink {
+		b.WriteString(" onlink")
+	}
+	if r.Metric != 0 {
+		fmt.Fprintf(&b, " metric %d", r.Metric)
+	}
+	fmt.Fprintf(&b, " proto %d", protocol)
+	return b.String()
+}
+
+// foreign is a route that another program wrote, with a key that a route of ours may have.
+type foreign struct {
+	Route
+	protocol uint8
+}
+
+func (f foreign) Undo() string   { return f.command("del", f.protocol) }
+func (f foreign) String() string { return f.command("replace", f.protocol) }
+
+// defaultMetricIPv6 is the metric of IPv6 routes that were added without one (IP6_RT_PRIO_USER, linux/ipv6_route.h).
+const defaultMetricIPv6 = 1024
+
+// routeBody is a struct rtmsg with attributes. To remove a route, the request names only destination and metric: the
+// kernel removes the route that has our key, also where another daemon has changed its protocol or gateway. A route
+// through a nexthop must name the nexthop, and nothing that the nexthop implies.
+func routeBody(o Object, dev int, via uint32, add bool) []byte {
+	r, ok := o.(Route)
+	if !ok {
+		r = o.(foreign).Route
+	}
+	kind, flags := uint8(unix.RTN_UNICAST), uint32(0)
+	if r.Blackhole {
+		kind = unix.RTN_BLACKHOLE
+	}
+	if r.Onlink && add && via == 0 {
+		flags = unix.RTNH_F_ONLINK
+	}
+	scope := uint8(unix.RT_SCOPE_UNIVERSE)
+	if !r.Via.IsValid() && !r.Blackhole && r.Dst.Addr().Is4() {
+		scope = unix.RT_SCOPE_LINK
+	}
+	protocol := uint8(RouteProtocol)
+	if !add {
+		kind, scope, protocol = unix.RTN_UNSPEC, unix.RT_SCOPE_NOWHERE, unix.RTPROT_UNSPEC // wildcards
+	}
+	b := []byte{family(r.Dst.Addr()), uint8(r.Dst.Bits()), 0, 0, unix.RT_TABLE_MAIN, protocol, scope, kind}
+	b = binary.NativeEndian.AppendUint32(b, flags)
+	b = appendAttr(b, unix.RTA_DST, r.Dst.Addr().AsSlice())
+	if via != 0 {
+		b = appendAttr32(b, attrNexthop, via)
+	} else {
+		if r.Via.IsValid() {
+			b = appendAttr(b, unix.RTA_GATEWAY, r.Via.AsSlice())
+		}
+		if dev != 0 {
+			b = appendAttr32(b, unix.RTA_OIF, uint32(dev))
+		}
+	}
+	if r.Metric != 0 {
+		b = appendAttr32(b, unix.RTA_PRIORITY, r.Metric)
+	}
+	return b
+}
+
+func decodeRoute(body []byte, devices devices) decoded {
+	if len(body) < unix.SizeofRtMsg {
+		return decoded{}
+	}
+	fam, bits, table, protocol, kind := body[0], int(body[1]), uint32(body[4]), body[5], body[7]
+	var d decoded
+	flags := binary.NativeEndian.Uint32(body[8:])
+	r := Route{Onlink: flags&unix.RTNH_F_ONLINK != 0}
+	dst := netip.IPv4Unspecified()
+	if fam == unix.AF_INET6 {
+		dst = netip.IPv6Unspecified()
+	}
+	plain := true // one next hop, and a Route can say everything about it
+	rtnl.EachAttr(body[unix.SizeofRtMsg:], func(kind uint16, value []byte) {
+		switch kind {
+		case unix.RTA_DST:
+			dst, _ = netip.AddrFromSlice(value)
+		case unix.RTA_GATEWAY:
+			r.Via, _ = netip.AddrFromSlice(value)
+		case unix.RTA_OIF:
+			d.dev = devices.name(int(binary.NativeEndian.Uint32(value)))
+		case unix.RTA_PRIORITY:
+			r.Metric = binary.NativeEndian.Uint32(value)
+		case unix.RTA_TABLE:
+			table = binary.NativeEndian.Uint32(value)
+		case attrNexthop:
+			d.via = binary.NativeEndian.Uint32(value)
+		case unix.RTA_MULTIPATH, unix.RTA_ENCAP, unix.RTA_VIA:
+			plain = false
+		}
+	})
+	if table != unix.RT_TABLE_MAIN || flags&unix.RTM_F_CLONED != 0 || !dst.IsValid() {
+		return decoded{}
+	}
+	switch kind {
+	case unix.RTN_UNICAST:
+		r.Dev = d.dev
+	case unix.RTN_BLACKHOLE:
+		r.Blackhole = true
+	default:
+		return decoded{}
+	}
+	if fam == unix.AF_INET6 && r.Metric == defaultMetricIPv6 {
+		r.Metric = 0
+	}
+	r.Dst = netip.PrefixFrom(dst, bits)
+	d.Object = r
+	if !plain || protocol != RouteProtocol {
+		// It has the key of a route that may be desired, but is another route.
+		d.Object = foreign{r, protocol}
+	}
+	return d
+}
+
+// ownsRoute tells whether a route is ours: it carries our protocol, or another program put it on our device, or
+// upstream flanneld left it.
+func (r *Reconciler) ownsRoute(o Object) bool {
+	f, ok := o.(foreign)
+	switch {
+	case !ok:
+		return true
+	case f.protocol == unix.RTPROT_KERNEL:
+		return false
+	}
+	return r.ownsDevice(f.Dev) || f.protocol == unix.RTPROT_BOOT && f.Via.IsValid() && r.insideNetworks(f.Dst)
+}
+
+func dumpRoutes(*Reconciler) (requests [][]byte) {
+	for _, fam := range []uint8{unix.AF_INET, unix.AF_INET6} {
+		requests = append(requests, append([]byte{fam}, make([]byte, unix.SizeofRtMsg-1)...))
+	}
+	return requests
+}
+
+// routeNotified follows up on a notification of a route through a device that is in use.
+func (r *Reconciler) routeNotified(d decoded, gone bool) {
+	if f, ok := d.Object.(foreign); ok && !gone && !f.Via.IsValid() && !f.Blackhole {
+		r.retryFailed() // what failed because there was no route to the gateway on the device's link
+	}
+}

@@ -16,6 +16,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/pkg/firewall"
 	"github.com/flanneld/flanneld/pkg/kernel"
 	"github.com/flanneld/flanneld/subnet"
 )
@@ -31,10 +32,8 @@ type metrics struct {
 	leaseDuration        prometheus.Histogram
 	errors               *prometheus.CounterVec
 
-	rulesChecks, rulesWrites, rulesRepairs prometheus.Counter
-	rulesInPlace, rulesChecked             prometheus.Gauge
-
 	manager subnet.Manager
+	rules   atomic.Pointer[firewall.Reconciler]
 	kernel  atomic.Pointer[kernel.Stats]
 	backend atomic.Pointer[backend.StatsReporter] // nil: it counts nothing
 }
@@ -49,11 +48,6 @@ func newMetrics(m subnet.Manager, version string) *metrics {
 		g := prometheus.NewGauge(prometheus.GaugeOpts{Name: name, Help: help})
 		s.registry.MustRegister(g)
 		return g
-	}
-	counter := func(name, help string) prometheus.Counter {
-		c := prometheus.NewCounter(prometheus.CounterOpts{Name: name, Help: help})
-		s.registry.MustRegister(c)
-		return c
 	}
 	vector := func(name, help, label string, values ...string) *prometheus.CounterVec {
 		v := prometheus.NewCounterVec(prometheus.CounterOpts{Name: name, Help: help}, []string{label})
@@ -84,11 +78,6 @@ func newMetrics(m subnet.Manager, version string) *metrics {
 	s.errors = vector("flannel_errors_total",
 		"attempts that failed, each of which is made again: `uplink`, `configuration`, `publishing`, `kernel`, `rules`, `subnet_file` and `watching_the_subnet_file`, as the log names them",
 		"operation", "uplink", "configuration", "publishing", "kernel", "rules", "subnet_file")
-	s.rulesChecks = counter("flannel_rules_checks_total", "checks of the firewall rules: every `--iptables-resync`, and when the kernel tells of a change")
-	s.rulesWrites = counter("flannel_rules_writes_total", "times that the firewall rules were set")
-	s.rulesRepairs = counter("flannel_rules_repairs_total", "times that the firewall rules were found changed by somebody, which sets them again")
-	s.rulesInPlace = gauge("flannel_rules_in_place", "1 if the firewall rules were in place after the last check")
-	s.rulesChecked = gauge("flannel_rules_last_check_timestamp_seconds", "when the firewall rules were checked last, as Unix time")
 	return s
 }
 
@@ -120,6 +109,14 @@ var (
 		[]string{"kind", "cause"}, nil)
 	descFights = prometheus.NewDesc("flannel_kernel_fights",
 		"objects that somebody undoes again and again, and that are therefore set once a second", nil, nil)
+	descRulesChecks = prometheus.NewDesc("flannel_rules_checks_total",
+		"checks of the firewall rules: every `--iptables-resync`, and when the kernel notifies of a change", nil, nil)
+	descRulesWrites  = prometheus.NewDesc("flannel_rules_writes_total", "times that the firewall rules were set", nil, nil)
+	descRulesRepairs = prometheus.NewDesc("flannel_rules_repairs_total",
+		"times that the firewall rules were restored, because another program had changed them", nil, nil)
+	descRulesInPlace = prometheus.NewDesc("flannel_rules_in_place", "1 if the firewall rules were in place after the last check", nil, nil)
+	descRulesChecked = prometheus.NewDesc("flannel_rules_last_check_timestamp_seconds",
+		"when the firewall rules were checked last, as Unix time", nil, nil)
 	descPackets = prometheus.NewDesc("flannel_backend_packets_total",
 		"packets that the backend moved itself (udp does): `sent` to peers, `received` from them", []string{"direction", "queue"}, nil)
 	descOctets = prometheus.NewDesc("flannel_backend_bytes_total",
@@ -131,7 +128,8 @@ var (
 
 // Describe implements prometheus.Collector.
 func (s *metrics) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{descConnected, descExpiry, descObjectsWanted, descObjectsHeld, descRepairs, descFights, descPackets, descOctets, descDrops} {
+	for _, d := range []*prometheus.Desc{descConnected, descExpiry, descObjectsWanted, descObjectsHeld, descRepairs, descFights,
+		descRulesChecks, descRulesWrites, descRulesRepairs, descRulesInPlace, descRulesChecked, descPackets, descOctets, descDrops} {
 		ch <- d
 	}
 }
@@ -163,6 +161,19 @@ func (s *metrics) Collect(ch chan<- prometheus.Metric) {
 			}
 		}
 	}
+	var rules firewall.Stats
+	if r := s.rules.Load(); r != nil {
+		rules = r.Stats()
+	}
+	counter(descRulesChecks, rules.Checks)
+	counter(descRulesWrites, rules.Writes)
+	counter(descRulesRepairs, rules.Repairs)
+	gauge(descRulesInPlace, truth(rules.InPlace))
+	checked := 0.0
+	if !rules.Checked.IsZero() {
+		checked = float64(rules.Checked.UnixNano()) / 1e9
+	}
+	gauge(descRulesChecked, checked)
 	if b := s.backend.Load(); b != nil {
 		for _, q := range (*b).QueueStats() {
 			queue := strconv.Itoa(q.Queue)
@@ -206,6 +217,24 @@ func herald(m subnet.Manager, about, reason, message string) {
 	if r, ok := m.(subnet.EventRecorder); ok {
 		r.RecordEvent(about, reason, message)
 	}
+}
+
+// setRulesState records the state of the firewall rules.
+func (n *node) setRulesState(s firewall.State) {
+	n.rulesSet = s.InPlace
+	if s.Err != nil {
+		n.metrics.failed("Rules")
+	}
+	if s.Fight == n.fight {
+		return
+	}
+	n.fight = s.Fight
+	text := ""
+	if n.fight != "" {
+		text = fmt.Sprintf("Another program changes flannel's rules in %s, again and again. `nft monitor` shows each change; "+
+			"mostly it is another firewall manager on the host: configure it to leave flannel's chains alone", n.fight)
+	}
+	herald(n.Manager, "rules", "FirewallFight", text)
 }
 
 // updateMetrics sets the metrics that this goroutine knows.

@@ -15,6 +15,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/pkg/firewall"
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/kernel"
 	"github.com/flanneld/flanneld/pkg/retry"
@@ -57,7 +58,7 @@ type node struct {
 	health  *health
 	metrics *metrics
 	kernel  *kernel.Reconciler
-	rules   *rules
+	rules   *firewall.Reconciler
 	keeper  *leaseKeeper
 	worker  *worker
 	status  statusServer
@@ -68,8 +69,9 @@ type node struct {
 	kernelWoken bool                         // the kernel's reconciler has something to do
 	kernelErr   error                        // that it returned last
 
-	rulesSet bool // the rules of the lease are in place
-	fileSet  bool // the subnet file has the right content
+	rulesSet bool   // the rules of the lease are in place
+	fight    string // over the rules, see firewall.State
+	fileSet  bool   // the subnet file has the right content
 	ready    bool
 	errors   retry.LastErrors[string] // of each duty
 	retry    *time.Timer
@@ -159,7 +161,9 @@ func (n *node) start(ctx context.Context) (err error) {
 	if n.kernel, err = kernel.New(n.log); err != nil {
 		return err
 	}
-	n.rules = keepRules(ctx, &n.group, n.RulesResync, n.metrics, n.Manager)
+	n.rules = firewall.NewReconciler(n.RulesResync)
+	n.metrics.rules.Store(n.rules)
+	n.group.Go(func() { n.rules.Run(ctx) })
 	n.keeper = newLeaseKeeper(n.Manager, n.metrics)
 	n.worker = newWorker()
 	n.events.configs = n.Manager.Configs(ctx)
@@ -192,8 +196,8 @@ func (n *node) handleEvent(ctx context.Context, compare <-chan time.Time) (runni
 		n.applyLease(ctx, l)
 	case err = <-n.keeper.failed:
 	case err = <-n.worker.failed:
-	case s := <-n.rules.states:
-		n.rulesSet = s
+	case s := <-n.rules.States():
+		n.setRulesState(s)
 	case <-n.events.file:
 		n.checkFile()
 	case _, ok := <-n.events.links:
@@ -330,7 +334,7 @@ func (n *node) applyLease(ctx context.Context, a acquired) {
 	n.apply(ctx)
 	n.fileSet, n.rulesSet = false, false
 	p := n.planNode(n.Options)
-	n.rules.set(p.rules, p.nftables)
+	n.rules.Set(p.rules, p.nftables)
 }
 
 // apply has the kernel and the backend's worker follow the plans for the node and

@@ -1,18 +1,13 @@
 package network
 
 import (
-	"bytes"
-	"flag"
-	"fmt"
 	"os"
 	"strconv"
-	"strings"
 	"testing"
 	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
-	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/pkg/nstest"
 )
@@ -77,35 +72,4 @@ func TestFight(t *testing.T) {
 		}
 	}
 	eventually(t, "the route is back for good", func() bool { return route("10.5.2.0/24") != "" })
-}
-
-// Each of the first changes to the rules is said, then that there is no end of
-// them, then nothing, then the end.
-func TestQuarrel(t *testing.T) {
-	state := klog.CaptureState()
-	defer state.Restore()
-	var fs flag.FlagSet
-	klog.InitFlags(&fs)
-	fs.Set("logtostderr", "false")
-	fs.Set("one_output", "true")
-	var log bytes.Buffer
-	klog.SetOutput(&log)
-	var q quarrel
-	for i := range 2 * quarrelTimes {
-		q.say(false, "iptables")
-		klog.Flush()
-		if got := strings.Count(log.String(), "\n"); got != min(i+1, quarrelTimes) {
-			t.Errorf("after %d changes, %d lines", i+1, got)
-		}
-	}
-	if want := fmt.Sprintf("the last %d checks", quarrelTimes); !strings.Contains(log.String(), want) {
-		t.Errorf("not said: %s:\n%s", want, log.String())
-	}
-	log.Reset()
-	q.say(true, "iptables")
-	q.say(true, "iptables")
-	klog.Flush()
-	if got := log.String(); strings.Count(got, "\n") != 1 || !strings.Contains(got, "nobody changes ours") {
-		t.Errorf("the end is said as %q", got)
-	}
 }

@@ -4,52 +4,54 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"sync"
-	"syscall"
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
+
+	"github.com/flanneld/flanneld/pkg/rtnl"
 )
 
-// Changes signals when somebody, ourselves included, may have changed the rules
-// that the driver keeps, in the calling thread's network namespace: as nftables
-// tells, where iptables-nft keeps its rules too, or when iptables-legacy has
-// more of them, or fewer. Signals that nobody took are merged into one. The
-// channel is closed when ctx ends.
+// Changes signals when any program, this one included, may have changed the
+// rules that the driver keeps, in the calling thread's network namespace: when
+// nftables, where iptables-nft keeps its rules too, notifies of a change, or
+// when iptables-legacy has more rules, or fewer. Signals that nobody received
+// are merged into one. The channel is closed when ctx ends.
 func (d *Driver) Changes(ctx context.Context) (<-chan struct{}, error) {
 	changes := make(chan struct{}, 1)
-	tell := func() {
+	signal := func() {
 		select {
 		case changes <- struct{}{}:
 		default: // there is one already
 		}
 	}
-	var watchers []func()
-	ctx, cancel := context.WithCancel(ctx)
-	var counted, uncounted bool
-	for _, s := range d.sides {
-		if s.kept != nil {
-			counted = counted || s.kept.counted()
-			uncounted = uncounted || !s.kept.counted()
+	var inNFTables, elsewhere bool
+	for _, f := range d.families {
+		if f.tool != nil {
+			inNFTables = inNFTables || f.tool.inNFTables()
+			elsewhere = elsewhere || !f.tool.inNFTables()
 		}
 	}
-	if counted {
-		watch, err := watchNFTables(ctx, tell)
+	ctx, cancel := context.WithCancel(ctx)
+	var watchers []func()
+	if inNFTables {
+		l, err := listenNFTables()
 		if err != nil {
 			cancel()
 			return nil, fmt.Errorf("listening for changes of nftables: %w", err)
 		}
-		watchers = append(watchers, watch)
+		context.AfterFunc(ctx, func() { l.Close() })
+		watchers = append(watchers, func() { watchNFTables(ctx, l, signal) })
 	}
-	if uncounted {
-		watch, err := watchLegacy(ctx, tell)
+	if elsewhere {
+		l, err := openLegacy()
 		if err != nil {
 			cancel()
-			return nil, fmt.Errorf("looking at iptables-legacy: %w", err)
+			return nil, fmt.Errorf("watching iptables-legacy: %w", err)
 		}
-		watchers = append(watchers, watch)
+		before := l.count()
+		watchers = append(watchers, func() { l.watch(ctx, before, signal) })
 	}
 	go func() {
 		defer cancel()
@@ -63,83 +65,69 @@ func (d *Driver) Changes(ctx context.Context) (<-chan struct{}, error) {
 	return changes, nil
 }
 
-// watchNFTables returns what calls tell when somebody changes nftables where
-// that concerns us, from now on and until ctx ends.
-func watchNFTables(ctx context.Context, tell func()) (watch func(), err error) {
-	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_NETFILTER)
-	if err != nil {
-		return nil, err
-	}
-	f := os.NewFile(uintptr(fd), "nfnetlink") // non-blocking: the runtime waits for it
-	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
-		f.Close()
-		return nil, err
-	}
-	if err := unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, unix.NFNLGRP_NFTABLES); err != nil {
-		f.Close()
-		return nil, err
-	}
-	context.AfterFunc(ctx, func() { f.Close() })
-	return func() {
-		buf := make([]byte, 1<<16)
-		for {
-			n, err := f.Read(buf)
-			switch {
-			case errors.Is(err, unix.ENOBUFS): // anything may have changed
-			case err != nil:
-				if ctx.Err() == nil {
-					klog.Errorf("Changes of rules are noticed at checks alone from now on: netlink: %v", err)
-					<-ctx.Done()
-				}
-				return
-			case !concernsUs(buf[:n]):
-				continue
-			}
-			tell()
-		}
-	}, nil
+// listenNFTables listens in the calling thread's network namespace.
+func listenNFTables() (*rtnl.Listener, error) {
+	return rtnl.ListenTo(unix.NETLINK_NETFILTER, nil, unix.NFNLGRP_NFTABLES)
 }
 
-// concernsUs tells whether a datagram is about chains or rules that are ours,
-// or that may be about ours: a table's end, and what leads to our chains.
-func concernsUs(datagram []byte) bool {
-	messages, err := syscall.ParseNetlinkMessage(datagram)
-	if err != nil {
-		return true
-	}
-	for _, m := range messages {
-		if len(m.Data) < nl.SizeofNfgenmsg || m.Header.Type>>8 != unix.NFNL_SUBSYS_NFTABLES {
+// watchNFTables calls signal when any program changes nftables where that
+// concerns us, until ctx ends and the Listener is closed.
+func watchNFTables(ctx context.Context, l *rtnl.Listener, signal func()) {
+	buf := make([]byte, 1<<16)
+	for {
+		datagram, err := l.Next(buf)
+		switch {
+		case errors.Is(err, rtnl.ErrLost): // anything may have changed
+		case err != nil:
+			if ctx.Err() == nil {
+				klog.FromContext(ctx).Error(err,
+					"Cannot listen to nftables any more; the rules are only checked at intervals (--iptables-resync)")
+				<-ctx.Done()
+			}
+			return
+		case !concernsUs(datagram):
 			continue
 		}
-		attrs, err := nl.ParseRouteAttr(m.Data[nl.SizeofNfgenmsg:])
-		if err != nil {
-			return true
+		signal()
+	}
+}
+
+// errConcerns ends the reading of a datagram that concerns us.
+var errConcerns = errors.New("it concerns us")
+
+// concernsUs returns whether a datagram is about chains or rules that are ours,
+// or that may affect ours: a table that is deleted, or what leads to our chains.
+// It returns true when the datagram cannot be read.
+func concernsUs(datagram []byte) bool {
+	return rtnl.EachMessage(datagram, func(h unix.NlMsghdr, body []byte) error {
+		if len(body) < nl.SizeofNfgenmsg || h.Type>>8 != unix.NFNL_SUBSYS_NFTABLES {
+			return nil
 		}
-		text := func(kind uint16) string {
-			for _, a := range attrs {
-				if a.Attr.Type == kind {
-					return nl.BytesToString(a.Value)
-				}
+		var text [unix.NFTA_CHAIN_NAME + 1]string // by attribute
+		rtnl.EachAttr(body[nl.SizeofNfgenmsg:], func(kind uint16, value []byte) {
+			if int(kind) < len(text) {
+				text[kind] = unix.ByteSliceToString(value)
 			}
-			return ""
-		}
+		})
 		// Tables, chains and rules all name their table in their first
-		// attribute, rules their chain in the second, chains themselves in the third.
-		table, name := text(unix.NFTA_RULE_TABLE), ""
-		switch m.Header.Type & 0xff {
+		// attribute. Rules name their chain in the second, and chains themselves
+		// in the third.
+		table, name := text[unix.NFTA_RULE_TABLE], ""
+		switch h.Type & 0xff {
 		case unix.NFT_MSG_DELTABLE:
 		case unix.NFT_MSG_NEWCHAIN, unix.NFT_MSG_DELCHAIN:
-			name = text(unix.NFTA_CHAIN_NAME)
+			name = text[unix.NFTA_CHAIN_NAME]
 		case unix.NFT_MSG_NEWRULE, unix.NFT_MSG_DELRULE:
-			name = text(unix.NFTA_RULE_CHAIN)
+			name = text[unix.NFTA_RULE_CHAIN]
 		default:
-			continue
+			return nil
 		}
 		for _, c := range []chain{postrouting, forward} {
-			if table == ipv4.table || table == ipv6.table || table == c.table && (name == "" || name == c.base || name == c.name) {
-				return true
+			ours := table == c.table && (name == "" || name == c.base || name == c.name)
+			if ours || table == ipv4.table || table == ipv6.table {
+				return errConcerns
 			}
 		}
-	}
-	return false
+		return nil
+	}) != nil
 }

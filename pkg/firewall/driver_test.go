@@ -657,7 +657,9 @@ func TestFailure(t *testing.T) {
 		n.install("iptables-restore", "iptables-legacy-restore", `echo "the kernel says no" >&2; exit 1`)
 		d := n.driver(legacyMode)
 		err := d.Apply(ctx, both)
-		for _, w := range []string{"IPv4 rules", "the kernel says no", "iptables-restore --noflush --wait=10 <<'END'\n*nat\n:FLANNEL"} {
+		for _, w := range []string{
+			"IPv4 rules", "the kernel says no", "iptables-restore --noflush --wait=10 <<-'END'\n*nat\n:FLANNEL",
+		} {
 			if err == nil || !strings.Contains(err.Error(), w) {
 				t.Errorf("%q is not in: %v", w, err)
 			}
@@ -671,7 +673,7 @@ func TestFailure(t *testing.T) {
 		n := newNode(t, "legacy")
 		n.install("iptables-restore", "iptables-legacy-restore", `/bin/cat >/dev/null; exit 0`)
 		d := n.driver(legacyMode)
-		if err := d.Apply(ctx, ipv4Alone); err == nil || !strings.Contains(err.Error(), "something else") {
+		if err := d.Apply(ctx, ipv4Alone); err == nil || !strings.Contains(err.Error(), "another program") {
 			t.Errorf("got %v", err)
 		}
 		n.check(d, false)

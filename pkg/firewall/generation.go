@@ -9,8 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// generation returns the number that the kernel raises with every change to
-// the network namespace's nftables, whoever makes it. It is never 0.
+// generation returns the number that the kernel raises with every change of
+// the network namespace's nftables, by any program. It is never 0.
 func generation() (uint32, error) {
 	const subsystem = unix.NFNL_SUBSYS_NFTABLES << 8
 	req := nl.NewNetlinkRequest(subsystem|unix.NFT_MSG_GETGEN, 0)

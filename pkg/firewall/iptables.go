@@ -27,20 +27,21 @@ var (
 	forward     = chain{"filter", "FORWARD", "FLANNEL-FWD", "flanneld forward"}
 )
 
-// iptables is the store of one variant of iptables, legacy or nft.
+// iptables is the tool of one variant of iptables, legacy or nft.
 type iptables struct {
 	name          string // "iptables", "ip6tables-legacy"
 	save, restore string // paths
 	nft           bool
 	recent        bool // knows iptables-restore --wait, and MASQUERADE --random-fully
-	told          bool // of a kernel that refuses --random-fully
+	logged        bool // that the kernel refuses --random-fully
 }
 
 // findIPTables returns the variants of iptables that are installed: first the
-// one that the node uses, then the other if it is there too. That is the one in
-// which kubelet has left its mark; without any, the one that goes by the plain
-// name, or else nft, the younger. There is an error when there is none.
-func findIPTables(ctx context.Context, f family) (found []store, missing error) {
+// variant that the node uses, then the other if it is there too. The node uses
+// the variant in which kubelet made its chain; without such a chain, the variant
+// with the plain name, or else nft, the younger. It is an error when there is no
+// variant.
+func findIPTables(ctx context.Context, f family) (found []tool, missing error) {
 	var have []*iptables
 	for _, variant := range []string{"", "-nft", "-legacy"} {
 		ipt, err := newIPTables(ctx, f.iptables+variant)
@@ -60,12 +61,13 @@ func findIPTables(ctx context.Context, f family) (found []store, missing error) 
 	return found, missing
 }
 
-// marked tells whether kubelet uses this variant: it keeps a chain there for
-// programs in containers, whose iptables may differ from the node's (KEP-3178;
-// before 1.24, a chain that tells kubelet of flushes).
+// marked returns whether kubelet uses this variant: kubelet keeps a chain there
+// for programs in containers, whose iptables may differ from the node's
+// (KEP-3178; before 1.24, a chain by which kubelet notices flushes).
 func (ipt *iptables) marked(ctx context.Context) bool {
 	out, err := exec.CommandContext(ctx, ipt.save).Output()
-	return err == nil && (bytes.Contains(out, []byte("\n:KUBE-IPTABLES-HINT ")) || bytes.Contains(out, []byte("\n:KUBE-KUBELET-CANARY ")))
+	return err == nil &&
+		(bytes.Contains(out, []byte("\n:KUBE-IPTABLES-HINT ")) || bytes.Contains(out, []byte("\n:KUBE-KUBELET-CANARY ")))
 }
 
 func newIPTables(ctx context.Context, name string) (*iptables, error) {
@@ -105,21 +107,21 @@ func abilities(version string) (nft, recent bool) {
 
 func (ipt *iptables) String() string { return ipt.name }
 
-func (ipt *iptables) counted() bool { return ipt.nft }
+func (ipt *iptables) inNFTables() bool { return ipt.nft }
 
-// A finding is what the kernel holds for one of our chains. Rules are as
+// A chainState is what the kernel holds for one of our chains. Rules are as
 // iptables-save prints them, "-A CHAIN ...".
-type finding struct {
+type chainState struct {
 	exists bool     // the chain
-	rules  []string // in it
-	jumps  []string // rules of the base chain that lead to it, or carry its comment
+	rules  []string // in the chain
+	jumps  []string // rules of the base chain that lead to the chain, or carry its comment
 	at     int      // the number that the first jump has, or would have without the others
-	users  int      // rules elsewhere that lead to it: not ours
+	users  int      // rules elsewhere that lead to the chain: not ours
 }
 
 // parse picks c out of what iptables-save prints.
-func (c chain) parse(save string) finding {
-	var f finding
+func (c chain) parse(save string) chainState {
+	var f chainState
 	table, number := "", 1
 	for line := range strings.Lines(save) {
 		line = strings.TrimRight(line, "\n ")
@@ -136,7 +138,7 @@ func (c chain) parse(save string) finding {
 		case strings.HasPrefix(line, "-A "+c.name+" "):
 			f.rules = append(f.rules, line)
 		case strings.HasPrefix(line, "-A "+c.base+" "):
-			if leads || strings.Contains(line, c.says()) {
+			if leads || strings.Contains(line, c.match()) {
 				f.jumps = append(f.jumps, line)
 				if f.at == 0 {
 					f.at = number
@@ -151,17 +153,17 @@ func (c chain) parse(save string) finding {
 	return f
 }
 
-// says is how iptables-save prints the comment of our rules.
-func (c chain) says() string { return `-m comment --comment "` + c.comment + `"` }
+// match returns the comment of our rules as iptables-save prints it.
+func (c chain) match() string { return `-m comment --comment "` + c.comment + `"` }
 
 // jump is the rule that leads to our chain.
-func (c chain) jump() string { return "-A " + c.base + " " + c.says() + " -j " + c.name }
+func (c chain) jump() string { return "-A " + c.base + " " + c.match() + " -j " + c.name }
 
-// plan returns the lines for iptables-restore that take c from what was found
-// to the desired rules; none when they are there. Lines that delete name the
-// whole rule, not its number, so that a rule of somebody else's that arrives
-// in between is not deleted in its place.
-func (c chain) plan(f finding, rules []string) []string {
+// plan returns the lines for iptables-restore that take c from its state to the
+// desired rules; none when they are there. Lines that delete name the whole
+// rule, not its number: another program may insert a rule in between, which
+// would be deleted instead.
+func (c chain) plan(f chainState, rules []string) []string {
 	var lines []string
 	var jumps []string
 	if len(rules) > 0 {
@@ -176,7 +178,7 @@ func (c chain) plan(f finding, rules []string) []string {
 			lines = append(lines, "-D"+strings.TrimPrefix(j, "-A"))
 		}
 		for _, j := range jumps {
-			if f.at > 0 { // where the first one stood: rules further down may drop everything
+			if f.at > 0 { // where the first jump was: rules further down may drop everything
 				j = fmt.Sprintf("-I %s %d%s", c.base, f.at, strings.TrimPrefix(j, "-A "+c.base))
 			}
 			lines = append(lines, j)
@@ -211,7 +213,7 @@ func (c chain) render(r Rule) string {
 	if r.Mark != 0 {
 		words = append(words, fmt.Sprintf("-m mark --mark %#x/%#x", r.Mark, r.Mark))
 	}
-	words = append(words, c.says(), "-j", map[Verdict]string{
+	words = append(words, c.match(), "-j", map[Verdict]string{
 		Return:           "RETURN",
 		Accept:           "ACCEPT",
 		Masquerade:       "MASQUERADE",
@@ -254,15 +256,15 @@ func (ipt *iptables) write(ctx context.Context, want Ruleset) (rules int, err er
 	if ipt.run(ctx, script) != nil {
 		return 0, err // it was something else
 	}
-	if !ipt.told {
-		klog.Warningf("Masquerading without --random-fully, which failed: %v", err)
-		ipt.told = true
+	if !ipt.logged {
+		klog.FromContext(ctx).Error(err, "Masquerading without --random-fully, which the kernel refuses", "tool", ipt.name)
+		ipt.logged = true
 	}
 	return rules, nil
 }
 
 // script returns the input of iptables-restore that leads from what
-// iptables-save printed to what is wanted, and how many rules that makes.
+// iptables-save printed to the desired rules, and how many rules these are.
 func (ipt *iptables) script(save string, want Ruleset, randomFully bool) (script string, rules int) {
 	var b strings.Builder
 	for _, part := range []struct {
@@ -295,11 +297,11 @@ func (ipt *iptables) dump(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("%s: %w: %s", ipt.save, err, strings.TrimSpace(errput.String()))
 	}
-	// Without this, a table with our rules could pass for one without.
+	// Without this check, a table with our rules could pass for a table without.
 	for _, c := range []chain{postrouting, forward} {
 		if bytes.Contains(out, []byte("# Table `"+c.table+"' is incompatible")) {
-			return "", fmt.Errorf("%s cannot read table %s, in which something has put rules that iptables does not know: "+
-				"find them with `nft list table %s` and move them to a table of their own", ipt.save, c.table, c.table)
+			return "", fmt.Errorf("%s cannot read table %s, "+
+				"in which another program has put rules that iptables does not know: find them with `nft list table %s` and move them to a table of their own", ipt.save, c.table, c.table)
 		}
 	}
 	return string(out), nil
@@ -309,8 +311,8 @@ func (ipt *iptables) dump(ctx context.Context) (string, error) {
 // the lock of iptables, which kube-proxy does for seconds on large clusters.
 const lockSeconds = 10
 
-// run gives script, unless it is empty, to iptables-restore: all of a table's
-// lines take effect together.
+// run gives script, unless it is empty, to iptables-restore. All lines of a
+// table take effect together.
 func (ipt *iptables) run(ctx context.Context, script string) error {
 	if script == "" {
 		return nil
@@ -323,11 +325,11 @@ func (ipt *iptables) run(ctx context.Context, script string) error {
 	if err != nil {
 		return fmt.Errorf("%w: %s; the command was:\n%s", err, bytes.TrimSpace(out), heredoc)
 	}
-	klog.Info(heredoc)
+	klog.FromContext(ctx).Info("Applied", "command", heredoc)
 	return nil
 }
 
-// args are those of iptables-restore.
+// args returns the arguments of iptables-restore.
 func (ipt *iptables) args() []string {
 	args := []string{"--noflush"}
 	if ipt.recent {
@@ -336,7 +338,8 @@ func (ipt *iptables) args() []string {
 	return args
 }
 
-// heredoc is the shell command that runs a script.
+// heredoc returns the shell command that runs a script. "<<-" ignores the tabs
+// that klog puts before each line.
 func (ipt *iptables) heredoc(args []string, script string) string {
-	return fmt.Sprintf("%s-restore %s <<'END'\n%sEND", ipt.name, strings.Join(args, " "), script)
+	return fmt.Sprintf("%s-restore %s <<-'END'\n%sEND", ipt.name, strings.Join(args, " "), script)
 }

@@ -13,21 +13,23 @@ import (
 )
 
 const (
-	// Of iptables-legacy the kernel gives no news: how many rules its tables
-	// hold is looked at this often, and while that changes half as often: others
-	// may change theirs without end, and reading all rules costs more than looking.
-	legacyEvery = time.Second
-	legacyMost  = 2 * time.Second
+	// The kernel does not notify of changes of iptables-legacy. How many rules
+	// its tables hold is counted this often, and half as often while the count
+	// changes: other programs may change their rules without end, and then all
+	// rules are read, which costs more than to count them.
+	legacyInterval     = time.Second
+	legacyBusyInterval = 2 * time.Second
 )
 
-// legacy looks at the tables of iptables-legacy in one network namespace.
+// legacy counts the entries of iptables-legacy's tables in one network namespace.
 type legacy struct {
 	net     *os.File // its /proc/…/net
 	sockets [2]*os.File
 }
 
-// legacyTables are where each family's tables are: the file that lists those that exist
-// (asking for another would make it), and the level at which to ask for them.
+// legacyTables are where each family's tables are: the file that lists the tables
+// that exist (to ask for another table would make it), and the level of the
+// socket option.
 var legacyTables = [2]struct {
 	family, level int
 	names         string
@@ -61,43 +63,34 @@ func (l *legacy) close() {
 	}
 }
 
-// watchLegacy returns what calls tell when iptables-legacy has more entries than
-// it has now, or fewer, until ctx ends.
-func watchLegacy(ctx context.Context, tell func()) (watch func(), err error) {
-	l, err := openLegacy()
-	if err != nil {
-		return nil, err
-	}
-	before := l.count()
-	return func() {
-		defer l.close()
-		every := legacyEvery
-		next := time.NewTimer(every)
-		defer next.Stop()
-		for {
-			select {
-			case <-ctx.Done():
-				return
-			case <-next.C:
-			}
-			now := l.count()
-			if now != before {
-				tell()
-				every = legacyMost
-			} else {
-				every = legacyEvery
-			}
-			before = now
-			next.Reset(every)
+// watch calls signal when iptables-legacy has more entries than before, or
+// fewer, until ctx ends. It closes l.
+func (l *legacy) watch(ctx context.Context, before entries, signal func()) {
+	defer l.close()
+	next := time.NewTimer(legacyInterval)
+	defer next.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-next.C:
 		}
-	}, nil
+		interval := legacyInterval
+		now := l.count()
+		if now != before {
+			signal()
+			interval = legacyBusyInterval
+		}
+		before = now
+		next.Reset(interval)
+	}
 }
 
 // entries are how many each family's tables nat and filter hold: rules, and what
 // chains begin and end with.
 type entries [len(legacyTables)][2]uint32
 
-// count reads them; those of tables that do not exist, or cannot be read, are 0.
+// count returns the entries. A table that does not exist, or cannot be read, has 0.
 func (l *legacy) count() (all entries) {
 	for i, t := range legacyTables {
 		if l.sockets[i] == nil {

@@ -11,7 +11,7 @@ import (
 	"sigs.k8s.io/knftables"
 )
 
-// nftables is the store of one family's table.
+// nftables is the tool of one family's table.
 type nftables struct {
 	family
 	path string              // of the program
@@ -27,13 +27,13 @@ func findNFT(f family) (*nftables, error) {
 	return &nftables{family: f, path: path}, nil
 }
 
-// open finds out whether nft works here: it runs it, without changing anything.
+// open finds out whether nft works here. It runs nft without changing anything.
 func (n *nftables) open() (err error) {
 	if n.kn == nil {
 		n.kn, err = knftables.New(knftables.Family(n.nft), n.table)
 	}
 	if err != nil {
-		return fmt.Errorf("nftables mode needs root, a kernel with nf_tables, and nft 1.0.1 or later: mend that, "+
+		return fmt.Errorf("nftables mode needs root, a kernel with nf_tables, and nft 1.0.1 or later: provide these, "+
 			`or remove "EnableNFTables" from the network configuration: %w`, err)
 	}
 	return nil
@@ -41,7 +41,7 @@ func (n *nftables) open() (err error) {
 
 func (n *nftables) String() string { return "nft" }
 
-func (n *nftables) counted() bool { return true }
+func (n *nftables) inNFTables() bool { return true }
 
 func (n *nftables) read(ctx context.Context) (text string, rules int, err error) {
 	var errput strings.Builder
@@ -55,8 +55,8 @@ func (n *nftables) read(ctx context.Context) (text string, rules int, err error)
 		}
 		return "", 0, fmt.Errorf("%s: %w: %s", strings.Join(cmd.Args, " "), err, strings.TrimSpace(errput.String()))
 	}
-	// Each rule ends in its comment; those of the table and chains have a line
-	// of their own.
+	// Each rule ends in its comment. Comments of the table and chains have a
+	// line of their own.
 	return string(out), strings.Count(string(out), ` comment "`), nil
 }
 
@@ -69,13 +69,13 @@ func (n *nftables) write(ctx context.Context, want Ruleset) (rules int, err erro
 	if err := n.kn.Run(ctx, tx); err != nil {
 		return 0, fmt.Errorf("%w; the command was:\n%s", err, heredoc(tx))
 	}
-	klog.Info(heredoc(tx))
+	klog.FromContext(ctx).Info("Applied", "command", heredoc(tx))
 	return len(want.Postrouting) + len(want.Forward), nil
 }
 
-// fill adds to tx what replaces the whole table, whatever it holds.
+// fill adds to tx the commands that replace the whole table.
 func (n *nftables) fill(tx *knftables.Transaction, want Ruleset) {
-	tx.Add(&knftables.Table{}) // what does not exist cannot be deleted
+	tx.Add(&knftables.Table{}) // a table that does not exist cannot be deleted
 	tx.Delete(&knftables.Table{})
 	if want.IsZero() {
 		return
@@ -140,5 +140,6 @@ func (n *nftables) render(r Rule) string {
 	return strings.Join(words, " ")
 }
 
-// heredoc is the shell command that runs tx.
-func heredoc(tx *knftables.Transaction) string { return fmt.Sprintf("nft -f - <<'END'\n%sEND", tx) }
+// heredoc returns the shell command that runs tx. "<<-" ignores the tabs that
+// klog puts before each line.
+func heredoc(tx *knftables.Transaction) string { return fmt.Sprintf("nft -f - <<-'END'\n%sEND", tx) }

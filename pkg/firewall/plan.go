@@ -11,17 +11,17 @@ import (
 
 // Plan returns the commands that Apply would run to have the kernel hold the
 // desired rules and nothing else of ours. It changes nothing. A family that
-// wants no rules, and does not work on this node, has no say.
+// does not work on this node is no error when no rules are desired of it.
 func (d *Driver) Plan(ctx context.Context, want Desired) ([]string, error) {
 	var commands []string
 	var errs []error
 	for i, rules := range []Ruleset{want.IPv4, want.IPv6} {
-		s := d.sides[i]
-		if s.kept == nil && !rules.IsZero() {
+		s := d.families[i]
+		if s.tool == nil && !rules.IsZero() {
 			errs = append(errs, s.missing)
 			continue
 		}
-		for j, o := range append([]store{s.kept}, s.others...) {
+		for j, o := range append([]tool{s.tool}, s.others...) {
 			if o == nil {
 				continue
 			}
@@ -48,7 +48,7 @@ func (ipt *iptables) plan(ctx context.Context, want Ruleset) (string, error) {
 	}
 	script, _ := ipt.script(save, want, ipt.recent)
 	if plain, _ := ipt.script(save, want, false); script == "" || plain == "" {
-		return "", nil // without --random-fully, which the kernel may not know
+		return "", nil // the rules may lack --random-fully: not every kernel knows it
 	}
 	return ipt.heredoc(ipt.args(), script), nil
 }
@@ -76,11 +76,11 @@ func (n *nftables) plan(ctx context.Context, want Ruleset) (string, error) {
 	return heredoc(tx), nil
 }
 
-// marks matches what nft pads with zeros as it lists it.
+// marks matches the numbers that nft pads with zeros in its output.
 var marks = regexp.MustCompile(`0x0+([1-9a-f])`)
 
 // listed returns the rules of a table as we write them, in their order by chain:
-// postrouting's first. Rules of others among them are there as well.
+// postrouting's first. They include rules of others.
 func listed(table string) []string {
 	rules := map[string][]string{}
 	chain := ""

@@ -1,8 +1,8 @@
-// Package firewall keeps the node's masquerading and forwarding rules: they
-// are stated as data, and one of two modes, iptables or nftables, makes them
-// so. It is the only code that writes firewall rules. What is ours is a pair
-// of iptables chains and the jumps to them, or a table of nftables a family;
-// nothing else is ever touched.
+// Package firewall keeps the node's masquerading and forwarding rules. Desired
+// rules are data; a Driver sets them in one of two modes, iptables or nftables;
+// a Reconciler keeps them in place. It is the only code that writes firewall
+// rules. Ours are a pair of iptables chains and the jumps to them, or a table
+// of nftables a family; nothing else is ever touched.
 package firewall
 
 import (
@@ -35,7 +35,7 @@ type Rule struct {
 	Mark     uint32 // bits that the packet's mark must carry; 0: any mark
 	Src, Dst Match
 	Verdict  Verdict
-	Why      string // for whoever lists the rules; plain words, no quotes
+	Why      string // the comment in nftables; plain words, no quotes
 }
 
 // A Ruleset is what one address family holds. The zero Ruleset is nothing at
@@ -45,24 +45,24 @@ type Ruleset struct {
 	Forward     []Rule // for packets on their way through the node
 }
 
-// IsZero tells whether there is no rule.
+// IsZero returns whether there is no rule.
 func (r Ruleset) IsZero() bool { return len(r.Postrouting) == 0 && len(r.Forward) == 0 }
 
-// Equal tells whether both hold the same rules in the same order.
+// Equal returns whether both hold the same rules in the same order.
 func (r Ruleset) Equal(o Ruleset) bool {
 	return slices.Equal(r.Postrouting, o.Postrouting) && slices.Equal(r.Forward, o.Forward)
 }
 
-// Desired is what the node holds. Of a family whose Ruleset is zero, whatever
-// is ours is removed.
+// Desired is the rules that the node must hold. Of a family whose Ruleset is
+// zero, all our rules are removed.
 type Desired struct {
 	IPv4, IPv6 Ruleset
 }
 
 // Options choose among the rules of an overlay network.
 type Options struct {
-	Masquerade  bool // masquerade what leaves the overlay, or enters it from this node
-	RandomFully bool // with ports fully at random, where the node is able to
+	Masquerade  bool // masquerade traffic that leaves the overlay, or enters it from this node
+	RandomFully bool // with ports fully at random, where the node can do so
 	Forward     bool // accept forwarding to and from the overlay
 }
 
@@ -74,10 +74,10 @@ const kubeMark = 1 << 14
 // part of it that is this node's. An invalid network means that the family is
 // off: there are no rules.
 //
-// Pods see each other's own addresses, and a pod here sees those of its
+// Pods see each other's own addresses, and a pod here sees the addresses of its
 // clients outside (a client whose packets came in through another node would
-// otherwise get answers from an address it never spoke to). All else that
-// crosses the overlay's border takes the node's address, without which no
+// otherwise get answers from an address it never sent to). All other traffic
+// that crosses the overlay's border takes the node's address: without it, no
 // answer finds its way back.
 func For(network, podCIDR netip.Prefix, o Options) Ruleset {
 	var rules Ruleset

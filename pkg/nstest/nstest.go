@@ -85,6 +85,13 @@ func Need(t testing.TB, programs ...string) {
 // stays small.
 func Overflow(t testing.TB, socket syscall.Conn, link string) {
 	t.Helper()
+	OverflowBy(t, socket, func(i int) { Run(t, fmt.Sprintf("ip link set %s mtu %d", link, 1400+i)) })
+}
+
+// OverflowBy is Overflow by calls of change, each of which makes the kernel send
+// notifications.
+func OverflowBy(t testing.TB, socket syscall.Conn, change func(i int)) {
+	t.Helper()
 	raw, err := socket.SyscallConn()
 	if err != nil {
 		t.Fatal(err)
@@ -97,7 +104,7 @@ func Overflow(t testing.TB, socket syscall.Conn, link string) {
 		t.Fatal(err)
 	}
 	for i := range 20 {
-		Run(t, fmt.Sprintf("ip link set %s mtu %d", link, 1400+i))
+		change(i)
 	}
 	sockets, err := os.ReadFile("/proc/thread-self/net/netlink")
 	if err != nil {

@@ -1,0 +1,355 @@
+package firewall
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/vishvananda/netns"
+	"k8s.io/klog/v2"
+	"k8s.io/klog/v2/textlogger"
+)
+
+const resync = 5 * time.Second
+
+// fake is a driver that the test plays.
+type fake struct {
+	changed bool // the rules, by another program
+	undoes  bool // another program changes the rules whenever they are set
+	refuses error
+	takes   time.Duration // a check
+	checked []time.Time
+	wrote   []time.Time
+	desired Desired
+	changes chan struct{}
+	opened  []bool // for nftables
+	missing error
+}
+
+func (f *fake) open(_ context.Context, nftables bool) (driver, error) {
+	f.opened = append(f.opened, nftables)
+	if f.missing != nil {
+		return nil, f.missing
+	}
+	return f, nil
+}
+
+func (f *fake) Check(context.Context) (bool, error) {
+	f.checked = append(f.checked, time.Now())
+	time.Sleep(f.takes)
+	return !f.changed, nil
+}
+
+func (f *fake) Apply(_ context.Context, d Desired) error {
+	f.wrote = append(f.wrote, time.Now())
+	if f.refuses != nil {
+		return f.refuses
+	}
+	f.desired, f.changed = d, f.undoes
+	f.notify() // as the kernel does of our own changes, too
+	return nil
+}
+
+func (f *fake) Changes(ctx context.Context) (<-chan struct{}, error) {
+	f.changes = make(chan struct{}, 1)
+	changes := f.changes
+	context.AfterFunc(ctx, func() { close(changes) })
+	return changes, nil
+}
+
+func (f *fake) notify() {
+	select {
+	case f.changes <- struct{}{}:
+	default:
+	}
+}
+
+// change is what another program does.
+func (f *fake) change() {
+	f.changed = true
+	f.notify()
+	synctest.Wait()
+}
+
+// run runs test with a Reconciler of f in a bubble, with what it logs and the
+// States that it sends.
+func run(t *testing.T, test func(t *testing.T, r *Reconciler, f *fake, log *bytes.Buffer, states *[]State)) {
+	synctest.Test(t, func(t *testing.T) {
+		var log bytes.Buffer
+		logger := textlogger.NewLogger(textlogger.NewConfig(textlogger.Output(&log)))
+		ctx, cancel := context.WithCancel(klog.NewContext(t.Context(), logger))
+		r, f := NewReconciler(resync), &fake{}
+		r.open = f.open
+		var states []State
+		done := make(chan struct{})
+		go func() {
+			for {
+				select {
+				case s := <-r.States():
+					states = append(states, s)
+				case <-done:
+					return
+				}
+			}
+		}()
+		go func() {
+			defer close(done)
+			r.Run(ctx)
+		}()
+		test(t, r, f, &log, &states)
+		cancel()
+		<-done
+	})
+}
+
+func expectStates(t *testing.T, states *[]State, want ...State) {
+	t.Helper()
+	synctest.Wait()
+	if len(*states) != len(want) {
+		t.Errorf("the states are %v, want %v", *states, want)
+	} else {
+		for i, s := range *states {
+			if s != want[i] {
+				t.Errorf("state %d is %v, want %v", i, s, want[i])
+			}
+		}
+	}
+	*states = nil
+}
+
+// The latest rules alone are set, and each Set is answered with a State.
+func TestSet(t *testing.T) {
+	run(t, func(t *testing.T, r *Reconciler, f *fake, _ *bytes.Buffer, states *[]State) {
+		expectStates(t, states)
+		if r.Stats() != (Stats{}) {
+			t.Errorf("before anything is desired, the counts are %+v", r.Stats())
+		}
+		r.Set(both, true)
+		r.Set(ipv4Alone, true)
+		expectStates(t, states, State{InPlace: true})
+		r.Set(both, true)
+		expectStates(t, states, State{InPlace: true})
+		if len(f.wrote) != 2 || !f.desired.IPv6.Equal(both.IPv6) || len(f.opened) != 1 {
+			t.Errorf("set %d times: %v; opened %v", len(f.wrote), f.desired, f.opened)
+		}
+		r.Set(both, false)
+		expectStates(t, states, State{InPlace: true})
+		if len(f.opened) != 2 || f.opened[1] || len(f.wrote) != 3 {
+			t.Errorf("in another mode: opened %v, set %d times", f.opened, len(f.wrote))
+		}
+		time.Sleep(3*resync + time.Second)
+		expectStates(t, states)
+		if s, last := r.Stats(), f.checked[len(f.checked)-1]; s.Writes != 3 || s.Checks != uint64(len(f.checked)) ||
+			s.Checks < 3 || s.Repairs != 0 || !s.InPlace || !s.Checked.Equal(last) || time.Since(last) > resync {
+			t.Errorf("the counts are %+v; checked at %v", s, last)
+		}
+	})
+}
+
+// A failure is retried, logged once, and sent each time, since each is counted.
+func TestFailures(t *testing.T) {
+	run(t, func(t *testing.T, r *Reconciler, f *fake, log *bytes.Buffer, states *[]State) {
+		f.missing = errors.New("no program")
+		r.Set(Desired{}, true)
+		expectStates(t, states, State{InPlace: true}) // no rules are desired
+		r.Set(both, true)
+		time.Sleep(2 * time.Second) // attempts at 0, 1 and, next, 3 s
+		expectStates(t, states, State{Err: f.missing}, State{Err: f.missing})
+		f.missing, f.refuses = nil, errors.New("refused")
+		time.Sleep(2 * time.Second)
+		expectStates(t, states, State{Err: f.refuses})
+		if r.Stats().InPlace {
+			t.Error("what failed is in place")
+		}
+		f.refuses = nil
+		time.Sleep(5 * time.Second)
+		expectStates(t, states, State{InPlace: true})
+		for _, text := range []string{`err="no program" operation="Rules"`, `err="refused" operation="Rules"`, `"Recovered" operation="Rules"`} {
+			if n := strings.Count(log.String(), text); n != 1 {
+				t.Errorf("%s is logged %d times:\n%s", text, n, log)
+			}
+		}
+	})
+}
+
+// intervals returns the time from each check since start to the next.
+func (f *fake) intervals(start time.Time) (all []time.Duration) {
+	last := start
+	for _, at := range f.checked {
+		if !at.Before(start) {
+			all = append(all, at.Sub(last))
+			last = at
+		}
+	}
+	return all
+}
+
+// Checks after changes become rarer the more often the rules are restored. From
+// the fifth time on it is a fight: the rules are restored at each resync. That a
+// check finds our own change in place does not end the count.
+func TestFight(t *testing.T) {
+	run(t, func(t *testing.T, r *Reconciler, f *fake, log *bytes.Buffer, states *[]State) {
+		r.Set(both, true)
+		time.Sleep(2 * ruleCalm)
+		expectStates(t, states, State{InPlace: true})
+		start := time.Now()
+		f.change()
+		time.Sleep(150 * time.Millisecond)
+		f.undoes = true
+		f.change()
+		time.Sleep(time.Second)
+		expectStates(t, states)
+		if n := strings.Count(log.String(), `"Restoring the rules" mode="nftables" reason="another program changed them"`); n != 4 {
+			t.Errorf("each of the first changes is logged; %d are:\n%s", n, log)
+		}
+		time.Sleep(time.Second)
+		expectStates(t, states, State{InPlace: true, Fight: "nftables"})
+		time.Sleep(2 * resync)
+		f.undoes = false
+		time.Sleep(2 * resync)
+		expectStates(t, states, State{InPlace: true})
+		const ms = time.Millisecond
+		want := []time.Duration{0, 100 * ms, 100 * ms, 200 * ms, 400 * ms, 800 * ms, resync, resync, resync, resync}
+		if got := f.intervals(start); !slices.Equal(got, want) {
+			t.Errorf("the intervals between checks are %v, want %v", got, want)
+		}
+		if s := r.Stats(); s.Repairs != 8 {
+			t.Errorf("the counts are %+v", s)
+		}
+		lines := strings.Split(strings.TrimSpace(log.String()), "\n")
+		if len(lines) != 6 || !strings.Contains(lines[4], `"Another program changes the rules again and again; `) ||
+			!strings.Contains(lines[4], ` mode="nftables" count=5 period="1.6s" fix="`) ||
+			!strings.Contains(lines[5], `"Other programs no longer undo what they fought over" count=1`) {
+			t.Errorf("the log is\n%s", log)
+		}
+	})
+}
+
+// Changes with a calm time between them are restored at once, and no fight.
+func TestCalm(t *testing.T) {
+	run(t, func(t *testing.T, r *Reconciler, f *fake, log *bytes.Buffer, states *[]State) {
+		r.Set(both, true)
+		for range 10 {
+			time.Sleep(ruleCalm + 10*time.Millisecond)
+			f.change()
+			if f.changed {
+				t.Fatal("the rules are not restored at once")
+			}
+		}
+		expectStates(t, states, State{InPlace: true})
+		if n := strings.Count(log.String(), "Restoring"); n != 10 || r.Stats().Repairs != 10 {
+			t.Errorf("%d of 10 restored:\n%s", n, log)
+		}
+	})
+}
+
+// Checks after changes take a twentieth of the time at most, but do not wait for
+// longer than resync.
+func TestShare(t *testing.T) {
+	run(t, func(t *testing.T, r *Reconciler, f *fake, _ *bytes.Buffer, _ *[]State) {
+		r.Set(both, true)
+		f.takes = 200 * time.Millisecond
+		time.Sleep(ruleCalm) // with one check, of what Apply changed
+		for _, want := range []time.Duration{ruleShare * f.takes, resync} {
+			last := f.checked[len(f.checked)-1]
+			f.change()
+			time.Sleep(resync)
+			if got := f.intervals(last); got[1] != want {
+				t.Errorf("checked after %v, want %v", got[1], want)
+			}
+			f.takes = time.Second
+			f.change()
+			time.Sleep(4 * resync)
+		}
+	})
+}
+
+// A fight ends with the mode.
+func TestModeEndsFight(t *testing.T) {
+	run(t, func(t *testing.T, r *Reconciler, f *fake, _ *bytes.Buffer, states *[]State) {
+		f.undoes = true
+		r.Set(both, false)
+		time.Sleep(resync)
+		expectStates(t, states, State{InPlace: true}, State{InPlace: true, Fight: "iptables"})
+		f.undoes = false
+		r.Set(both, true)
+		expectStates(t, states, State{InPlace: true})
+		time.Sleep(resync)
+		if f.change(); f.changed {
+			t.Error("after the fight, a change is not restored at once")
+		}
+	})
+}
+
+// The real driver, of each mode, restores what another program removes.
+func TestReconciler(t *testing.T) {
+	eachMode(t, modes, func(t *testing.T, m mode, n *node) {
+		home, err := netns.Get()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer home.Close()
+		r := NewReconciler(time.Hour)
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			runtime.LockOSThread() // for good: the thread ends with the goroutine
+			if err := netns.Set(home); err != nil {
+				t.Error(err)
+			}
+			r.Run(ctx)
+		}()
+		r.Set(both, m.nftables)
+		if s := <-r.States(); s != (State{InPlace: true}) {
+			t.Errorf("the state is %v", s)
+		}
+		before := n.listing()
+		if m == tablesMode {
+			n.sh("nft flush ruleset")
+		} else {
+			n.sh("iptables -t nat -F; ip6tables -t nat -F; iptables -F")
+		}
+		deadline := time.Now().Add(time.Minute)
+		for r.Stats().Repairs == 0 || n.listing() != before {
+			time.Sleep(10 * time.Millisecond)
+			if time.Now().After(deadline) {
+				t.Fatalf("the rules are not restored:\n%s", n.listing())
+			}
+		}
+		cancel()
+		<-done
+		if n.listing() != before {
+			t.Errorf("at the end the rules go:\n%s", n.listing())
+		}
+	})
+}
+
+// A command in the log can be pasted, with the tabs that klog puts before each
+// of its lines.
+func TestLoggedCommand(t *testing.T) {
+	eachMode(t, modes, func(t *testing.T, m mode, n *node) {
+		var log bytes.Buffer
+		ctx := klog.NewContext(t.Context(), textlogger.NewLogger(textlogger.NewConfig(textlogger.Output(&log))))
+		if err := n.driver(m).Apply(ctx, ipv4Alone); err != nil {
+			t.Fatal(err)
+		}
+		applied := n.listing()
+		n.apply(n.driver(m), Desired{})
+		_, command, _ := strings.Cut(log.String(), `"Applied" command=<`)
+		command, _, found := strings.Cut(command, "\n >")
+		if !found {
+			t.Fatalf("the log has no command:\n%s", &log)
+		}
+		n.sh(command)
+		if got := n.listing(); got != applied {
+			t.Errorf("the command makes\n%s\nwant\n%s", got, applied)
+		}
+	})
+}

@@ -7,20 +7,20 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/pkg/retry"
+	"github.com/flanneld/flanneld/pkg/task"
 	"github.com/flanneld/flanneld/subnet"
 )
 
 // A leaseKeeper acquires the node's lease and keeps it, in a goroutine of its own:
 // the store may be away for long, while the kernel's objects are still reconciled.
 type leaseKeeper struct {
-	leases chan acquired // each lease that was acquired
-	failed chan error    // what neither waiting nor retrying can solve
+	*task.Task               // fails with what neither waiting nor retrying can solve
+	leases     chan acquired // each lease that was acquired
 
 	manager subnet.Manager
 	metrics *metrics
-	stop    func() // ends the goroutine and waits for it
 
-	// Of the goroutine alone.
+	// Of the task alone.
 	held *subnet.Lease  // nil: none
 	cfg  *subnet.Config // that the lease was acquired from
 }
@@ -32,28 +32,13 @@ type acquired struct {
 }
 
 func newLeaseKeeper(m subnet.Manager, s *metrics) *leaseKeeper {
-	return &leaseKeeper{leases: make(chan acquired), failed: make(chan error), manager: m, metrics: s, stop: func() {}}
+	return &leaseKeeper{Task: task.New(), leases: make(chan acquired), manager: m, metrics: s}
 }
 
 // acquire has a lease for s acquired and kept, in place of any earlier one: of these
 // subnets, if possible.
 func (k *leaseKeeper) acquire(ctx context.Context, s setup, subnets subnet.Subnets) {
-	ctx, cancel := context.WithCancel(ctx)
-	before, done := k.stop, make(chan struct{})
-	k.stop = func() {
-		cancel()
-		<-done
-	}
-	go func() {
-		defer close(done)
-		before()
-		if err := k.keep(ctx, s, subnets); err != nil && ctx.Err() == nil {
-			select {
-			case k.failed <- err:
-			case <-ctx.Done():
-			}
-		}
-	}()
+	k.Restart(ctx, nil, func(ctx context.Context) error { return k.keep(ctx, s, subnets) })
 }
 
 func (k *leaseKeeper) keep(ctx context.Context, s setup, subnets subnet.Subnets) error {

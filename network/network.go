@@ -173,8 +173,8 @@ func (n *node) start(ctx context.Context) (err error) {
 
 func (n *node) stop() {
 	if n.kernel != nil {
-		n.worker.stop(backend.ErrStopping)
-		n.keeper.stop()
+		n.worker.Stop(backend.ErrStopping)
+		n.keeper.Stop(nil)
 		n.kernel.Close()
 	}
 }
@@ -194,8 +194,8 @@ func (n *node) handleEvent(ctx context.Context, compare <-chan time.Time) (runni
 		}
 	case l := <-n.keeper.leases:
 		n.applyLease(ctx, l)
-	case err = <-n.keeper.failed:
-	case err = <-n.worker.failed:
+	case err = <-n.keeper.Failed():
+	case err = <-n.worker.Failed():
 	case s := <-n.rules.States():
 		n.setRulesState(s)
 	case <-n.events.file:

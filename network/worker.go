@@ -4,23 +4,21 @@ import (
 	"context"
 
 	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/pkg/task"
 	"github.com/flanneld/flanneld/subnet"
 )
 
 // A worker runs a backend.Worker in a goroutine of its own, and passes updates of
 // peers to it.
 type worker struct {
-	failed chan error // what ends Work, and neither waiting nor retrying can solve
+	*task.Task // fails with what ends Work, and neither waiting nor retrying can solve
 
 	backend backend.Backend // that runs, or is no backend.Worker
 	own     subnet.Lease
-	peers   *subnet.Mailbox   // that Work reads; nil: nobody reads
-	stop    func(cause error) // ends the goroutine and waits for it
+	peers   *subnet.Mailbox // that Work reads; nil: nobody reads
 }
 
-func newWorker() *worker {
-	return &worker{failed: make(chan error), stop: func(error) {}}
-}
+func newWorker() *worker { return &worker{Task: task.New()} }
 
 // start runs b for a lease, if b is a backend.Worker, in place of the backend that
 // ran before. The next update must be a snapshot.
@@ -29,31 +27,16 @@ func (w *worker) start(ctx context.Context, b backend.Backend, own subnet.Lease)
 		return
 	}
 	w.backend, w.own, w.peers = b, own, nil
-	before, done := w.stop, make(chan struct{})
-	// The goroutine outlives ctx until stop gives the cause of its end.
-	ctx, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
-	w.stop = func(cause error) {
-		cancel(cause)
-		<-done
-	}
+	// The task outlives ctx until Stop gives the cause of its end.
+	ctx = context.WithoutCancel(ctx)
 	works, ok := b.(backend.Worker)
-	peers := subnet.NewMailbox()
-	if ok {
-		w.peers = peers
+	if !ok {
+		w.Restart(ctx, nil, func(context.Context) error { return nil })
+		return
 	}
-	go func() {
-		defer close(done)
-		before(nil)
-		if !ok {
-			return
-		}
-		if err := works.Work(ctx, own, peers.C()); err != nil && ctx.Err() == nil {
-			select {
-			case w.failed <- err:
-			case <-ctx.Done():
-			}
-		}
-	}()
+	peers := subnet.NewMailbox()
+	w.peers = peers
+	w.Restart(ctx, nil, func(ctx context.Context) error { return works.Work(ctx, own, peers.C()) })
 }
 
 // update passes on which leases are peers', and which no longer are.

@@ -24,6 +24,7 @@ type fake struct {
 	undoes  bool // another program changes the rules whenever they are set
 	refuses error
 	takes   time.Duration // a check
+	applies time.Duration // for so long
 	checked []time.Time
 	wrote   []time.Time
 	desired Desired
@@ -48,6 +49,7 @@ func (f *fake) Check(context.Context) (bool, error) {
 
 func (f *fake) Apply(_ context.Context, d Desired) error {
 	f.wrote = append(f.wrote, time.Now())
+	time.Sleep(f.applies)
 	if f.refuses != nil {
 		return f.refuses
 	}
@@ -108,6 +110,13 @@ func run(t *testing.T, test func(t *testing.T, r *Reconciler, f *fake, log *byte
 	})
 }
 
+// pass lets time go by, until all goroutines wait again.
+func pass(d time.Duration) {
+	synctest.Wait()
+	time.Sleep(d)
+	synctest.Wait()
+}
+
 func expectStates(t *testing.T, states *[]State, want ...State) {
 	t.Helper()
 	synctest.Wait()
@@ -130,11 +139,14 @@ func TestSet(t *testing.T) {
 		if r.Stats() != (Stats{}) {
 			t.Errorf("before anything is desired, the counts are %+v", r.Stats())
 		}
-		r.Set(both, true)
+		f.applies = time.Second
 		r.Set(ipv4Alone, true)
-		expectStates(t, states, State{InPlace: true})
+		synctest.Wait()
+		r.Set(ipv4Alone, true) // never set: the next comes sooner
 		r.Set(both, true)
+		pass(2 * time.Second)
 		expectStates(t, states, State{InPlace: true})
+		f.applies = 0
 		if len(f.wrote) != 2 || !f.desired.IPv6.Equal(both.IPv6) || len(f.opened) != 1 {
 			t.Errorf("set %d times: %v; opened %v", len(f.wrote), f.desired, f.opened)
 		}
@@ -143,7 +155,7 @@ func TestSet(t *testing.T) {
 		if len(f.opened) != 2 || f.opened[1] || len(f.wrote) != 3 {
 			t.Errorf("in another mode: opened %v, set %d times", f.opened, len(f.wrote))
 		}
-		time.Sleep(3*resync + time.Second)
+		pass(3*resync + time.Second)
 		expectStates(t, states)
 		if s, last := r.Stats(), f.checked[len(f.checked)-1]; s.Writes != 3 || s.Checks != uint64(len(f.checked)) ||
 			s.Checks < 3 || s.Repairs != 0 || !s.InPlace || !s.Checked.Equal(last) || time.Since(last) > resync {
@@ -159,16 +171,16 @@ func TestFailures(t *testing.T) {
 		r.Set(Desired{}, true)
 		expectStates(t, states, State{InPlace: true}) // no rules are desired
 		r.Set(both, true)
-		time.Sleep(2 * time.Second) // attempts at 0, 1 and, next, 3 s
+		pass(2 * time.Second) // attempts at 0, 1 and, next, 3 s
 		expectStates(t, states, State{Err: f.missing}, State{Err: f.missing})
 		f.missing, f.refuses = nil, errors.New("refused")
-		time.Sleep(2 * time.Second)
+		pass(2 * time.Second)
 		expectStates(t, states, State{Err: f.refuses})
 		if r.Stats().InPlace {
 			t.Error("what failed is in place")
 		}
 		f.refuses = nil
-		time.Sleep(5 * time.Second)
+		pass(5 * time.Second)
 		expectStates(t, states, State{InPlace: true})
 		for _, text := range []string{`err="no program" operation="Rules"`, `err="refused" operation="Rules"`, `"Recovered" operation="Rules"`} {
 			if n := strings.Count(log.String(), text); n != 1 {
@@ -196,23 +208,23 @@ func (f *fake) intervals(start time.Time) (all []time.Duration) {
 func TestFight(t *testing.T) {
 	run(t, func(t *testing.T, r *Reconciler, f *fake, log *bytes.Buffer, states *[]State) {
 		r.Set(both, true)
-		time.Sleep(2 * ruleCalm)
+		pass(2 * ruleCalm)
 		expectStates(t, states, State{InPlace: true})
 		start := time.Now()
 		f.change()
-		time.Sleep(150 * time.Millisecond)
+		pass(150 * time.Millisecond)
 		f.undoes = true
 		f.change()
-		time.Sleep(time.Second)
+		pass(time.Second)
 		expectStates(t, states)
 		if n := strings.Count(log.String(), `"Restoring the rules" mode="nftables" reason="another program changed them"`); n != 4 {
 			t.Errorf("each of the first changes is logged; %d are:\n%s", n, log)
 		}
-		time.Sleep(time.Second)
+		pass(time.Second)
 		expectStates(t, states, State{InPlace: true, Fight: "nftables"})
-		time.Sleep(2 * resync)
+		pass(2 * resync)
 		f.undoes = false
-		time.Sleep(2 * resync)
+		pass(2 * resync)
 		expectStates(t, states, State{InPlace: true})
 		const ms = time.Millisecond
 		want := []time.Duration{0, 100 * ms, 100 * ms, 200 * ms, 400 * ms, 800 * ms, resync, resync, resync, resync}
@@ -236,7 +248,7 @@ func TestCalm(t *testing.T) {
 	run(t, func(t *testing.T, r *Reconciler, f *fake, log *bytes.Buffer, states *[]State) {
 		r.Set(both, true)
 		for range 10 {
-			time.Sleep(ruleCalm + 10*time.Millisecond)
+			pass(ruleCalm + 10*time.Millisecond)
 			f.change()
 			if f.changed {
 				t.Fatal("the rules are not restored at once")
@@ -255,17 +267,17 @@ func TestShare(t *testing.T) {
 	run(t, func(t *testing.T, r *Reconciler, f *fake, _ *bytes.Buffer, _ *[]State) {
 		r.Set(both, true)
 		f.takes = 200 * time.Millisecond
-		time.Sleep(ruleCalm) // with one check, of what Apply changed
+		pass(ruleCalm) // with one check, of what Apply changed
 		for _, want := range []time.Duration{ruleShare * f.takes, resync} {
 			last := f.checked[len(f.checked)-1]
 			f.change()
-			time.Sleep(resync)
+			pass(resync)
 			if got := f.intervals(last); got[1] != want {
 				t.Errorf("checked after %v, want %v", got[1], want)
 			}
 			f.takes = time.Second
 			f.change()
-			time.Sleep(4 * resync)
+			pass(4 * resync)
 		}
 	})
 }
@@ -275,12 +287,12 @@ func TestModeEndsFight(t *testing.T) {
 	run(t, func(t *testing.T, r *Reconciler, f *fake, _ *bytes.Buffer, states *[]State) {
 		f.undoes = true
 		r.Set(both, false)
-		time.Sleep(resync)
+		pass(resync)
 		expectStates(t, states, State{InPlace: true}, State{InPlace: true, Fight: "iptables"})
 		f.undoes = false
 		r.Set(both, true)
 		expectStates(t, states, State{InPlace: true})
-		time.Sleep(resync)
+		pass(resync)
 		if f.change(); f.changed {
 			t.Error("after the fight, a change is not restored at once")
 		}

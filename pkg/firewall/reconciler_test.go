@@ -7,6 +7,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -17,6 +18,14 @@ import (
 )
 
 const resync = 5 * time.Second
+
+var turn sync.Mutex
+
+// order shows the race detector that the test and Run take turns.
+func order() {
+	turn.Lock()
+	defer turn.Unlock()
+}
 
 // fake is a driver that the test plays.
 type fake struct {
@@ -34,6 +43,7 @@ type fake struct {
 }
 
 func (f *fake) open(_ context.Context, nftables bool) (driver, error) {
+	order()
 	f.opened = append(f.opened, nftables)
 	if f.missing != nil {
 		return nil, f.missing
@@ -42,14 +52,18 @@ func (f *fake) open(_ context.Context, nftables bool) (driver, error) {
 }
 
 func (f *fake) Check(context.Context) (bool, error) {
+	order()
 	f.checked = append(f.checked, time.Now())
 	time.Sleep(f.takes)
+	order()
 	return !f.changed, nil
 }
 
 func (f *fake) Apply(_ context.Context, d Desired) error {
+	order()
 	f.wrote = append(f.wrote, time.Now())
 	time.Sleep(f.applies)
+	order()
 	if f.refuses != nil {
 		return f.refuses
 	}
@@ -74,6 +88,8 @@ func (f *fake) notify() {
 
 // change is what another program does.
 func (f *fake) change() {
+	synctest.Wait()
+	order()
 	f.changed = true
 	f.notify()
 	synctest.Wait()
@@ -94,6 +110,7 @@ func run(t *testing.T, test func(t *testing.T, r *Reconciler, f *fake, log *byte
 			for {
 				select {
 				case s := <-r.States():
+					order()
 					states = append(states, s)
 				case <-done:
 					return
@@ -112,6 +129,7 @@ func run(t *testing.T, test func(t *testing.T, r *Reconciler, f *fake, log *byte
 
 // pass lets time go by, until all goroutines wait again.
 func pass(d time.Duration) {
+	order()
 	synctest.Wait()
 	time.Sleep(d)
 	synctest.Wait()
@@ -130,6 +148,7 @@ func expectStates(t *testing.T, states *[]State, want ...State) {
 		}
 	}
 	*states = nil
+	order()
 }
 
 // The latest rules alone are set, and each Set is answered with a State.

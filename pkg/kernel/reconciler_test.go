@@ -451,7 +451,7 @@ func TestDeviceThatDoesNotFitIsReplaced(t *testing.T) {
 	}
 }
 
-// A lease of other subnets: with the device's only address go its routes.
+// A lease of other subnets: the kernel removes the routes of a device with its only address.
 func TestAddressChanges(t *testing.T) {
 	host(t)
 	r := start(t)
@@ -463,6 +463,13 @@ func TestAddressChanges(t *testing.T) {
 	if got, want := tables(t), strings.Replace(before, "inet 10.5.1.0/32", "inet 10.5.44.0/32", 1); got != want {
 		t.Errorf("want\n%s\ngot\n%s", want, got)
 	}
+	settle(t, r, "all that the removal of the address may have taken is set again", func() bool { return !r.pending() })
+	// Without any address, too, the routes that the kernel has removed with it come back.
+	r.Set("node", slices.Delete(other, 1, 2))
+	settle(t, r, "the routes without the address", func() bool {
+		got := nstest.Run(t, "ip addr show dev flannel.1") + nstest.Run(t, "ip route show dev flannel.1")
+		return !strings.Contains(got, "inet 10.5.44.0") && strings.Contains(got, "10.5.2.0/24 via 10.5.2.0")
+	})
 }
 
 // An IPv4 uplink that goes down takes its routes along without a word, and no

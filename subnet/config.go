@@ -20,8 +20,7 @@ type Config struct {
 	BackendType    string          // Backend's Type; "udp" where there is no Backend
 	Backend        json.RawMessage // the whole Backend object; nil where there is none
 
-	// Warnings are remarks on a configuration that works, such as keys that
-	// mean nothing, one line each.
+	// Warnings are remarks on a configuration that works, such as unknown keys, one line each.
 	Warnings []string
 }
 
@@ -39,12 +38,11 @@ func (c *Config) Each() []Pool {
 // Networks returns the network of each family.
 func (c *Config) Networks() Subnets { return Subnets{c.IPv4.Network, c.IPv6.Network} }
 
-// Fits tells whether a lease has a subnet of each family that is on, and of no
-// other, as the configuration would hand it out.
+// Fits tells whether the configuration allows the subnets: one of each family that is on, and none of any other.
 func (c *Config) Fits(s Subnets) bool { return c.IPv4.Fits(s.IPv4) && c.IPv6.Fits(s.IPv6) }
 
-// configJSON is the document as operators write it. What is said of the keys
-// here is what Documentation/configuration.md says: make docs writes it there.
+// configJSON is the document as operators write it. make docs copies the comments of the keys to
+// Documentation/configuration.md.
 type configJSON struct {
 	// pods have IPv4 addresses
 	EnableIPv4 bool
@@ -98,13 +96,12 @@ var (
 	familyIPv6 = familyRules{"IPv6", "IPv6", isIPv6, 64, 126, "fd00:5::/48"}
 )
 
-// isIPv6 leaves out what is an IPv6 address in form only: IPv4-mapped ones, and
-// those that mean something on one link alone, by their zone.
+// isIPv6 excludes addresses that are IPv6 in form only: IPv4-mapped addresses, and addresses with a zone, which are
+// valid on one link alone.
 func isIPv6(a netip.Addr) bool { return a.Is6() && !a.Is4In6() && a.Zone() == "" }
 
-// ParseConfig reads the configuration, a JSON object. Its errors name the key,
-// the value and what is allowed. How the networks are cut into subnets is left
-// to Divide.
+// ParseConfig reads the configuration, a JSON object. Its errors name the key, the value and what is allowed. Divide
+// checks how the networks are divided into subnets.
 func ParseConfig(data []byte) (*Config, error) {
 	doc := defaults
 	unknown, err := Decode(data, &doc)
@@ -113,7 +110,8 @@ func ParseConfig(data []byte) (*Config, error) {
 	}
 	c := &Config{EnableNFTables: doc.EnableNFTables}
 	for _, key := range unknown {
-		c.Warnings = append(c.Warnings, fmt.Sprintf("unknown key %q is ignored: known are %s", key, strings.Join(Keys(&doc), ", ")))
+		c.Warnings = append(c.Warnings,
+			fmt.Sprintf("unknown key %q is ignored: known are %s", key, strings.Join(Keys(&doc), ", ")))
 	}
 	if !doc.EnableIPv4 && !doc.EnableIPv6 {
 		return nil, errors.New("EnableIPv4 and EnableIPv6 are both false: at least one must be true")
@@ -130,7 +128,8 @@ func ParseConfig(data []byte) (*Config, error) {
 	} {
 		if !f.on {
 			if f.network != "" {
-				c.Warnings = append(c.Warnings, fmt.Sprintf("%sNetwork %s is ignored: Enable%s is false", f.prefix, f.network, f.name))
+				c.Warnings = append(c.Warnings,
+					fmt.Sprintf("%sNetwork %s is ignored: Enable%s is false", f.prefix, f.network, f.name))
 			}
 			continue
 		}
@@ -182,9 +181,9 @@ func backendType(backend json.RawMessage) (string, error) {
 	return b.Type, nil
 }
 
-// Divide checks how the networks are cut into subnets, and fills in what the
-// configuration leaves open. It is for managers that hand out subnets
-// themselves; where somebody else does, SubnetLen and its friends mean nothing.
+// Divide checks how the networks are divided into subnets, and fills in what the configuration leaves open. It is for
+// managers that choose subnets themselves: where the store assigns subnets, SubnetLen, SubnetMin and SubnetMax have no
+// effect.
 func (c *Config) Divide() error {
 	if c.IPv4.Enabled() {
 		if err := c.IPv4.divide(familyIPv4); err != nil {
@@ -198,16 +197,18 @@ func (c *Config) Divide() error {
 }
 
 func (p *Pool) divide(f familyRules) error {
-	// The first subnet is not handed out, since its base is the network's own
-	// address: a network holds four subnets at least, hence two bits more.
+	// The first subnet is not handed out, since its base is the network's own address. A network holds at least four
+	// subnets, hence two bits more.
 	shortest := p.Network.Bits() + 2
 	switch {
 	case shortest > f.maxLen:
-		return fmt.Errorf("%sNetwork %s is too small: /%d is the longest that can be divided", f.prefix, p.Network, f.maxLen-2)
+		return fmt.Errorf("%sNetwork %s is too small: /%d is the longest that can be divided",
+			f.prefix, p.Network, f.maxLen-2)
 	case p.SubnetLen == 0:
 		p.SubnetLen = max(f.defaultLen, shortest)
 	case p.SubnetLen < shortest || p.SubnetLen > f.maxLen:
-		return fmt.Errorf("%sSubnetLen %d does not suit %sNetwork %s: %d to %d are allowed", f.prefix, p.SubnetLen, f.prefix, p.Network, shortest, f.maxLen)
+		return fmt.Errorf("%sSubnetLen %d does not suit %sNetwork %s: %d to %d are allowed",
+			f.prefix, p.SubnetLen, f.prefix, p.Network, shortest, f.maxLen)
 	}
 	if !p.Min.IsValid() {
 		p.Min = last(netip.PrefixFrom(p.Network.Addr(), p.SubnetLen)).Next()
@@ -223,7 +224,8 @@ func (p *Pool) divide(f familyRules) error {
 			return fmt.Errorf("%s%s %s is outside %sNetwork %s", f.prefix, bound.key, bound.addr, f.prefix, p.Network)
 		}
 		if s := netip.PrefixFrom(bound.addr, p.SubnetLen).Masked(); s.Addr() != bound.addr {
-			return fmt.Errorf("%s%s %s is not the base of a /%d subnet: should it be %s?", f.prefix, bound.key, bound.addr, p.SubnetLen, s.Addr())
+			return fmt.Errorf("%s%s %s is not the base of a /%d subnet: should it be %s?",
+				f.prefix, bound.key, bound.addr, p.SubnetLen, s.Addr())
 		}
 	}
 	if p.Max.Less(p.Min) {
@@ -232,10 +234,9 @@ func (p *Pool) divide(f familyRules) error {
 	return nil
 }
 
-// Decode reads a JSON object into the struct that into points to. It returns
-// the object's keys that the struct does not have, sorted, and words its errors
-// for the person who wrote the document. As in encoding/json, the case of a
-// key does not matter.
+// Decode reads a JSON object into the struct that into points to. It returns the object's keys that the struct does not
+// have, sorted. Its errors are for the person who wrote the document. As in encoding/json, the case of a key does not
+// matter.
 func Decode(data []byte, into any) (unknown []string, err error) {
 	if err := json.Unmarshal(data, into); err != nil {
 		var syntax *json.SyntaxError
@@ -269,7 +270,7 @@ func Decode(data []byte, into any) (unknown []string, err error) {
 	return unknown, nil
 }
 
-// Keys returns the names of the keys that Decode knows of for a struct.
+// Keys returns the names of the keys that Decode knows for a struct.
 func Keys(into any) []string {
 	var names []string
 	for _, f := range reflect.VisibleFields(reflect.TypeOf(into).Elem()) {

@@ -13,8 +13,7 @@ import (
 	"github.com/google/renameio/v2"
 )
 
-// Env is the content of subnet.env, the file that CNI plugins, Docker and
-// scripts read to learn of this node's subnet.
+// Env is the content of subnet.env, from which CNI plugins, Docker and scripts learn this node's subnet.
 type Env struct {
 	Networks Subnets // the whole networks
 	Subnets  Subnets // this node's
@@ -22,8 +21,8 @@ type Env struct {
 	IPMasq   bool    // traffic that leaves the network is masqueraded by us
 }
 
-// Format returns the file's text. A subnet is shown by its first address, the
-// one that the node's bridge takes: 10.5.34.1/24.
+// Format returns the file's text. A subnet is written with the address that the node's bridge takes, which is its first
+// one: 10.5.34.1/24.
 func (e Env) Format() []byte {
 	var b bytes.Buffer
 	for _, f := range []struct {
@@ -43,7 +42,7 @@ func (e Env) Format() []byte {
 	return b.Bytes()
 }
 
-// ParseEnv is the inverse of Format. Lines that it does not know are skipped.
+// ParseEnv is the inverse of Format. It skips lines that it does not know.
 func ParseEnv(text []byte) (Env, error) {
 	var e Env
 	lines := bufio.NewScanner(bytes.NewReader(text))
@@ -85,8 +84,8 @@ func envPrefix(text string, family func(netip.Addr) bool) (netip.Prefix, error) 
 	return p.Masked(), nil
 }
 
-// WriteFile replaces the file atomically, mode 0644, creating its directory
-// where needed. A file that already says the same is left alone.
+// WriteFile replaces the file atomically, with mode 0644, and creates its directory where needed. A file that already
+// has this content is left alone.
 func (e Env) WriteFile(path string) error {
 	text := e.Format()
 	if old, err := os.ReadFile(path); err == nil && bytes.Equal(old, text) {
@@ -96,7 +95,8 @@ func (e Env) WriteFile(path string) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return fmt.Errorf("subnet file: %w", err)
 	}
-	if err := renameio.WriteFile(path, text, 0o644, renameio.WithTempDir(dir), renameio.WithStaticPermissions(0o644)); err != nil {
+	err := renameio.WriteFile(path, text, 0o644, renameio.WithTempDir(dir), renameio.WithStaticPermissions(0o644))
+	if err != nil {
 		return fmt.Errorf("subnet file: %w", err)
 	}
 	return nil

@@ -1,6 +1,5 @@
-// Package subnet holds what nodes agree on: the network's configuration, the
-// leases that give each node its subnet, and subnet.env, the file that tells
-// the rest of the node about them.
+// Package subnet holds what nodes agree on: the network's configuration, the leases that give each node its subnet, and
+// subnet.env, the file by which the rest of the node learns its subnet.
 package subnet
 
 import (
@@ -13,8 +12,8 @@ import (
 	"time"
 )
 
-// Subnets are the subnets that one lease grants. They identify the lease; the
-// zero Prefix stands where an address family is off.
+// Subnets are the subnets that one lease grants. They identify the lease. The Prefix of an address family that is off
+// is zero.
 type Subnets struct {
 	IPv4, IPv6 netip.Prefix
 }
@@ -31,15 +30,15 @@ func (s Subnets) String() string {
 	return strings.Join(parts, ",")
 }
 
-// A Lease is a node's claim to its subnets, and what it tells its peers.
+// A Lease gives a node its subnets, and holds what the node publishes for its peers.
 type Lease struct {
 	Subnets
 	Attrs   Attrs
 	Expires time.Time // zero: never
 }
 
-// Attrs are what a node publishes with its lease. Their JSON is the value of
-// the lease's record in etcd, the same as upstream's.
+// Attrs are what a node publishes with its lease. Their JSON is the value of the lease's record in etcd, the same as
+// upstream's.
 type Attrs struct {
 	PublicIP      netip.Addr // invalid where IPv4 is off; "0.0.0.0" in JSON
 	PublicIPv6    netip.Addr // invalid where IPv6 is off; null in JSON
@@ -59,8 +58,7 @@ func (a Attrs) PublicIPs() []netip.Addr {
 	return ips
 }
 
-// Equal tells whether two nodes publish the same. Backend data is compared
-// byte for byte.
+// Equal tells whether a and b are the same. Backend data is compared byte for byte.
 func (a Attrs) Equal(b Attrs) bool {
 	return a.PublicIP == b.PublicIP && a.PublicIPv6 == b.PublicIPv6 && a.BackendType == b.BackendType &&
 		string(a.BackendData) == string(b.BackendData) && string(a.BackendV6Data) == string(b.BackendV6Data)
@@ -93,8 +91,8 @@ func (a Attrs) MarshalJSON() ([]byte, error) {
 	return json.Marshal(r)
 }
 
-// UnmarshalJSON reads a record. An address of the wrong family, or none at
-// all, is an error: such a record cannot be acted upon.
+// UnmarshalJSON reads a record. An address of the wrong family is an error, and so is a record without an address: such
+// a record cannot be used.
 func (a *Attrs) UnmarshalJSON(data []byte) error {
 	var r record
 	if err := json.Unmarshal(data, &r); err != nil {
@@ -106,10 +104,10 @@ func (a *Attrs) UnmarshalJSON(data []byte) error {
 	}
 	got := Attrs{BackendType: r.BackendType, BackendData: present(r.BackendData), BackendV6Data: present(r.BackendV6Data)}
 	var err error
-	if got.PublicIP, err = publicIP("PublicIP", r.PublicIP, netip.Addr.Is4); err != nil {
+	if got.PublicIP, err = publicIP("PublicIP", r.PublicIP, familyIPv4); err != nil {
 		return err
 	}
-	if got.PublicIPv6, err = publicIP("PublicIPv6", v6, isIPv6); err != nil {
+	if got.PublicIPv6, err = publicIP("PublicIPv6", v6, familyIPv6); err != nil {
 		return err
 	}
 	if len(got.PublicIPs()) == 0 {
@@ -119,14 +117,14 @@ func (a *Attrs) UnmarshalJSON(data []byte) error {
 	return nil
 }
 
-// publicIP parses one address of a record; empty or unspecified means none.
-func publicIP(key, text string, family func(netip.Addr) bool) (netip.Addr, error) {
+// publicIP parses an address of a record; an empty or unspecified one means none.
+func publicIP(key, text string, family family) (netip.Addr, error) {
 	if text == "" {
 		return netip.Addr{}, nil
 	}
 	ip, err := netip.ParseAddr(text)
-	if err != nil || !family(ip) {
-		return netip.Addr{}, fmt.Errorf("%s %q is not such an address", key, text)
+	if err != nil || !family.is(ip) {
+		return netip.Addr{}, fmt.Errorf("%s %q is not an %s address", key, text, family.name)
 	}
 	if ip.IsUnspecified() {
 		return netip.Addr{}, nil

@@ -5,9 +5,8 @@ import (
 	"slices"
 )
 
-// A Pool is one address family's share of the configuration: its network and
-// how that is cut into subnets of one length. The zero Pool is a family that
-// is off.
+// A Pool is the part of the configuration for one address family: its network, and how the network is divided into
+// subnets of one length. The zero Pool is a family that is off.
 type Pool struct {
 	Network   netip.Prefix
 	SubnetLen int        // prefix length of a node's subnet
@@ -17,8 +16,8 @@ type Pool struct {
 // Enabled tells whether the family is on.
 func (p Pool) Enabled() bool { return p.Network.IsValid() }
 
-// Fits tells whether a node may hold the subnet under this configuration. A
-// family that is off fits no subnet but the zero one.
+// Fits tells whether a node may hold the subnet under this configuration. Only the zero subnet fits a family that is
+// off.
 func (p Pool) Fits(s netip.Prefix) bool {
 	if !p.Enabled() || !s.IsValid() {
 		return p.Enabled() == s.IsValid()

@@ -6,9 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"strings"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
-	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/subnet"
 )
@@ -37,12 +37,13 @@ func (m *Manager) Acquire(ctx context.Context, cfg *subnet.Config, want subnet.L
 		}
 		c := choose(records, cfg, want, m.wrote, rand.IntN)
 		for _, r := range c.unfit {
-			m.warnOnce(r.key+" unfit", r.changed, fmt.Sprintf("The reservation %s is for this node, but does not suit the network's configuration or overlaps another lease: it is not used", r.key))
+			m.logOnce(r.key+" unfit", r.changed, nil, "The reservation of this node cannot be used", "key", r.key,
+				"reason", "it does not fit the network's configuration, or overlaps another lease")
 		}
 		switch {
 		case len(c.drop) > 0:
 			for _, r := range c.drop {
-				klog.Infof("The lease of %v, which this node had, is of no use any more: deleting %s", r.subnets, r.key)
+				m.log.Info("Deleting a lease that this node no longer needs", "subnet", r.subnets, "key", r.key)
 				if err := m.remove(ctx, r); err != nil {
 					return subnet.Lease{}, err
 				}
@@ -63,33 +64,36 @@ func (m *Manager) Acquire(ctx context.Context, cfg *subnet.Config, want subnet.L
 				return subnet.Lease{}, err
 			}
 			if ok {
-				// Taken up by the next turn, if no older lease overlaps it.
+				// The next turn takes it, if no older lease overlaps it.
 				m.wrote = r
 				continue
 			}
 		default:
 			if !full {
 				full = true
-				klog.Errorf("No subnet is free: %s. Delete the leases of nodes that are no more (etcdctl get --prefix %s; etcdctl del KEY), or enlarge the network in %s. Waiting for a lease to go",
-					fullness(cfg, len(records)), m.subnetsPrefix(), m.configKey())
+				m.log.Error(nil, "No subnet is free; waiting until a lease is deleted",
+					"leases", len(records), "subnets", describePools(cfg),
+					"fix", fmt.Sprintf("delete the leases of nodes that no longer exist (etcdctl get --prefix %s; etcdctl del KEY), "+
+						"or enlarge the network in %s", m.subnetsPrefix(), m.configKey()))
 			}
-			if err := m.await(ctx, at, []string{m.subnetsPrefix()}, clientv3.WithPrefix(), clientv3.WithFilterPut()); err != nil {
+			deletions := []clientv3.OpOption{clientv3.WithPrefix(), clientv3.WithFilterPut()}
+			if err := m.awaitChange(ctx, at, []string{m.subnetsPrefix()}, deletions...); err != nil {
 				return subnet.Lease{}, err
 			}
 			continue
 		}
-		// Somebody was faster.
+		// Another node was faster.
 		if err := pause.Sleep(ctx); err != nil {
 			return subnet.Lease{}, err
 		}
 	}
 }
 
-// fullness says how much is taken of what.
-func fullness(cfg *subnet.Config, leases int) string {
-	text := fmt.Sprintf("leases in use: %d", leases)
+// describePools returns the subnets that there are, such as "/24 from 10.5.1.0 to 10.5.255.0".
+func describePools(cfg *subnet.Config) string {
+	var pools []string
 	for _, p := range cfg.Each() {
-		text += fmt.Sprintf("; subnets of %v: /%d from %v to %v", p.Network, p.SubnetLen, p.Min, p.Max)
+		pools = append(pools, fmt.Sprintf("/%d from %v to %v", p.SubnetLen, p.Min, p.Max))
 	}
-	return text
+	return strings.Join(pools, ", ")
 }

@@ -8,30 +8,26 @@ import (
 	"github.com/flanneld/flanneld/subnet"
 )
 
-// A choice is what to do to get a lease, given all records. Steps come in this
-// order: where there is something to drop, that is done, and chosen again.
+// A choice is what to do to get a lease, given all records. If there is something to drop, that is done first, and then
+// the choice is made again.
 type choice struct {
-	drop   []record       // our own, of no use
-	unfit  []record       // reservations for us that cannot be used: to be warned of
-	take   record         // ours, to be taken up, if it exists
-	create subnet.Subnets // else free ones, to be created; zero when there are none
+	drop   []record       // our own, which cannot be used
+	unfit  []record       // reservations for us that cannot be used: the operator is to know
+	take   record         // our own, which we take if it exists
+	create subnet.Subnets // else free subnets, whose record we create; zero when there are none
 }
 
-// freeEnough is how many free subnets the random pick is among: upstream's
-// number, enough that nodes which start together rarely collide.
+// freeEnough is how many free subnets the random pick is made from. The number is upstream's: it is enough that nodes
+// which start together rarely collide.
 const freeEnough = 100
 
-// choose decides which subnets the node takes that wants to publish want, and
-// had want.Subnets before. Wrote is what this process knows to be its own,
-// whatever public address it carries. pick returns a number below n.
+// choose decides which subnets the node takes that wants to publish want, and had want.Subnets before. Wrote is the
+// record that this process wrote last, whatever public address it carries. Pick returns a number below n.
 func choose(records []record, cfg *subnet.Config, want subnet.Lease, wrote record, pick func(n int) int) choice {
-	ours := func(r record) bool {
-		return r.valid && sameNode(r.attrs, want.Attrs) || r.key == wrote.key && r.changed == wrote.changed
-	}
 	var c choice
 	var own, others, usable []record
 	for _, r := range records {
-		if ours(r) {
+		if r.valid && sameNode(r.attrs, want.Attrs) || r.key == wrote.key && r.changed == wrote.changed {
 			own = append(own, r)
 		} else {
 			others = append(others, r)
@@ -47,37 +43,45 @@ func choose(records []record, cfg *subnet.Config, want subnet.Lease, wrote recor
 			c.drop = append(c.drop, r)
 		}
 	}
-	if len(usable) > 0 {
-		best := slices.MinFunc(usable, func(a, b record) int {
-			for _, prefer := range []func(record) bool{
-				record.reserved,
-				func(r record) bool { return r.subnets == want.Subnets },
-				func(r record) bool { return r.key == wrote.key },
-			} {
-				if prefer(a) != prefer(b) {
-					if prefer(a) {
-						return -1
-					}
-					return 1
+	if len(usable) == 0 {
+		c.create = freeSubnets(records, cfg, want.Subnets, pick)
+		return c
+	}
+	c.take = preferred(usable, want.Subnets, wrote)
+	for _, r := range usable {
+		if r.key != c.take.key && !r.reserved() {
+			c.drop = append(c.drop, r)
+		}
+	}
+	return c
+}
+
+// preferred returns the record that the node takes, of several of its own: a reservation before the wanted subnets,
+// those before the record that it wrote, and then the oldest record.
+func preferred(own []record, want subnet.Subnets, wrote record) record {
+	return slices.MinFunc(own, func(a, b record) int {
+		for _, prefer := range []func(record) bool{
+			record.reserved,
+			func(r record) bool { return r.subnets == want },
+			func(r record) bool { return r.key == wrote.key },
+		} {
+			if prefer(a) != prefer(b) {
+				if prefer(a) {
+					return -1
 				}
-			}
-			return cmp.Compare(a.created, b.created)
-		})
-		c.take = best
-		for _, r := range usable {
-			if r.key != best.key && !r.reserved() {
-				c.drop = append(c.drop, r)
+				return 1
 			}
 		}
-		return c
-	}
+		return cmp.Compare(a.created, b.created)
+	})
+}
 
-	free := func(s subnet.Subnets) bool {
-		return !slices.ContainsFunc(records, func(r record) bool { return r.overlaps(s) })
-	}
-	if len(want.Each()) > 0 && cfg.Fits(want.Subnets) && free(want.Subnets) {
-		c.create = want.Subnets
-		return c
+// freeSubnets returns the wanted subnets, if they fit and are free, or else free subnets at random. It returns the zero
+// Subnets when there are none.
+func freeSubnets(records []record, cfg *subnet.Config, want subnet.Subnets, pick func(n int) int) subnet.Subnets {
+	overlaps := func(r record) bool { return r.overlaps(want) }
+	if len(want.Each()) > 0 && cfg.Fits(want) && !slices.ContainsFunc(records, overlaps) {
+		return want
 	}
 	var random subnet.Subnets
 	for _, family := range []struct {
@@ -99,18 +103,16 @@ func choose(records []record, cfg *subnet.Config, want subnet.Lease, wrote recor
 		}
 		free := family.pool.Free(taken, freeEnough)
 		if len(free) == 0 {
-			return c
+			return subnet.Subnets{}
 		}
 		*family.into = free[pick(len(free))]
 	}
-	c.create = random
-	return c
+	return random
 }
 
-// oldest tells that none of the other nodes' records that shares an address
-// with r was there before it. Keys keep two nodes from creating the same
-// subnets, but not from creating different ones that overlap: a dual-stack key
-// holds two subnets, and configurations change. The newer one gives way.
+// oldest tells whether r is older than all of the other nodes' records that share an address with it. Keys keep two
+// nodes from creating the same subnets, but not from creating different subnets that overlap: a dual-stack key holds
+// two subnets, and configurations change. The younger record gives way.
 func oldest(r record, others []record) bool {
 	return !slices.ContainsFunc(others, func(o record) bool { return o.created < r.created && o.overlaps(r.subnets) })
 }

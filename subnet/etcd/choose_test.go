@@ -18,7 +18,7 @@ import (
 // of the address a value that makes no sense.
 func records(t *testing.T, text string) []record {
 	t.Helper()
-	m := &Manager{options: Options{Prefix: "/net"}, warned: map[string]int64{}}
+	m := &Manager{options: Options{Prefix: "/net"}, logged: map[string]int64{}}
 	var all []record
 	for line := range strings.Lines(text) {
 		f := strings.Fields(line)
@@ -239,7 +239,7 @@ func TestFate(t *testing.T) {
 	twin.BackendType = "host-gw"
 	for name, c := range map[string]struct {
 		now  record
-		want fate
+		want recordState
 	}{
 		"gone":           {record{}, deleted},
 		"as it was":      {is(own), intact},
@@ -248,7 +248,7 @@ func TestFate(t *testing.T) {
 		"not a record":   {record{value: []byte("nonsense"), created: 1}, overwritten},
 		"an empty value": {record{created: 1}, overwritten},
 	} {
-		if got := fateOf(c.now, own, value); got != c.want {
+		if got := stateOf(c.now, own, value); got != c.want {
 			t.Errorf("%s: got %d, want %d", name, got, c.want)
 		}
 	}
@@ -256,7 +256,7 @@ func TestFate(t *testing.T) {
 
 // Reading the records of a large cluster must not be what takes time.
 func BenchmarkParse20000(b *testing.B) {
-	m := &Manager{options: Options{Prefix: "/coreos.com/network"}, warned: map[string]int64{}}
+	m := &Manager{options: Options{Prefix: "/coreos.com/network"}, logged: map[string]int64{}}
 	var kvs []*mvccpb.KeyValue
 	for i := range 20000 {
 		kvs = append(kvs, &mvccpb.KeyValue{

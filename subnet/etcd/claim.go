@@ -3,20 +3,18 @@ package etcd
 import (
 	"context"
 	"encoding/json"
-	"fmt"
 	"net/netip"
 	"slices"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
-	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/subnet"
 )
 
-// A holder is a node that is alive on a public address. Its exported fields are
-// the value of the key under nodes, in JSON.
+// A holder is a node that is alive on a public address. Its exported fields are the value of the key under nodes, in
+// JSON.
 type holder struct {
 	Identity string    // of the machine, see Options
 	Hostname string    // for people
@@ -25,16 +23,11 @@ type holder struct {
 	ip      netip.Addr
 	key     string
 	changed int64            // revision; zero: nobody holds the address
-	lease   clientv3.LeaseID // clientv3.NoLease where somebody wrote it by hand
+	lease   clientv3.LeaseID // clientv3.NoLease where somebody wrote the key by hand
 }
 
-func (h holder) String() string {
-	who := fmt.Sprintf("node %q", h.Hostname)
-	if h.Hostname == "" {
-		who = "another node"
-	}
-	return fmt.Sprintf("%s holds the public address %s (etcd key %s)", who, h.ip, h.key)
-}
+// isOther tells whether another node than the one with this identity holds the address.
+func (h holder) isOther(identity string) bool { return h.changed != 0 && h.Identity != identity }
 
 // A claim is what a running daemon holds on its public addresses.
 type claim struct {
@@ -42,86 +35,71 @@ type claim struct {
 	lease clientv3.LeaseID
 }
 
-// claimAll claims the node's public addresses, and waits for any other node that
-// holds one to go.
+// claimAll claims the node's public addresses, and waits until no other node holds one of them.
 func (m *Manager) claimAll(ctx context.Context, ips []netip.Addr) error {
-	said := ""
+	var logged holder
 	for {
 		other, at, err := m.tryClaim(ctx, ips)
-		if err != nil {
+		switch {
+		case err != nil:
 			return err
-		}
-		if other == nil {
-			if said != "" {
-				klog.Info("The public address is free now")
-			}
+		case other == nil && logged.changed != 0:
+			m.log.Info("The public address is free now", "addresses", ips)
+			return nil
+		case other == nil:
 			return nil
 		}
-		if who := other.String() + other.Identity; said != who {
-			said = who
-			advice := ""
-			if other.lease == clientv3.NoLease {
-				advice = fmt.Sprintf(" If no such node exists: etcdctl del %s.", other.key)
-			}
-			klog.Errorf("%v. Two nodes cannot share one public address: give this one its own with --iface, --iface-regex, --iface-can-reach or --public-ip. "+
-				"This is what happens on machines behind NAT where every node has the same address, such as 10.0.2.15.%s Waiting for the other node to go", other, advice)
+		if other.Identity != logged.Identity || other.ip != logged.ip || logged.changed == 0 {
+			logged = *other
+			m.logHolder(logged)
 		}
-		if err := m.await(ctx, at, []string{other.key}); err != nil {
+		if err := m.awaitChange(ctx, at, []string{other.key}); err != nil {
 			return err
 		}
 	}
 }
 
-// tryClaim claims the addresses, all or none. When another node holds one it
-// returns that, and the moment from which to wait for a change.
-func (m *Manager) tryClaim(ctx context.Context, ips []netip.Addr) (*holder, moment, error) {
-	value, err := json.Marshal(holder{Identity: m.options.Identity, Hostname: m.hostname, Since: time.Now().UTC().Truncate(time.Second)})
+// logHolder logs that another node holds our public address, and what to do about it.
+func (m *Manager) logHolder(h holder) {
+	fix := "Give this node an address of its own with --iface, --iface-regex, --iface-can-reach or --public-ip. " +
+		"Machines behind NAT may all have the same address, such as 10.0.2.15"
+	if h.lease == clientv3.NoLease {
+		fix += ". If no such node exists: etcdctl del " + h.key
+	}
+	m.log.Error(nil, "Another node holds the public address; waiting until it is free",
+		"address", h.ip, "hostname", h.Hostname, "key", h.key, "fix", fix)
+}
+
+// tryClaim claims all of the addresses, or none. When another node holds an address, tryClaim returns this node, and
+// the point from which to watch for a change.
+func (m *Manager) tryClaim(ctx context.Context, ips []netip.Addr) (*holder, watchPoint, error) {
+	now := time.Now().UTC().Truncate(time.Second)
+	value, err := json.Marshal(holder{Identity: m.options.Identity, Hostname: m.hostname, Since: now})
 	if err != nil {
-		return nil, moment{}, err
+		return nil, watchPoint{}, err
 	}
 	pause := subnet.Backoff()
 	for {
 		holders, at, err := m.holders(ctx, ips)
 		if err != nil {
-			return nil, moment{}, err
+			return nil, watchPoint{}, err
 		}
 		for _, h := range holders {
-			// Our own identity is what an earlier run of this daemon left.
-			if h.stranger(m.options.Identity) {
+			// A claim with our own identity is left from an earlier run of this daemon.
+			if h.isOther(m.options.Identity) {
 				return &h, at, nil
 			}
 		}
 		lease, _, err := m.grant(ctx, claimTTL)
 		if err != nil {
-			return nil, moment{}, err
+			return nil, watchPoint{}, err
 		}
-		var unchanged []clientv3.Cmp
-		var puts, gets []clientv3.Op
-		for i, ip := range ips {
-			key := m.nodeKey(ip)
-			unchanged = append(unchanged, clientv3.Compare(clientv3.ModRevision(key), "=", holders[i].changed))
-			puts = append(puts, clientv3.OpPut(key, string(value), clientv3.WithLease(lease)))
-			gets = append(gets, clientv3.OpGet(key))
-		}
-		won := false
-		_, err = m.do(ctx, "claim the public address", func(ctx context.Context, c *clientv3.Client) (*pb.ResponseHeader, error) {
-			answer, err := c.Txn(ctx).If(unchanged...).Then(puts...).Else(gets...).Commit()
-			if err != nil {
-				return nil, err
-			}
-			won = answer.Succeeded
-			if !won {
-				// Perhaps by ourselves: the answer of an earlier attempt was lost.
-				kvs := answer.Responses[0].GetResponseRange().Kvs
-				won = len(kvs) == 1 && clientv3.LeaseID(kvs[0].Lease) == lease
-			}
-			return answer.Header, nil
-		})
+		won, err := m.writeClaim(ctx, holders, string(value), lease)
 		if err != nil {
-			return nil, moment{}, err
+			return nil, watchPoint{}, err
 		}
 		if won {
-			m.release() // the earlier one, if there is
+			m.release() // the earlier claim, if there is one
 			m.mu.Lock()
 			m.claim = &claim{ips, lease}
 			m.mu.Unlock()
@@ -129,9 +107,37 @@ func (m *Manager) tryClaim(ctx context.Context, ips []netip.Addr) (*holder, mome
 		}
 		m.revoke(lease)
 		if err := pause.Sleep(ctx); err != nil {
-			return nil, moment{}, err
+			return nil, watchPoint{}, err
 		}
 	}
+}
+
+// writeClaim writes the keys of all holders, unless one of the keys has changed since it was read.
+func (m *Manager) writeClaim(ctx context.Context, holders []holder, value string, lease clientv3.LeaseID) (
+	won bool, err error,
+) {
+	var unchanged []clientv3.Cmp
+	var puts, gets []clientv3.Op
+	for _, h := range holders {
+		unchanged = append(unchanged, clientv3.Compare(clientv3.ModRevision(h.key), "=", h.changed))
+		puts = append(puts, clientv3.OpPut(h.key, value, clientv3.WithLease(lease)))
+		gets = append(gets, clientv3.OpGet(h.key))
+	}
+	write := func(ctx context.Context, c *clientv3.Client) (*pb.ResponseHeader, error) {
+		answer, err := c.Txn(ctx).If(unchanged...).Then(puts...).Else(gets...).Commit()
+		if err != nil {
+			return nil, err
+		}
+		won = answer.Succeeded
+		if !won {
+			// We may have changed the key ourselves: the answer to an earlier attempt was lost.
+			kvs := answer.Responses[0].GetResponseRange().Kvs
+			won = len(kvs) == 1 && clientv3.LeaseID(kvs[0].Lease) == lease
+		}
+		return answer.Header, nil
+	}
+	_, err = m.do(ctx, "claim the public address", write)
+	return won, err
 }
 
 // release gives up the claim, if there is one.
@@ -145,29 +151,28 @@ func (m *Manager) release() {
 	}
 }
 
-// keepClaim renews the claim, if there is one.
-func (m *Manager) keepClaim() {
+// renewClaim renews the claim, if there is one.
+func (m *Manager) renewClaim() {
 	m.mu.Lock()
 	c := m.claim
 	m.mu.Unlock()
 	if c == nil {
 		return
 	}
-	ttl, err := m.renew(m.ctx, "keep the claim to the public address", c.lease)
+	ttl, err := m.renew(m.ctx, "renew the claim on the public address", c.lease)
 	if err != nil || ttl > 0 {
 		return
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.claim == c {
-		// It did not survive an outage, or etcd knows nothing of it any more:
-		// then who can say what else is not what it was.
+		// The claim ended during an outage, or etcd has lost it. In the second case, etcd may have lost everything else.
 		m.claim = nil
-		m.renounce()
+		m.invalidate()
 	}
 }
 
-// held returns the claim to the addresses; nil when there is none, or it ran out.
+// held returns the claim on the addresses; nil when there is none, or it has ended.
 func (m *Manager) held(ips []netip.Addr) *claim {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -178,27 +183,28 @@ func (m *Manager) held(ips []netip.Addr) *claim {
 }
 
 // holders reads who holds each of the addresses.
-func (m *Manager) holders(ctx context.Context, ips []netip.Addr) ([]holder, moment, error) {
+func (m *Manager) holders(ctx context.Context, ips []netip.Addr) ([]holder, watchPoint, error) {
 	var gets []clientv3.Op
 	for _, ip := range ips {
 		gets = append(gets, clientv3.OpGet(m.nodeKey(ip)))
 	}
 	var answer *clientv3.TxnResponse
-	at, err := m.do(ctx, "see who holds the public address", func(ctx context.Context, c *clientv3.Client) (h *pb.ResponseHeader, err error) {
+	read := func(ctx context.Context, c *clientv3.Client) (h *pb.ResponseHeader, err error) {
 		if answer, err = c.Txn(ctx).Then(gets...).Commit(); err != nil {
 			return nil, err
 		}
 		return answer.Header, nil
-	})
+	}
+	at, err := m.do(ctx, "read who holds the public address", read)
 	if err != nil {
-		return nil, moment{}, err
+		return nil, watchPoint{}, err
 	}
 	holders := make([]holder, len(ips))
 	for i, ip := range ips {
 		h := &holders[i]
 		for _, kv := range answer.Responses[i].GetResponseRange().Kvs { // one at most
 			if err := json.Unmarshal(kv.Value, h); err != nil {
-				*h = holder{} // it is held all the same
+				*h = holder{} // the address is held all the same
 			}
 			h.changed, h.lease = kv.ModRevision, clientv3.LeaseID(kv.Lease)
 		}
@@ -206,6 +212,3 @@ func (m *Manager) holders(ctx context.Context, ips []netip.Addr) ([]holder, mome
 	}
 	return holders, at, nil
 }
-
-// stranger tells that another node holds the address.
-func (h holder) stranger(identity string) bool { return h.changed != 0 && h.Identity != identity }

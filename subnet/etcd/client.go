@@ -23,9 +23,8 @@ import (
 
 type clientConfig = clientv3.Config
 
-// newClientConfig turns the options into the client's. The client knows nothing
-// of the user: see connection.
-func newClientConfig(o Options, files *tlsFiles, dialer *iface.Dialer) (clientConfig, error) {
+// newClientConfig returns the client's configuration. The client does not know the user: see connection.
+func newClientConfig(log klog.Logger, o Options, files *tlsFiles, dialer *iface.Dialer) (clientConfig, error) {
 	if len(o.Endpoints) == 0 {
 		return clientConfig{}, errors.New("--etcd-endpoints is empty: give at least one, such as http://127.0.0.1:2379")
 	}
@@ -34,7 +33,7 @@ func newClientConfig(o Options, files *tlsFiles, dialer *iface.Dialer) (clientCo
 		scheme, _, found := strings.Cut(e, "://")
 		switch {
 		case e == "" || strings.ContainsAny(e, " \t"):
-			return clientConfig{}, fmt.Errorf("--etcd-endpoints: %q is no endpoint such as http://127.0.0.1:2379", e)
+			return clientConfig{}, fmt.Errorf("--etcd-endpoints: %q is not an endpoint such as http://127.0.0.1:2379", e)
 		case scheme == "http" || scheme == "unix":
 		case scheme == "https" || scheme == "unixs" || !found: // without a scheme: TLS if there is a file
 			secure[i] = true
@@ -46,45 +45,48 @@ func newClientConfig(o Options, files *tlsFiles, dialer *iface.Dialer) (clientCo
 		return clientConfig{}, errors.New("--etcd-username and --etcd-password go together: one of them is missing")
 	}
 	if files != nil && !slices.Contains(secure, true) {
-		klog.Warning("--etcd-cafile, --etcd-certfile and --etcd-keyfile are of use only with endpoints that begin with https://")
+		log.Error(nil, "The TLS files are not used", "flags", "--etcd-cafile, --etcd-certfile, --etcd-keyfile",
+			"reason", "no endpoint begins with https://", "endpoints", o.Endpoints)
 	}
 	options := []grpc.DialOption{
 		grpc.WithConnectParams(grpc.ConnectParams{
-			// See hasten.
-			Backoff:           backoff.Config{BaseDelay: 500 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Minute},
+			// See shortenPauses.
+			Backoff: backoff.Config{
+				BaseDelay: 500 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Minute,
+			},
 			MinConnectTimeout: 5 * time.Second,
 		}),
 		grpc.WithChainUnaryInterceptor(failFast),
 		grpc.WithContextDialer(dial(dialer)),
 	}
-	if files != nil && secure[0] { // the client goes by the first endpoint, too
+	if files != nil && secure[0] { // the client decides by the first endpoint, too
 		options = append(options, grpc.WithTransportCredentials(newTransport(files)))
 	}
 	return clientConfig{
 		Endpoints:   o.Endpoints,
 		DialTimeout: requestTimeout,
-		Context:     context.Background(), // Close must still be able to say goodbye
-		// A server that vanished without closing the connection is given up
-		// after the sum of these. Servers do not accept more than a ping in 5 s.
+		Context:     context.Background(), // Close has requests of its own
+		// A server that vanished without closing the connection is given up after the sum of these. Servers do not accept
+		// more than one ping in 5 s.
 		DialKeepAliveTime:    10 * time.Second,
 		DialKeepAliveTimeout: 5 * time.Second,
-		// Requests are repeated by do, which also logs why. The second attempt
-		// here is for the endpoint next to one that fails.
+		// Requests are repeated by do, which also logs why. The second attempt here uses the next endpoint after one that
+		// fails.
 		MaxUnaryRetries: 2,
-		Logger:          zap.New(zapcore.NewCore(zapcore.NewConsoleEncoder(zapcore.EncoderConfig{MessageKey: "msg"}), toKlog{}, zap.DebugLevel)),
-		DialOptions:     options,
+		Logger: zap.New(zapcore.NewCore(
+			zapcore.NewConsoleEncoder(zapcore.EncoderConfig{MessageKey: "msg"}), toKlog{log}, zap.DebugLevel)),
+		DialOptions: options,
 	}, nil
 }
 
-// failFast has requests fail at once when no server can be reached, with the
-// reason. By default the client lets them wait until they run out of time, and
-// then says no more than that.
-func failFast(ctx context.Context, method string, req, reply any, conn *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+// failFast makes requests fail at once, with the reason, when no server can be reached. By default the client lets
+// requests wait until their time is over, and its error has no reason.
+func failFast(ctx context.Context, method string, req, reply any, conn *grpc.ClientConn, invoke grpc.UnaryInvoker,
+	opts ...grpc.CallOption) error {
 	return invoke(ctx, method, req, reply, conn, append(opts, grpc.WaitForReady(false))...)
 }
 
-// dial connects in the way that gRPC wants it: to "host:port", or to a socket's
-// path behind "unix://".
+// dial connects to gRPC's targets: to "host:port", or to a socket's path behind "unix://".
 func dial(d *iface.Dialer) func(context.Context, string) (net.Conn, error) {
 	return func(ctx context.Context, target string) (net.Conn, error) {
 		if path, ok := strings.CutPrefix(target, "unix://"); ok {
@@ -94,26 +96,23 @@ func dial(d *iface.Dialer) func(context.Context, string) (net.Conn, error) {
 	}
 }
 
-// toKlog lets the client's own log, which is for its developers, appear at
-// verbosity 4.
-type toKlog struct{}
+// toKlog logs the client's own log, which is for its developers, at verbosity 4.
+type toKlog struct{ log klog.Logger }
 
-func (toKlog) Write(line []byte) (int, error) {
-	klog.V(4).Infof("etcd client: %s", strings.TrimSuffix(string(line), "\n"))
+func (k toKlog) Write(line []byte) (int, error) {
+	k.log.V(4).Info("Message of the etcd client", "message", strings.TrimSuffix(string(line), "\n"))
 	return len(line), nil
 }
 
 func (toKlog) Sync() error { return nil }
 
-// hastenEvery bounds how long gRPC's pauses grow while no server can be reached:
-// from half a second to some four.
-const hastenEvery = 10 * time.Second
+// resetPausesEvery bounds how long gRPC's pauses grow while no server can be reached: from half a second to about four.
+const resetPausesEvery = 10 * time.Second
 
-// hasten has gRPC start its pauses anew, time and again, while no server can be
-// reached. As long as one can, others are tried less and less often: of the two
-// endpoints that are the default, there is mostly one only, for good.
-func hasten(ctx context.Context, c channel) {
-	pause := retry.Backoff{First: hastenEvery, Most: hastenEvery, Jitter: true} // lest all nodes come at once
+// shortenPauses resets gRPC's pauses again and again while no server can be reached. While one server can be reached,
+// the pauses before attempts at the others keep growing: mostly, only one of the two default endpoints exists.
+func shortenPauses(ctx context.Context, c channel) {
+	pause := retry.Backoff{First: resetPausesEvery, Most: resetPausesEvery, Jitter: true} // not all nodes at once
 	for ctx.Err() == nil {
 		if state := c.GetState(); state != connectivity.TransientFailure {
 			c.WaitForStateChange(ctx, state)
@@ -124,7 +123,7 @@ func hasten(ctx context.Context, c channel) {
 	}
 }
 
-// channel is the part of a grpc.ClientConn that hasten needs.
+// channel is the part of a grpc.ClientConn that shortenPauses needs.
 type channel interface {
 	GetState() connectivity.State
 	WaitForStateChange(context.Context, connectivity.State) bool

@@ -17,6 +17,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/status"
+	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/pkg/retry"
 	"github.com/flanneld/flanneld/subnet"
@@ -35,8 +36,8 @@ func TestOptionsThatCannotWork(t *testing.T) {
 		want    string
 	}{
 		{Options{}, "--etcd-endpoints is empty: give at least one, such as http://127.0.0.1:2379"},
-		{Options{Endpoints: []string{"http://127.0.0.1:2379", ""}}, `--etcd-endpoints: "" is no endpoint such as http://127.0.0.1:2379`},
-		{Options{Endpoints: []string{" http://127.0.0.1:2379"}}, `--etcd-endpoints: " http://127.0.0.1:2379" is no endpoint such as http://127.0.0.1:2379`},
+		{Options{Endpoints: []string{"http://127.0.0.1:2379", ""}}, `--etcd-endpoints: "" is not an endpoint such as http://127.0.0.1:2379`},
+		{Options{Endpoints: []string{" http://127.0.0.1:2379"}}, `--etcd-endpoints: " http://127.0.0.1:2379" is not an endpoint such as http://127.0.0.1:2379`},
 		{Options{Endpoints: []string{"ftp://127.0.0.1"}}, `--etcd-endpoints: "ftp://127.0.0.1" begins neither with http:// nor with https://`},
 		{Options{Endpoints: https, Username: "flannel"}, "--etcd-username and --etcd-password go together: one of them is missing"},
 		{Options{Endpoints: https, CAFile: missing}, "--etcd-cafile: open " + missing + ": no such file or directory"},
@@ -138,17 +139,17 @@ func TestQueue(t *testing.T) {
 // A request that its caller gave up says nothing of whether the client gets
 // answers.
 func TestGivenUp(t *testing.T) {
-	c := newConnection(clientConfig{Endpoints: []string{"http://127.0.0.1:1"}}, "", "")
+	c := newConnection(klog.Logger{}, clientConfig{Endpoints: []string{"http://127.0.0.1:1"}}, "", "")
 	defer c.close()
-	c.silent = 1
+	c.unanswered = 1
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 	defer cancel()
 	c.attempt(ctx, func(ctx context.Context, _ *clientv3.Client) error {
 		<-ctx.Done()
 		return ctx.Err()
 	})
-	if c.silent != 1 {
-		t.Errorf("%d requests in a row count as not answered", c.silent)
+	if c.unanswered != 1 {
+		t.Errorf("%d requests in a row count as not answered", c.unanswered)
 	}
 }
 
@@ -176,7 +177,7 @@ func TestHasten(t *testing.T) {
 		s.resets = make([]int, len(s.states))
 		ctx, cancel := context.WithTimeout(t.Context(), 6*time.Minute)
 		defer cancel()
-		hasten(ctx, s)
+		shortenPauses(ctx, s)
 		for i, resets := range s.resets {
 			least, most := 0, 1 // one may be under way when the state changes
 			if s.states[i] == connectivity.TransientFailure {

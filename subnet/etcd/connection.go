@@ -13,43 +13,39 @@ import (
 	"k8s.io/klog/v2"
 )
 
-// silences is after how many requests in a row without an answer a client is
-// thrown away.
-const silences = 2
+// maxUnanswered is how many requests in a row may get no answer before the client is replaced.
+const maxUnanswered = 2
 
-// A connection is what all goroutines use to talk to etcd: a client, and the
-// token that shows who we are.
+// A connection is what all goroutines use to send requests to etcd: a client, and the token of our login.
 //
-// The client could log in itself. But then it sends its request for a token with
-// the token that it has, which etcd 3.4 refuses once that token has expired; so
-// the client asks for a token again, without end and without a pause. And it
-// keeps a watch's stream, with the token from when the stream began, for watches
-// that begin later. Here the token is in the context of a request. The client
-// has a stream of its own for each kind of context, and so for each token.
+// The client could log in by itself. But it sends its request for a token with the token that it has, which etcd 3.4
+// refuses once the token has expired: the client then repeats the request without end and without a pause. It also uses
+// the stream of an earlier watch, which has the token of that time, for watches that begin later. Here the token is in
+// the context of a request: the client has a stream for each kind of context, and so for each token.
 type connection struct {
+	log                klog.Logger
 	config             clientConfig
 	username, password string
 
 	turn chan struct{} // one element: the right to log in
 
-	mu      sync.Mutex
-	client  *clientv3.Client // nil: made when somebody needs it
-	silent  int              // requests in a row that got no answer
-	in      bool             // logged in
-	token   string           // "" where etcd wants none
-	closed  bool
-	running sync.WaitGroup
+	mu         sync.Mutex
+	client     *clientv3.Client // nil: made when a request needs it
+	unanswered int              // requests in a row
+	loggedIn   bool
+	token      string // "" where etcd requires none
+	closed     bool
+	running    sync.WaitGroup
 }
 
-func newConnection(config clientConfig, username, password string) *connection {
+func newConnection(log klog.Logger, config clientConfig, username, password string) *connection {
 	return &connection{
-		config: config, username: username, password: password,
-		turn: make(chan struct{}, 1), in: username == "",
+		log: log, config: config, username: username, password: password,
+		turn: make(chan struct{}, 1), loggedIn: username == "",
 	}
 }
 
-// attempt calls f; and once more where etcd refuses the token, or the client was
-// replaced meanwhile.
+// attempt calls f, and calls it once more when etcd refuses the token, or when the client was replaced meanwhile.
 func (c *connection) attempt(ctx context.Context, f func(context.Context, *clientv3.Client) error) error {
 	limited, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
@@ -58,23 +54,22 @@ func (c *connection) attempt(ctx context.Context, f func(context.Context, *clien
 		if err == nil {
 			err = f(request, client)
 		}
-		current := c.heard(client, limited.Err() != nil, ctx.Err() != nil)
+		current := c.noteAnswer(client, limited.Err() != nil, ctx.Err() != nil)
 		switch {
 		case err == nil || again || limited.Err() != nil:
 			return err
-		case !current: // again, with the client that took its place
-		case refused(err) && c.logOut(request): // again, with another token
+		case !current: // again, with the new client
+		case tokenRefused(err) && c.logOut(request): // again, with another token
 		default:
 			return err
 		}
 	}
 }
 
-// open returns the client, and the context for requests with it: ctx with our
-// token.
+// open returns the client, and the context for requests with it: ctx with our token.
 func (c *connection) open(ctx context.Context) (*clientv3.Client, context.Context, error) {
-	client, token, in, err := c.state()
-	if err == nil && !in {
+	client, token, loggedIn, err := c.state()
+	if err == nil && !loggedIn {
 		token, err = c.logIn(ctx)
 	}
 	if err == nil && token != "" {
@@ -83,9 +78,8 @@ func (c *connection) open(ctx context.Context) (*clientv3.Client, context.Contex
 	return client, ctx, err
 }
 
-// state returns the client, which is made if need be, and what is known of the
-// login.
-func (c *connection) state() (client *clientv3.Client, token string, in bool, err error) {
+// state returns the client, which it makes if there is none, and the login.
+func (c *connection) state() (client *clientv3.Client, token string, loggedIn bool, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.closed {
@@ -97,12 +91,12 @@ func (c *connection) state() (client *clientv3.Client, token string, in bool, er
 			return nil, "", false, err
 		}
 		c.client = made
-		c.running.Go(func() { hasten(made.Ctx(), made.ActiveConnection()) })
+		c.running.Go(func() { shortenPauses(made.Ctx(), made.ActiveConnection()) })
 	}
-	return c.client, c.token, c.in, nil
+	return c.client, c.token, c.loggedIn, nil
 }
 
-// logIn returns a token, which one goroutine gets for all.
+// logIn returns a token. One goroutine logs in for all.
 func (c *connection) logIn(ctx context.Context) (string, error) {
 	select {
 	case c.turn <- struct{}{}:
@@ -110,8 +104,8 @@ func (c *connection) logIn(ctx context.Context) (string, error) {
 	case <-ctx.Done():
 		return "", ctx.Err()
 	}
-	client, token, in, err := c.state()
-	if err != nil || in {
+	client, token, loggedIn, err := c.state()
+	if err != nil || loggedIn {
 		return token, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
@@ -119,7 +113,7 @@ func (c *connection) logIn(ctx context.Context) (string, error) {
 	answer, err := client.Authenticate(ctx, c.username, c.password)
 	switch {
 	case errors.Is(err, rpctypes.ErrAuthNotEnabled):
-		token = "" // as long as etcd asks for none
+		token = "" // as long as etcd requires none
 	case err != nil:
 		return "", err
 	default:
@@ -127,19 +121,18 @@ func (c *connection) logIn(ctx context.Context) (string, error) {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.token, c.in = token, true
+	c.token, c.loggedIn = token, true
 	return token, nil
 }
 
-// refused tells that a request failed for the token: it expired, or etcd was
-// restarted, or users changed, or authentication was switched on.
-func refused(err error) bool {
+// tokenRefused tells whether a request failed because of the token: it expired, or etcd was restarted, or users
+// changed, or authentication was switched on.
+func tokenRefused(err error) bool {
 	token := []error{rpctypes.ErrInvalidAuthToken, rpctypes.ErrUserEmpty, rpctypes.ErrAuthOldRevision}
 	return slices.Contains(token, rpctypes.Error(err))
 }
 
-// logOut forgets the token that a request was made with, and tells whether
-// another can be had.
+// logOut forgets the token that a request was made with, and tells whether we can get another one.
 func (c *connection) logOut(request context.Context) bool {
 	if c.username == "" {
 		return false
@@ -148,15 +141,15 @@ func (c *connection) logOut(request context.Context) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.token == "" || slices.Contains(sent.Get(rpctypes.TokenFieldNameGRPC), c.token) {
-		c.in, c.token = false, ""
+		c.loggedIn, c.token = false, ""
 	}
 	return true
 }
 
-// heard takes note of whether a request was answered, and tells whether its
-// client is still in use. gRPC replaces connections that break. But one can be
-// whole, up to a proxy say, and lead nowhere; the client would use it for ever.
-func (c *connection) heard(client *clientv3.Client, silent, givenUp bool) (current bool) {
+// noteAnswer records whether a request was answered, and tells whether its client is still in use. gRPC replaces
+// connections that break. But a connection can be whole, up to a proxy for example, and lead nowhere: the client would
+// use such a connection for ever.
+func (c *connection) noteAnswer(client *clientv3.Client, unanswered, canceled bool) (current bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	switch {
@@ -164,19 +157,20 @@ func (c *connection) heard(client *clientv3.Client, silent, givenUp bool) (curre
 		return true
 	case client != c.client:
 		return false
-	case !silent:
-		c.silent = 0
+	case !unanswered:
+		c.unanswered = 0
 		return true
-	case givenUp: // by the caller: that says nothing of the client
-		return true
-	}
-	c.silent++
-	if c.silent < silences || client.ActiveConnection().GetState() != connectivity.Ready {
+	case canceled: // by the caller, which means nothing for the client
 		return true
 	}
-	klog.V(1).Infof("etcd: connections are open, but %d requests got no answer: trying new connections", c.silent)
-	c.client, c.silent = nil, 0
-	c.running.Go(func() { client.Close() }) // which ends the watches, too
+	c.unanswered++
+	if c.unanswered < maxUnanswered || client.ActiveConnection().GetState() != connectivity.Ready {
+		return true
+	}
+	c.log.V(1).Info("Connections to etcd are open, but requests get no answer; making new connections",
+		"requests", c.unanswered)
+	c.client, c.unanswered = nil, 0
+	c.running.Go(func() { client.Close() }) // this ends the watches, too
 	return true
 }
 

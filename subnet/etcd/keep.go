@@ -5,140 +5,184 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"net/netip"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
-	"k8s.io/klog/v2"
 
+	"github.com/flanneld/flanneld/pkg/retry"
 	"github.com/flanneld/flanneld/subnet"
 )
 
-// Keep implements subnet.Manager. It gives up the claim to the node's addresses
-// when it returns.
-//
-// It looks at how things are in etcd, sets right what is not, looks again, and
-// when nothing is left to do waits until something changes or falls due.
+// Keep implements subnet.Manager. It gives up the claim on the node's addresses when it returns.
 func (m *Manager) Keep(ctx context.Context, lease subnet.Lease) error {
 	defer m.release()
-	defer m.expire(time.Time{})
-	m.expire(lease.Expires)
+	defer m.setExpires(time.Time{})
+	m.setExpires(lease.Expires)
 	value, err := json.Marshal(lease.Attrs)
 	if err != nil {
 		return fmt.Errorf("what to publish with the lease: %w", err)
 	}
-	key, ips := m.subnetKey(lease.Subnets), lease.Attrs.PublicIPs()
-	watched := []string{key}
-	for _, ip := range ips {
-		watched = append(watched, m.nodeKey(ip))
+	k := &keptLease{
+		Manager: m, Lease: lease, key: m.subnetKey(lease.Subnets), value: value, ips: lease.Attrs.PublicIPs(),
+		renewAt: lease.Expires.Add(-m.options.RenewMargin), fight: subnet.Backoff(),
 	}
-	renewAt := lease.Expires.Add(-m.options.RenewMargin)
-	quarrel := subnet.Backoff()
-	var quarrelled time.Time
-	twin := false
-
 	for {
-		now, at, err := m.get(ctx, key)
-		if err != nil {
-			return err
-		}
-		holders, _, err := m.holders(ctx, ips)
-		if err != nil {
-			return err
-		}
-
-		claim := m.held(ips)
-		unclaimed := claim == nil
-		for _, h := range holders {
-			switch {
-			case h.changed == 0:
-				unclaimed = true
-			case h.stranger(m.options.Identity):
-				klog.Errorf("%v, which was ours: giving up the lease of %v", h, lease.Subnets)
-				return subnet.ErrLost
-			case claim != nil && h.lease != claim.lease && !twin:
-				twin = true
-				klog.Warningf("Another daemon with this machine's identity claimed %s: is a second flanneld running here, or was the machine cloned with its identity?", h.ip)
-			}
-		}
-		if unclaimed {
-			if claim != nil {
-				// Somebody deleted the key, or etcd lost it with all else.
-				m.mu.Lock()
-				m.renounce()
-				m.mu.Unlock()
-			}
-			// Whoever may be faster is met at the next look.
-			if _, _, err := m.tryClaim(ctx, ips); err != nil {
-				return err
-			}
-			continue
-		}
-
-		fate := fateOf(now, lease.Attrs, value)
-		switch {
-		case fate == taken:
-			klog.Errorf("The lease of %v went to the node at %v", lease.Subnets, now.attrs.PublicIPs())
-			return subnet.ErrLost
-		case fate == deleted:
-			klog.Warningf("The lease of %v was deleted from etcd, putting it back: %s", lease.Subnets, key)
-		case fate == overwritten:
-			klog.Warningf("The lease of %v was overwritten, putting ours back: %s. If this repeats, another daemon uses the public address %v too: etcd had %s", lease.Subnets, key, ips, now.value)
-			if time.Since(quarrelled) > time.Minute {
-				quarrel.Reset()
-			} else if err := quarrel.Sleep(ctx); err != nil {
-				return err
-			}
-			quarrelled = time.Now()
-		}
-		if fate != intact || !now.reserved() && !time.Now().Before(renewAt) {
-			if !now.valid && m.wrote.key == key {
-				now.lease = m.wrote.lease // which may still be alive
-			}
-			r, expires, ok, err := m.publish(ctx, now, key, value)
-			if err != nil {
-				return err
-			}
-			if ok {
-				m.wrote = r
-				m.expire(expires)
-				renewAt = expires.Add(-min(m.options.RenewMargin, time.Until(expires)-time.Second))
-			}
-			continue
-		}
-		m.wrote = now
-
-		if now.created != m.verified {
-			first, err := m.first(ctx, now, lease.Attrs)
-			if err != nil {
-				return err
-			}
-			if !first {
-				klog.Errorf("The lease of %v overlaps another that was there before: giving it up", lease.Subnets)
-				if !now.reserved() {
-					if err := m.remove(ctx, now); err != nil {
-						return err
-					}
-				}
-				return subnet.ErrLost
-			}
-			m.verified = now.created
-		}
-
-		if err := m.rest(ctx, at, watched, now.reserved(), renewAt); err != nil {
+		if err := k.reconcile(ctx); err != nil {
 			return err
 		}
 	}
 }
 
-// rest returns when one of the keys changed, history was renounced (as when the
-// claim ran out) or the lease is to be renewed.
-func (m *Manager) rest(ctx context.Context, at moment, keys []string, reserved bool, renewAt time.Time) error {
-	changed, stop := m.changes(ctx, at, keys)
+// A keptLease is the lease that Keep keeps.
+type keptLease struct {
+	*Manager
+	subnet.Lease
+	key     string
+	value   []byte // of the key
+	ips     []netip.Addr
+	renewAt time.Time
+
+	fight     retry.Backoff // with a program that overwrites the lease again and again
+	restored  time.Time     // when the lease was overwritten last
+	duplicate bool          // another daemon with our identity was logged
+}
+
+// reconcile compares etcd with what should be there, and repairs the first difference. When there is none, it waits
+// until one of the keys changes or the lease has to be renewed.
+func (k *keptLease) reconcile(ctx context.Context) error {
+	now, at, err := k.get(ctx, k.key)
+	if err != nil {
+		return err
+	}
+	if repaired, err := k.checkClaim(ctx); repaired || err != nil {
+		return err
+	}
+	if repaired, err := k.checkRecord(ctx, now); repaired || err != nil {
+		return err
+	}
+	if err := k.checkOverlap(ctx, now); err != nil {
+		return err
+	}
+	return k.wait(ctx, at, now.reserved())
+}
+
+// checkClaim claims the node's addresses again where the claim is gone. It returns ErrLost when another node holds one
+// of them.
+func (k *keptLease) checkClaim(ctx context.Context) (repaired bool, err error) {
+	holders, _, err := k.holders(ctx, k.ips)
+	if err != nil {
+		return false, err
+	}
+	claim := k.held(k.ips)
+	unclaimed := claim == nil
+	for _, h := range holders {
+		switch {
+		case h.changed == 0:
+			unclaimed = true
+		case h.isOther(k.options.Identity):
+			k.log.Error(nil, "Another node holds the public address, which was ours; giving up the lease",
+				"address", h.ip, "hostname", h.Hostname, "key", h.key, "subnet", k.Subnets)
+			return false, subnet.ErrLost
+		case claim != nil && h.lease != claim.lease && !k.duplicate:
+			k.duplicate = true
+			k.log.Error(nil, "Another daemon with this machine's identity claimed the public address", "address", h.ip,
+				"fix", "stop the second flanneld on this machine; a cloned machine needs a /etc/machine-id of its own")
+		}
+	}
+	if !unclaimed {
+		return false, nil
+	}
+	if claim != nil {
+		// Somebody deleted the key, or etcd lost the key with everything else.
+		k.mu.Lock()
+		k.invalidate()
+		k.mu.Unlock()
+	}
+	// If another node was faster, the next call of reconcile finds out.
+	_, _, err = k.tryClaim(ctx, k.ips)
+	return true, err
+}
+
+// checkRecord restores the record of the lease, and renews the lease when it is time. It returns ErrLost when the
+// record is another node's.
+func (k *keptLease) checkRecord(ctx context.Context, now record) (repaired bool, err error) {
+	state := stateOf(now, k.Attrs, k.value)
+	switch state {
+	case intact:
+		if now.reserved() || time.Now().Before(k.renewAt) {
+			k.wrote = now
+			return false, nil
+		}
+	case taken:
+		k.log.Error(nil, "The lease went to another node", "subnet", k.Subnets, "addresses", now.attrs.PublicIPs())
+		return false, subnet.ErrLost
+	case deleted:
+		k.log.Error(nil, "The lease was deleted from etcd; restoring it", "subnet", k.Subnets, "key", k.key)
+	case overwritten:
+		k.log.Error(nil, "The lease was overwritten; restoring it", "subnet", k.Subnets, "key", k.key,
+			"found", string(now.value), "addresses", k.ips,
+			"fix", "if this repeats, stop the other daemon that uses these addresses")
+		if time.Since(k.restored) > time.Minute {
+			k.fight.Reset()
+		} else if err := k.fight.Sleep(ctx); err != nil {
+			return false, err
+		}
+		k.restored = time.Now()
+	}
+	if !now.valid && k.wrote.key == k.key {
+		now.lease = k.wrote.lease // which may still be alive
+	}
+	r, expires, ok, err := k.publish(ctx, now, k.key, k.value)
+	if ok && err == nil {
+		k.wrote = r
+		k.setExpires(expires)
+		k.renewAt = expires.Add(-min(k.options.RenewMargin, time.Until(expires)-time.Second))
+	}
+	return true, err
+}
+
+// checkOverlap returns ErrLost, and deletes the lease, when an older lease of another node overlaps it.
+func (k *keptLease) checkOverlap(ctx context.Context, now record) error {
+	if now.created == k.verified {
+		return nil
+	}
+	records, _, err := k.list(ctx)
+	if err != nil {
+		return err
+	}
+	var others []record
+	for _, r := range records {
+		if r.key != now.key && !(r.valid && sameNode(r.attrs, k.Attrs)) {
+			others = append(others, r)
+		}
+	}
+	if oldest(now, others) {
+		k.verified = now.created
+		return nil
+	}
+	k.log.Error(nil, "The lease overlaps an older lease; giving it up", "subnet", k.Subnets)
+	if !now.reserved() {
+		if err := k.remove(ctx, now); err != nil {
+			return err
+		}
+	}
+	return subnet.ErrLost
+}
+
+// wait returns when one of the keys has changed, when the watch point is invalid, as after the claim ended, or when the
+// lease has to be renewed.
+func (k *keptLease) wait(ctx context.Context, at watchPoint, reserved bool) error {
+	keys := []string{k.key}
+	for _, ip := range k.ips {
+		keys = append(keys, k.nodeKey(ip))
+	}
+	changed, stop := k.changes(ctx, at, keys)
 	defer stop()
 	var due <-chan time.Time
 	if !reserved {
-		timer := time.NewTimer(time.Until(renewAt))
+		timer := time.NewTimer(time.Until(k.renewAt))
 		defer timer.Stop()
 		due = timer.C
 	}
@@ -150,17 +194,17 @@ func (m *Manager) rest(ctx context.Context, at moment, keys []string, reserved b
 	}
 }
 
-// fate is what became of our record.
-type fate int
+// A recordState is what became of our record.
+type recordState int
 
 const (
-	intact fate = iota
+	intact recordState = iota
 	deleted
-	overwritten // with something else in our name, or with nonsense
+	overwritten // with other data in our name, or with data that cannot be read
 	taken       // by another node
 )
 
-func fateOf(now record, own subnet.Attrs, value []byte) fate {
+func stateOf(now record, own subnet.Attrs, value []byte) recordState {
 	switch {
 	case !now.exists():
 		return deleted
@@ -172,33 +216,19 @@ func fateOf(now record, own subnet.Attrs, value []byte) fate {
 	return intact
 }
 
-// get reads the record with a key, which has subnets.
-func (m *Manager) get(ctx context.Context, key string) (record, moment, error) {
+// get reads the record with a key, which names subnets.
+func (m *Manager) get(ctx context.Context, key string) (record, watchPoint, error) {
 	var found *clientv3.GetResponse
-	at, err := m.do(ctx, "see after the lease", func(ctx context.Context, c *clientv3.Client) (h *pb.ResponseHeader, err error) {
+	read := func(ctx context.Context, c *clientv3.Client) (h *pb.ResponseHeader, err error) {
 		if found, err = c.Get(ctx, key); err != nil {
 			return nil, err
 		}
 		return found.Header, nil
-	})
+	}
+	at, err := m.do(ctx, "read this node's lease", read)
 	if err != nil || len(found.Kvs) == 0 {
 		return record{}, at, err
 	}
 	r, _ := m.parse(found.Kvs[0])
 	return r, at, nil
-}
-
-// first tells that no other node's lease that overlaps ours was there before.
-func (m *Manager) first(ctx context.Context, ours record, self subnet.Attrs) (bool, error) {
-	records, _, err := m.list(ctx)
-	if err != nil {
-		return false, err
-	}
-	var others []record
-	for _, r := range records {
-		if r.key != ours.key && !(r.valid && sameNode(r.attrs, self)) {
-			others = append(others, r)
-		}
-	}
-	return oldest(ours, others), nil
 }

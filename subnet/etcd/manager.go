@@ -1,18 +1,16 @@
-// Package etcd is the subnet manager that keeps leases in etcd, in the layout
-// that upstream flannel uses. Under the prefix, /coreos.com/network by default:
+// Package etcd is the subnet manager that keeps leases in etcd, in upstream flannel's layout. Under the prefix,
+// /coreos.com/network by default:
 //
-//	config                the network's configuration, written by the operator
+//	config                the network's configuration, which the operator writes
 //	subnets/10.5.34.0-24  a node's lease; the value is the JSON of subnet.Attrs
-//	nodes/192.0.2.7       which node is alive on a public address; ours alone,
-//	                      upstream does not look at it
+//	nodes/192.0.2.7       which node is alive on a public address; upstream has no such key
 //
-// A lease hangs on an etcd lease of 24 hours. One without is a reservation: it
-// is the operator's way to give a node a subnet for good.
+// A lease hangs on an etcd lease of 24 hours. A lease without an etcd lease is a reservation: with it, the operator
+// gives a node a subnet for good.
 //
-// A record under nodes says that a daemon runs there, and dies with it: it
-// hangs on an etcd lease of 30 seconds. Nobody touches a lease without holding
-// the records of its own addresses, which keeps two nodes that believe in the
-// same public address from sharing one subnet.
+// A key under nodes is the claim of a running daemon on its public address. It ends with the daemon: it hangs on an
+// etcd lease of 30 seconds. A daemon writes a lease only while it holds the claims on the lease's addresses. This keeps
+// two nodes that believe in the same public address from sharing one subnet.
 package etcd
 
 import (
@@ -36,52 +34,51 @@ import (
 )
 
 const (
-	// leaseTTL is how long a lease outlives its last renewal: upstream's
-	// subnetTTL, which operators count on when they take nodes down.
+	// leaseTTL is how long a lease outlives its last renewal: upstream's subnetTTL, which operators count on when they
+	// take nodes down.
 	leaseTTL = 24 * time.Hour
 
-	// claimTTL is how long a node that died without a word is taken for alive.
+	// claimTTL is how long a node counts as alive after it has died without releasing its claim.
 	claimTTL = 30 * time.Second
 
-	// pulseEvery is how soon an outage, or another etcd in the place of the
-	// one we knew, is noticed while there is nothing to ask of etcd. The claim
-	// is renewed as often.
-	pulseEvery = claimTTL / 3
+	// heartbeatEvery is how soon we notice an outage, or another etcd in the place of the one that we knew, while we have
+	// no requests to make. The claim is renewed as often.
+	heartbeatEvery = claimTTL / 3
 
-	// requestTimeout is long enough for a snapshot of 20000 leases, which is
-	// 5 MB, over a poor link.
+	// requestTimeout is long enough for a snapshot of 20000 leases, which is 5 MB, over a poor link.
 	requestTimeout = 10 * time.Second
 )
 
-// Options say which etcd to use, and who this node is.
+// Options are which etcd to use, and how this node is known.
 type Options struct {
 	Endpoints []string // "https://192.0.2.1:2379"; one that answers is enough
 	Prefix    string   // of all keys: "/coreos.com/network"
 
-	CAFile            string // PEM; with https and no file, the system's roots
-	CertFile, KeyFile string // PEM; all three are read again at each connection, so that they can be replaced
+	CAFile            string // PEM; without it, https uses the system's roots
+	CertFile, KeyFile string // PEM; all three files are read again for each connection, so that they can be replaced
 	Username          string
 	Password          string
 
 	// RenewMargin is how long before its end a lease is renewed.
 	RenewMargin time.Duration
 
-	// Identity tells this machine from others. It must survive restarts of
-	// the daemon and of the machine, and no two machines may share it.
+	// Identity distinguishes this machine from others. It must survive restarts of the daemon and of the machine, and no
+	// two machines may share it.
 	Identity string
 }
 
-// Manager is a subnet.Manager. Acquire and Keep are for one caller at a time;
-// the other methods may be called at any time.
+// Manager is a subnet.Manager. Acquire and Keep are for one caller at a time; the other methods may be called at any
+// time.
 type Manager struct {
+	log        klog.Logger
 	options    Options
 	tls        *tlsFiles
 	connection *connection
 	hostname   string
 
-	ctx    context.Context // ends with Close
-	cancel context.CancelFunc
-	pulse  sync.WaitGroup
+	ctx     context.Context // ends with Close
+	cancel  context.CancelFunc
+	running sync.WaitGroup
 
 	health *subnet.StoreHealth
 	failed queue
@@ -89,25 +86,25 @@ type Manager struct {
 	configured []byte // what Config read
 
 	mu      sync.Mutex
-	latest  moment
-	warned  map[string]int64 // bad records, by key: the revision that was warned of
+	latest  watchPoint
+	logged  map[string]int64 // bad records, by key: the revision that was logged
 	claim   *claim           // nil: none held
 	expires time.Time        // of the lease that is kept
 
-	// Of Acquire and Keep alone: our own record as we wrote or found it last,
-	// and the revision of its creation once no older lease overlaps it.
+	// Of Acquire and Keep alone: our own record as we wrote or found it last, and the revision of its creation once we
+	// know that no older lease overlaps it.
 	wrote    record
 	verified int64
 }
 
 var _ subnet.Manager = (*Manager)(nil)
 
-// New returns a manager. It does not talk to etcd, which may still be down; an
-// error is about the options.
+// New returns a manager. It sends no request to etcd, which may still be down; an error is about the options.
 func New(ctx context.Context, o Options) (*Manager, error) {
 	if o.Identity == "" {
 		return nil, errors.New("etcd: this machine has no identity")
 	}
+	log := klog.FromContext(ctx)
 	hostname, err := os.Hostname()
 	if err != nil {
 		return nil, fmt.Errorf("the name of this machine: %w", err)
@@ -118,42 +115,42 @@ func New(ctx context.Context, o Options) (*Manager, error) {
 		cancel()
 		return nil, err
 	}
-	files, err := newTLSFiles(o)
+	files, err := newTLSFiles(log, o)
 	if err != nil {
 		cancel()
 		return nil, err
 	}
-	config, err := newClientConfig(o, files, dialer)
+	config, err := newClientConfig(log, o, files, dialer)
 	if err != nil {
 		cancel()
 		return nil, err
 	}
 	m := &Manager{
+		log:        log,
 		options:    o,
 		tls:        files,
-		connection: newConnection(config, o.Username, o.Password),
+		connection: newConnection(log, config, o.Username, o.Password),
 		hostname:   hostname,
 		ctx:        ctx,
 		cancel:     cancel,
-		latest:     moment{replaced: make(chan struct{})},
-		warned:     map[string]int64{},
+		latest:     watchPoint{invalid: make(chan struct{})},
+		logged:     map[string]int64{},
 		failed:     newQueue(),
-		health: subnet.NewStoreHealth(klog.FromContext(ctx), subnet.State{
+		health: subnet.NewStoreHealth(log, subnet.State{
 			Kind: "etcd", Store: "etcd at " + strings.Join(o.Endpoints, ","), Endpoints: o.Endpoints, Check: checkCommand(o),
 		}),
 	}
-	m.pulse.Go(m.beat)
+	m.running.Go(m.runHeartbeat)
 	return m, nil
 }
 
-// Close gives up the node's claim to its addresses, so that another node may
-// have them at once. The lease stays: it is taken up again by the next daemon.
-// Calls that are under way fail.
+// Close implements subnet.Manager. It gives up the node's claim on its addresses, so that another node can have them at
+// once.
 func (m *Manager) Close() error {
 	m.release()
 	m.cancel()
 	err := m.connection.close()
-	m.pulse.Wait()
+	m.running.Wait()
 	return err
 }
 
@@ -170,17 +167,18 @@ func (m *Manager) nodeKey(ip netip.Addr) string {
 
 // Config implements subnet.Manager.
 func (m *Manager) Config(ctx context.Context) (*subnet.Config, error) {
-	for said := false; ; said = true {
+	for logged := false; ; logged = true {
 		text, at, err := m.readConfig(ctx)
 		if err != nil {
 			return nil, err
 		}
 		if text == nil {
-			if !said {
-				klog.Warningf(`The network is not configured: etcd has no key %s. Waiting for it, for example: etcdctl put %s '{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan"}}'. If it is in etcd's v2 store, copy it: Documentation/requirements.md says how`,
-					m.configKey(), m.configKey())
+			if !logged {
+				m.log.Error(nil, "The network is not configured; waiting for a key in etcd", "key", m.configKey(),
+					"fix", "etcdctl put "+m.configKey()+" VALUE; Documentation/requirements.md: how to copy etcd's v2 data",
+					"exampleValue", `{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan"}}`)
 			}
-			if err := m.await(ctx, at, []string{m.configKey()}); err != nil {
+			if err := m.awaitChange(ctx, at, []string{m.configKey()}); err != nil {
 				return nil, err
 			}
 			continue
@@ -201,13 +199,14 @@ func (m *Manager) Configs(ctx context.Context) <-chan *subnet.Config {
 			if err != nil {
 				return
 			}
-			if !bytes.Equal(text, known) || (text == nil) != (known == nil) { // an empty value is not a missing key
+			if !bytes.Equal(text, known) || (text == nil) != (known == nil) { // an empty value differs from a missing key
 				known = text
 				switch cfg, err := m.parseConfig(text); {
 				case text == nil:
-					klog.Warningf("etcd key %s is gone: its configuration stays in force here, but nodes that start will wait for it", m.configKey())
+					m.log.Error(nil, "The configuration was deleted; it stays in force here, but nodes that start now wait for it",
+						"key", m.configKey())
 				case err != nil:
-					klog.Errorf("The new configuration is refused, the old one stays in force: %v", err)
+					m.log.Error(err, "The new configuration is refused; the old one stays in force")
 				default:
 					select {
 					case out <- cfg:
@@ -216,7 +215,7 @@ func (m *Manager) Configs(ctx context.Context) <-chan *subnet.Config {
 					}
 				}
 			}
-			if m.await(ctx, at, []string{m.configKey()}) != nil {
+			if m.awaitChange(ctx, at, []string{m.configKey()}) != nil {
 				return
 			}
 		}
@@ -224,20 +223,20 @@ func (m *Manager) Configs(ctx context.Context) <-chan *subnet.Config {
 	return out
 }
 
-// readConfig returns the configuration as it is in etcd: nil where there is
-// none.
-func (m *Manager) readConfig(ctx context.Context) ([]byte, moment, error) {
+// readConfig returns the value of the configuration's key; nil where there is no key.
+func (m *Manager) readConfig(ctx context.Context) ([]byte, watchPoint, error) {
 	var found *clientv3.GetResponse
-	at, err := m.do(ctx, "read the network's configuration", func(ctx context.Context, c *clientv3.Client) (h *pb.ResponseHeader, err error) {
+	read := func(ctx context.Context, c *clientv3.Client) (h *pb.ResponseHeader, err error) {
 		if found, err = c.Get(ctx, m.configKey()); err != nil {
 			return nil, err
 		}
 		return found.Header, nil
-	})
+	}
+	at, err := m.do(ctx, "read the network's configuration", read)
 	if err != nil || len(found.Kvs) == 0 {
 		return nil, at, err
 	}
-	return append([]byte{}, found.Kvs[0].Value...), at, nil // nil is for no key
+	return append([]byte{}, found.Kvs[0].Value...), at, nil // nil means that there is no key
 }
 
 func (m *Manager) parseConfig(text []byte) (*subnet.Config, error) {
@@ -251,7 +250,7 @@ func (m *Manager) parseConfig(text []byte) (*subnet.Config, error) {
 	return cfg, nil
 }
 
-// Select implements subnet.Manager. etcd knows nothing of uplinks.
+// Select implements subnet.Manager. etcd knows nothing about uplinks.
 func (m *Manager) Select(ctx context.Context, sel iface.Selector) <-chan iface.Selector {
 	out := make(chan iface.Selector, 1)
 	out <- sel
@@ -261,7 +260,7 @@ func (m *Manager) Select(ctx context.Context, sel iface.Selector) <-chan iface.S
 	return out
 }
 
-// Ready implements subnet.Manager. That a lease is there says enough.
+// Ready implements subnet.Manager. etcd has no place for it: the lease is enough.
 func (m *Manager) Ready() {}
 
 // State implements subnet.Manager.
@@ -273,8 +272,8 @@ func (m *Manager) State() subnet.State {
 	return s
 }
 
-// expire takes note of when the lease ends.
-func (m *Manager) expire(at time.Time) {
+// setExpires records when the lease that is kept ends.
+func (m *Manager) setExpires(at time.Time) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.expires = at
@@ -288,16 +287,17 @@ func (m *Manager) Previous(ctx context.Context, self subnet.Attrs) (subnet.Attrs
 	}
 	var found subnet.Attrs
 	for _, r := range records {
-		// A reservation that was never used says nothing of the backend.
-		if r.valid && sameNode(r.attrs, self) && (found.BackendType == "" && len(found.BackendData) == 0 && len(found.BackendV6Data) == 0) {
+		// A reservation that was never used has no backend data.
+		unused := found.BackendType == "" && len(found.BackendData) == 0 && len(found.BackendV6Data) == 0
+		if r.valid && unused && sameNode(r.attrs, self) {
 			found = r.attrs
 		}
 	}
 	return found, nil
 }
 
-// sameNode tells whether a lease was published by the node that has self's
-// public addresses: by the IPv4 one where there is any, as upstream does.
+// sameNode tells whether a lease was published by the node that has self's public addresses. If there is an IPv4
+// address, that one decides, as upstream has it.
 func sameNode(a, self subnet.Attrs) bool {
 	if self.PublicIP.IsValid() {
 		return a.PublicIP == self.PublicIP

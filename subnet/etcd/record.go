@@ -4,20 +4,17 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"fmt"
 	"strings"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
-	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/subnet"
 )
 
-// A record is a key under subnets. The zero record stands for one that is not
-// there.
+// A record is a key under subnets. The zero record stands for a key that does not exist.
 type record struct {
 	key     string
 	subnets subnet.Subnets
@@ -31,7 +28,7 @@ type record struct {
 
 func (r record) exists() bool { return r.created != 0 }
 
-// reserved tells that the operator gave the subnets to a node for good.
+// reserved tells whether the operator has reserved the subnets for a node.
 func (r record) reserved() bool { return r.exists() && r.valid && r.lease == clientv3.NoLease }
 
 // overlaps tells whether the record shares an address with the subnets.
@@ -39,9 +36,8 @@ func (r record) overlaps(s subnet.Subnets) bool {
 	return r.subnets.IPv4.Overlaps(s.IPv4) || r.subnets.IPv6.Overlaps(s.IPv6)
 }
 
-// parse reads a record. One whose value makes no sense still occupies its
-// subnets; one whose key makes none is left out, with ok false. The operator is
-// warned of either, once.
+// parse reads a record. If the value cannot be read, the record still occupies its subnets; if the key cannot be read,
+// ok is false. Either is logged once.
 func (m *Manager) parse(kv *mvccpb.KeyValue) (r record, ok bool) {
 	r = record{
 		key:     string(kv.Key),
@@ -52,11 +48,12 @@ func (m *Manager) parse(kv *mvccpb.KeyValue) (r record, ok bool) {
 	}
 	var err error
 	if r.subnets, err = subnet.ParseKey(strings.TrimPrefix(r.key, m.subnetsPrefix())); err != nil {
-		m.warnOnce(r.key, r.changed, fmt.Sprintf("The key %s in etcd names no lease, it is ignored: %v", r.key, err))
+		m.logOnce(r.key, r.changed, err, "A key in etcd names no lease; ignoring it", "key", r.key)
 		return record{}, false
 	}
 	if err := json.Unmarshal(kv.Value, &r.attrs); err != nil {
-		m.warnOnce(r.key, r.changed, fmt.Sprintf("The lease %s in etcd cannot be read, its node is not reachable: %v. If no node has it: etcdctl del '%s'", r.key, err, r.key))
+		m.logOnce(r.key, r.changed, err, "A lease in etcd cannot be read; its node is not reachable",
+			"key", r.key, "fix", "if no node holds the lease: etcdctl del '"+r.key+"'")
 		r.attrs = subnet.Attrs{}
 		return r, true
 	}
@@ -64,27 +61,28 @@ func (m *Manager) parse(kv *mvccpb.KeyValue) (r record, ok bool) {
 	return r, true
 }
 
-// warnOnce warns of what a key holds since a revision.
-func (m *Manager) warnOnce(key string, revision int64, text string) {
+// logOnce logs an error about what a key holds since a revision.
+func (m *Manager) logOnce(key string, revision int64, err error, message string, keysAndValues ...any) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.warned[key] != revision {
-		m.warned[key] = revision
-		klog.Warning(text)
+	if m.logged[key] != revision {
+		m.logged[key] = revision
+		m.log.Error(err, message, keysAndValues...)
 	}
 }
 
 // list reads all records, in one request.
-func (m *Manager) list(ctx context.Context) ([]record, moment, error) {
+func (m *Manager) list(ctx context.Context) ([]record, watchPoint, error) {
 	var found *clientv3.GetResponse
-	at, err := m.do(ctx, "read the leases", func(ctx context.Context, c *clientv3.Client) (h *pb.ResponseHeader, err error) {
+	read := func(ctx context.Context, c *clientv3.Client) (h *pb.ResponseHeader, err error) {
 		if found, err = c.Get(ctx, m.subnetsPrefix(), clientv3.WithPrefix()); err != nil {
 			return nil, err
 		}
 		return found.Header, nil
-	})
+	}
+	at, err := m.do(ctx, "read the leases", read)
 	if err != nil {
-		return nil, moment{}, err
+		return nil, watchPoint{}, err
 	}
 	records := make([]record, 0, len(found.Kvs))
 	for _, kv := range found.Kvs {
@@ -95,13 +93,13 @@ func (m *Manager) list(ctx context.Context) ([]record, moment, error) {
 	return records, at, nil
 }
 
-// publish sees to it that the node's record has the value and lives: its etcd
-// lease is renewed, or replaced when it ran out; a reservation stays without.
-// The record is written only when something about it changes, so that peers
-// are not woken. Now is the record as it was last seen; where it is zero, a new
-// one is made. The result is the record as it stands then, and its end; ok is
-// false when somebody was faster, and nothing was done.
-func (m *Manager) publish(ctx context.Context, now record, key string, value []byte) (r record, expires time.Time, ok bool, err error) {
+// publish gives the node's record the value, and renews its etcd lease, or replaces an etcd lease that has ended; a
+// reservation stays without an etcd lease. The record is written only when it changes, because each write wakes all
+// peers. Now is the record as it was last read; if it is zero, publish creates the record. The results are the record
+// and its end; ok is false when another program was faster, and nothing was done.
+func (m *Manager) publish(ctx context.Context, now record, key string, value []byte) (
+	r record, expires time.Time, ok bool, err error,
+) {
 	lease := now.lease
 	granted := false
 	if !now.reserved() {
@@ -123,7 +121,7 @@ func (m *Manager) publish(ctx context.Context, now record, key string, value []b
 		return now, expires, true, nil
 	}
 	var answer *clientv3.TxnResponse
-	_, err = m.do(ctx, "write the lease "+key, func(ctx context.Context, c *clientv3.Client) (h *pb.ResponseHeader, err error) {
+	write := func(ctx context.Context, c *clientv3.Client) (h *pb.ResponseHeader, err error) {
 		answer, err = c.Txn(ctx).
 			If(clientv3.Compare(clientv3.ModRevision(key), "=", now.changed)).
 			Then(clientv3.OpPut(key, string(value), clientv3.WithLease(lease)), clientv3.OpGet(key)).
@@ -133,12 +131,12 @@ func (m *Manager) publish(ctx context.Context, now record, key string, value []b
 			return nil, err
 		}
 		return answer.Header, nil
-	})
-	if err != nil {
+	}
+	if _, err = m.do(ctx, "write the lease "+key, write); err != nil {
 		return record{}, time.Time{}, false, err
 	}
-	// The last operation is the get. A request whose answer was lost, and which
-	// was therefore repeated, finds its own work there.
+	// The last operation is the get. If the answer to the first attempt was lost, the second one finds what the first
+	// one wrote.
 	kvs := answer.Responses[len(answer.Responses)-1].GetResponseRange().Kvs
 	if len(kvs) == 1 && clientv3.LeaseID(kvs[0].Lease) == lease && bytes.Equal(kvs[0].Value, value) {
 		if r, ok := m.parse(kvs[0]); ok {
@@ -153,7 +151,7 @@ func (m *Manager) publish(ctx context.Context, now record, key string, value []b
 
 // remove deletes a record, unless it changed since it was seen.
 func (m *Manager) remove(ctx context.Context, r record) error {
-	_, err := m.do(ctx, "delete the lease "+r.key, func(ctx context.Context, c *clientv3.Client) (*pb.ResponseHeader, error) {
+	remove := func(ctx context.Context, c *clientv3.Client) (*pb.ResponseHeader, error) {
 		answer, err := c.Txn(ctx).
 			If(clientv3.Compare(clientv3.ModRevision(r.key), "=", r.changed)).
 			Then(clientv3.OpDelete(r.key)).
@@ -162,13 +160,14 @@ func (m *Manager) remove(ctx context.Context, r record) error {
 			return nil, err
 		}
 		return answer.Header, nil
-	})
+	}
+	_, err := m.do(ctx, "delete the lease "+r.key, remove)
 	return err
 }
 
-// grant makes an etcd lease.
+// grant creates an etcd lease.
 func (m *Manager) grant(ctx context.Context, ttl time.Duration) (id clientv3.LeaseID, actual time.Duration, err error) {
-	_, err = m.do(ctx, "be granted an etcd lease", func(ctx context.Context, c *clientv3.Client) (*pb.ResponseHeader, error) {
+	_, err = m.do(ctx, "create an etcd lease", func(ctx context.Context, c *clientv3.Client) (*pb.ResponseHeader, error) {
 		answer, err := c.Grant(ctx, int64(ttl/time.Second))
 		if err != nil {
 			return nil, err
@@ -179,12 +178,12 @@ func (m *Manager) grant(ctx context.Context, ttl time.Duration) (id clientv3.Lea
 	return id, actual, err
 }
 
-// renew prolongs an etcd lease to its full time, which it returns; zero when
-// the lease is gone. The client's own KeepAlive wakes up four times a second.
-func (m *Manager) renew(ctx context.Context, purpose string, id clientv3.LeaseID) (ttl time.Duration, err error) {
-	_, err = m.do(ctx, purpose, func(ctx context.Context, c *clientv3.Client) (*pb.ResponseHeader, error) {
-		// KeepAliveOnce of the client repeats a failed attempt at once and for
-		// as long as ctx lasts, at the expense of a processor.
+// renew renews an etcd lease for its full time, which it returns; zero when the lease is gone. The client's own
+// KeepAlive wakes up four times a second.
+func (m *Manager) renew(ctx context.Context, operation string, id clientv3.LeaseID) (ttl time.Duration, err error) {
+	_, err = m.do(ctx, operation, func(ctx context.Context, c *clientv3.Client) (*pb.ResponseHeader, error) {
+		// The client's KeepAliveOnce repeats a failed attempt at once, for as long as ctx lasts: that would take a whole
+		// processor.
 		stream, err := clientv3.RetryLeaseClient(c).LeaseKeepAlive(ctx)
 		if err != nil {
 			return nil, err
@@ -202,8 +201,7 @@ func (m *Manager) renew(ctx context.Context, purpose string, id clientv3.LeaseID
 	return ttl, err
 }
 
-// revoke ends an etcd lease that is of no more use. It is a courtesy: one that
-// cannot be revoked runs out by itself.
+// revoke ends an etcd lease that is not needed any more. A lease that cannot be revoked ends by itself.
 func (m *Manager) revoke(id clientv3.LeaseID) {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()
@@ -212,6 +210,6 @@ func (m *Manager) revoke(id clientv3.LeaseID) {
 		return err
 	})
 	if err != nil {
-		klog.V(2).Infof("etcd lease %x: revoking it: %v", id, err)
+		m.log.V(2).Info("Cannot revoke an etcd lease", "id", id, "err", err)
 	}
 }

@@ -16,8 +16,8 @@ import (
 	"github.com/flanneld/flanneld/subnet"
 )
 
-// askers is how many leases are asked after at once.
-const askers = 16
+// parallelReads is how many etcd leases are read at once.
+const parallelReads = 16
 
 // Expiries implements subnet.Manager. It takes a request for each lease.
 func (m *Manager) Expiries(ctx context.Context, of ...subnet.Subnets) (map[subnet.Subnets]time.Time, error) {
@@ -31,7 +31,7 @@ func (m *Manager) Expiries(ctx context.Context, of ...subnet.Subnets) (map[subne
 	ends := map[subnet.Subnets]time.Time{}
 	var all sync.WaitGroup
 	todo := make(chan record)
-	for range askers {
+	for range parallelReads {
 		all.Go(func() {
 			for r := range todo {
 				ttl, err := m.timeToLive(ctx, r.lease)
@@ -55,8 +55,7 @@ func (m *Manager) Expiries(ctx context.Context, of ...subnet.Subnets) (map[subne
 	return ends, context.Cause(ctx)
 }
 
-// timeToLive tells how long an etcd lease will last; less than zero: it has
-// ended.
+// timeToLive returns how long an etcd lease will last; less than zero: it has ended.
 func (m *Manager) timeToLive(ctx context.Context, id clientv3.LeaseID) (ttl time.Duration, err error) {
 	_, err = m.do(ctx, "read when leases end", func(ctx context.Context, c *clientv3.Client) (*pb.ResponseHeader, error) {
 		answer, err := c.TimeToLive(ctx, id)
@@ -69,11 +68,10 @@ func (m *Manager) timeToLive(ctx context.Context, id clientv3.LeaseID) (ttl time
 	return ttl, err
 }
 
-// Clock implements subnet.Manager. gRPC tells no time, but at the same address
-// etcd answers over HTTP.
+// Clock implements subnet.Manager. gRPC answers have no time, but at the same address etcd answers over HTTP.
 func (m *Manager) Clock(ctx context.Context) (time.Time, error) {
 	client := &http.Client{Transport: &http.Transport{TLSClientConfig: m.tls.config(), DisableKeepAlives: true}}
-	last := errors.New("no endpoint speaks HTTP")
+	last := errors.New("no endpoint is reached by HTTP")
 	for _, e := range m.options.Endpoints {
 		if !strings.HasPrefix(e, "http") {
 			continue
@@ -92,7 +90,7 @@ func (m *Manager) Clock(ctx context.Context) (time.Time, error) {
 		if err == nil {
 			return at, nil
 		}
-		last = fmt.Errorf("%s tells no time: %w", e, err)
+		last = fmt.Errorf("the answer of %s has no valid Date: %w", e, err)
 	}
 	return time.Time{}, last
 }

@@ -14,36 +14,35 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
-	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/pkg/retry"
 	"github.com/flanneld/flanneld/subnet"
 )
 
-// A request is one to etcd. It returns the header of an answer that shows etcd's
-// latest revision; nil where the answer has none.
+// A request is a request to etcd. It returns the header of an answer that shows etcd's latest revision; nil where the
+// answer has none.
 type request func(context.Context, *clientv3.Client) (*pb.ResponseHeader, error)
 
-// do makes the request until it succeeds or ctx ends. Its purpose completes the
-// sentence "waiting to …". It returns no moment where the request has no header.
-func (m *Manager) do(ctx context.Context, purpose string, r request) (moment, error) {
+// do makes the request until it succeeds or ctx ends. The operation is what subnet.StoreHealth logs. The watch point is
+// zero where the request returns no header.
+func (m *Manager) do(ctx context.Context, operation string, r request) (watchPoint, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(m.ctx, cancel)()
-	at, err := m.try(ctx, purpose, r)
+	at, err := m.try(ctx, operation, r)
 	if err == nil || ctx.Err() != nil {
 		return at, err
 	}
 	err = m.failed.retry(ctx, func() (err error) {
-		at, err = m.try(ctx, purpose, r)
+		at, err = m.try(ctx, operation, r)
 		return err
 	})
 	return at, err
 }
 
 // try makes the request once.
-func (m *Manager) try(ctx context.Context, purpose string, r request) (moment, error) {
-	before := m.now()
+func (m *Manager) try(ctx context.Context, operation string, r request) (watchPoint, error) {
+	before := m.latestPoint()
 	var header *pb.ResponseHeader
 	err := m.connection.attempt(ctx, func(ctx context.Context, c *clientv3.Client) (err error) {
 		header, err = r(ctx, c)
@@ -51,22 +50,21 @@ func (m *Manager) try(ctx context.Context, purpose string, r request) (moment, e
 	})
 	switch {
 	case ctx.Err() != nil:
-		return moment{}, ctx.Err()
+		return watchPoint{}, ctx.Err()
 	case err != nil:
-		why, text := explain(err)
-		m.health.Failed(purpose, why, text)
-		return moment{}, err
+		cause, text := explain(err)
+		m.health.Failed(operation, cause, text)
+		return watchPoint{}, err
 	}
-	m.health.Succeeded(purpose)
+	m.health.Succeeded(operation)
 	if header == nil {
-		return moment{}, nil
+		return watchPoint{}, nil
 	}
-	return m.learn(before, header.Revision), nil
+	return m.observe(before, header.Revision), nil
 }
 
-// A queue is for all whose request failed. They try again one after the other,
-// with pauses that grow: however many they are, etcd gets no more requests than
-// from one.
+// A queue holds all requests that failed. They are retried one after the other, with pauses that grow: however many
+// there are, etcd gets no more requests than from one of them.
 type queue struct {
 	head  chan struct{} // one element: the right to try
 	pause retry.Backoff
@@ -99,50 +97,50 @@ func (q *queue) retry(ctx context.Context, f func() error) error {
 	}
 }
 
-// A moment is a point in etcd's history, from which changes can be followed.
+// A watchPoint is a point in etcd's history, from which changes can be watched.
 //
-// History must not go backwards. It does when etcd is restored from a backup or
-// starts anew with an empty disk, and then a watch from before waits in silence
-// for revisions of the future. Whoever follows changes must heed replaced.
-type moment struct {
+// History must not go backwards. It does when etcd is restored from a backup or starts with an empty disk: a watch from
+// before then waits, without an error, for revisions that do not come for a long time. A watch must end when its
+// watchPoint becomes invalid.
+type watchPoint struct {
 	revision int64
-	replaced chan struct{} // closed when this history turned out to be void
+	invalid  chan struct{} // closed when etcd has another history
 }
 
-// now returns the latest moment that is known.
-func (m *Manager) now() moment {
+// latestPoint returns the latest watch point that is known.
+func (m *Manager) latestPoint() watchPoint {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.latest
 }
 
-// learn takes note of the revision that an answer showed, and returns its
-// moment. Before is what was known when the question was asked.
-func (m *Manager) learn(before moment, revision int64) moment {
+// observe records the revision that an answer showed, and returns its watch point. Before is the latest watch point
+// that was known when the request was made.
+func (m *Manager) observe(before watchPoint, revision int64) watchPoint {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.latest.replaced == before.replaced {
+	if m.latest.invalid == before.invalid {
 		if revision < before.revision {
-			klog.Warningf("etcd went back from revision %d to %d, as after a restore or with a new disk: reading everything again", before.revision, revision)
-			m.renounce()
+			m.log.Error(nil, "The revision of etcd went back, as after a restore or with a new disk; reading everything again",
+				"before", before.revision, "revision", revision)
+			m.invalidate()
 			before = m.latest
 		}
 		m.latest.revision = max(m.latest.revision, revision)
 	}
-	return moment{revision, before.replaced}
+	return watchPoint{revision, before.invalid}
 }
 
-// renounce tells all who follow changes to read everything again. The caller
-// holds m.mu.
-func (m *Manager) renounce() {
-	close(m.latest.replaced)
-	m.latest = moment{0, make(chan struct{})}
+// invalidate ends all watches, whose callers then read everything again. The caller holds m.mu.
+func (m *Manager) invalidate() {
+	close(m.latest.invalid)
+	m.latest = watchPoint{0, make(chan struct{})}
 }
 
-// beat renews the claim, and asks for etcd's revision, from time to time: see
-// pulseEvery. That the one fails must not keep the other from happening.
-func (m *Manager) beat() {
-	tick := time.NewTicker(pulseEvery)
+// runHeartbeat renews the claim and reads etcd's revision once per heartbeatEvery. Each of the two happens even if the
+// other fails.
+func (m *Manager) runHeartbeat() {
+	tick := time.NewTicker(heartbeatEvery)
 	defer tick.Stop()
 	for {
 		select {
@@ -150,8 +148,8 @@ func (m *Manager) beat() {
 			return
 		case <-tick.C:
 		}
-		m.keepClaim()
-		m.try(m.ctx, "see it again", func(ctx context.Context, c *clientv3.Client) (*pb.ResponseHeader, error) {
+		m.renewClaim()
+		m.try(m.ctx, "check that etcd answers", func(ctx context.Context, c *clientv3.Client) (*pb.ResponseHeader, error) {
 			got, err := c.Get(ctx, m.configKey(), clientv3.WithCountOnly())
 			if err != nil {
 				return nil, err
@@ -161,31 +159,33 @@ func (m *Manager) beat() {
 	}
 }
 
-// await returns nil when one of the keys changed after the moment, or may have
-// without our knowing: the caller reads them again.
-func (m *Manager) await(ctx context.Context, at moment, keys []string, options ...clientv3.OpOption) error {
+// awaitChange returns nil when one of the keys has changed after the watch point, or may have changed: the caller reads
+// the keys again.
+func (m *Manager) awaitChange(ctx context.Context, at watchPoint, keys []string, options ...clientv3.OpOption) error {
 	changed, stop := m.changes(ctx, at, keys, options...)
 	defer stop()
 	<-changed
 	return ctx.Err()
 }
 
-// changes returns a channel that is closed when one of the keys changed after
-// the moment, or may have, and when ctx ends. The caller must call stop.
-func (m *Manager) changes(ctx context.Context, at moment, keys []string, options ...clientv3.OpOption) (changed <-chan struct{}, stop func()) {
+// changes returns a channel that is closed when one of the keys has changed after the watch point, or may have changed,
+// and when ctx ends. The caller must call stop.
+func (m *Manager) changes(ctx context.Context, at watchPoint, keys []string, options ...clientv3.OpOption) (
+	changed <-chan struct{}, stop func(),
+) {
 	ctx, cancel := context.WithCancel(ctx)
 	var running sync.WaitGroup
 	stop = func() { cancel(); running.Wait() }
 	client, watch, err := m.connection.open(ctx)
 	if err != nil {
-		cancel() // the caller's next request says why
+		cancel() // the caller's next request logs why
 		return ctx.Done(), stop
 	}
 	running.Go(func() {
 		select {
 		case <-ctx.Done():
 		case <-m.ctx.Done():
-		case <-at.replaced:
+		case <-at.invalid:
 		}
 		cancel()
 	})
@@ -198,22 +198,21 @@ func (m *Manager) changes(ctx context.Context, at moment, keys []string, options
 					return
 				}
 			}
-			// The watch broke, or never was. Should that repeat while
-			// requests succeed, reading once a second will do.
+			// The watch broke, or could not begin. If this repeats while requests succeed, one read a second is enough.
 			retry.Sleep(ctx, time.Second)
 		})
 	}
 	return ctx.Done(), stop
 }
 
-// explain words an error for the operator, with what to check. The cause is as
-// subnet.Outage has it.
+// explain describes an error for the operator, and says what to check. The cause is the one that subnet.StoreHealth
+// takes.
 func explain(err error) (cause, text string) {
 	text = status.Convert(err).Message()
 	if _, inner, found := strings.Cut(text, `desc = "`); found { // gRPC's wrapping
 		text = strings.TrimPrefix(strings.TrimSuffix(inner, `"`), "transport: ")
 	}
-	says := func(parts ...string) bool {
+	contains := func(parts ...string) bool {
 		return slices.ContainsFunc(parts, func(part string) bool { return strings.Contains(text, part) })
 	}
 	var known rpctypes.EtcdError
@@ -221,23 +220,26 @@ func explain(err error) (cause, text string) {
 	case errors.Is(err, rpctypes.ErrAuthFailed):
 		return "login", text + ": check --etcd-username and --etcd-password"
 	case errors.Is(err, rpctypes.ErrUserEmpty):
-		return "login", text + ": it wants a user, set --etcd-username and --etcd-password, or a client certificate with --etcd-certfile and --etcd-keyfile"
-	case refused(err):
-		return "login", text + ": etcd does not accept the token that it gave, perhaps users change at the moment"
+		return "login", text + ": etcd requires a user; set --etcd-username and --etcd-password, " +
+			"or a client certificate with --etcd-certfile and --etcd-keyfile"
+	case tokenRefused(err):
+		return "login", text + ": etcd does not accept the token that it issued; perhaps its users are being changed"
 	case errors.Is(err, rpctypes.ErrNoSpace):
 		return "", text + ": compact and defragment etcd, or raise its --quota-backend-bytes, and then: etcdctl alarm disarm"
 	case errors.Is(err, rpctypes.ErrPermissionDenied):
-		return "", text + ": the user must be allowed to read and write all keys under --etcd-prefix, see etcdctl role grant-permission --prefix"
-	case says("x509:"):
-		return "certificate", text + ": the server's certificate is not to be trusted, check --etcd-cafile and the names in --etcd-endpoints"
-	case says("remote error: tls:"):
+		return "", text + ": the user must be allowed to read and write all keys under --etcd-prefix, " +
+			"see etcdctl role grant-permission --prefix"
+	case contains("x509:"):
+		return "certificate", text + ": the server's certificate cannot be verified, " +
+			"check --etcd-cafile and the names in --etcd-endpoints"
+	case contains("remote error: tls:"):
 		return "certificate", text + ": the server does not accept our certificate, check --etcd-certfile and --etcd-keyfile"
-	case says("first record does not look like a TLS handshake", "handshake failed: EOF"):
-		return "scheme", text + ": the server does not speak TLS, perhaps --etcd-endpoints should say http://"
-	case says("error reading server preface: EOF"):
-		return "scheme", text + ": the server closes the connection, perhaps --etcd-endpoints should say https://"
+	case contains("first record does not look like a TLS handshake", "handshake failed: EOF"):
+		return "scheme", text + ": the server does not speak TLS, perhaps --etcd-endpoints should begin with http://"
+	case contains("error reading server preface: EOF"):
+		return "scheme", text + ": the server closes the connection, perhaps --etcd-endpoints should begin with https://"
 	case errors.Is(err, context.DeadlineExceeded), status.Code(err) == codes.DeadlineExceeded,
-		text == context.DeadlineExceeded.Error(): // etcd 3.4 says so of what its leader did not answer
+		text == context.DeadlineExceeded.Error(): // etcd 3.4 answers this when its leader does not answer
 		return subnet.Unreachable, fmt.Sprintf("no answer within %v", requestTimeout)
 	case status.Code(err) == codes.Canceled: // while the time for the request ran out
 		return subnet.Unreachable, "no answer until the connections were replaced"

@@ -17,29 +17,29 @@ import (
 	"github.com/flanneld/flanneld/pkg/retry"
 )
 
-// tlsFiles hold whom we trust, and the certificate that shows who we are. They
-// are read again for each connection, since certificates are renewed. Where a
-// file cannot be used, as while it is being written, what it held before stays
-// in force.
+// tlsFiles hold the certificates that we trust, and our own certificate. They are read again for each connection, since
+// certificates are renewed. When a file cannot be used, as while it is being written, what was read before stays in
+// force.
 type tlsFiles struct {
+	log klog.Logger
+
 	caFile, certFile, keyFile string // "" for none
 
 	mu     sync.Mutex
 	roots  *x509.CertPool // nil: the system's
 	pair   *tls.Certificate
-	ca, id trouble // with the CA file, and with the certificate and its key
+	ca, id retry.LastError // why the CA file, and our certificate and its key, cannot be read
 }
 
-// newTLSFiles reads the files. It returns nil where there are none: https then
-// goes by the system's roots.
-func newTLSFiles(o Options) (*tlsFiles, error) {
+// newTLSFiles reads the files. It returns nil where there are none: https then uses the system's roots.
+func newTLSFiles(log klog.Logger, o Options) (*tlsFiles, error) {
 	if o.CAFile == "" && o.CertFile == "" && o.KeyFile == "" {
 		return nil, nil
 	}
 	if (o.CertFile == "") != (o.KeyFile == "") {
 		return nil, errors.New("--etcd-certfile and --etcd-keyfile go together: one of them is missing")
 	}
-	f := &tlsFiles{caFile: o.CAFile, certFile: o.CertFile, keyFile: o.KeyFile}
+	f := &tlsFiles{log: log, caFile: o.CAFile, certFile: o.CertFile, keyFile: o.KeyFile}
 	if err := f.readCA(); err != nil {
 		return nil, err
 	}
@@ -77,39 +77,35 @@ func (f *tlsFiles) readPair() error {
 	return nil
 }
 
-// config returns the configuration for a new connection; nil where there are no
-// files.
+// config returns the configuration for a new connection; nil where there are no files.
 func (f *tlsFiles) config() *tls.Config {
 	if f == nil {
 		return nil
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.ca.log("--etcd-cafile", f.readCA())
-	f.id.log("--etcd-certfile, --etcd-keyfile", f.readPair())
+	f.logChange(&f.ca, "--etcd-cafile", f.readCA())
+	f.logChange(&f.id, "--etcd-certfile, --etcd-keyfile", f.readPair())
 	config := &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: f.roots}
 	if pair := f.pair; pair != nil {
-		// For any server; one of config.Certificates is for servers that name its CA.
+		// For any server: a certificate in config.Certificates is shown only to servers that name its CA.
 		config.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return pair, nil }
 	}
 	return config
 }
 
-// trouble is what keeps files from being read.
-type trouble struct{ retry.LastError }
-
-// log logs how reading what the flags name ended, if that is news.
-func (t *trouble) log(flags string, err error) {
+// logChange logs that the files of the flags cannot be read, and that they can be read again.
+func (f *tlsFiles) logChange(last *retry.LastError, flags string, err error) {
 	switch {
-	case !t.Changed(err):
+	case !last.Changed(err):
 	case err == nil:
-		klog.Infof("%s: the files can be read again", flags)
+		f.log.Info("The files can be read again", "flags", flags)
 	default:
-		klog.Errorf("%v. What was read before stays in force", err)
+		f.log.Error(err, "Cannot use a file; what was read before stays in force", "flags", flags)
 	}
 }
 
-// transport is how gRPC secures connections. What is embedded never makes one.
+// transport makes gRPC's TLS connections. The embedded credentials are there for the other methods: they make none.
 type transport struct {
 	credentials.TransportCredentials
 	files *tlsFiles

@@ -7,7 +7,6 @@ import (
 
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
-	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/subnet"
 )
@@ -61,18 +60,18 @@ func (m *Manager) watchOnce(ctx context.Context, updates *subnet.Mailbox) error 
 		clientv3.WithRev(at.revision+1), clientv3.WithProgressNotify())
 	for {
 		select {
-		case <-at.replaced:
+		case <-at.invalid:
 			return nil
 		case answer, ok := <-events:
 			switch {
 			case ctx.Err() != nil:
 				return ctx.Err()
 			case !ok || answer.Err() != nil:
-				klog.V(1).Infof("The watch of the leases ended (%v): reading them again", answer.Err())
+				m.log.V(1).Info("The watch of the leases ended; reading them again", "err", answer.Err())
 				return nil
 			}
 			if len(answer.Events) > 0 {
-				m.learn(at, answer.Header.Revision)
+				m.observe(at, answer.Header.Revision)
 				updates.Put(m.updateOf(answer.Events))
 			}
 		case <-ctx.Done():

@@ -37,7 +37,8 @@ var (
 
 // NewManager returns a Manager of a node, which is known by its name.
 func NewManager(s *Store, node string) *Manager {
-	m := &Manager{store: s, node: node, state: subnet.State{Kind: "test", Store: "the store of the test"}, events: map[string]string{}}
+	state := subnet.State{Kind: "test", Store: "the store of the test"}
+	m := &Manager{store: s, node: node, state: state, events: map[string]string{}}
 	m.ctx, m.cancel = context.WithCancel(context.Background())
 	return m
 }

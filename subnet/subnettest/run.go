@@ -59,11 +59,11 @@ type Harness struct {
 	Gap func(change func())
 }
 
-// Configurations of the suite. Each has room for 200 nodes, except small, which has room for two.
+// Configurations of the suite. In usual and other, 200 nodes have room; in small, two.
 const (
-	usual = `{"Network": "10.5.0.0/16", "SubnetMin": "10.5.1.0", "SubnetMax": "10.5.200.0", "Backend": {"Type": "vxlan"}}`
-	other = `{"Network": "10.5.0.0/16", "SubnetMin": "10.5.1.0", "SubnetMax": "10.5.200.0", "Backend": {"Type": "host-gw"}}`
-	small = `{"Network": "10.5.0.0/16", "SubnetMin": "10.5.1.0", "SubnetMax": "10.5.2.0", "Backend": {"Type": "vxlan"}}`
+	usual = `{"Network": "10.5.0.0/16", "SubnetMax": "10.5.200.0", "Backend": {"Type": "vxlan"}}`
+	other = `{"Network": "10.5.0.0/16", "SubnetMax": "10.5.200.0", "Backend": {"Type": "host-gw"}}`
+	small = `{"Network": "10.5.0.0/16", "SubnetMax": "10.5.2.0", "Backend": {"Type": "vxlan"}}`
 	wrong = `{"Network": "10.5.0.0/33", "Backend": {"Type": "vxlan"}}`
 )
 
@@ -309,7 +309,7 @@ func (s *suite) configWaits() {
 	case <-time.After(100 * time.Millisecond): // enough for an implementation that does not wait
 	}
 	s.Configure(usual)
-	if o, _ := receive(s, "Config", got); o.err != nil || o.value.BackendType != "vxlan" || o.value.IPv4.Network.String() != "10.5.0.0/16" {
+	if o, _ := receive(s, "Config", got); o.err != nil || o.value.BackendType != "vxlan" {
 		s.Errorf("got %+v, %v", o.value, o.err)
 	}
 	s.Configure("")
@@ -361,7 +361,8 @@ func (s *suite) selects() {
 	ctx, cancel := context.WithCancel(s.Context())
 	defer cancel()
 	selectors := m.Select(ctx, iface.Selector{Names: []string{"eth7"}, PublicIP: PublicIP(7)})
-	if sel, open := receive(s, "a selector", selectors); !open || !slices.Equal(sel.Names, []string{"eth7"}) || sel.PublicIP != PublicIP(7) {
+	sel, open := receive(s, "a selector", selectors)
+	if !open || !slices.Equal(sel.Names, []string{"eth7"}) || sel.PublicIP != PublicIP(7) {
 		s.Errorf("got %+v", sel)
 	}
 	cancel()
@@ -643,7 +644,10 @@ func (s *suite) state() {
 	two := Lease(2, 102)
 	s.SetLease(2, two)
 	v.until(l, two)
-	s.eventually("State tells that the problem is over", func() bool { st := m.State(); return st.Problem == "" && st.Connected })
+	s.eventually("State tells that the problem is over", func() bool {
+		st := m.State()
+		return st.Problem == "" && st.Connected
+	})
 }
 
 func (s *suite) expiries() {

@@ -153,7 +153,7 @@ func TestLeasesThatDoNotFit(t *testing.T) {
 	if got := strings.Join(keys, " "); got != l.Key()+" 10.6.2.0-24 10.6.3.0-24" {
 		t.Errorf("etcd has %s: the own lease should be gone, the reservation and the other's stay", got)
 	}
-	log.await(t, 1, "The reservation "+s.prefix+"/subnets/10.6.2.0-24", "is not used")
+	log.await(t, 1, "The reservation of this node cannot be used", s.prefix+"/subnets/10.6.2.0-24")
 }
 
 func TestOlderOverlapWins(t *testing.T) {
@@ -249,7 +249,7 @@ func TestOutOfSubnets(t *testing.T) {
 	s.putLeased("subnets/10.5.1.0-24", record("198.18.0.9"))
 	done := s.acquireLater(s.ctx(), s.manager("a"), cfg, want("198.18.0.1"))
 	said := log.await(t, 1, "No subnet is free", s.prefix)[0]
-	for _, part := range []string{"leases in use: 1", "10.5.1.0 to 10.5.1.0", "etcdctl del", s.prefix + "/config"} {
+	for _, part := range []string{"leases=1", "10.5.1.0 to 10.5.1.0", "etcdctl del", s.prefix + "/config"} {
 		if !strings.Contains(said, part) {
 			t.Errorf("%q does not say %q", said, part)
 		}
@@ -284,7 +284,7 @@ func TestPublicAddressOfAnotherNode(t *testing.T) {
 	before := s.list("")
 
 	done := s.acquireLater(s.ctx(), s.manager("b"), cfg, want("10.0.2.15"))
-	said := log.await(t, 1, "holds the public address 10.0.2.15 (etcd key "+s.prefix+"/nodes/10.0.2.15)")[0]
+	said := log.await(t, 1, "Another node holds the public address", `address="10.0.2.15"`, s.prefix+"/nodes/10.0.2.15")[0]
 	if !strings.HasPrefix(said, "E") {
 		t.Errorf("not an error: %s", said)
 	}
@@ -309,7 +309,7 @@ func TestHolderThatDied(t *testing.T) {
 	cfg := s.configure(small)
 	s.acquire(s.manager("a"), cfg, want("10.0.2.15"))
 	done := s.acquireLater(s.ctx(), s.manager("b"), cfg, want("10.0.2.15"))
-	log.await(t, 1, "holds the public address 10.0.2.15 (etcd key "+s.prefix+"/nodes/10.0.2.15)")
+	log.await(t, 1, "Another node holds the public address", `address="10.0.2.15"`, s.prefix+"/nodes/10.0.2.15")
 	// As if its time had run out: a minute in this test is better spent.
 	if _, err := s.client.Revoke(s.ctx(), s.get("nodes/10.0.2.15").lease); err != nil {
 		t.Fatal(err)
@@ -341,7 +341,7 @@ func TestOneOfManyStrangersGetsTheAddress(t *testing.T) {
 	if got := receive(t, results); got.err != nil {
 		t.Fatal(got.err)
 	}
-	log.await(t, n-1, "holds the public address 10.0.2.15 (etcd key "+s.prefix+"/nodes/10.0.2.15)")
+	log.await(t, n-1, "Another node holds the public address", `address="10.0.2.15"`, s.prefix+"/nodes/10.0.2.15")
 	cancel()
 	for range n - 1 {
 		if got := receive(t, results); !errors.Is(got.err, context.Canceled) {

@@ -21,7 +21,7 @@ func TestConfigIsWaitedFor(t *testing.T) {
 		cfg, err := m.Config(s.t.Context())
 		done <- configured{cfg, err}
 	}()
-	log.await(t, 1, "etcdctl put "+s.prefix+`/config '{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan"}}'`)
+	log.await(t, 1, "etcdctl put "+s.prefix+"/config VALUE", `exampleValue="{\"Network\": \"10.5.0.0/16\", \"Backend\": {\"Type\": \"vxlan\"}}"`)
 	s.put("config", small)
 	if got := receive(t, done); got.err != nil || got.cfg.BackendType != "vxlan" || got.cfg.IPv4.SubnetLen != 24 {
 		t.Errorf("got %+v, %v", got.cfg, got.err)
@@ -61,10 +61,10 @@ func TestConfigChanges(t *testing.T) {
 		{"", "not valid JSON"}, // last: an empty value and then no key are two things
 	} {
 		s.put("config", refused.value)
-		log.await(t, 1, "The new configuration is refused, the old one stays in force: etcd key "+s.prefix+"/config: "+refused.why)
+		log.await(t, 1, "The new configuration is refused; the old one stays in force", "etcd key "+s.prefix+"/config: "+refused.why)
 	}
 	s.delete("config")
-	log.await(t, 1, s.prefix+"/config is gone")
+	log.await(t, 1, "The configuration was deleted", s.prefix+"/config")
 	s.put("config", `{"Network": "10.6.0.0/16"}`)
 	if got := receive(t, configs); got.IPv4.Network.String() != "10.6.0.0/16" {
 		t.Errorf("got %+v", got)

@@ -129,7 +129,7 @@ func TestClaimOfAnotherNode(t *testing.T) {
 	if err := receive(t, done); !errors.Is(err, subnet.ErrLost) {
 		t.Errorf("got %v, want %v", err, subnet.ErrLost)
 	}
-	log.await(t, 1, `node "other" holds the public address 198.18.0.1 (etcd key `+s.prefix)
+	log.await(t, 1, "Another node holds the public address", `address="198.18.0.1"`, `hostname="other"`, s.prefix)
 }
 
 func TestTwinIsToldAndLeftAlone(t *testing.T) {
@@ -137,7 +137,7 @@ func TestTwinIsToldAndLeftAlone(t *testing.T) {
 	kept(t, s)
 	const twin = `{"Identity":"a","Hostname":"here"}`
 	s.put("nodes/198.18.0.1", twin)
-	log.await(t, 1, "Another daemon with this machine's identity claimed 198.18.0.1")
+	log.await(t, 1, "Another daemon with this machine's identity claimed the public address", `address="198.18.0.1"`)
 	if e := s.get("nodes/198.18.0.1"); e.value != twin {
 		t.Errorf("the twin's claim became %+v", e)
 	}

@@ -151,13 +151,13 @@ func TestTLS(t *testing.T) {
 	t.Run("http to an https server", func(t *testing.T) {
 		s := secured(t, newAuthority(t, "ca"), false)
 		o := s.options("a")
-		s.waits(o, o.Endpoints[0], "--etcd-endpoints should say https://")
+		s.waits(o, o.Endpoints[0], "--etcd-endpoints should begin with https://")
 	})
 	t.Run("https to an http server", func(t *testing.T) {
 		s := newOwnSite(t)
 		s.up()
 		o := s.https("a")
-		s.waits(o, o.Endpoints[0], "--etcd-endpoints should say http://")
+		s.waits(o, o.Endpoints[0], "--etcd-endpoints should begin with http://")
 	})
 }
 

@@ -110,7 +110,7 @@ func TestUnreadableRecords(t *testing.T) {
 	v.until("10.5.1.0/24=198.18.0.1 10.5.4.0/24=198.18.0.5")
 	// Once for each bad record, however often it is read.
 	newView(t, m.Watch(t.Context())).read()
-	for part, want := range map[string]int{"The lease " + s.prefix + "/subnets/10.5.2.0-24": 1, "The key " + s.prefix + "/subnets/nonsense": 1, "The lease " + s.prefix + "/subnets/10.5.4.0-24": 1} {
+	for part, want := range map[string]int{`key="` + s.prefix + "/subnets/10.5.2.0-24": 1, `key="` + s.prefix + "/subnets/nonsense": 1, `key="` + s.prefix + "/subnets/10.5.4.0-24": 1} {
 		if said, _ := log.lines(part); len(said) != want {
 			t.Errorf("%q is said %d times, want %d", part, len(said), want)
 		}

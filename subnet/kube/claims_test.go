@@ -110,8 +110,13 @@ func TestConflictsAreSaid(t *testing.T) {
 		}
 	}
 	const (
-		both        = "Nodes n1 and n2 both have the podCIDR 10.5.1.0/24: n1, the older one, counts, and pods on n2 cannot be reached. Delete the Node that is no more; or delete n2 and restart its kubelet, for another podCIDR"
-		twoAndThree = "Nodes n2 and n3 both have the public address 198.18.0.2: delete the one that is no more, or give flanneld on one of them --iface, --iface-node-address or --public-ip, for an address of its own"
+		one = `older="n1" younger="n2" conflict="the podCIDR 10.5.1.0/24"`
+		two = `older="n2" younger="n3" conflict="the public address 198.18.0.2"`
+
+		both = `"Two Nodes conflict" ` + one + ` fix="n1, the older one, counts, and pods on n2 cannot be reached. ` +
+			`Delete the Node that no longer exists; or delete n2 and restart its kubelet, for another podCIDR"`
+		twoAndThree = `"Two Nodes conflict" ` + two + ` fix="delete the Node that no longer exists, or give flanneld on one of them ` +
+			`--iface, --iface-node-address or --public-ip, for an address of its own"`
 	)
 	c := newCluster(t, onlyIPv4)
 	c.tell(claimant(2, "198.18.0.2", "10.5.1.0/24"), claimant(1, "198.18.0.1", "10.5.1.0/24"), claimant(3, "198.18.0.2", "10.5.3.0/24"))
@@ -125,15 +130,15 @@ func TestConflictsAreSaid(t *testing.T) {
 	expect("changes, and the whole state again")
 
 	c.drop("n1")
-	expect("the older one goes", "Nodes n1 and n2 no longer both have the podCIDR 10.5.1.0/24")
+	expect("the older one goes", `"Two Nodes no longer conflict" `+one)
 	c.expect("the other counts", "10.5.1.0/24 at 198.18.0.2", "10.5.3.0/24 at 198.18.0.2", "10.5.4.0/24 at 198.18.0.4")
 	c.add(claimant(1, "198.18.0.1", "10.5.1.0/24"))
 	expect("and comes back", both)
 	c.add(claimant(3, "198.18.0.3", "10.5.3.0/24"))
-	expect("an address changes", "Nodes n2 and n3 no longer both have the public address 198.18.0.2")
+	expect("an address changes", `"Two Nodes no longer conflict" `+two)
 
 	c.tell(claimant(2, "198.18.0.2", "10.5.1.0/24"), claimant(7, "198.18.0.1", "10.5.7.0/24"))
-	expect("n1 goes, and n7 gets its address, while the watch is away", "Nodes n1 and n2 no longer both have the podCIDR 10.5.1.0/24")
+	expect("n1 goes, and n7 gets its address, while the watch is away", `"Two Nodes no longer conflict" `+one)
 	c.expect("what is left", "10.5.1.0/24 at 198.18.0.2", "10.5.7.0/24 at 198.18.0.1")
 }
 
@@ -147,8 +152,9 @@ func TestOverlaps(t *testing.T) {
 	c.expect("younger ones", "10.5.0.0/24,fd05:0:0:1::/64 at 198.18.0.1", "10.5.2.0/24,fd05:0:0:2::/64 at 198.18.0.2")
 	text := said()
 	for _, want := range []string{
-		"Nodes n2 and n3 both have the podCIDR fd05:0:0:2::/64: ", "Nodes n1 and n4 both have podCIDRs that overlap, 10.5.0.0/24 and 10.5.0.0/23: ",
-		"Nodes n2 and n5 both have podCIDRs that overlap, 10.5.2.0/24 and 10.5.2.128/25: ",
+		`older="n2" younger="n3" conflict="the podCIDR fd05:0:0:2::/64"`,
+		`older="n1" younger="n4" conflict="podCIDRs that overlap, 10.5.0.0/24 and 10.5.0.0/23"`,
+		`older="n2" younger="n5" conflict="podCIDRs that overlap, 10.5.2.0/24 and 10.5.2.128/25"`,
 	} {
 		if !strings.Contains(text, want) {
 			t.Errorf("said\n%s\nwant %s", text, want)
@@ -191,7 +197,7 @@ func TestClaimsAtRandom(t *testing.T) {
 			}
 		}
 		for range 30 {
-			if random.IntN(5) == 0 || !c.whole {
+			if random.IntN(5) == 0 || !c.synced {
 				for range random.IntN(4) {
 					step(true)
 				}
@@ -207,7 +213,7 @@ func TestClaimsAtRandom(t *testing.T) {
 	}
 }
 
-// counting is what settle works out, in the plainest way.
+// counting is what resolveConflicts finds, in the plainest way.
 func counting(nodes map[string]testNode) []string {
 	var out []string
 	for _, n := range nodes {

@@ -31,9 +31,9 @@ import (
 )
 
 const (
-	// lostAfter is how long a connection may go unanswered before it is given
-	// up. One that nothing comes by is probed each probeAfter: that a server
-	// has been replaced by one that knows nothing of it shows no sooner.
+	// lostAfter is how long a connection may go unanswered before it is given up. A connection on which nothing arrives is
+	// probed once per probeAfter: only this shows that the server was replaced by another that does not know the
+	// connection.
 	lostAfter  = 20 * time.Second
 	probeAfter = 5 * time.Second
 	dialFor    = 5 * time.Second
@@ -41,16 +41,15 @@ const (
 	// requestTimeout bounds a request that is answered with one object.
 	requestTimeout = 15 * time.Second
 
-	// maxErrorText is how much of what a server answers is logged: a proxy may
-	// answer with a whole page.
+	// maxErrorText is how much of an answer is logged: a proxy may answer with a whole page.
 	maxErrorText = 300
 )
 
-// A client talks to the API server. Its credentials and the certificates that it
-// trusts come from files, which may be replaced while it runs: client-go reads
-// tokens and client certificates again by itself, and the others are read again
-// when a request has failed, see refresh.
+// A client sends requests to the API server. Its credentials, and the certificates that it trusts, come from files that
+// may be replaced while it runs: client-go reads tokens and client certificates again by itself, and we read the other
+// files again when a request has failed, see refresh.
 type client struct {
+	log        klog.Logger
 	server     string // URL
 	load       func() (*rest.Config, error)
 	kubeconfig string
@@ -67,11 +66,13 @@ func newClient(ctx context.Context, apiURL, kubeconfig string) (*client, error) 
 		return nil, err
 	}
 	dialer.Dialer = net.Dialer{
-		Timeout:         dialFor,
-		KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: probeAfter, Interval: probeAfter, Count: int(lostAfter / probeAfter)},
-		Control:         limitWait,
+		Timeout: dialFor,
+		KeepAliveConfig: net.KeepAliveConfig{
+			Enable: true, Idle: probeAfter, Interval: probeAfter, Count: int(lostAfter / probeAfter),
+		},
+		Control: limitWait,
 	}
-	c := &client{load: func() (*rest.Config, error) {
+	c := &client{log: klog.FromContext(ctx), load: func() (*rest.Config, error) {
 		config, err := readConfig(apiURL, kubeconfig)
 		if err == nil {
 			config.Dial = dialer.DialContext
@@ -103,7 +104,8 @@ func readConfig(apiURL, kubeconfig string) (*rest.Config, error) {
 	var err error
 	if apiURL == "" && kubeconfig == "" {
 		if config, err = rest.InClusterConfig(); err != nil {
-			return nil, fmt.Errorf("no --kube-api-url or --kubeconfig-file is given, and this is no pod with a service account: %w", err)
+			return nil, fmt.Errorf("no --kube-api-url or --kubeconfig-file is given, "+
+				"and this is not a pod with a service account: %w", err)
 		}
 	} else if config, err = clientcmd.BuildConfigFromFlags(apiURL, kubeconfig); err != nil {
 		return nil, fmt.Errorf("--kube-api-url, --kubeconfig-file: %w", err)
@@ -117,33 +119,31 @@ func newRESTClient(config *rest.Config) (*rest.RESTClient, error) {
 	config.NegotiatedSerializer = nodeCodecs
 	config.AcceptContentTypes = runtime.ContentTypeProtobuf
 	config.ContentType = runtime.ContentTypeJSON // of what we send
-	config.DisableCompression = true             // the network is near, CPU is dear
+	config.DisableCompression = true             // CPU costs more than bandwidth
 	config.UserAgent = "flanneld"
 	config.QPS = -1 // we pace ourselves
 	config.WarningHandler = rest.NoWarnings{}
-	// HTTP/1.1: an event costs half of what it does with HTTP/2, where it passes
-	// through one more goroutine, and gives back its piece of the window.
+	// HTTP/1.1: an event costs half as much as with HTTP/2, where it passes one more goroutine, and updates the flow
+	// control window.
 	config.NextProtos = []string{"http/1.1"}
 	config.Wrap(func(next http.RoundTripper) http.RoundTripper { return stallGuard{next} })
 	if config.BearerTokenFile != "" {
-		// client-go reads the file once a minute. This way, a token that is
-		// refused is also read again for the next request.
-		config.Wrap(transport.ResettableTokenSourceWrapTransport(transport.NewCachedFileTokenSource(config.BearerTokenFile)))
+		// client-go reads the file once a minute. This way, a refused token is also read again for the next request.
+		tokens := transport.NewCachedFileTokenSource(config.BearerTokenFile)
+		config.Wrap(transport.ResettableTokenSourceWrapTransport(tokens))
 		config.BearerToken, config.BearerTokenFile = "", ""
 	}
 	hc, err := rest.HTTPClientFor(config)
 	if err != nil {
 		return nil, fmt.Errorf("credentials for %s: %w", config.Host, err)
 	}
-	// An API server does not send its clients elsewhere. What does would be sent
-	// our token.
+	// An API server does not redirect its clients. Another server that does would be sent our token.
 	hc.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
 	return rest.RESTClientForConfigAndClient(config, hc)
 }
 
-// limitWait has the kernel give a connection up also while there is something to
-// send, when no keepalive is: otherwise that takes it a quarter of an hour
-// (TCP_USER_TIMEOUT in tcp(7)).
+// limitWait makes the kernel give up a connection also while data wait to be sent, when it sends no keepalives: by
+// default this takes a quarter of an hour (TCP_USER_TIMEOUT in tcp(7)).
 func limitWait(_, _ string, c syscall.RawConn) error {
 	var err error
 	control := c.Control(func(fd uintptr) {
@@ -157,7 +157,7 @@ func (c *client) filesOf(config *rest.Config) []string {
 	return slices.DeleteFunc([]string{c.kubeconfig, config.CAFile}, func(file string) bool { return file == "" })
 }
 
-// fingerprint tells the contents of the files apart.
+// fingerprint returns a hash of the contents of the files.
 func fingerprint(files []string) (sum [sha256.Size]byte) {
 	h := sha256.New()
 	for _, file := range files {
@@ -176,9 +176,8 @@ func (c *client) current() *rest.RESTClient {
 	return c.rest
 }
 
-// refresh reads the kubeconfig and the CA bundle again, if they have changed: a
-// request has failed, and may have for their sake. What cannot be used, such as a
-// file that is half written, is tried again at the next failure.
+// refresh reads the kubeconfig and the CA bundle again, if they have changed: they may be the reason why a request has
+// failed. Files that cannot be used, such as a file that is half written, are read again at the next failure.
 func (c *client) refresh() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -194,15 +193,15 @@ func (c *client) refresh() {
 				c.files, now = files, fingerprint(files)
 			}
 			c.rest, c.loaded = fresh, now
-			klog.Infof("Read again after a change: %s", strings.Join(c.files, ", "))
+			c.log.Info("Read the credentials again after a change", "paths", c.files)
 			return
 		}
 	}
-	klog.V(1).Infof("%s changed, and cannot be used: %v", strings.Join(c.files, ", "), err)
+	c.log.V(1).Info("The credentials have changed and cannot be used", "paths", c.files, "err", err)
 }
 
-// patchStatus merges into a Node what its status subresource lets nodes change, and
-// returns the Node as it is then.
+// patchStatus patches a Node by its status subresource, which lets nodes change annotations, too. It returns the Node
+// as it is then.
 func (c *client) patchStatus(ctx context.Context, node string, patch any) (*Node, error) {
 	body, err := json.Marshal(patch)
 	if err != nil {
@@ -229,8 +228,7 @@ func (c *client) nodeOfPod(ctx context.Context, namespace, pod string) (string, 
 	return p.Spec.NodeName, nil
 }
 
-// doJSON sends a request and reads its answer, of a kind that the codecs do not
-// know.
+// doJSON sends a request and reads its answer, of a kind that the codecs do not know.
 func doJSON(ctx context.Context, r *rest.Request, into any) error {
 	answer := r.SetHeader("Accept", runtime.ContentTypeJSON).MaxRetries(0).Do(ctx)
 	if err := answer.Error(); err != nil { // with the server's words, which Raw leaves out
@@ -241,19 +239,19 @@ func doJSON(ctx context.Context, r *rest.Request, into any) error {
 		return err
 	}
 	if err := json.Unmarshal(text, into); err != nil {
-		return fmt.Errorf("the answer is no JSON: %w", err)
+		return fmt.Errorf("the answer is not valid JSON: %w", err)
 	}
 	return nil
 }
 
-// explain words an error for the operator, with what to do about it. The cause is
-// as subnet.Outage has it.
+// explain describes an error for the operator, and says what to do about it. The cause is the one that
+// subnet.StoreHealth takes.
 func explain(err error) (cause, text string) {
 	text = err.Error()
 	if u := (*url.Error)(nil); errors.As(err, &u) {
-		text = u.Err.Error() // the URL says no more than which request it was
+		text = u.Err.Error() // without the URL, which only names the request
 	}
-	code := http.StatusServiceUnavailable // of what is no answer
+	code := http.StatusServiceUnavailable // where there is no answer
 	var status apierrors.APIStatus
 	if errors.As(err, &status) {
 		code = int(status.Status().Code)
@@ -269,11 +267,13 @@ func explain(err error) (cause, text string) {
 	case code == http.StatusForbidden:
 		return "", text + "; the ClusterRole must allow get, list, watch of nodes, patch of nodes/status and get of pods"
 	case code/100 == 3:
-		return "redirect", text + "; it sends us elsewhere, which no API server does: check --kube-api-url, and for a proxy that wants a login"
+		return "redirect", text + "; it redirects us, which no API server does: check --kube-api-url, " +
+			"and whether a proxy requires a login"
 	case code != http.StatusTooManyRequests && code < http.StatusInternalServerError:
 		return "", text
 	case strings.Contains(text, "x509:"):
-		return "certificate", text + "; its certificate is not to be trusted, check certificate-authority in --kubeconfig-file, or --kube-api-url"
+		return "certificate", text + "; its certificate cannot be verified, " +
+			"check certificate-authority in --kubeconfig-file, or --kube-api-url"
 	default:
 		return subnet.Unreachable, text
 	}

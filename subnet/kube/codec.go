@@ -11,9 +11,8 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/serializer"
 )
 
-// codecs are client-go's, but for Nodes in protobuf: client-go's decoder copies
-// each event of a watch twice before it looks into it, 30 KB for each heartbeat of
-// a Node.
+// codecs are client-go's, except for Nodes in protobuf: client-go's decoder copies each event of a watch twice before
+// it decodes the event, which is 30 KB for each heartbeat of a Node.
 type codecs struct {
 	runtime.NegotiatedSerializer
 	media []runtime.SerializerInfo
@@ -24,8 +23,8 @@ var nodeKinds = schema.GroupVersion{Version: "v1"}
 
 var nodeCodecs, nodeParams = newCodecs()
 
-// newCodecs returns what decodes Nodes, and what the API server answers in their
-// place, and what encodes the options of a list or watch.
+// newCodecs returns the codecs for Nodes, and for the statuses that the API server may answer instead, and the codec
+// for the options of a list or watch.
 func newCodecs() (codecs, runtime.ParameterCodec) {
 	scheme := runtime.NewScheme()
 	scheme.AddKnownTypes(nodeKinds, &Node{}, &NodeList{})
@@ -49,9 +48,11 @@ func (c codecs) SupportedMediaTypes() []runtime.SerializerInfo { return c.media 
 // An eventDecoder decodes the events of a watch (metav1.WatchEvent).
 type eventDecoder struct{ runtime.Serializer }
 
-// Decode implements runtime.Decoder. The event's object is a part of data, which
-// the reader of the watch uses again only once it has been decoded.
-func (d eventDecoder) Decode(data []byte, gvk *schema.GroupVersionKind, into runtime.Object) (runtime.Object, *schema.GroupVersionKind, error) {
+// Decode implements runtime.Decoder. The event's object is a part of data, which the reader of the watch reuses only
+// after the object has been decoded.
+func (d eventDecoder) Decode(data []byte, gvk *schema.GroupVersionKind, into runtime.Object) (
+	runtime.Object, *schema.GroupVersionKind, error,
+) {
 	event, ok := into.(*metav1.WatchEvent)
 	if !ok {
 		return d.Serializer.Decode(data, gvk, into)
@@ -73,14 +74,16 @@ func (d eventDecoder) Decode(data []byte, gvk *schema.GroupVersionKind, into run
 	return event, gvk, err
 }
 
-// envelope is what objects in protobuf begin with; the rest is a runtime.Unknown.
+// envelope is the beginning of an object in protobuf; the rest is a runtime.Unknown.
 var envelope = []byte("k8s\x00")
 
-// A nodeDecoder decodes a Node from where it is.
+// A nodeDecoder decodes a Node without copying it first.
 type nodeDecoder struct{ runtime.Serializer }
 
 // Decode implements runtime.Decoder.
-func (d nodeDecoder) Decode(data []byte, gvk *schema.GroupVersionKind, into runtime.Object) (runtime.Object, *schema.GroupVersionKind, error) {
+func (d nodeDecoder) Decode(data []byte, gvk *schema.GroupVersionKind, into runtime.Object) (
+	runtime.Object, *schema.GroupVersionKind, error,
+) {
 	unknown, enveloped := bytes.CutPrefix(data, envelope)
 	if !enveloped || into != nil {
 		return d.Serializer.Decode(data, gvk, into)

@@ -16,106 +16,103 @@ import (
 	"github.com/flanneld/flanneld/pkg/retry"
 )
 
-// events are what kubectl describe node shows of what needs a hand: Warnings on
-// this node's Node. Each is one Event, however often it comes to that: its count
-// and its last time are renewed, a minute apart at least, and from time to time
-// while it goes on, since the API server forgets an Event after an hour.
+// events are Kubernetes' Events about this node's Node, which kubectl describe node shows: Warnings of problems that a
+// person should act on. A problem is one Event, however often it occurs: its count and its last time are updated, at
+// most once a minute, and from time to time while the problem lasts, since the API server deletes an Event after an
+// hour.
 //
-// They say nothing that the log does not: where they cannot be written, for want
-// of the right or of an API server, nothing else suffers.
+// The log says the same: if Events cannot be written, because the right or the API server is missing, nothing else
+// fails.
 type events struct {
+	log    klog.Logger
 	client *client
-	node   func() string // its name, "" while it is not known
+	node   func() string // its name; "" while it is not known
 
 	mu     sync.Mutex
-	all    map[string]*notice // by what they are about
-	wake   chan struct{}      // there may be something to write
-	denied bool               // has been said
+	all    map[string]*event // by subject
+	wake   chan struct{}     // there may be something to write
+	denied bool              // that we may not write was logged
 }
 
-// A notice is one thing that needs a hand.
-type notice struct {
+// An event is one problem.
+type event struct {
 	reason, message string
 
-	going  bool      // what it tells of
-	unsent int       // how often it came to that since it was written
-	tried  time.Time // to be written, for the last time
-	count  int       // as written; 0: not by us
+	ongoing bool
+	unsent  int       // how often it has occurred since it was written
+	tried   time.Time // when we last tried to write it
+	count   int       // as written; 0: not written by this process
 }
 
 const (
-	// What is over within eventGrace is none: a node that has just joined waits
-	// for its podCIDR.
+	// A problem that is over within eventGrace is not written: a node that has just joined waits for its podCIDR.
 	eventGrace = 5 * time.Second
 
-	// The least time between two times that one Event is written, and the time
-	// after which it is while it goes on.
+	// The least time between two writes of one Event, and the time after which it is written again while it lasts.
 	eventRest  = time.Minute
 	eventAgain = 10 * time.Minute
 
-	// A notice that is over is forgotten after eventMemory; with that many,
-	// there are no new ones.
+	// An event that is over is forgotten after eventMemory. There are never more than maxEvents.
 	eventMemory = time.Hour
 	maxEvents   = 50
 
-	maxEventMessage = 1024 // the API server's
+	maxEventMessage = 1024 // the API server's limit
 )
 
-func newEvents(c *client, node func() string) *events {
-	return &events{client: c, node: node, all: map[string]*notice{}, wake: make(chan struct{}, 1)}
+func newEvents(log klog.Logger, c *client, node func() string) *events {
+	return &events{log: log, client: c, node: node, all: map[string]*event{}, wake: make(chan struct{}, 1)}
 }
 
-// begin makes a notice of what has come about, until end. What it is about tells it
-// from others.
-func (n *events) begin(about, reason, message string) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	v := n.all[about]
+// begin records that the problem of a subject has occurred. It lasts until end.
+func (e *events) begin(subject, reason, message string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	v := e.all[subject]
 	switch {
-	case v == nil && len(n.all) >= maxEvents:
+	case v == nil && len(e.all) >= maxEvents:
 		return
 	case v == nil:
-		v = &notice{}
-		n.all[about] = v
+		v = &event{}
+		e.all[subject] = v
 	}
 	if v.reason != reason || v.message != message {
-		*v = notice{reason: reason, message: message, tried: v.tried}
+		*v = event{reason: reason, message: message, tried: v.tried}
 	}
-	v.going = true
+	v.ongoing = true
 	v.unsent++
 	select {
-	case n.wake <- struct{}{}:
+	case e.wake <- struct{}{}:
 	default:
 	}
 }
 
-// end takes note that something is over.
-func (n *events) end(about string) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	if v := n.all[about]; v != nil {
-		v.going = false
+// end records that the problem of a subject is over.
+func (e *events) end(subject string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if v := e.all[subject]; v != nil {
+		v.ongoing = false
 		if v.count == 0 && v.tried.IsZero() {
-			delete(n.all, about)
+			delete(e.all, subject)
 		}
 	}
 }
 
-// run writes events until ctx ends, and then those that are not written at all.
-func (n *events) run(ctx context.Context) {
+// run writes events until ctx ends, and then the events that were not written yet.
+func (e *events) run(ctx context.Context) {
 	tick := time.NewTicker(eventRest)
 	tick.Stop()
 	for ctx.Err() == nil {
 		select {
 		case <-ctx.Done():
-		case <-n.wake:
+		case <-e.wake:
 			retry.Sleep(ctx, eventGrace)
 		case <-tick.C:
 		}
 		if ctx.Err() == nil {
-			n.write(ctx)
+			e.write(ctx)
 		}
-		if n.idle() {
+		if e.idle() {
 			tick.Stop()
 		} else {
 			tick.Reset(eventRest)
@@ -123,71 +120,72 @@ func (n *events) run(ctx context.Context) {
 	}
 	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
 	defer cancel()
-	n.write(last)
+	e.write(last)
 }
 
-// idle tells whether there is nothing to come back to.
-func (n *events) idle() bool {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	for about, v := range n.all {
-		if !v.going && v.unsent == 0 && time.Since(v.tried) > eventMemory {
-			delete(n.all, about)
+// idle forgets old events, and tells whether no events are left.
+func (e *events) idle() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for subject, v := range e.all {
+		if !v.ongoing && v.unsent == 0 && time.Since(v.tried) > eventMemory {
+			delete(e.all, subject)
 		}
 	}
-	return len(n.all) == 0
+	return len(e.all) == 0
 }
 
-// write writes all that are due.
-func (n *events) write(ctx context.Context) {
-	node := n.node()
+// write writes all events that are due.
+func (e *events) write(ctx context.Context) {
+	node := e.node()
 	if node == "" {
 		return
 	}
-	due := map[string]notice{}
-	n.mu.Lock()
-	for about, v := range n.all {
+	due := map[string]event{}
+	e.mu.Lock()
+	for subject, v := range e.all {
 		rest := time.Since(v.tried)
 		switch {
-		case v.going && v.unsent == 0 && rest >= eventAgain:
+		case v.ongoing && v.unsent == 0 && rest >= eventAgain:
 			v.unsent = 1
 		case v.unsent == 0 || rest < eventRest:
 			continue
 		}
 		v.tried = time.Now()
-		due[about] = *v
+		due[subject] = *v
 	}
-	n.mu.Unlock()
-	for about, v := range due {
-		count, err := n.put(ctx, node, v)
-		n.wrote(about, v, count, err)
+	e.mu.Unlock()
+	for subject, v := range due {
+		count, err := e.put(ctx, node, v)
+		e.wrote(subject, v, count, err)
 	}
 }
 
-// wrote takes note of what became of a notice as it was to be written.
-func (n *events) wrote(about string, v notice, count int, err error) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
+// wrote records the result of writing an event.
+func (e *events) wrote(subject string, v event, count int, err error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
 	forbidden := apierrors.IsForbidden(err)
-	now := n.all[about]
+	now := e.all[subject]
 	if now != nil && now.reason == v.reason && now.message == v.message && (err == nil || forbidden) {
 		now.count, now.unsent = count, now.unsent-v.unsent
 	}
 	switch {
-	case err == nil || forbidden && n.denied:
+	case err == nil || forbidden && e.denied:
 	case forbidden:
-		n.denied = true
-		klog.V(1).Infof("What needs a hand is said in the log alone: %v; the ClusterRole would have to allow create and patch of events", err)
+		e.denied = true
+		e.log.V(1).Info("Cannot record Events; problems are in the log alone", "err", err,
+			"fix", "the ClusterRole would have to allow create and patch of events")
 	default:
-		klog.V(1).Infof("The Event %s could not be written: %v", v.reason, err)
+		e.log.V(1).Info("Cannot record an Event; retrying", "reason", v.reason, "err", err)
 	}
 }
 
-// put writes a notice, and returns how often it came to that in all: an earlier
-// life of this daemon may have written it.
-func (n *events) put(ctx context.Context, node string, v notice) (count int, err error) {
-	// Of a Node, which has no namespace, events are in the default one; and its
-	// UID is its name there, as kubelet has it.
+// put writes an event, and returns how often the problem has occurred in all: an earlier run of this daemon may have
+// written the Event.
+func (e *events) put(ctx context.Context, node string, v event) (count int, err error) {
+	// A Node has no namespace: its Events are in the default namespace, where the Node's UID is its name, as in kubelet's
+	// Events.
 	sum := fnv.New64a()
 	sum.Write([]byte(v.reason + "\n" + v.message))
 	name := fmt.Sprintf("%s.flannel-%016x", node, sum.Sum64())
@@ -198,12 +196,12 @@ func (n *events) put(ctx context.Context, node string, v notice) (count int, err
 		patch["count"] = v.count + v.unsent
 	}
 	update := func(o object) (int, error) {
-		return n.send(ctx, n.client.current().Patch(types.StrategicMergePatchType).Name(name), o)
+		return e.send(ctx, e.client.current().Patch(types.StrategicMergePatchType).Name(name), o)
 	}
 	count, err = update(patch)
 	switch {
 	case apierrors.IsNotFound(err):
-		return n.send(ctx, n.client.current().Post(), object{
+		return e.send(ctx, e.client.current().Post(), object{
 			"apiVersion": "v1", "kind": "Event",
 			"metadata":       object{"name": name, "namespace": "default"},
 			"involvedObject": object{"apiVersion": "v1", "kind": "Node", "name": node, "uid": node},
@@ -217,8 +215,8 @@ func (n *events) put(ctx context.Context, node string, v notice) (count int, err
 	return count, err
 }
 
-// send sends an Event, or a part of one, and returns its count.
-func (n *events) send(ctx context.Context, request *rest.Request, event any) (int, error) {
+// send sends an Event, or the fields of an Event that change, and returns its count.
+func (e *events) send(ctx context.Context, request *rest.Request, event any) (int, error) {
 	body, err := json.Marshal(event)
 	if err != nil {
 		return 0, err
@@ -226,6 +224,7 @@ func (n *events) send(ctx context.Context, request *rest.Request, event any) (in
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
 	var answer struct{ Count int }
-	err = doJSON(ctx, request.Namespace("default").Resource("events").Param("fieldManager", "flanneld").Body(body), &answer)
+	request = request.Namespace("default").Resource("events").Param("fieldManager", "flanneld").Body(body)
+	err = doJSON(ctx, request, &answer)
 	return answer.Count, err
 }

@@ -10,6 +10,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"k8s.io/klog/v2"
 )
 
 // eventServer keeps Events as the API server does.
@@ -90,7 +92,7 @@ func (s *eventServer) count(t *testing.T) int {
 func TestNotices(t *testing.T) {
 	s := newEventServer(t)
 	fresh := func() *events {
-		return newEvents(testClient(t, s.URL), func() string { return "n1" })
+		return newEvents(klog.Logger{}, testClient(t, s.URL), func() string { return "n1" })
 	}
 	n := fresh()
 	step := func(what string, count int, methods ...string) {

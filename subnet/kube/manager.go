@@ -1,16 +1,13 @@
-// Package kube is the subnet manager that takes leases from Kubernetes: a
-// node's subnets are its Node's spec.podCIDRs, which somebody else hands out
-// (kube-controller-manager, for one), and what it tells its peers is in the
-// Node's annotations, under the same names as upstream's.
+// Package kube is the subnet manager that takes leases from Kubernetes. A node's subnets are its Node's spec.podCIDRs,
+// which another program assigns, such as kube-controller-manager. What the node publishes for its peers is in the
+// Node's annotations, under upstream's names.
 package kube
 
 import (
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"maps"
 	"net"
 	"net/netip"
 	"os"
@@ -27,19 +24,17 @@ import (
 	"github.com/flanneld/flanneld/subnet"
 )
 
-// Options say where the API server is, and who this node is.
+// Options are where the API server is, and how this node is known.
 type Options struct {
 	APIURL, Kubeconfig string // neither: the cluster that the pod runs in
 	AnnotationPrefix   string // complete, "flannel.alpha.coreos.com/"
 	ConfigPath         string // of the network's configuration, a JSON file
-	NodeName           string // or else
-	Namespace, Pod     string // the pod that this is, whose node it is
+	NodeName           string // or else:
+	Namespace, Pod     string // our own pod, whose node this is
 
-	// NodeAddress takes for the uplink the interface that holds the Node's
-	// InternalIP.
+	// NodeAddress makes the interface that holds the Node's InternalIP the uplink.
 	NodeAddress bool
-	// SetCondition has the Node's condition NetworkUnavailable set to False
-	// once the network is up.
+	// SetCondition sets the Node's condition NetworkUnavailable to False once the network is up.
 	SetCondition bool
 }
 
@@ -54,12 +49,13 @@ const (
 
 	publicIPOverwrite   = "public-ip-overwrite" // wins over what is detected
 	publicIPv6Overwrite = "public-ipv6-overwrite"
-	nodePublicIP        = "node-public-ip" // as good as --public-ip
+	nodePublicIP        = "node-public-ip" // has the effect of --public-ip
 	nodePublicIPv6      = "node-public-ipv6"
 )
 
 // Manager is a subnet.Manager.
 type Manager struct {
+	log     klog.Logger
 	options Options
 	client  *client
 	health  *subnet.StoreHealth
@@ -72,15 +68,15 @@ type Manager struct {
 
 	on     subnet.Subnets // the networks of the families that are on
 	want   subnet.Attrs   // what Acquire was asked to publish; of Acquire and Keep alone
-	warned sync.Map       // the texts of warnings that were logged
+	logged sync.Map       // the errors that logOnce has logged
 
-	mu      sync.Mutex
-	asked   iface.Selector // what the operator and the Node say, see Select
-	own     *ownNode       // nil: there is no Node yet
-	changed chan struct{}  // closed when own, or up, changes
-	told    bool           // own is what the API server says
-	waits   map[string]int // what is waited for, by how many: see await
-	up      bool           // the network is: see Ready
+	mu       sync.Mutex
+	selector iface.Selector // the latest one, see Select
+	own      *ownNode       // nil: there is no Node yet
+	changed  chan struct{}  // closed when own or up changes
+	synced   bool           // own is what the API server answered
+	waits    map[string]int // what is missing, and how many goroutines wait for it: see await
+	up       bool           // the network is up: see Ready
 }
 
 var (
@@ -88,11 +84,11 @@ var (
 	_ subnet.EventRecorder = (*Manager)(nil)
 )
 
-// New returns a manager. An error is about the options: it does not talk to the
-// API server yet.
+// New returns a manager. It sends no request to the API server yet: an error is about the options.
 func New(ctx context.Context, o Options) (*Manager, error) {
 	if o.NodeName == "" && (o.Namespace == "" || o.Pod == "") {
-		return nil, errors.New("which Node is this? Set the environment variable NODE_NAME, or POD_NAME and POD_NAMESPACE (in a pod: valueFrom: fieldRef: spec.nodeName)")
+		return nil, errors.New("which Node is this? Set the environment variable NODE_NAME, or POD_NAME and POD_NAMESPACE " +
+			"(in a pod: valueFrom: fieldRef: spec.nodeName)")
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	c, err := newClient(ctx, o.APIURL, o.Kubeconfig)
@@ -100,15 +96,16 @@ func New(ctx context.Context, o Options) (*Manager, error) {
 		cancel()
 		return nil, err
 	}
+	log := klog.FromContext(ctx)
 	m := &Manager{
-		options: o, client: c, name: o.NodeName, ctx: ctx, cancel: cancel,
-		health: subnet.NewStoreHealth(klog.FromContext(ctx), subnet.State{
+		log: log, options: o, client: c, name: o.NodeName, ctx: ctx, cancel: cancel,
+		health: subnet.NewStoreHealth(log, subnet.State{
 			Kind: "kubernetes", Store: "Kubernetes' API server at " + c.server, Endpoints: []string{c.server},
 			Check: "curl -k " + c.server + "/readyz",
 		}),
 		changed: make(chan struct{}), waits: map[string]int{},
 	}
-	m.events = newEvents(c, m.node)
+	m.events = newEvents(log, c, m.node)
 	if o.NodeAddress {
 		changes, err := iface.Changes(ctx)
 		if err != nil {
@@ -123,12 +120,12 @@ func New(ctx context.Context, o Options) (*Manager, error) {
 			}
 		})
 	}
-	m.running.Go(m.followOwn)
+	m.running.Go(m.watchOwnNode)
 	m.running.Go(func() { m.events.run(ctx) })
 	return m, nil
 }
 
-// Close ends what runs. The Node stays as it is.
+// Close implements subnet.Manager. The Node stays as it is.
 func (m *Manager) Close() error {
 	m.cancel()
 	m.running.Wait()
@@ -151,8 +148,7 @@ func (m *Manager) RecordEvent(subject, reason, message string) {
 	}
 }
 
-// Config implements subnet.Manager. The file comes with the pod: that it is not
-// there is for a person to mend.
+// Config implements subnet.Manager. The file comes with the pod: if it is missing, waiting does not help.
 func (m *Manager) Config(context.Context) (*subnet.Config, error) {
 	text, err := os.ReadFile(m.options.ConfigPath)
 	if err != nil {
@@ -166,10 +162,10 @@ func (m *Manager) Config(context.Context) (*subnet.Config, error) {
 	return cfg, nil
 }
 
-// Configs implements subnet.Manager: what the file says is read once.
+// Configs implements subnet.Manager: the file is read once.
 func (m *Manager) Configs(context.Context) <-chan *subnet.Config { return nil }
 
-// Select implements subnet.Manager: the Node may say what peers are to use.
+// Select implements subnet.Manager: the Node's annotations may name the public addresses.
 func (m *Manager) Select(ctx context.Context, sel iface.Selector) <-chan iface.Selector {
 	out := make(chan iface.Selector)
 	go func() {
@@ -179,7 +175,7 @@ func (m *Manager) Select(ctx context.Context, sel iface.Selector) <-chan iface.S
 			if err != nil {
 				return
 			}
-			if now, news := m.selector(own, sel); first || news {
+			if now, changed := m.updateSelector(own, sel); first || changed {
 				select {
 				case out <- now:
 				case <-ctx.Done():
@@ -194,9 +190,9 @@ func (m *Manager) Select(ctx context.Context, sel iface.Selector) <-chan iface.S
 	return out
 }
 
-// selector adds to the operator's selector what the Node says, and tells whether
-// that is another one than before.
-func (m *Manager) selector(own *ownNode, sel iface.Selector) (now iface.Selector, news bool) {
+// updateSelector completes the operator's selector by the Node's annotations and addresses, and tells whether it has
+// changed.
+func (m *Manager) updateSelector(own *ownNode, sel iface.Selector) (now iface.Selector, changed bool) {
 	for _, a := range []struct {
 		annotation string
 		into       *netip.Addr
@@ -213,28 +209,31 @@ func (m *Manager) selector(own *ownNode, sel iface.Selector) (now iface.Selector
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	before := m.asked
-	m.asked = sel
-	return sel, sel.PublicIP != before.PublicIP || sel.PublicIPv6 != before.PublicIPv6 || !slices.Equal(sel.Names, before.Names)
+	before := m.selector
+	m.selector = sel
+	return sel, sel.PublicIP != before.PublicIP || sel.PublicIPv6 != before.PublicIPv6 ||
+		!slices.Equal(sel.Names, before.Names)
 }
 
-// internalIPs are the Node's of the families that are on.
+// internalIPs returns the Node's InternalIPs of the families that are on.
 func (m *Manager) internalIPs(own *ownNode) []netip.Addr {
 	return slices.DeleteFunc(slices.Clone(own.addresses), func(ip netip.Addr) bool {
 		return ip.Is4() && !m.on.IPv4.IsValid() || ip.Is6() && !m.on.IPv6.IsValid()
 	})
 }
 
-// addressMissing tells what keeps --iface-node-address from finding the uplink.
+// addressMissing returns what --iface-node-address lacks to find the uplink; "" if nothing is missing.
 func (m *Manager) addressMissing(own *ownNode) string {
 	if !m.options.NodeAddress {
 		return ""
 	}
 	switch ips := m.internalIPs(own); {
 	case len(ips) == 0:
-		return "status.addresses of Node " + m.name + " to have an InternalIP of a family that is on, for --iface-node-address: kubelet's --node-ip sets it"
+		return "an InternalIP in status.addresses of Node " + m.name + ", of a family that is on, for --iface-node-address" +
+			": set kubelet's --node-ip"
 	case !held(ips):
-		return fmt.Sprintf("an interface that holds an InternalIP of Node %s, %v: have kubelet's --node-ip name an address of this host, or give --iface rather than --iface-node-address", m.name, ips)
+		return fmt.Sprintf("an interface that holds an InternalIP of Node %s, %v: "+
+			"set kubelet's --node-ip to an address of this host, or give --iface instead of --iface-node-address", m.name, ips)
 	}
 	return ""
 }
@@ -248,21 +247,20 @@ func held(ips []netip.Addr) bool {
 	})
 }
 
-// address reads an annotation that is an address, of IPv6 where its name says
-// so.
+// address reads an annotation that is an address; an IPv6 address if the annotation's name has "ipv6" in it.
 func (m *Manager) address(n *ownNode, annotation string) (netip.Addr, bool) {
 	ip, err := parseAddress(n.annotations[annotation], annotation)
 	if err != nil {
-		m.warnOnce("The annotation %s%s of Node %s is ignored: %v", m.options.AnnotationPrefix, annotation, m.name, err)
+		m.logOnce(err, "Ignoring an annotation of the Node",
+			"annotation", m.options.AnnotationPrefix+annotation, "node", m.name)
 	}
 	return ip, ip.IsValid()
 }
 
-// warnOnce logs a warning that was not logged before.
-func (m *Manager) warnOnce(format string, args ...any) {
-	text := fmt.Sprintf(format, args...)
-	if _, known := m.warned.LoadOrStore(text, true); !known {
-		klog.WarningDepth(1, text)
+// logOnce logs an error that was not logged before.
+func (m *Manager) logOnce(err error, message string, keysAndValues ...any) {
+	if _, known := m.logged.LoadOrStore(fmt.Sprint(message, err, keysAndValues), true); !known {
+		m.log.Error(err, message, keysAndValues...)
 	}
 }
 
@@ -273,7 +271,7 @@ func parseAddress(text, annotation string) (netip.Addr, error) {
 	}
 	ip, err := netip.ParseAddr(text)
 	if err != nil || ip.Is4() == strings.Contains(annotation, "ipv6") || ip.Is4In6() || ip.Zone() != "" {
-		return netip.Addr{}, fmt.Errorf("%q is no address of that family", text)
+		return netip.Addr{}, fmt.Errorf("%q is not an address of the annotation's family", text)
 	}
 	return ip, nil
 }
@@ -295,9 +293,11 @@ func (m *Manager) Acquire(ctx context.Context, cfg *subnet.Config, want subnet.L
 			have := n.subnets
 			switch {
 			case len(have.Each()) == 0:
-				return "spec.podCIDR of Node " + m.name + ": set --allocate-node-cidrs and --cluster-cidr on kube-controller-manager, or spec.podCIDR on the node"
+				return "spec.podCIDR of Node " + m.name +
+					": set --allocate-node-cidrs and --cluster-cidr on kube-controller-manager, or spec.podCIDR on the node"
 			case cfg.IPv4.Enabled() && !have.IPv4.IsValid() || cfg.IPv6.Enabled() && !have.IPv6.IsValid():
-				return fmt.Sprintf("spec.podCIDRs of Node %s to have a subnet of each family of the network %s: they are %s", m.name, cfg.Networks(), have)
+				return fmt.Sprintf("spec.podCIDRs of Node %s for each family of the network %s: they are %s",
+					m.name, cfg.Networks(), have)
 			}
 			return ""
 		})
@@ -318,8 +318,7 @@ func (m *Manager) Acquire(ctx context.Context, cfg *subnet.Config, want subnet.L
 	}
 }
 
-// leaseOf returns the lease that a Node's podCIDRs are, with what it says of
-// the public addresses.
+// leaseOf returns the lease that a Node's podCIDRs stand for, with the public addresses that its annotations overwrite.
 func (m *Manager) leaseOf(own *ownNode, cfg *subnet.Config, attrs subnet.Attrs) (subnet.Lease, error) {
 	lease := subnet.Lease{Attrs: m.overwrite(own, attrs)}
 	for _, f := range []struct {
@@ -332,7 +331,8 @@ func (m *Manager) leaseOf(own *ownNode, cfg *subnet.Config, attrs subnet.Attrs) 
 		}
 		// Neither can change while both the Node and this configuration stay.
 		if !f.pool.Network.Contains(f.have.Addr()) || f.have.Bits() < f.pool.Network.Bits() {
-			err := fmt.Errorf("the podCIDR %s of Node %s is outside the Network %s in %s: make Network the same as --cluster-cidr of kube-controller-manager",
+			err := fmt.Errorf("the podCIDR %s of Node %s is outside the Network %s in %s: "+
+				"make Network the same as --cluster-cidr of kube-controller-manager",
 				f.have, m.name, f.pool.Network, m.options.ConfigPath)
 			m.RecordEvent("podCIDR", "PodCIDROutsideNetwork", err.Error())
 			return subnet.Lease{}, err
@@ -342,8 +342,7 @@ func (m *Manager) leaseOf(own *ownNode, cfg *subnet.Config, attrs subnet.Attrs) 
 	return lease, nil
 }
 
-// overwrite returns what is to be published with the public addresses that the
-// Node's annotations overwrite.
+// overwrite returns attrs with the public addresses that the Node's annotations overwrite.
 func (m *Manager) overwrite(own *ownNode, attrs subnet.Attrs) subnet.Attrs {
 	for _, f := range []struct {
 		annotation string
@@ -355,27 +354,29 @@ func (m *Manager) overwrite(own *ownNode, attrs subnet.Attrs) subnet.Attrs {
 		if ip, ok := m.address(own, f.annotation); ok {
 			*f.public = ip
 		} else {
-			m.compare(own, *f.public)
+			m.checkAddress(own, *f.public)
 		}
 	}
 	return attrs
 }
 
-// compare warns, once, of an address that was found but is not one of the Node's
-// of that family: the classic mistake on hosts with two interfaces.
-func (m *Manager) compare(own *ownNode, found netip.Addr) {
+// checkAddress logs, once, a public address that was found on this host but is not one of the Node's addresses of its
+// family: a frequent mistake on hosts with two interfaces.
+func (m *Manager) checkAddress(own *ownNode, found netip.Addr) {
 	m.mu.Lock()
-	asked := m.asked
+	asked := m.selector
 	m.mu.Unlock()
-	same := func(ip netip.Addr) bool { return ip.BitLen() == found.BitLen() }
-	if found == asked.PublicIP || found == asked.PublicIPv6 || !slices.ContainsFunc(own.addresses, same) || slices.Contains(own.addresses, found) {
+	sameFamily := func(ip netip.Addr) bool { return ip.BitLen() == found.BitLen() }
+	if found == asked.PublicIP || found == asked.PublicIPv6 ||
+		!slices.ContainsFunc(own.addresses, sameFamily) || slices.Contains(own.addresses, found) {
 		return
 	}
-	m.warnOnce("The address that peers are told, %s, is not among those of Node %s, %v. If this host has several interfaces, give --iface-node-address or --iface", found, m.name, own.addresses)
+	m.logOnce(nil, "The public address is not an address of the Node",
+		"address", found, "node", m.name, "nodeAddresses", own.addresses,
+		"fix", "if this host has several interfaces, give --iface-node-address or --iface")
 }
 
-// publish writes the lease's annotations where they differ, and tells whether
-// the Node is there still.
+// publish writes the lease's annotations that differ, and tells whether the Node still exists.
 func (m *Manager) publish(ctx context.Context, own *ownNode, lease subnet.Lease) (there bool, err error) {
 	patch := map[string]string{}
 	for key, value := range annotationsOf(lease.Attrs) {
@@ -389,21 +390,21 @@ func (m *Manager) publish(ctx context.Context, own *ownNode, lease subnet.Lease)
 	return m.patch(ctx, "publish this node's lease", map[string]any{"metadata": map[string]any{"annotations": patch}})
 }
 
-// patch merges into the Node, and tells whether it is there still. The Node is
-// then known as it is in the answer, whatever the watch brings of before.
-func (m *Manager) patch(ctx context.Context, purpose string, patch any) (there bool, err error) {
+// patch merges a patch into the Node, and tells whether the Node still exists. The Node is then known as it is in the
+// answer, even if the watch brings an older state later.
+func (m *Manager) patch(ctx context.Context, operation string, patch any) (there bool, err error) {
 	there = true
-	err = m.retry(ctx, purpose, func(ctx context.Context) error {
+	err = m.retry(ctx, operation, func(ctx context.Context) error {
 		now, err := m.client.patchStatus(ctx, m.name, patch)
 		switch {
 		case err == nil:
 			m.mu.Lock()
-			known := m.own != nil // or the watch says by now that the Node is gone
+			known := m.own != nil // nil: by now, the watch knows that the Node is gone
 			m.mu.Unlock()
 			if known {
 				return ownStore{m}.Update(now)
 			}
-		case apierrors.IsNotFound(err) && !apierrors.IsUnexpectedServerError(err): // rather than from a proxy
+		case apierrors.IsNotFound(err) && !apierrors.IsUnexpectedServerError(err): // a proxy's answer is unexpected
 			there, err = false, nil
 		}
 		return err
@@ -424,66 +425,82 @@ func (m *Manager) State() subnet.State {
 	return m.health.State()
 }
 
-// Keep implements subnet.Manager: annotations, and the condition once the
-// network is up, are written again when somebody changes them.
+// Keep implements subnet.Manager: it writes the annotations again when somebody changes them, and so the condition,
+// once the network is up.
 func (m *Manager) Keep(ctx context.Context, lease subnet.Lease) error {
-	quarrel := subnet.Backoff()
-	var last time.Time
+	fight := subnet.Backoff()
+	var restored time.Time
+	annotations := annotationsOf(lease.Attrs)
 	for {
 		own, changed, err := m.await(ctx, func(*ownNode) string { return "" })
 		if err != nil {
 			return err
 		}
-		for _, f := range [][2]netip.Prefix{{lease.IPv4, own.subnets.IPv4}, {lease.IPv6, own.subnets.IPv6}} {
-			if f[0].IsValid() && f[0] != f[1] {
-				klog.Warningf("The podCIDRs of Node %s are %s now, no longer %s", m.name, cmp.Or(own.subnets.String(), "gone"), lease.Subnets)
-				return subnet.ErrLost
-			}
-		}
-		if now := m.overwrite(own, m.want); len(m.want.PublicIPs()) > 0 && !now.Equal(lease.Attrs) {
-			klog.Infof("The annotations of Node %s overwrite other public addresses now: publishing %v, no longer %v", m.name, now.PublicIPs(), lease.Attrs.PublicIPs())
-			return subnet.ErrChanged
+		if err := m.checkLease(own, lease); err != nil {
+			return err
 		}
 		m.mu.Lock()
 		up := m.up
 		m.mu.Unlock()
-		wrong := slices.ContainsFunc(slices.Collect(maps.Keys(annotationsOf(lease.Attrs))), func(key string) bool {
-			return own.annotations[key] != annotationsOf(lease.Attrs)[key]
-		})
-		condition := up && m.options.SetCondition && !own.conditioned
-		if wrong || condition {
-			// Somebody else may want it otherwise, as often as we do.
-			if time.Since(last) > time.Minute {
-				quarrel.Reset()
-			} else if err := quarrel.Sleep(ctx); err != nil {
+		overwritten := false
+		for key, value := range annotations {
+			overwritten = overwritten || own.annotations[key] != value
+		}
+		unconditioned := up && m.options.SetCondition && !own.conditioned
+		if overwritten || unconditioned {
+			// Another program may write something else as often as we write this.
+			if time.Since(restored) > time.Minute {
+				fight.Reset()
+			} else if err := fight.Sleep(ctx); err != nil {
 				return err
 			}
-			last = time.Now()
+			restored = time.Now()
 		}
 		there := true
 		switch {
-		case wrong:
-			klog.Warningf("Somebody changed the annotations of Node %s: writing them again", m.name)
+		case overwritten:
+			m.log.Error(nil, "Another program changed the annotations of the Node; writing them again", "node", m.name)
 			there, err = m.publish(ctx, own, lease)
-		case condition:
+		case unconditioned:
 			there, err = m.setCondition(ctx)
 		}
 		if err != nil {
 			return err
 		}
-		if err := m.waitChange(ctx, changed, there); err != nil { // a change of ours is one, too
+		if err := m.waitChange(ctx, changed, there); err != nil { // our own change counts, too
 			return err
 		}
 	}
 }
 
+// checkLease returns ErrLost when the Node has other podCIDRs than the lease, and ErrChanged when its annotations
+// overwrite other public addresses.
+func (m *Manager) checkLease(own *ownNode, lease subnet.Lease) error {
+	for _, f := range [][2]netip.Prefix{{lease.IPv4, own.subnets.IPv4}, {lease.IPv6, own.subnets.IPv6}} {
+		if f[0].IsValid() && f[0] != f[1] {
+			m.log.Error(nil, "The podCIDRs of the Node have changed",
+				"node", m.name, "before", lease.Subnets, "podCIDRs", own.subnets)
+			return subnet.ErrLost
+		}
+	}
+	if now := m.overwrite(own, m.want); len(m.want.PublicIPs()) > 0 && !now.Equal(lease.Attrs) {
+		m.log.Info("The annotations of the Node overwrite other public addresses now",
+			"node", m.name, "before", lease.Attrs.PublicIPs(), "addresses", now.PublicIPs())
+		return subnet.ErrChanged
+	}
+	return nil
+}
+
 // setCondition writes the condition that lets the scheduler use the node.
 func (m *Manager) setCondition(ctx context.Context) (there bool, err error) {
 	now := time.Now().UTC().Format(time.RFC3339)
-	return m.patch(ctx, "set the condition NetworkUnavailable", map[string]any{"status": map[string]any{"conditions": []map[string]string{{
-		"type": "NetworkUnavailable", "status": "False", "reason": "FlannelIsUp", "message": "Flannel is running on this node",
+	conditions := []map[string]string{{
+		"type": "NetworkUnavailable", "status": "False", "reason": "FlannelIsUp",
+		"message":            "Flannel is running on this node",
 		"lastTransitionTime": now, "lastHeartbeatTime": now,
-	}}}})
+	}}
+	patch := map[string]any{"status": map[string]any{"conditions": conditions}}
+	return m.patch(ctx, "set the condition NetworkUnavailable", patch)
 }
 
 // attrsOf reads a lease's annotations.
@@ -493,13 +510,12 @@ func attrsOf(annotation func(name string) string) subnet.Attrs {
 		BackendData:   raw(annotation(backendData)),
 		BackendV6Data: raw(annotation(backendV6Data)),
 	}
-	a.PublicIP, _ = parseAddress(annotation(publicIP), publicIP) // a peer's: it may be nonsense
+	a.PublicIP, _ = parseAddress(annotation(publicIP), publicIP) // a peer's may be invalid
 	a.PublicIPv6, _ = parseAddress(annotation(publicIPv6), publicIPv6)
 	return a
 }
 
-// raw returns the JSON of an annotation; nil for none, which upstream writes as
-// "null".
+// raw returns the JSON of an annotation; nil if there is none, which upstream writes as "null".
 func raw(text string) json.RawMessage {
 	if text == "" || text == "null" {
 		return nil
@@ -527,8 +543,7 @@ func annotationsOf(a subnet.Attrs) map[string]string {
 	return all
 }
 
-// subnetsOf reads podCIDRs of the families that are on; what is none is left
-// out.
+// subnetsOf reads podCIDRs of the families that are on. It skips texts that are not prefixes.
 func subnetsOf(cidrs []string, on subnet.Subnets) subnet.Subnets {
 	var s subnet.Subnets
 	for _, text := range cidrs {
@@ -545,21 +560,23 @@ func subnetsOf(cidrs []string, on subnet.Subnets) subnet.Subnets {
 }
 
 // bothFamilies are the networks that hold everything.
-var bothFamilies = subnet.Subnets{IPv4: netip.PrefixFrom(netip.IPv4Unspecified(), 0), IPv6: netip.PrefixFrom(netip.IPv6Unspecified(), 0)}
+var bothFamilies = subnet.Subnets{
+	IPv4: netip.PrefixFrom(netip.IPv4Unspecified(), 0), IPv6: netip.PrefixFrom(netip.IPv6Unspecified(), 0),
+}
 
 // retry calls f until it succeeds or ctx ends.
-func (m *Manager) retry(ctx context.Context, purpose string, f func(context.Context) error) error {
+func (m *Manager) retry(ctx context.Context, operation string, f func(context.Context) error) error {
 	pause := subnet.Backoff()
 	for {
 		attempt, cancel := context.WithTimeout(ctx, requestTimeout)
 		err := f(attempt)
 		cancel()
 		if err == nil {
-			m.health.Succeeded(purpose)
+			m.health.Succeeded(operation)
 			return nil
 		}
 		if ctx.Err() == nil {
-			m.fail(purpose, err)
+			m.fail(operation, err)
 		}
 		rest := pause.Next()
 		if seconds, ok := apierrors.SuggestsClientDelay(err); ok {
@@ -571,9 +588,9 @@ func (m *Manager) retry(ctx context.Context, purpose string, f func(context.Cont
 	}
 }
 
-// fail takes note that an attempt has failed.
-func (m *Manager) fail(purpose string, err error) {
+// fail records that an attempt has failed.
+func (m *Manager) fail(operation string, err error) {
 	m.client.refresh()
-	why, text := explain(err)
-	m.health.Failed(purpose, why, text)
+	cause, text := explain(err)
+	m.health.Failed(operation, cause, text)
 }

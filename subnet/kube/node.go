@@ -10,11 +10,9 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 )
 
-// Node is a Kubernetes Node with the fields that flanneld uses. A Node of a real
-// cluster has some 10 KB, most of it images and conditions that change with each
-// heartbeat: Unmarshal skips those undecoded, where client-go's own Node would
-// decode and keep them. Field numbers are those of
-// k8s.io/api/core/v1/generated.proto and
+// Node is a Kubernetes Node with the fields that flanneld uses. A Node of a real cluster has about 10 KB, most of it
+// images and conditions, which change with each heartbeat: Unmarshal skips them, whereas client-go's own Node would
+// decode and keep them. The field numbers are those of k8s.io/api/core/v1/generated.proto and
 // k8s.io/apimachinery/pkg/apis/meta/v1/generated.proto.
 type Node struct {
 	metav1.TypeMeta
@@ -25,7 +23,7 @@ type Node struct {
 	networkUp   bool // the condition NetworkUnavailable is False
 }
 
-// NodeList is what the API server answers when it is asked for Nodes.
+// NodeList is a list of Nodes as the API server sends it.
 type NodeList struct {
 	metav1.TypeMeta
 	metav1.ListMeta
@@ -60,8 +58,7 @@ func (n *Node) Reset() { *n = Node{} }
 // Reset is called before Unmarshal.
 func (l *NodeList) Reset() { *l = NodeList{} }
 
-// Unmarshal reads a Node from protobuf, or the bookmark that stands for one. It
-// keeps nothing of b.
+// Unmarshal reads a Node from protobuf, or a bookmark, which has the form of a Node. It does not keep parts of b.
 func (n *Node) Unmarshal(b []byte) error {
 	return eachField(b, func(num protowire.Number, v []byte, _ uint64) error {
 		switch num {
@@ -155,8 +152,8 @@ func (l *NodeList) Unmarshal(b []byte) error {
 	})
 }
 
-// eachField calls f for the fields of a protobuf message: v is the payload of
-// those that have a length, n the value of those that are numbers.
+// eachField calls f for the fields of a protobuf message: v is the payload of fields that have a length, n is the value
+// of fields that are numbers.
 func eachField(b []byte, f func(num protowire.Number, v []byte, n uint64) error) error {
 	for len(b) > 0 {
 		num, kind, n := protowire.ConsumeTag(b)
@@ -199,7 +196,7 @@ func firstTwo(b []byte) (first, second []byte, err error) {
 	return first, second, err
 }
 
-// annotations are those of a Node that begin with flanneld's prefix, without it.
+// annotations returns the Node's annotations that begin with flanneld's prefix, without the prefix.
 func (n *Node) annotations(prefix string) map[string]string {
 	ours := map[string]string{}
 	for key, value := range n.Annotations {

@@ -166,7 +166,7 @@ func testPeers() *peers { return newPeers(testManager(onlyIPv4)) }
 
 func testManager(on subnet.Subnets) *Manager {
 	health := subnet.NewStoreHealth(klog.Background(), subnet.State{Store: "the server"})
-	return &Manager{client: &client{}, health: health, options: Options{AnnotationPrefix: "flannel.alpha.coreos.com/"}, on: on}
+	return &Manager{log: klog.Background(), client: &client{}, health: health, options: Options{AnnotationPrefix: "flannel.alpha.coreos.com/"}, on: on}
 }
 
 func TestPeers(t *testing.T) {

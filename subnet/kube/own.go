@@ -11,12 +11,11 @@ import (
 	"time"
 
 	"k8s.io/client-go/tools/cache"
-	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/subnet"
 )
 
-// patchAgain is how soon a patch of a Node that is said to be gone is made again.
+// patchAgain is how soon we patch a Node again after the answer was that it does not exist.
 const patchAgain = 5 * time.Second
 
 // ownNode is this node's Node.
@@ -28,7 +27,7 @@ type ownNode struct {
 	conditioned bool              // NetworkUnavailable is False
 }
 
-// equal tells whether two states of a Node are the same to us. Either may be nil.
+// equal tells whether two states of a Node are the same for us. Either may be nil.
 func (n *ownNode) equal(to *ownNode) bool {
 	if n == nil || to == nil {
 		return n == to
@@ -48,7 +47,7 @@ func (s ownStore) Add(n any) error { return s.Update(n) }
 // Update implements cache.ReflectorStore.
 func (s ownStore) Update(v any) error {
 	n := v.(*Node)
-	if n.Name != s.node() { // a server that takes no heed of our field selector
+	if n.Name != s.node() { // a server that ignores our field selector
 		return nil
 	}
 	s.setOwn(s.ownNode(n), false)
@@ -56,7 +55,10 @@ func (s ownStore) Update(v any) error {
 }
 
 func (s ownStore) ownNode(n *Node) *ownNode {
-	own := &ownNode{subnets: subnetsOf(n.podCIDRs, bothFamilies), annotations: n.annotations(s.options.AnnotationPrefix), conditioned: n.networkUp}
+	own := &ownNode{
+		subnets: subnetsOf(n.podCIDRs, bothFamilies), annotations: n.annotations(s.options.AnnotationPrefix),
+		conditioned: n.networkUp,
+	}
 	own.version, _ = strconv.ParseUint(n.ResourceVersion, 10, 64)
 	for _, text := range n.internalIPs {
 		if ip, err := netip.ParseAddr(text); err == nil {
@@ -74,7 +76,7 @@ func (s ownStore) Delete(n any) error {
 	return nil
 }
 
-// Replace implements cache.ReflectorStore. There is one Node of our name, or none.
+// Replace implements cache.ReflectorStore. There is one Node with our name, or none.
 func (s ownStore) Replace(nodes []any, _ string) error {
 	for _, n := range nodes {
 		if n.(*Node).Name == s.node() {
@@ -89,10 +91,10 @@ func (s ownStore) Replace(nodes []any, _ string) error {
 // Resync implements cache.ReflectorStore; none is asked for.
 func (s ownStore) Resync() error { return nil }
 
-// followOwn keeps own.
-func (m *Manager) followOwn() {
+// watchOwnNode keeps own up to date.
+func (m *Manager) watchOwnNode() {
 	if m.node() == "" {
-		err := m.retry(m.ctx, "learn which Node this is", func(ctx context.Context) error {
+		err := m.retry(m.ctx, "read which Node this pod runs on", func(ctx context.Context) error {
 			name, err := m.client.nodeOfPod(ctx, m.options.Namespace, m.options.Pod)
 			m.mu.Lock()
 			m.name = name
@@ -106,38 +108,40 @@ func (m *Manager) followOwn() {
 	m.reflectNodes(m.ctx, "metadata.name="+m.name, "read Node "+m.name, ownStore{m})
 }
 
-// setOwn takes note of what the API server says of our Node; nil: there is none.
-// What is not sure to be the latest may be of before a patch whose answer we have.
+// setOwn records our Node as the API server has it; nil: there is none. Unless it is certainly the latest state, it may
+// be older than the answer to a patch, which we have already.
 func (m *Manager) setOwn(own *ownNode, latest bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if !latest && m.own != nil && own.version < m.own.version {
 		return
 	}
-	if m.told && m.own.equal(own) { // a heartbeat
+	if m.synced && m.own.equal(own) { // a heartbeat of kubelet
 		if own != nil {
 			m.own.version = own.version
 		}
 		return
 	}
-	m.own, m.told = own, true
+	m.own, m.synced = own, true
 	m.signal()
 }
 
-// signal tells those who wait that something changed. The caller holds m.mu.
+// signal wakes all who wait for a change. The caller holds m.mu.
 func (m *Manager) signal() {
 	close(m.changed)
 	m.changed = make(chan struct{})
 }
 
-// await waits for a Node for which missing returns "", and otherwise what is
-// waited for. changed is closed when it changes.
-func (m *Manager) await(ctx context.Context, missing func(*ownNode) string) (own *ownNode, changed <-chan struct{}, err error) {
+// await waits for a Node of which nothing is missing: missing returns what is, as "what: what to do about it", or "".
+// changed is closed when the Node changes.
+func (m *Manager) await(ctx context.Context, missing func(*ownNode) string) (
+	own *ownNode, changed <-chan struct{}, err error,
+) {
 	waiting := ""
 	for {
 		m.mu.Lock()
 		own, changed = m.own, m.changed
-		what, told := fmt.Sprintf("Node %s, which kubelet registers", m.name), m.told
+		what, synced := fmt.Sprintf("Node %s, which kubelet registers", m.name), m.synced
 		m.mu.Unlock()
 		if own != nil {
 			what = missing(own)
@@ -146,7 +150,7 @@ func (m *Manager) await(ctx context.Context, missing func(*ownNode) string) (own
 			m.endWait(waiting, true)
 			return own, changed, nil
 		}
-		if what != waiting && told {
+		if what != waiting && synced {
 			m.startWait(what, own != nil)
 			m.endWait(waiting, false)
 			waiting = what
@@ -164,8 +168,8 @@ func (m *Manager) await(ctx context.Context, missing func(*ownNode) string) (own
 	}
 }
 
-// startWait logs what is waited for, unless somebody else waits for it already. A
-// Node that is registered is told, too.
+// startWait logs what is missing, unless another goroutine waits for the same. If the Node is registered, it also gets
+// an event.
 func (m *Manager) startWait(what string, registered bool) {
 	m.mu.Lock()
 	m.waits[what]++
@@ -174,14 +178,15 @@ func (m *Manager) startWait(what string, registered bool) {
 	if !first {
 		return
 	}
-	klog.Warningf("Waiting for %s", what)
+	missing, fix, _ := strings.Cut(what, ": ")
+	m.log.Error(nil, "Waiting for the Node", "missing", missing, "fix", fix)
 	if registered {
 		m.RecordEvent("waiting for "+what, "NodeIncomplete", "flanneld waits for "+what)
 	}
 }
 
-// endWait ends what startWait began, if that is not "", and logs it if what was
-// waited for is there and nobody else waits for it.
+// endWait ends what startWait began, if that is not "". When the last goroutine ends, because nothing is missing any
+// more, endWait logs that.
 func (m *Manager) endWait(what string, there bool) {
 	if what == "" {
 		return
@@ -197,14 +202,14 @@ func (m *Manager) endWait(what string, there bool) {
 		m.RecordEvent("waiting for "+what, "", "")
 	}
 	if last && there {
-		what, _, _ = strings.Cut(what, ": ") // without the remedy
-		klog.Infof("No longer waiting for %s", what)
+		missing, _, _ := strings.Cut(what, ": ")
+		m.log.Info("No longer waiting for the Node", "missing", missing)
 	}
 }
 
-// waitChange waits for changed to be closed. Where the API server says that the
-// Node is not there, it may have been deleted and registered again as it was, or a
-// proxy may have said so: then waitChange does not wait for long.
+// waitChange waits until changed is closed. If the API server has answered that the Node does not exist, the Node may
+// have been deleted and registered again as it was, or the answer may be a proxy's: then waitChange does not wait for
+// long.
 func (m *Manager) waitChange(ctx context.Context, changed <-chan struct{}, there bool) error {
 	var again <-chan time.Time
 	if !there {

@@ -142,7 +142,7 @@ func TestNodeDeletedWhilePublishing(t *testing.T) {
 	if lease, err := acquired(); err != nil || lease.Subnets.String() != "10.5.9.0/24" {
 		t.Errorf("acquired %+v, %v", lease, err)
 	}
-	if text := said(); strings.Count(text, "Waiting for Node n1") > 1 || strings.Contains(text, "not found") {
+	if text := said(); strings.Count(text, `missing="Node n1, `) > 1 || strings.Contains(text, "not found") {
 		t.Errorf("said\n%s", text)
 	}
 }
@@ -224,7 +224,7 @@ func TestOverwriteWhileKept(t *testing.T) {
 	if lease = acquiring()(); lease.Attrs.PublicIP != want.Attrs.PublicIP {
 		t.Errorf("acquired %+v", lease)
 	}
-	if text := said(); strings.Count(text, `"nonsense"`) != 1 {
+	if text := said(); strings.Count(text, `\"nonsense\"`) != 1 {
 		t.Errorf("logged\n%s", text)
 	}
 }
@@ -344,7 +344,7 @@ func TestWaits(t *testing.T) {
 	if n := len(m.events.all); n != 0 || len(m.waits) != 0 {
 		t.Errorf("there are %d events, and waits %v, in the end", n, m.waits)
 	}
-	if text := said(); text != "No longer waiting for Node n1\nNo longer waiting for status.addresses" {
+	if text := said(); text != `"No longer waiting for the Node" missing="Node n1"`+"\n"+`"No longer waiting for the Node" missing="status.addresses"` {
 		t.Errorf("logged\n%s", text)
 	}
 }

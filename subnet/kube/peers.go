@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"k8s.io/client-go/tools/cache"
-	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/subnet"
 )
@@ -21,47 +20,45 @@ func (m *Manager) Watch(ctx context.Context) <-chan subnet.Update {
 	p := newPeers(m)
 	go func() {
 		defer p.updates.Close()
-		m.reflectNodes(ctx, "", "follow the nodes", p)
+		m.reflectNodes(ctx, "", "watch the Nodes", p)
 	}()
 	return p.updates.C()
 }
 
-// peers are all nodes that take part, and what of them the reader has not been
-// told yet. No two leases that it is told of overlap. A reflector fills them; of
-// the Nodes themselves nothing is kept.
+// peers are all Nodes, and the updates about their leases that the reader has not received yet. No two leases that the
+// reader knows overlap. A reflector fills peers; the Nodes themselves are not kept.
 type peers struct {
 	manager *Manager
 	byName  map[string]*peer
 	subnets claims // podCIDRs
 	publics claims // public addresses, as prefixes of full length
-	whole   bool   // the whole state has been told once
+	synced  bool   // the reader has got a snapshot
 
-	// unsettled are the nodes whose claims, or whose rivals', have changed, as
-	// they were; nil for one that is new.
-	unsettled map[string]*peer
+	// changed are the nodes whose claims have changed, or an overlapping claim of another node, as they were before; nil
+	// for a new node.
+	changed map[string]*peer
 
 	updates *subnet.Mailbox
 }
 
 func newPeers(m *Manager) *peers {
 	return &peers{
-		manager: m, byName: map[string]*peer{}, unsettled: map[string]*peer{},
+		manager: m, byName: map[string]*peer{}, changed: map[string]*peer{},
 		subnets: newClaims(), publics: newClaims(), updates: subnet.NewMailbox(),
 	}
 }
 
 // A peer is what is kept of a Node.
 type peer struct {
-	name    string
-	created int64        // seconds since 1970
-	lease   subnet.Lease // zero: the node takes no part
-	counts  bool         // the lease is one that the reader is told of
+	name     string
+	created  int64        // seconds since 1970
+	lease    subnet.Lease // zero: the node has none
+	accepted bool         // the reader knows the lease
 
 	conflicts []conflict // with older nodes
 }
 
-// older tells which of two nodes is in the right. Seconds are all that is known
-// of their ages.
+// older tells which of two nodes wins a conflict. Their ages are known to the second only: then the names decide.
 func (n *peer) older(than *peer) bool {
 	return cmp.Or(cmp.Compare(n.created, than.created), strings.Compare(n.name, than.name)) < 0
 }
@@ -74,7 +71,7 @@ func (p *peers) Add(n any) error { return p.Update(n) }
 // Update implements cache.ReflectorStore.
 func (p *peers) Update(n any) error {
 	p.put(n.(*Node))
-	p.settle()
+	p.resolveConflicts()
 	return nil
 }
 
@@ -83,31 +80,30 @@ func (p *peers) Delete(n any) error {
 	if old := p.byName[n.(*Node).Name]; old != nil {
 		p.replace(old, nil)
 	}
-	p.settle()
+	p.resolveConflicts()
 	return nil
 }
 
-// Replace implements cache.ReflectorStore: the whole state, after which a node
-// that was there before may be gone.
+// Replace implements cache.ReflectorStore. It takes the whole state: nodes that are not in it are gone.
 func (p *peers) Replace(nodes []any, _ string) error {
-	there := make(map[string]bool, len(nodes))
+	exists := make(map[string]bool, len(nodes))
 	for _, n := range nodes {
-		there[n.(*Node).Name] = true
+		exists[n.(*Node).Name] = true
 		p.put(n.(*Node))
 	}
 	for name, n := range p.byName {
-		if !there[name] {
+		if !exists[name] {
 			p.replace(n, nil)
 		}
 	}
-	p.settle()
-	if p.whole {
+	p.resolveConflicts()
+	if p.synced {
 		return nil
 	}
-	p.whole = true
+	p.synced = true
 	snapshot := subnet.Update{Snapshot: true, Leases: make(map[subnet.Subnets]subnet.Lease, len(p.byName))}
 	for _, n := range p.byName {
-		if n.counts {
+		if n.accepted {
 			snapshot.Put(n.lease)
 		}
 	}
@@ -118,8 +114,7 @@ func (p *peers) Replace(nodes []any, _ string) error {
 // Resync implements cache.ReflectorStore; none is asked for.
 func (p *peers) Resync() error { return nil }
 
-// put takes a Node as it is now. Heartbeats end here: they change nothing of the
-// lease.
+// put takes a Node as it is now. It ignores heartbeats of kubelet, which do not change the lease.
 func (p *peers) put(n *Node) {
 	prefix := p.manager.options.AnnotationPrefix
 	annotation := func(name string) string { return n.Annotations[prefix+name] }
@@ -127,47 +122,47 @@ func (p *peers) put(n *Node) {
 	if annotation(managed) == "true" {
 		now.lease = subnet.Lease{Subnets: subnetsOf(n.podCIDRs, p.manager.on), Attrs: attrsOf(annotation)}
 		if len(now.lease.Each()) == 0 || len(now.lease.Attrs.PublicIPs()) == 0 {
-			now.lease = subnet.Lease{} // it has not got so far yet
+			now.lease = subnet.Lease{} // the node is not ready to have one
 		}
 	}
 	old := p.byName[n.Name]
-	if old != nil && old.created == now.created && old.lease.Subnets == now.lease.Subnets && old.lease.Attrs.Equal(now.lease.Attrs) {
+	if old != nil && old.created == now.created &&
+		old.lease.Subnets == now.lease.Subnets && old.lease.Attrs.Equal(now.lease.Attrs) {
 		return
 	}
 	p.replace(old, now)
 }
 
-// replace puts a node in the place of what was known of it; either may be nil.
+// replace replaces a node by its present state. Either may be nil.
 func (p *peers) replace(old, now *peer) {
 	if old != nil {
-		p.unsettle(old)
+		p.markChanged(old)
 		delete(p.byName, old.name)
 		for c, claim := range p.claimed(old) {
 			c.remove(claim, old)
-			c.rivals(claim, old, func(r *peer, _ netip.Prefix) { p.unsettle(r) })
+			c.overlapping(claim, old, func(r *peer, _ netip.Prefix) { p.markChanged(r) })
 		}
 	}
 	if now != nil {
-		if _, known := p.unsettled[now.name]; !known {
-			p.unsettled[now.name] = nil
+		if _, known := p.changed[now.name]; !known {
+			p.changed[now.name] = nil
 		}
 		p.byName[now.name] = now
 		for c, claim := range p.claimed(now) {
 			c.add(claim, now)
-			c.rivals(claim, now, func(r *peer, _ netip.Prefix) { p.unsettle(r) })
+			c.overlapping(claim, now, func(r *peer, _ netip.Prefix) { p.markChanged(r) })
 		}
 	}
 }
 
-// unsettle has a node looked at again.
-func (p *peers) unsettle(n *peer) {
-	if _, known := p.unsettled[n.name]; !known {
-		p.unsettled[n.name] = n
+// markChanged makes resolveConflicts check a node.
+func (p *peers) markChanged(n *peer) {
+	if _, known := p.changed[n.name]; !known {
+		p.changed[n.name] = n
 	}
 }
 
-// claimed are a node's claims of the families that are on, and where they are
-// kept.
+// claimed returns a node's claims of the families that are on, each with the claims that it belongs to.
 func (p *peers) claimed(n *peer) iter.Seq2[*claims, netip.Prefix] {
 	return func(yield func(*claims, netip.Prefix) bool) {
 		for _, s := range n.lease.Each() {
@@ -186,17 +181,16 @@ func (p *peers) claimed(n *peer) iter.Seq2[*claims, netip.Prefix] {
 	}
 }
 
-// settle decides anew which of the unsettled nodes count: those without an older
-// rival for their subnets. What that changes is news, and conflicts that have
-// come or gone are said.
-func (p *peers) settle() {
-	if len(p.unsettled) == 0 {
+// resolveConflicts decides which leases of the changed nodes are accepted: those that no subnets of an older node
+// overlap. It puts the difference into updates, and logs conflicts that are new or over.
+func (p *peers) resolveConflicts() {
+	if len(p.changed) == 0 {
 		return
 	}
 	changes := subnet.Update{Since: time.Now()}
 	var put []*peer
-	for name, before := range p.unsettled {
-		// Where nothing but a rival has changed, these two are one.
+	for name, before := range p.changed {
+		// These two are the same node where only a claim of another node has changed.
 		now := p.byName[name]
 		var was, is peer
 		if before != nil {
@@ -204,36 +198,37 @@ func (p *peers) settle() {
 		}
 		if now != nil {
 			now.conflicts = p.conflicts(now)
-			now.counts = len(now.lease.Each()) > 0 && !slices.ContainsFunc(now.conflicts, func(c conflict) bool { return !c.public })
+			overlaps := slices.ContainsFunc(now.conflicts, func(c conflict) bool { return !c.public })
+			now.accepted = len(now.lease.Each()) > 0 && !overlaps
 			is = *now
 		}
-		p.say(name, was.conflicts, is.conflicts)
-		if was.counts && !(is.counts && is.lease.Subnets == was.lease.Subnets) {
+		p.logConflicts(name, was.conflicts, is.conflicts)
+		same := was.accepted && is.accepted && is.lease.Subnets == was.lease.Subnets
+		if was.accepted && !same {
 			changes.Delete(was.lease.Subnets)
 		}
-		if is.counts && !(was.counts && is.lease.Subnets == was.lease.Subnets && is.lease.Attrs.Equal(was.lease.Attrs)) {
+		if is.accepted && !(same && is.lease.Attrs.Equal(was.lease.Attrs)) {
 			put = append(put, now)
 		}
 	}
-	for _, n := range put { // after all deletions: what one node loses, another may get
+	for _, n := range put { // after all deletions: a subnet may go from one node to another
 		changes.Put(n.lease)
 	}
-	p.unsettled = map[string]*peer{}
-	if p.whole {
+	p.changed = map[string]*peer{}
+	if p.synced {
 		p.updates.Put(changes)
 	}
 }
 
-// conflicts are those of a node with older ones: with the oldest, for each of
-// its claims.
+// conflicts returns the conflicts of a node with older nodes: for each of its claims, the one with the oldest node.
 func (p *peers) conflicts(n *peer) []conflict {
 	var all []conflict
 	for c, claim := range p.claimed(n) {
 		var oldest *peer
 		var overlaps netip.Prefix
-		c.rivals(claim, n, func(r *peer, theirs netip.Prefix) {
-			if r.older(n) && (oldest == nil || r.older(oldest)) {
-				oldest, overlaps = r, theirs
+		c.overlapping(claim, n, func(other *peer, theirs netip.Prefix) {
+			if other.older(n) && (oldest == nil || other.older(oldest)) {
+				oldest, overlaps = other, theirs
 			}
 		})
 		if oldest != nil {
@@ -243,8 +238,7 @@ func (p *peers) conflicts(n *peer) []conflict {
 	return all
 }
 
-// A conflict is that of a node with an older one, which claims the same, or what
-// overlaps.
+// A conflict is between a node and an older node that claims the same, or an overlapping prefix.
 type conflict struct {
 	with         string // the older node
 	theirs, ours netip.Prefix
@@ -261,10 +255,10 @@ func (c conflict) String() string {
 	return fmt.Sprintf("podCIDRs that overlap, %s and %s", c.theirs, c.ours)
 }
 
-// say logs the conflicts of a node that are new, and those that are over. The two
-// nodes themselves make them known as Events, too.
-func (p *peers) say(name string, before, now []conflict) {
-	notify := func(c conflict, reason, message string) {
+// logConflicts logs the conflicts of a node that are new, and those that are over. The two nodes record them as Events,
+// too.
+func (p *peers) logConflicts(name string, before, now []conflict) {
+	record := func(c conflict, reason, message string) {
 		if own := p.manager.node(); own == name || own == c.with {
 			p.manager.RecordEvent(fmt.Sprintf("%s and %s: %s", c.with, name, c), reason, message)
 		}
@@ -273,19 +267,22 @@ func (p *peers) say(name string, before, now []conflict) {
 		if slices.Contains(before, c) {
 			continue
 		}
-		reason, text := "DuplicatePublicIP", fmt.Sprintf("Nodes %s and %s both have %s: delete the one that is no more, or give flanneld on one of them --iface, --iface-node-address or --public-ip, for an address of its own",
-			c.with, name, c)
+		reason := "DuplicatePublicIP"
+		fix := "delete the Node that no longer exists, or give flanneld on one of them --iface, --iface-node-address or " +
+			"--public-ip, for an address of its own"
 		if !c.public {
-			reason, text = "OverlappingPodCIDRs", fmt.Sprintf("Nodes %s and %s both have %s: %s, the older one, counts, and pods on %s cannot be reached. Delete the Node that is no more; or delete %s and restart its kubelet, for another podCIDR",
-				c.with, name, c, c.with, name, name)
+			reason = "OverlappingPodCIDRs"
+			fix = fmt.Sprintf("%s, the older one, counts, and pods on %s cannot be reached. "+
+				"Delete the Node that no longer exists; or delete %s and restart its kubelet, for another podCIDR",
+				c.with, name, name)
 		}
-		klog.Error(text)
-		notify(c, reason, text)
+		p.manager.log.Error(nil, "Two Nodes conflict", "older", c.with, "younger", name, "conflict", c.String(), "fix", fix)
+		record(c, reason, fmt.Sprintf("Nodes %s and %s both have %s: %s", c.with, name, c, fix))
 	}
 	for _, c := range before {
 		if !slices.Contains(now, c) {
-			klog.Infof("Nodes %s and %s no longer both have %s", c.with, name, c)
-			notify(c, "", "")
+			p.manager.log.Info("Two Nodes no longer conflict", "older", c.with, "younger", name, "conflict", c.String())
+			record(c, "", "")
 		}
 	}
 }
@@ -321,10 +318,9 @@ func (c *claims) remove(p netip.Prefix, n *peer) {
 	}
 }
 
-// rivals calls each for the nodes other than n that claim something that
-// overlaps p, and for what it is. As a rule, all prefixes of a family have one
-// length: then it is p itself, and found at once.
-func (c *claims) rivals(p netip.Prefix, n *peer, each func(*peer, netip.Prefix)) {
+// overlapping calls each for each claim of a node other than n that overlaps p. As a rule, all prefixes of a family
+// have the same length: then only p itself overlaps p, and is found at once.
+func (c *claims) overlapping(p netip.Prefix, n *peer, each func(*peer, netip.Prefix)) {
 	visit := func(at netip.Prefix) {
 		for _, other := range c.nodes[at] {
 			if other != n {
@@ -332,7 +328,7 @@ func (c *claims) rivals(p netip.Prefix, n *peer, each func(*peer, netip.Prefix))
 			}
 		}
 	}
-	inside := false // there may be claims inside of p
+	inside := false // there may be claims of parts of p
 	for l := range c.lengths {
 		switch {
 		case l.of != p.Addr().BitLen():

@@ -24,15 +24,13 @@ import (
 )
 
 const (
-	// requestEvery bounds how often a reflector asks, whatever is answered:
-	// client-go begins again at once where a watch broke off after an event.
-	// requestBurst is what a start takes: WatchList, its fallback, a watch.
+	// requestEvery bounds how often a reflector makes requests, whatever the answers are: client-go begins again at once
+	// when a watch breaks off after an event. requestBurst is what a start takes: WatchList, its fallback, a watch.
 	requestEvery = time.Second
 	requestBurst = 4
 
-	// settledAfter is how long a watch that says nothing must have lasted to count
-	// as a success: client-go's number for a very short watch. Where the one before
-	// broke off, it may be only slow to do so, too.
+	// settledAfter is how long a watch without events must have lasted to count as a success: client-go's number for a
+	// very short watch. If the watch before broke off, this one may do the same, only later.
 	settledAfter      = time.Second
 	settledAfterBreak = 5 * time.Second
 
@@ -40,28 +38,32 @@ const (
 	maxRetryAfter = 30 * time.Second
 )
 
-// reflectNodes keeps a store equal to the Nodes that a field selector chooses, "" all,
-// until ctx ends. The purpose completes the sentence "waiting to …".
-func (m *Manager) reflectNodes(ctx context.Context, selector, purpose string, store cache.ReflectorStore) {
-	w := &nodeWatcher{manager: m, selector: selector, purpose: purpose, limit: rate.NewLimiter(rate.Every(requestEvery), requestBurst), settledAfter: settledAfter}
-	reflector := cache.NewReflectorWithOptions(&cache.ListWatch{ListWithContextFunc: w.list, WatchFuncWithContext: w.watch}, &Node{}, store, cache.ReflectorOptions{
+// reflectNodes keeps a store equal to the Nodes that a field selector chooses, "" for all, until ctx ends. The
+// operation is what subnet.StoreHealth logs.
+func (m *Manager) reflectNodes(ctx context.Context, selector, operation string, store cache.ReflectorStore) {
+	w := &nodeWatcher{
+		manager: m, selector: selector, operation: operation, settledAfter: settledAfter,
+		limit: rate.NewLimiter(rate.Every(requestEvery), requestBurst),
+	}
+	from := &cache.ListWatch{ListWithContextFunc: w.list, WatchFuncWithContext: w.watch}
+	reflector := cache.NewReflectorWithOptions(from, &Node{}, store, cache.ReflectorOptions{
 		Name: "nodes",
 		// As subnet.Backoff; client-go adds jitter of up to as much again.
 		Backoff: &wait.Backoff{Duration: 100 * time.Millisecond, Factor: 2, Jitter: 1, Steps: 10, Cap: 3 * time.Second},
 	})
+	// subnet.StoreHealth logs failures, once. What client-go logs is for developers.
+	quiet := funcr.New(func(prefix, line string) {
+		m.log.V(4).Info("Message of client-go", "logger", prefix, "message", line)
+	}, funcr.Options{})
 	reflector.RunWithContext(klog.NewContext(ctx, quiet))
 }
 
-// quiet is the log of client-go. What goes wrong is logged by subnet.Outage, once;
-// what client-go logs of it is for developers.
-var quiet = funcr.New(func(prefix, line string) { klog.V(4).Infof("client-go: %s %s", prefix, line) }, funcr.Options{})
-
-// A nodeWatcher asks the API server for Nodes, for a reflector.
+// A nodeWatcher lists and watches Nodes, for a reflector.
 type nodeWatcher struct {
-	manager           *Manager
-	selector, purpose string
-	limit             *rate.Limiter
-	settledAfter      time.Duration
+	manager             *Manager
+	selector, operation string
+	limit               *rate.Limiter
+	settledAfter        time.Duration
 }
 
 // list is a cache.ListWithContextFunc.
@@ -70,15 +72,16 @@ func (w *nodeWatcher) list(ctx context.Context, o metav1.ListOptions) (runtime.O
 		return nil, err
 	}
 	if o.ResourceVersion == "0" {
-		// A server that cannot stream the state would send all of it in one
-		// piece, from its cache: 50 MB for 5000 Nodes. This way it comes in pages.
+		// A server that cannot stream the state would send all of it in one piece, from its cache: 50 MB for 5000 Nodes.
+		// This way it comes in pages.
 		o.ResourceVersion = ""
 	}
 	o.FieldSelector = w.selector
 	var nodes NodeList
-	err := w.manager.client.current().Get().Resource("nodes").VersionedParams(&o, nodeParams).MaxRetries(0).Do(ctx).Into(&nodes)
-	if err == nil && nodes.ResourceVersion == "" { // a proxy may answer anything, which must not pass for no Nodes
-		err = errors.New("the answer is no list of Nodes")
+	request := w.manager.client.current().Get().Resource("nodes").VersionedParams(&o, nodeParams)
+	err := request.MaxRetries(0).Do(ctx).Into(&nodes)
+	if err == nil && nodes.ResourceVersion == "" { // a proxy may answer anything, which must not count as an empty list
+		err = errors.New("the answer is not a list of Nodes")
 	}
 	if err != nil {
 		w.failed(ctx, err)
@@ -99,9 +102,8 @@ func (w *nodeWatcher) watch(ctx context.Context, o metav1.ListOptions) (watch.In
 		case err == nil:
 			return w.observe(ctx, events, initial), nil
 		case !initial && resumable(err), utilnet.IsConnectionRefused(err), apierrors.IsTooManyRequests(err):
-			// A reflector would ask for the whole state, which is 50 MB of 5000
-			// Nodes for each of as many daemons; or it would pause without heed
-			// of ctx.
+			// A reflector would request the whole state, which is 50 MB of 5000 Nodes for each of 5000 daemons; or it would
+			// pause without respect to ctx.
 			w.failed(ctx, err)
 			if err := pause.Sleep(ctx); err != nil {
 				return nil, err
@@ -135,15 +137,15 @@ func (w *nodeWatcher) tryWatch(ctx context.Context, o metav1.ListOptions) (watch
 	return nil, cause
 }
 
-// emptyWatch is what client-go returns where a connection was closed before there
-// was an answer, or none came in time.
+// emptyWatch is the type of what client-go returns when a connection was closed before there was an answer, or when no
+// answer came in time.
 var emptyWatch = reflect.TypeOf(watch.NewEmptyWatch())
 
-// errClosed is an answer that ended before it had begun.
+// errClosed is the error of an answer that ended before it had begun.
 var errClosed = errors.New("the server closes the connection")
 
-// resumable tells whether a watch that failed may go on from where it was: it
-// may unless the server says that it may not.
+// resumable tells whether a watch that failed may continue from where it was: always, unless the server's answer
+// excludes it.
 func resumable(err error) bool {
 	var status apierrors.APIStatus
 	if !errors.As(err, &status) {
@@ -157,23 +159,22 @@ func resumable(err error) bool {
 	}
 }
 
-// succeeded takes note that the server does what it is asked.
-func (w *nodeWatcher) succeeded() { w.manager.health.Succeeded(w.purpose) }
+// succeeded records that a request has succeeded.
+func (w *nodeWatcher) succeeded() { w.manager.health.Succeeded(w.operation) }
 
-// failed takes note that a request has failed, and waits for as long as the
-// server wants to be left alone.
+// failed records that a request has failed, and waits for as long as the server asks for.
 func (w *nodeWatcher) failed(ctx context.Context, err error) {
 	if ctx.Err() != nil || gone(err) {
 		return
 	}
-	w.manager.fail(w.purpose, err)
+	w.manager.fail(w.operation, err)
 	if seconds, ok := apierrors.SuggestsClientDelay(err); ok {
 		retry.Sleep(ctx, min(time.Duration(seconds)*time.Second, maxRetryAfter))
 	}
 }
 
-// gone tells that the server no longer knows of what we know: the reflector
-// starts from its present state, and nothing is wrong.
+// gone tells whether the server no longer knows the version that we know. This is no failure: the reflector starts from
+// the present state.
 func gone(err error) bool { return apierrors.IsResourceExpired(err) || apierrors.IsGone(err) }
 
 // An observedWatch passes on the events of another watch.
@@ -193,9 +194,9 @@ func (o *observedWatch) Stop() {
 	o.Interface.Stop()
 }
 
-// observe takes note of what the events of a watch say of the server. One that
-// begins with the state is of use once all of that is there, which a bookmark
-// tells; where it fails before, the reflector lists the state instead.
+// observe records what the events of a watch tell about the server's health. A watch that begins with the state has
+// succeeded once the state is complete, which a bookmark tells; if it fails before, the reflector lists the state
+// instead.
 func (w *nodeWatcher) observe(ctx context.Context, from watch.Interface, initial bool) watch.Interface {
 	o := &observedWatch{Interface: from, events: make(chan watch.Event), done: make(chan struct{})}
 	o.stop = sync.OnceFunc(func() { close(o.done) })
@@ -209,13 +210,13 @@ func (w *nodeWatcher) observe(ctx context.Context, from watch.Interface, initial
 		defer settled.Stop()
 		for e := range from.ResultChan() {
 			select {
-			case <-o.done: // what ends a watch that is stopped is no failure
+			case <-o.done: // the end of a watch that was stopped is no failure
 				return
 			default:
 			}
 			heard = true
 			switch {
-			case initial && e.Type == watch.Bookmark: // from here on a watch like any other
+			case initial && e.Type == watch.Bookmark: // from now on, it is a watch like any other
 				initial, heard, began = false, false, time.Now()
 				w.succeeded()
 			case initial:
@@ -232,7 +233,7 @@ func (w *nodeWatcher) observe(ctx context.Context, from watch.Interface, initial
 			}
 		}
 		settled.Stop()
-		if initial { // or a reflector would ask for the same again, and never list
+		if initial { // without an error, a reflector would request the same again, and never list
 			select {
 			case o.events <- watch.Event{Type: watch.Error, Object: &apierrors.NewInternalError(errClosed).ErrStatus}:
 			case <-o.done:
@@ -240,7 +241,7 @@ func (w *nodeWatcher) observe(ctx context.Context, from watch.Interface, initial
 			return
 		}
 		if rest := settledAfter - time.Since(began); rest > 0 && !heard {
-			// A reflector would take this for a reason to ask for the whole state.
+			// A reflector would request the whole state after a watch that ends as soon as this.
 			w.failed(ctx, errClosed)
 			w.settledAfter = settledAfterBreak
 			select {

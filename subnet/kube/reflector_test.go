@@ -90,7 +90,7 @@ func followUntil(t *testing.T, s *scripted, peers int) *Manager {
 	m.client = testClient(t, server.URL)
 	p := newPeers(m)
 	var running sync.WaitGroup
-	running.Go(func() { m.reflectNodes(ctx, "", "follow the nodes", p) })
+	running.Go(func() { m.reflectNodes(ctx, "", "watch the Nodes", p) })
 	defer running.Wait()
 	defer cancel()
 	leases := map[subnet.Subnets]subnet.Lease{}
@@ -158,7 +158,7 @@ func TestWatchResumes(t *testing.T) {
 		}
 	}
 	// Our credentials and the rest are two causes.
-	if text := said(); strings.Count(text, `operation="follow the nodes"`) != 2 || strings.Count(text, "The store is back") != 1 {
+	if text := said(); strings.Count(text, `operation="watch the Nodes"`) != 2 || strings.Count(text, "The store is back") != 1 {
 		t.Errorf("logged\n%s", text)
 	}
 }
@@ -173,7 +173,7 @@ func TestStalledWatch(t *testing.T) {
 	m.client.rest.Client.Transport = s
 	ctx, cancel := context.WithCancel(t.Context())
 	s.enough = func() { cancel() }
-	m.reflectNodes(ctx, "", "follow the nodes", newPeers(m))
+	m.reflectNodes(ctx, "", "watch the Nodes", newPeers(m))
 	for i, asked := range s.asked {
 		if i > 0 && asked != "version=7 initial=" {
 			t.Errorf("request %d is for %s", i, asked)
@@ -237,14 +237,14 @@ func TestNoList(t *testing.T) {
 			m.client = testClient(t, server.URL)
 			p := newPeers(m)
 			var running sync.WaitGroup
-			running.Go(func() { m.reflectNodes(ctx, "", "follow the nodes", p) })
+			running.Go(func() { m.reflectNodes(ctx, "", "watch the Nodes", p) })
 			<-asked
 			cancel()
 			running.Wait()
 			if len(p.byName) != 1 {
 				t.Errorf("there are %d peers", len(p.byName))
 			}
-			if !strings.Contains(said(), "the answer is no list of Nodes") {
+			if !strings.Contains(said(), "the answer is not a list of Nodes") {
 				t.Error("the answer is not logged")
 			}
 		})
@@ -315,7 +315,7 @@ func TestReflectIsPaced(t *testing.T) {
 			defer cancel()
 			m := testManager(onlyIPv4)
 			m.client = testClient(t, server.URL)
-			m.reflectNodes(ctx, "", "follow the nodes", newPeers(m))
+			m.reflectNodes(ctx, "", "watch the Nodes", newPeers(m))
 			s.mu.Lock()
 			defer s.mu.Unlock()
 			if n := len(s.asked); n > requestBurst+4 {

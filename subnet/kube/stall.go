@@ -12,26 +12,24 @@ const (
 	// answerWithin is how long a server may take before it begins to answer.
 	answerWithin = 30 * time.Second
 
-	// silence is how long it may then send nothing: API servers send a bookmark
-	// a minute to who watches.
+	// silence is how long it may then send nothing: API servers send a bookmark per minute to each watch.
 	silence = 2 * time.Minute
 )
 
-// errStalled ends a request of which nothing is heard.
+// errStalled ends a request whose answer does not arrive.
 type errStalled struct{ after time.Duration }
 
 func (e errStalled) Error() string { return fmt.Sprintf("no answer for %v", e.after) }
 
-// Timeout and Temporary make it a net.Error: client-go takes up a watch again
-// after those.
+// Timeout and Temporary make errStalled a net.Error: client-go resumes a watch after a net.Error.
 func (errStalled) Timeout() bool   { return true }
 func (errStalled) Temporary() bool { return true }
 
-// causeKey is where in a context a stallGuard notes why there is no answer.
+// causeKey is the key of the context's value in which a stallGuard stores why there is no answer.
 type causeKey struct{}
 
-// A stallGuard gives up requests whose answer does not come, or stops coming
-// while the connection stays: client-go would wait for as long as it stays.
+// A stallGuard ends requests whose answer does not begin, or does not continue, while the connection is open: client-go
+// would wait for as long as it is open.
 type stallGuard struct{ next http.RoundTripper }
 
 // RoundTrip implements http.RoundTripper.
@@ -56,7 +54,7 @@ func (g stallGuard) RoundTrip(req *http.Request) (*http.Response, error) {
 	return resp, nil
 }
 
-// guardedBody is an answer that a stallGuard looks after.
+// guardedBody is the body of an answer that a stallGuard ends when nothing arrives.
 type guardedBody struct {
 	io.ReadCloser
 	timer  *time.Timer

@@ -114,9 +114,9 @@ func TestEndKubernetes(t *testing.T) {
 	labtest.Do(t, k.Cut(ctx))
 	through("API server at ")
 	labtest.Do(t, k.Mend(ctx))
-	through("Waiting for Node n1")
+	through(`missing="Node n1, `)
 	labtest.Do(t, k.AddNode(ctx, n))
-	through("Waiting for spec.podCIDR of Node n1")
+	through(`missing="spec.podCIDR of Node n1"`)
 }
 
 // TestSecondSignal: who does not want to wait for a daemon's end has it by a

@@ -107,7 +107,7 @@ func TestEvents(t *testing.T) {
 	}
 	labtest.Do(t, misfit.Stop(ctx))
 	labtest.Do(t, k.DeleteNode(ctx, "n3"))
-	waitSaid(ctx, t, n2, "Nodes n1 and n3 no longer both have")
+	waitSaid(ctx, t, n2, conflictsNoLonger("n1", "n3", ""))
 
 	// Two agents fight.
 	fight, stop := context.WithCancel(ctx)
@@ -141,7 +141,7 @@ func TestWithoutEvents(t *testing.T) {
 	n := l.Nodes()[0]
 	labtest.Do(t, k.AddNode(ctx, n))
 	labtest.Do(t, n.Start(append(daemonArgs(t, k, vxlanConfig), "--v=1")...))
-	const said = "What needs a hand is said in the log alone: events \"n1.flannel-"
+	const said = `"Cannot record Events; problems are in the log alone" err="events \"n1.flannel-`
 	waitSaid(ctx, t, n, said)
 	labtest.Do(t, k.StartControllers("10.5.0.0/16"))
 	labtest.Do(t, n.WaitReady(ctx))

@@ -90,7 +90,7 @@ func TestKubernetes(t *testing.T) {
 
 			// One starts before there is a Node.
 			labtest.Do(t, early.Start(args...))
-			waitSaid(ctx, t, early, "Waiting for Node n1, which kubelet registers")
+			waitSaid(ctx, t, early, `"Waiting for the Node" missing="Node n1, which kubelet registers"`)
 			labtest.Do(t, k.AddNode(ctx, early))
 			for _, n := range rest {
 				labtest.Do(t, k.AddNode(ctx, n))
@@ -160,7 +160,8 @@ func TestPodCIDRs(t *testing.T) {
 	args := daemonArgs(t, k, fmt.Sprintf(dualConfig, "vxlan"))
 	labtest.Do(t, k.AddNode(ctx, n))
 	labtest.Do(t, n.Start(args...))
-	const missing = "Waiting for spec.podCIDR of Node n1: set --allocate-node-cidrs and --cluster-cidr on kube-controller-manager, or spec.podCIDR on the node"
+	const missing = `"Waiting for the Node" missing="spec.podCIDR of Node n1" fix="set --allocate-node-cidrs and --cluster-cidr ` +
+		`on kube-controller-manager, or spec.podCIDR on the node"`
 	waitSaid(ctx, t, n, missing)
 	if n.Ready(ctx) == nil {
 		t.Error("a node without podCIDR is ready")
@@ -173,7 +174,7 @@ func TestPodCIDRs(t *testing.T) {
 	}
 
 	// kubelet is reset, and registers anew.
-	const away = "Waiting for Node n1, which kubelet registers"
+	const away = `"Waiting for the Node" missing="Node n1, which kubelet registers"`
 	labtest.Do(t, k.DeleteNode(ctx, "n1"))
 	waitSaid(ctx, t, n, away)
 	labtest.Do(t, k.AddNode(ctx, n, "10.5.77.0/24", "fd00:5:0:4d::/64"))
@@ -212,22 +213,23 @@ func TestNodeAddresses(t *testing.T) {
 	}
 
 	// Two interfaces, of which the default route's is the wrong one.
-	const mistake = "The address that peers are told, " + lab.NATAddress + ", is not among those of Node n2, [198.18.0.2 fd18::2]. If this host has several interfaces, give --iface-node-address or --iface"
+	const mistake = `"The public address is not an address of the Node" address="` + lab.NATAddress +
+		`" node="n2" nodeAddresses=["198.18.0.2","fd18::2"] fix="if this host has several interfaces, give --iface-node-address or --iface"`
 	waitSaid(ctx, t, n2, mistake)
-	waitSaid(ctx, t, n1, "Nodes n2 and n3 both have the public address "+lab.NATAddress+": ")
+	waitSaid(ctx, t, n1, conflicts("n2", "n3", "the public address "+lab.NATAddress))
 	labtest.Do(t, n3.Stop(ctx))
 	labtest.Do(t, n3.Start(append(args, "--iface-node-address")...))
-	waitSaid(ctx, t, n1, "Nodes n2 and n3 no longer both have the public address "+lab.NATAddress)
+	waitSaid(ctx, t, n1, conflictsNoLonger("n2", "n3", "the public address "+lab.NATAddress))
 	waitAnnotation(ctx, t, k, n3, "public-ip", "198.18.0.3")
 	labtest.Do(t, k.DeleteNode(ctx, "n2")) // which brings a new lease, with the old address
 	labtest.Do(t, k.AddNode(ctx, n2))
 	waitAnnotation(ctx, t, k, n2, "public-ip", lab.NATAddress)
-	for said, n := range map[string]*lab.Node{mistake: n2, "Nodes n2 and n3 both have": n1} {
+	for said, n := range map[string]*lab.Node{mistake: n2, conflicts("n2", "n3", ""): n1} {
 		if times := strings.Count(n.Log(), said); times != 1 {
 			t.Errorf("%s says %d times: %s", n.Hostname, times, said)
 		}
 	}
-	if strings.Contains(n1.Log(), "is not among those of Node") {
+	if strings.Contains(n1.Log(), "is not an address of the Node") {
 		t.Error("n1 warns of its own address")
 	}
 
@@ -253,19 +255,19 @@ func TestNodeAddresses(t *testing.T) {
 	labtest.Do(t, k.AddNode(ctx, n4, taken))
 	labtest.Do(t, n4.Start(args...))
 	for _, n := range []*lab.Node{n1, n3, n4} {
-		waitSaid(ctx, t, n, "Nodes n1 and n4 both have the podCIDR "+taken+": n1, the older one, counts")
+		waitSaid(ctx, t, n, conflicts("n1", "n4", "the podCIDR "+taken))
 	}
 	labtest.Do(t, pods[2].WaitPing(ctx, pods[0].IPv4))
 	labtest.Do(t, n4.Stop(ctx))
 	labtest.Do(t, k.DeleteNode(ctx, "n4"))
-	waitSaid(ctx, t, n3, "Nodes n1 and n4 no longer both have the podCIDR "+taken)
+	waitSaid(ctx, t, n3, conflictsNoLonger("n1", "n4", "the podCIDR "+taken))
 
 	// A Node whose address is nobody's here, at first.
 	elsewhere := *n4
 	elsewhere.IPv4 = elsewhere.IPv4.Next()
 	labtest.Do(t, k.AddNode(ctx, &elsewhere))
 	labtest.Do(t, n4.Start(append(args, "--iface-node-address")...))
-	waitSaid(ctx, t, n4, "Waiting for an interface that holds an InternalIP of Node n4, [198.18.0.5]: ")
+	waitSaid(ctx, t, n4, `"Waiting for the Node" missing="an interface that holds an InternalIP of Node n4, [198.18.0.5]"`)
 	labtest.Do(t, n4.Script(ctx, "addr add 198.18.0.5/24 dev eth0"))
 	labtest.Do(t, n4.WaitReady(ctx))
 	waitAnnotation(ctx, t, k, n4, "public-ip", "198.18.0.5")
@@ -304,6 +306,23 @@ func TestManifest(t *testing.T) {
 	if err := k.DryRun(ctx, "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: x}\ndatum: {}\n"); err == nil {
 		t.Error("a misspelt field is accepted")
 	}
+}
+
+// conflicts returns the beginning of the log line about a conflict; "" stands for any conflict of the two Nodes.
+func conflicts(older, younger, what string) string {
+	return conflictLine("conflict", older, younger, what)
+}
+
+func conflictsNoLonger(older, younger, what string) string {
+	return conflictLine("no longer conflict", older, younger, what)
+}
+
+func conflictLine(verb, older, younger, what string) string {
+	line := fmt.Sprintf(`"Two Nodes %s" older=%q younger=%q conflict="%s"`, verb, older, younger, what)
+	if what == "" {
+		line = strings.TrimSuffix(line, `"`)
+	}
+	return line
 }
 
 // waitSaid waits until the daemon has said something.

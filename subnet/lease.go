@@ -118,13 +118,13 @@ func (a *Attrs) UnmarshalJSON(data []byte) error {
 }
 
 // publicIP parses an address of a record; an empty or unspecified one means none.
-func publicIP(key, text string, family family) (netip.Addr, error) {
+func publicIP(key, text string, f familyRules) (netip.Addr, error) {
 	if text == "" {
 		return netip.Addr{}, nil
 	}
 	ip, err := netip.ParseAddr(text)
-	if err != nil || !family.is(ip) {
-		return netip.Addr{}, fmt.Errorf("%s %q is not an %s address", key, text, family.name)
+	if err != nil || !f.is(ip) {
+		return netip.Addr{}, fmt.Errorf("%s %q is not an %s address", key, text, f.name)
 	}
 	if ip.IsUnspecified() {
 		return netip.Addr{}, nil

@@ -24,6 +24,9 @@ func TestTXChecksumOff(t *testing.T) {
 	is := func(r *Reconciler, want string) {
 		t.Helper()
 		settle(t, r, "tx-checksum-ip-generic "+want, func() bool { return feature() == want })
+		if on, err := ComputesTXChecksums("flannel.1"); err != nil || on != (want == "on") {
+			t.Errorf("with tx-checksum-ip-generic %s, the device computes checksums: %v, %v", want, on, err)
+		}
 	}
 	link := node()[0].(Link)
 	off := link
@@ -54,6 +57,9 @@ func TestTXChecksumOff(t *testing.T) {
 		t.Error("the comparison has not noticed that the feature was on")
 	}
 	nstest.Run(t, "ip link del flannel.1")
+	if on, err := ComputesTXChecksums("flannel.1"); err == nil {
+		t.Errorf("a device that is not there computes checksums: %v", on)
+	}
 	is(again, "off")
 	if err := again.compare(); err != nil || len(again.dirty) > 0 {
 		t.Errorf("what was just applied differs when read back: %v, %d entries", err, len(again.dirty))

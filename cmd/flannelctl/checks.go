@@ -246,48 +246,21 @@ func forwardDrop(p *patient) []problem {
 		here, there := s.Addr().Next(), network.Addr().Next()
 		out := packet{proto: "tcp", port: 40000, in: inner, out: outer, src: here, dst: there}
 		in := packet{proto: "tcp", port: 40000, in: outer, out: inner, src: there, dst: here}
+		ip := "ip"
+		if network.Addr().Is6() {
+			ip = "ip6"
+		}
 		for _, r := range p.rulesets {
-			if !r.is(network.Addr()) || r.passes("forward", in) && r.passes("forward", out) {
+			if !r.filters(network.Addr()) || r.passes("forward", in) && r.passes("forward", out) {
 				continue
 			}
-			found = append(found, problem{fmt.Sprintf("%s drops what is forwarded from and to %s", r, network), r.acceptForward(network)})
+			found = append(found, problem{fmt.Sprintf("%s drops what is forwarded from and to %s", r, network), []string{
+				r.insertAccept("forward", "-s "+network.String(), ip+" saddr "+network.String()),
+				r.insertAccept("forward", "-d "+network.String(), ip+" daddr "+network.String()),
+			}})
 		}
 	}
 	return found
-}
-
-// is tells whether the ruleset is about addresses of that family.
-func (r ruleset) is(a netip.Addr) bool {
-	return r.family == "inet" || (r.family == "ip") == a.Is4()
-}
-
-func (r ruleset) String() string {
-	if r.program == "nft" {
-		return fmt.Sprintf("the table %s %s of nftables", r.family, r.table)
-	}
-	return r.program
-}
-
-// chain returns the name of a chain of a hook.
-func (r ruleset) chain(hook string) string {
-	for _, name := range slices.Sorted(maps.Keys(r.chains)) {
-		if r.chains[name].hook == hook {
-			return name
-		}
-	}
-	return ""
-}
-
-func (r ruleset) acceptForward(network netip.Prefix) []string {
-	if r.program != "nft" {
-		return []string{fmt.Sprintf("%s -I FORWARD -s %s -j ACCEPT", r.program, network), fmt.Sprintf("%s -I FORWARD -d %s -j ACCEPT", r.program, network)}
-	}
-	ip := "ip"
-	if network.Addr().Is6() {
-		ip = "ip6"
-	}
-	at := fmt.Sprintf("nft insert rule %s %s %s %s", r.family, r.table, r.chain("forward"), ip)
-	return []string{fmt.Sprintf("%s saddr %s accept", at, network), fmt.Sprintf("%s daddr %s accept", at, network)}
 }
 
 func portBlocked(p *patient) []problem {
@@ -299,15 +272,12 @@ func portBlocked(p *patient) []problem {
 			iptables += fmt.Sprintf(" --dport %d", e.Port)
 			nft = fmt.Sprintf("udp dport %d", e.Port)
 		}
+		first := packet{proto: e.Protocol, port: e.Port, in: p.status.Uplink.Name, src: p.somePeer(e.Address), dst: e.Address}
 		for _, r := range p.rulesets {
-			if !r.is(e.Address) || r.passes("input", packet{proto: e.Protocol, port: e.Port, in: p.status.Uplink.Name, src: p.somePeer(e.Address), dst: e.Address}) {
-				continue
+			if r.filters(e.Address) && !r.passes("input", first) {
+				found = append(found, problem{fmt.Sprintf("%s drops what peers send to %s by %s", r, e.Address, what),
+					[]string{r.insertAccept("input", iptables, nft)}})
 			}
-			fix := fmt.Sprintf("%s -I INPUT %s -j ACCEPT", r.program, iptables)
-			if r.program == "nft" {
-				fix = fmt.Sprintf("nft insert rule %s %s %s %s accept", r.family, r.table, r.chain("input"), nft)
-			}
-			found = append(found, problem{fmt.Sprintf("%s drops what peers send to %s by %s", r, e.Address, what), []string{fix}})
 		}
 	}
 	return found

@@ -74,6 +74,24 @@ func TestMailboxClose(t *testing.T) {
 	}
 }
 
+// Close may come while others put.
+func TestMailboxCloseWhilePutting(t *testing.T) {
+	m := NewMailbox()
+	var writers sync.WaitGroup
+	for i := range byte(4) {
+		writers.Go(func() {
+			for n := range byte(100) {
+				m.Put(updateOf([]Lease{lease(i, n)}))
+			}
+		})
+	}
+	m.Close()
+	writers.Wait()
+	if u, open := <-m.C(); open {
+		t.Errorf("after Close, the reader receives %+v", u)
+	}
+}
+
 // However reads and writes interleave, the reader ends with what was written last.
 func TestMailboxWithManyWriters(t *testing.T) {
 	m := NewMailbox()

@@ -141,7 +141,7 @@ func (m *Manager) await(ctx context.Context, missing func(*ownNode) string) (
 	for {
 		m.mu.Lock()
 		own, changed = m.own, m.changed
-		what, synced := fmt.Sprintf("Node %s, which kubelet registers", m.name), m.synced
+		what, synced := fmt.Sprintf("Node %s: kubelet registers it", m.name), m.synced
 		m.mu.Unlock()
 		if own != nil {
 			what = missing(own)

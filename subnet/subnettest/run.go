@@ -344,8 +344,14 @@ func (s *suite) configs() {
 		return
 	}
 	for _, change := range []struct{ config, backend string }{{other, "host-gw"}, {usual, "vxlan"}} {
-		s.Configure(wrong) // is logged, and not sent
-		s.Configure("")    // the old configuration stays in force
+		for _, refused := range []string{wrong, ""} { // they are logged: the old configuration stays in force
+			s.Configure(refused)
+			select {
+			case cfg, open := <-configs:
+				s.Fatalf("after the configuration %q, Configs sends %+v, %t", refused, cfg, open)
+			case <-time.After(100 * time.Millisecond): // enough for the manager to read it
+			}
+		}
 		s.Configure(change.config)
 		if cfg, open := receive(s, "a configuration", configs); !open || cfg.BackendType != change.backend {
 			s.Errorf("got %+v, want the backend %s", cfg, change.backend)

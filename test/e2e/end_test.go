@@ -114,7 +114,7 @@ func TestEndKubernetes(t *testing.T) {
 	labtest.Do(t, k.Cut(ctx))
 	through("API server at ")
 	labtest.Do(t, k.Mend(ctx))
-	through(`missing="Node n1, `)
+	through(`missing="Node n1"`)
 	labtest.Do(t, k.AddNode(ctx, n))
 	through(`missing="spec.podCIDR of Node n1"`)
 }

@@ -90,7 +90,7 @@ func TestKubernetes(t *testing.T) {
 
 			// One starts before there is a Node.
 			labtest.Do(t, early.Start(args...))
-			waitSaid(ctx, t, early, `"Waiting for the Node" missing="Node n1, which kubelet registers"`)
+			waitSaid(ctx, t, early, `"Waiting for the Node" missing="Node n1"`)
 			labtest.Do(t, k.AddNode(ctx, early))
 			for _, n := range rest {
 				labtest.Do(t, k.AddNode(ctx, n))
@@ -174,7 +174,7 @@ func TestPodCIDRs(t *testing.T) {
 	}
 
 	// kubelet is reset, and registers anew.
-	const away = `"Waiting for the Node" missing="Node n1, which kubelet registers"`
+	const away = `"Waiting for the Node" missing="Node n1"`
 	labtest.Do(t, k.DeleteNode(ctx, "n1"))
 	waitSaid(ctx, t, n, away)
 	labtest.Do(t, k.AddNode(ctx, n, "10.5.77.0/24", "fd00:5:0:4d::/64"))

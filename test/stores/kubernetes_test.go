@@ -99,7 +99,7 @@ func (c *cluster) register(ctx context.Context, t *testing.T, n *lab.Node) {
 func (c *cluster) firstStart(ctx context.Context, t *testing.T) {
 	early, late := c.Nodes()[0], c.Nodes()[1]
 	labtest.Do(t, early.Start(c.args...))
-	waitLog(ctx, t, early, 0, `"Waiting for the Node" missing="Node n1, which kubelet registers"`)
+	waitLog(ctx, t, early, 0, `"Waiting for the Node" missing="Node n1"`)
 	c.register(ctx, t, early)
 	c.register(ctx, t, late)
 	labtest.Do(t, late.Start(c.args...))

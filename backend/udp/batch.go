@@ -4,25 +4,23 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
-	"k8s.io/klog/v2"
 )
 
 const (
-	// maxHeaders is how long the headers of a packet of a burst can be.
+	// maxHeaders is the maximum length of the headers of a packet in a burst.
 	maxHeaders = 128
-	batchParts = 512 // of packets: one each, or two of a burst's
+	batchParts = 512 // one of each packet, or two of a packet in a burst
 )
 
-// A batch is packets to be sent to one family's addresses. What is of one size
-// and goes to one peer makes a burst.
+// A batch is packets to send to addresses of one family. Packets of one size to one peer make a burst.
 type batch struct {
-	socket *socket // nil: the family is off
-	tally  *tally
+	socket   *socket // nil: the family is off
+	counters *counters
 
 	parts    [batchParts]unix.Iovec // of packets, all in order
 	used     int
 	messages [batchParts]message
-	bursts   [batchParts]burst // what the messages are
+	bursts   [batchParts]burst // what the messages hold
 	count    int
 	controls [batchParts]control
 	headers  [batchParts / 2][maxHeaders]byte
@@ -30,9 +28,9 @@ type batch struct {
 
 	sent int // of messages
 	pace pace
-	fast bool // to send all is brief
+	fast bool // sending everything is brief
 	out  func(fd uintptr) bool
-	next int // a part, when packets are sent again one by one
+	next int // the part after the next one, when packets are sent again one by one; else 0
 	one  message
 }
 
@@ -41,32 +39,31 @@ type burst struct {
 	to           *endpoint
 	first        int // part
 	packets      int
-	size, length int  // of each packet but the last, and of all
-	full         bool // the last one was smaller
+	size, length int  // of each packet except the last; of all packets
+	full         bool // the last packet was smaller
 }
 
-func (b *batch) open(s *socket, t *tally) {
-	b.socket, b.tally, b.out = s, t, b.write
+func (b *batch) open(s *socket, c *counters) {
+	b.socket, b.counters, b.out = s, c, b.write
 }
 
-// header returns room for the headers of a packet that is added next.
+// header returns room for the headers of the packet that is added next.
 func (b *batch) header(n int) []byte {
 	if b.made == len(b.headers) || b.used+2 > len(b.parts) {
-		b.flush() // what is wrong with the socket will be seen again
+		b.flush() // an error of the socket comes up again
 	}
 	b.made++
 	return b.headers[b.made-1][:n]
 }
 
-// add has a packet sent with the batch, until which it stays where it is. The
-// rest, if any, follows the packet's first part.
+// add adds a packet to the batch, without copying it. rest, if any, is the second part of the packet.
 func (b *batch) add(to *endpoint, packet, rest []byte) {
 	if b.used+2 > len(b.parts) {
 		b.flush()
 	}
 	length := len(packet) + len(rest)
 	last := &b.bursts[max(b.count-1, 0)]
-	if b.count == 0 || last.to != to || !b.socket.able.udpSegment || last.full || length > last.size ||
+	if b.count == 0 || last.to != to || !b.socket.offloads.udpSegment || last.full || length > last.size ||
 		last.packets == maxSegments || last.length+length > maxDatagram {
 		last = &b.bursts[b.count]
 		*last = burst{to: to, first: b.used, size: length}
@@ -87,8 +84,7 @@ func (b *batch) part(p []byte) {
 	b.used++
 }
 
-// flush sends all that was added. The error is about the socket; what the
-// kernel does not send is counted.
+// flush sends the batch. The error is about the socket; packets that the kernel does not send are counted.
 func (b *batch) flush() error {
 	if b.count == 0 {
 		return nil
@@ -114,14 +110,13 @@ func (b *batch) flush() error {
 	}
 	b.sent = 0
 	b.fast = b.pace.brief(bytes)
-	b.tally.moved(packets, bytes)
+	b.counters.moved(packets, bytes)
 	err := b.socket.raw.Write(b.out)
 	b.count, b.used, b.made = 0, 0, 0
 	return err
 }
 
-// write sends what messages have not been sent. It returns false if it has to
-// wait for room.
+// write sends the remaining messages. write returns false if it has to wait for room in the socket.
 func (b *batch) write(fd uintptr) bool {
 	for b.sent < b.count {
 		if b.next > 0 {
@@ -137,10 +132,10 @@ func (b *batch) write(fd uintptr) bool {
 		case err == unix.EAGAIN:
 			return false
 		case u.packets > 1:
-			// The path takes no packets of this size, or no bursts at all.
+			// The path takes no packets of this size, or the kernel sends no bursts here.
 			if err == unix.EIO {
-				klog.Infof("%s: no bursts can be sent from here: datagrams are sent one by one", b.socket.file.Name())
-				b.socket.able.udpSegment = false
+				b.socket.log.Info("The kernel sends no bursts; sending datagrams one by one", "address", b.socket.at)
+				b.socket.offloads.udpSegment = false
 			}
 			b.next = u.first + 1
 		default:
@@ -151,7 +146,7 @@ func (b *batch) write(fd uintptr) bool {
 	return true
 }
 
-// singly sends the packets of a burst one by one, from the part before next on.
+// singly sends the packets of a burst one by one, starting with the part before next.
 func (b *batch) singly(fd uintptr) bool {
 	u := &b.bursts[b.sent]
 	end := b.used
@@ -183,9 +178,9 @@ func (b *batch) singly(fd uintptr) bool {
 	return true
 }
 
-// refused takes back that a packet was sent.
+// refused counts a packet as dropped that flush has counted as sent.
 func (b *batch) refused(u *burst, length int) {
-	b.tally.packets.Add(^uint64(0))
-	b.tally.bytes.Add(-uint64(length))
-	b.tally.drop(Unsendable, 1)
+	b.counters.packets.Add(^uint64(0))
+	b.counters.bytes.Add(-uint64(length))
+	b.counters.drop(dropUnsendable, 1)
 }

@@ -11,30 +11,29 @@ import (
 	"github.com/flanneld/flanneld/subnet"
 )
 
-// A complaint is an ICMP error, as its type and code for IPv4 and IPv6
-// (RFC 792, RFC 4443).
-type complaint [2][2]byte
+// An icmpError is the type and code of an ICMP error, for IPv4 and IPv6 (RFC 792, RFC 4443).
+type icmpError [2][2]byte
 
 var (
-	noRoute = complaint{{3, 0}, {1, 0}}  // net unreachable; no route to destination
-	expired = complaint{{11, 0}, {3, 0}} // time exceeded; hop limit exceeded
+	unreachable  = icmpError{{3, 0}, {1, 0}}  // net unreachable; no route to destination
+	timeExceeded = icmpError{{11, 0}, {3, 0}} // time exceeded; hop limit exceeded
 )
 
 const (
-	// As the kernel does by default (icmp_msgs_per_sec and icmp_msgs_burst).
-	complaintRate  = 1000
-	complaintBurst = 50
+	// The defaults of the kernel (icmp_msgs_per_sec and icmp_msgs_burst).
+	icmpRate  = 1000
+	icmpBurst = 50
 )
 
-// Complaints sends ICMP errors to who sent packets that go nowhere, from this
-// node's own address of the network.
-type complaints struct {
+// An icmpSender sends ICMP errors to the senders of packets that cannot be delivered. The errors come from the address
+// that this node has in the network of pods.
+type icmpSender struct {
 	sockets [2]*os.File // nil: the family is off
 	limit   *rate.Limiter
 }
 
-func newComplaints(own subnet.Lease) (*complaints, error) {
-	c := &complaints{limit: rate.NewLimiter(complaintRate, complaintBurst)}
+func newICMPSender(own subnet.Lease) (*icmpSender, error) {
+	c := &icmpSender{limit: rate.NewLimiter(icmpRate, icmpBurst)}
 	for i, s := range []netip.Prefix{own.IPv4, own.IPv6} {
 		if !s.IsValid() {
 			continue
@@ -48,7 +47,7 @@ func newComplaints(own subnet.Lease) (*complaints, error) {
 	return c, nil
 }
 
-func (c *complaints) close() {
+func (c *icmpSender) close() {
 	for _, s := range c.sockets {
 		if s != nil {
 			s.Close()
@@ -56,7 +55,7 @@ func (c *complaints) close() {
 	}
 }
 
-// icmpSocket opens a socket that sends, and receives nothing.
+// icmpSocket opens a socket that only sends.
 func icmpSocket(from netip.Addr) (*os.File, error) {
 	family, protocol := unix.AF_INET, unix.IPPROTO_ICMP
 	if from.Is6() {
@@ -68,7 +67,7 @@ func icmpSocket(from netip.Addr) (*os.File, error) {
 	}
 	f := os.NewFile(uintptr(fd), "icmp")
 	if from.Is4() {
-		// The device, and with it the address, may come later.
+		// The device and its address may be added later.
 		err = unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_FREEBIND, 1)
 		if err == nil {
 			err = unix.SetsockoptInt(fd, unix.SOL_RAW, icmpFilter, -1)
@@ -79,7 +78,10 @@ func icmpSocket(from netip.Addr) (*os.File, error) {
 	} else {
 		err = unix.SetsockoptInt(fd, unix.SOL_IPV6, unix.IPV6_FREEBIND, 1)
 		if err == nil {
-			none := unix.ICMPv6Filter{Data: [8]uint32{^uint32(0), ^uint32(0), ^uint32(0), ^uint32(0), ^uint32(0), ^uint32(0), ^uint32(0), ^uint32(0)}}
+			var none unix.ICMPv6Filter
+			for i := range none.Data {
+				none.Data[i] = ^uint32(0)
+			}
 			err = unix.SetsockoptICMPv6Filter(fd, unix.SOL_ICMPV6, unix.ICMPV6_FILTER, &none)
 		}
 		if err == nil {
@@ -93,16 +95,16 @@ func icmpSocket(from netip.Addr) (*os.File, error) {
 	return f, nil
 }
 
-const icmpFilter = 1 // ICMP_FILTER (linux/icmp.h): types that are not received
+const icmpFilter = 1 // ICMP_FILTER (linux/icmp.h): the types that are not received
 
-// send complains about a packet, unless that is not done (RFC 1122, 3.2.2; RFC
-// 4443, 2.4) or was done too often of late.
-func (c *complaints) send(what complaint, about []byte) {
+// send sends an error about a packet, unless RFC 1122 (3.2.2) or RFC 4443 (2.4) forbids the error or the rate is too
+// high.
+func (c *icmpSender) send(what icmpError, about []byte) {
 	family, most := 0, 576-ipv4Header // of the whole error
 	if !isIPv4(about) {
 		family, most = 1, 1280-ipv6Header
 	}
-	if c.sockets[family] == nil || !deserves(about) || !c.limit.Allow() {
+	if c.sockets[family] == nil || !mayReport(about) || !c.limit.Allow() {
 		return
 	}
 	about = about[:min(len(about), most-8)]
@@ -110,22 +112,23 @@ func (c *complaints) send(what complaint, about []byte) {
 	message[0], message[1] = what[family][0], what[family][1]
 	copy(message[8:], about)
 	var to unix.Sockaddr = &unix.SockaddrInet6{Addr: source(about).As16()}
-	if family == 0 { // of IPv6 the kernel does it
+	if family == 0 { // for IPv6, the kernel computes the checksum
 		putChecksum(message[2:], sum(message, 0), unix.IPPROTO_ICMP)
 		to = &unix.SockaddrInet4{Addr: source(about).As4()}
 	}
 	raw, err := c.sockets[family].SyscallConn()
 	if err == nil {
-		// Errors get lost like any packet.
+		// An error may be lost like any packet.
 		raw.Control(func(fd uintptr) { _ = unix.Sendto(int(fd), message, unix.MSG_DONTWAIT, to) })
 	}
 }
 
-// deserves tells whether an error may be sent about a packet.
-func deserves(b []byte) bool {
+// mayReport reports whether an error may be sent about a packet.
+func mayReport(b []byte) bool {
 	from, to := source(b), destination(b)
-	if from.IsUnspecified() || from.IsMulticast() || from.IsLoopback() || from.IsLinkLocalUnicast() || to.IsMulticast() ||
-		to.IsLinkLocalUnicast() || from == netip.AddrFrom4([4]byte{255, 255, 255, 255}) || to == netip.AddrFrom4([4]byte{255, 255, 255, 255}) {
+	broadcast := netip.AddrFrom4([4]byte{255, 255, 255, 255})
+	if from.IsUnspecified() || from.IsMulticast() || from.IsLoopback() || from.IsLinkLocalUnicast() || from == broadcast ||
+		to.IsMulticast() || to.IsLinkLocalUnicast() || to == broadcast {
 		return false
 	}
 	if !isIPv4(b) {

@@ -8,30 +8,28 @@ import (
 )
 
 const (
-	// maxMerged is how long a burst can be: the IPv4 header has to tell.
+	// maxMerged is the maximum length of a burst: the length has to fit into the IPv4 header.
 	maxMerged = 65535
-	// maxParts is how many parts of memory are written at once (UIO_MAXIOV is
-	// 1024, linux/uio.h).
+	// maxParts is how many parts of memory are written at once (UIO_MAXIOV is 1024, linux/uio.h).
 	maxParts = 512
 )
 
-// A merger writes packets to the device, in order. Of packets that follow each
-// other in a TCP stream, or between two UDP ports, it makes bursts. They stay
-// where they are until flush.
+// A merger writes packets to the device, in order. Packets that follow each other in a TCP stream, or between two UDP
+// ports, become a burst. Packets are not copied: they must stay unchanged until flush.
 type merger struct {
-	to    *queue // nil: there is none
-	tally *tally
+	to       *tun // nil: the device is not open
+	counters *counters
 
 	header virtioHeader
-	parts  [maxParts]unix.Iovec // header, the first packet, what others carry
+	parts  [maxParts]unix.Iovec // header, the first packet, the payloads of the others
 	used   int
 
 	head    []byte  // the first packet; nil: none
-	like    segment // it
+	like    segment // the first packet
 	length  int     // of the burst so far
 	packets int
 	bytes   int  // of all packets, with their headers
-	checked bool // the checksum of the first packet was
+	checked bool // the checksum of the first packet was checked
 	full    bool // the burst must end here
 	push    bool // the last packet has PSH
 
@@ -50,17 +48,17 @@ type segment struct {
 	seq, bits int    // TCP: the sequence number, the flags
 }
 
-func (m *merger) open(t *tally) {
-	m.tally = t
+func (m *merger) open(c *counters) {
+	m.counters = c
 	m.out = m.write
 	m.parts[0].Base = &m.header.bytes()[0]
 	m.parts[0].SetLen(virtioSize)
 }
 
-// add has a packet written.
+// add adds a packet to the burst, or writes the burst and begins another with the packet.
 func (m *merger) add(b []byte) {
 	if m.to == nil {
-		m.tally.drop(Unreceivable, 1)
+		m.counters.drop(dropUnreceivable, 1)
 		return
 	}
 	s, ok := m.segment(b)
@@ -82,9 +80,8 @@ func (m *merger) part(b []byte) {
 	m.used++
 }
 
-// segment tells whether a packet can be part of a burst: a whole one, without
-// IP options, of TCP with data and no flags that mean anything by themselves, or
-// of UDP.
+// segment reports whether a packet can be part of a burst: a packet of UDP, or of TCP with data and without flags that
+// have a meaning of their own; not a fragment, and without IP options.
 func (m *merger) segment(b []byte) (s segment, ok bool) {
 	be := binary.BigEndian
 	if isIPv4(b) {
@@ -97,7 +94,7 @@ func (m *merger) segment(b []byte) (s segment, ok bool) {
 	}
 	t := b[s.start:]
 	switch {
-	case s.protocol == unix.IPPROTO_TCP && m.to.able.tso && len(t) >= tcpHeader:
+	case s.protocol == unix.IPPROTO_TCP && m.to.offloads.tso && len(t) >= tcpHeader:
 		header := int(t[12]>>4) * 4
 		s.bits = int(t[13])
 		if header < tcpHeader || len(t) <= header || s.bits&^tcpPSH != tcpACK {
@@ -107,14 +104,14 @@ func (m *merger) segment(b []byte) (s segment, ok bool) {
 		s.seq = int(be.Uint32(t[4:]))
 		s.next = uint32(s.seq) + uint32(s.payload)
 		return s, true
-	case s.protocol == unix.IPPROTO_UDP && m.to.able.uso && len(t) > udpHeader:
+	case s.protocol == unix.IPPROTO_UDP && m.to.offloads.uso && len(t) > udpHeader:
 		s.headers, s.payload = s.start+udpHeader, len(t)-udpHeader
 		return s, int(be.Uint16(t[4:])) == len(t) && be.Uint16(t[6:]) != 0
 	}
 	return s, false
 }
 
-// follows tells whether a packet is the next of the burst.
+// follows reports whether a packet continues the burst.
 func (m *merger) follows(b []byte, s segment) bool {
 	h, l := m.head, m.like
 	if m.full || s.protocol != l.protocol || s.start != l.start || s.headers != l.headers || s.payload > l.payload ||
@@ -141,8 +138,7 @@ func (m *merger) follows(b []byte, s segment) bool {
 		bytes.Equal(b[18:], h[18:])
 }
 
-// append has a packet that follows be part of the burst. Its checksum must be
-// right, since the kernel will not see it.
+// append adds a packet that continues the burst. The checksum must be right: the kernel does not get to see it.
 func (m *merger) append(b []byte, s segment) {
 	if !m.checked {
 		if !m.valid(m.head, m.like) {
@@ -168,7 +164,7 @@ func (m *merger) valid(b []byte, s segment) bool {
 	return fold(sum(b[s.start:], pseudo(b, s.protocol, len(b)-s.start))) == 0xffff
 }
 
-// flush writes what was added.
+// flush writes the burst.
 func (m *merger) flush() {
 	if m.head == nil {
 		return
@@ -182,9 +178,9 @@ func (m *merger) flush() {
 		err = m.err
 	}
 	if err == nil {
-		m.tally.moved(m.packets, m.bytes)
+		m.counters.moved(m.packets, m.bytes)
 	} else {
-		m.tally.drop(Unreceivable, m.packets)
+		m.counters.drop(dropUnreceivable, m.packets)
 	}
 	m.head = nil
 }
@@ -194,7 +190,7 @@ func (m *merger) write(fd uintptr) bool {
 	return m.err != unix.EAGAIN
 }
 
-// seal makes the headers those of the burst.
+// seal turns the headers of the first packet into the headers of the burst.
 func (m *merger) seal() {
 	b, s, be := m.head, m.like, binary.BigEndian
 	setLength(b, m.length, identification(b))

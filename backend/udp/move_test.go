@@ -14,9 +14,9 @@ import (
 	"github.com/flanneld/flanneld/subnet"
 )
 
-// pair returns two ends of a connection that keeps packets apart: a queue, and
-// what the kernel would be.
-func pair(t testing.TB) (*queue, int) {
+// pair returns two ends of a connection that keeps packets apart: a tun, and
+// the end of the kernel.
+func pair(t testing.TB) (*tun, int) {
 	t.Helper()
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -27,7 +27,7 @@ func pair(t testing.TB) (*queue, int) {
 			t.Fatal(err)
 		}
 	}
-	q := &queue{file: os.NewFile(uintptr(fds[0]), "queue"), able: everything}
+	q := &tun{file: os.NewFile(uintptr(fds[0]), "tun"), offloads: allOffloads}
 	if q.raw, err = q.file.SyscallConn(); err != nil {
 		t.Fatal(err)
 	}
@@ -38,7 +38,7 @@ func pair(t testing.TB) (*queue, int) {
 	return q, fds[1]
 }
 
-// written returns what was written to the queue whose other end fd is.
+// written returns what was written to the tun whose other end fd is.
 func written(t testing.TB, fd int) [][]byte {
 	t.Helper()
 	var all [][]byte
@@ -55,7 +55,10 @@ func written(t testing.TB, fd int) [][]byte {
 	}
 }
 
-const ownRecord, peerRecord = `{"PublicIP":"127.0.0.1","PublicIPv6":"::1"}`, `{"PublicIP":"127.0.0.2","PublicIPv6":"fd18::2"}`
+const (
+	ownRecord  = `{"PublicIP":"127.0.0.1","PublicIPv6":"::1"}`
+	peerRecord = `{"PublicIP":"127.0.0.2","PublicIPv6":"fd18::2"}`
+)
 
 func lease(t testing.TB, key, record string) subnet.Lease {
 	t.Helper()
@@ -81,13 +84,12 @@ func testTable(t testing.TB, out bool) *table {
 	return newTable(own, map[subnet.Subnets]subnet.Lease{peer.Subnets: peer}, defaults.Port)
 }
 
-// newOut returns an outlet whose batches are looked into instead of being sent.
-func newOut(t testing.TB) (*outlet, *tally) {
+// newTestSender returns a sender whose batches are read by the test instead of being sent.
+func newTestSender(t testing.TB) *sender {
 	var now atomic.Pointer[table]
 	now.Store(testTable(t, true))
-	tally := &tally{}
-	s := &socket{able: everything}
-	return newOutlet(nil, [2]*socket{s, s}, &now, &complaints{}, tally), tally
+	s := &socket{offloads: allOffloads}
+	return newSender(nil, [2]*socket{s, s}, &now, &icmpSender{}, &counters{})
 }
 
 // packets returns what a batch would send, and forgets it.
@@ -119,7 +121,7 @@ func TestBurst(t *testing.T) {
 	first := uint32(1<<32 - 7296) // wraps
 	for _, f := range flows {
 		payload := random(13*size + 345)
-		out, _ := newOut(t)
+		out := newTestSender(t)
 		h := f.burst(first, tcpACK|tcpPSH|tcpFIN|tcpCWR, payload, size)
 		out.send(h, out.table.Load())
 		got := out.batches[f.family()].packets()
@@ -152,15 +154,16 @@ func TestBurst(t *testing.T) {
 		out.send(f.burst(first, tcpACK|tcpPSH, payload, size), out.table.Load())
 		q, fd := pair(t)
 		m := &merger{to: q}
-		m.open(&tally{})
+		m.open(&counters{})
 		for _, b := range out.batches[f.family()].packets() {
 			m.add(b)
 		}
 		m.flush()
 		f.ttl--
 		all := written(t, fd)
-		if len(all) != 1 || !bytes.Equal(all[0], f.burst(first, tcpACK|tcpPSH, payload, size)) {
-			t.Errorf("%v: %d bursts, the first one\n%x, want\n%x", f, len(all), all[0][:100], f.burst(first, tcpACK|tcpPSH, payload, size)[:100])
+		want := f.burst(first, tcpACK|tcpPSH, payload, size)
+		if len(all) != 1 || !bytes.Equal(all[0], want) {
+			t.Errorf("%v: %d bursts, the first is\n%x, want\n%x", f, len(all), all[0][:100], want[:100])
 		}
 	}
 }
@@ -198,7 +201,7 @@ func TestApart(t *testing.T) {
 	} {
 		q, fd := pair(t)
 		m := &merger{to: q}
-		m.open(&tally{})
+		m.open(&counters{})
 		for _, b := range packets {
 			m.add(bytes.Clone(b))
 		}
@@ -229,8 +232,8 @@ func FuzzReceive(f *testing.F) {
 			return
 		}
 		q, fd := pair(t)
-		counts := &tally{}
-		in := &inlet{tally: counts, errors: &complaints{}}
+		counts := &counters{}
+		in := &receiver{counters: counts, icmp: &icmpSender{}}
 		in.merger.open(counts)
 		in.merger.to = q
 		now := testTable(t, false)
@@ -242,7 +245,7 @@ func FuzzReceive(f *testing.F) {
 		in.merger.flush()
 		for _, got := range written(t, fd) {
 			p := got[virtioSize:]
-			if length(p) != len(p) || !now.mine(destination(p)) {
+			if length(p) != len(p) || !now.isOurs(destination(p)) {
 				t.Errorf("%x was written", p)
 			}
 		}
@@ -257,10 +260,11 @@ func FuzzSend(f *testing.F) {
 		f.Add(append(make([]byte, virtioSize), flow.finished(100, tcpACK, random(60))...))
 	}
 	// A checksum that would be written over the destination.
-	f.Add(append([]byte{unix.VIRTIO_NET_HDR_F_NEEDS_CSUM, 0, 0, 0, 100, 0, 0, 0, 16, 0}, flows[0].finished(100, tcpACK, random(300))...))
+	over := []byte{unix.VIRTIO_NET_HDR_F_NEEDS_CSUM, 0, 0, 0, 100, 0, 0, 0, 16, 0}
+	f.Add(append(over, flows[0].finished(100, tcpACK, random(300))...))
 	f.Add([]byte{})
 	f.Fuzz(func(t *testing.T, b []byte) {
-		out, _ := newOut(t)
+		out := newTestSender(t)
 		now := out.table.Load()
 		if len(b) > 5000 {
 			return // many small ones are more than a batch holds
@@ -271,7 +275,7 @@ func FuzzSend(f *testing.F) {
 		out.send(bytes.Clone(b), now)
 		for i := range out.batches {
 			for _, p := range out.batches[i].packets() {
-				if length(p) != len(p) || now.way(destination(p)) == nil {
+				if length(p) != len(p) || now.lookup(destination(p)) == nil {
 					t.Errorf("%x was sent", p)
 				}
 			}

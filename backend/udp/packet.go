@@ -15,8 +15,8 @@ const (
 	udpHeader  = 8
 )
 
-// length returns the length of the IP packet that b begins with, by its header;
-// 0 if there is none, or not all of it.
+// length returns the length of the IP packet at the start of b, as its header has it. length returns 0 if b does not
+// start with a whole packet.
 func length(b []byte) int {
 	if len(b) < ipv4Header {
 		return 0
@@ -46,7 +46,7 @@ func header(b []byte) int {
 	return ipv6Header
 }
 
-// isIPv4 tells the version of a packet of which length has approved.
+// isIPv4 reports the version of a packet, which must be whole.
 func isIPv4(b []byte) bool { return b[0]>>4 == 4 }
 
 func source(b []byte) netip.Addr {
@@ -63,17 +63,17 @@ func destination(b []byte) netip.Addr {
 	return netip.AddrFrom16([16]byte(b[24:]))
 }
 
-// ends tells whether a packet may go no further than here.
-func ends(b []byte) bool {
+// ttlExpires reports whether the TTL or hop limit of a packet ends at this hop.
+func ttlExpires(b []byte) bool {
 	if isIPv4(b) {
 		return b[8] <= 1
 	}
 	return b[7] <= 1
 }
 
-// age takes one off a packet's TTL. The checksum is patched, so that one that
-// is wrong stays wrong (RFC 1624).
-func age(b []byte) {
+// decrementTTL takes one off the TTL or hop limit of a packet. The checksum of the header is updated, not computed, so
+// that a wrong checksum stays wrong (RFC 1624).
+func decrementTTL(b []byte) {
 	if !isIPv4(b) {
 		b[7]--
 		return
@@ -86,15 +86,16 @@ func age(b []byte) {
 	binary.BigEndian.PutUint16(b[10:], uint16(check))
 }
 
-// setLength gives an IPv4 packet another total length and identification, or
-// an IPv6 packet another payload length. n is the length of the packet.
+// setLength sets the total length and the identification of an IPv4 packet, or the payload length of an IPv6 packet. n
+// is the length of the packet.
 func setLength(b []byte, n int, id uint16) {
 	if !isIPv4(b) {
 		binary.BigEndian.PutUint16(b[4:], uint16(n-ipv6Header))
 		return
 	}
 	be := binary.BigEndian
-	check := uint32(^be.Uint16(b[10:])) + uint32(^be.Uint16(b[2:])) + uint32(uint16(n)) + uint32(^be.Uint16(b[4:])) + uint32(id)
+	check := uint32(^be.Uint16(b[10:]))
+	check += uint32(^be.Uint16(b[2:])) + uint32(uint16(n)) + uint32(^be.Uint16(b[4:])) + uint32(id)
 	be.PutUint16(b[2:], uint16(n))
 	be.PutUint16(b[4:], id)
 	check = check>>16 + check&0xffff
@@ -102,8 +103,7 @@ func setLength(b []byte, n int, id uint16) {
 	be.PutUint16(b[10:], ^uint16(check))
 }
 
-// identification returns what tells the fragments of one IPv4 packet from
-// another's; 0 for IPv6.
+// identification returns the identification of an IPv4 packet, which its fragments share; 0 for IPv6.
 func identification(b []byte) uint16 {
 	if !isIPv4(b) {
 		return 0
@@ -111,8 +111,8 @@ func identification(b []byte) uint16 {
 	return binary.BigEndian.Uint16(b[4:])
 }
 
-// sum adds the 16-bit words of b, in the byte order of this machine, to an
-// Internet checksum (RFC 1071). fold makes 16 bits of it.
+// sum adds the 16-bit words of b, in the byte order of this machine, to an Internet checksum (RFC 1071). fold reduces
+// the sum to 16 bits.
 func sum(b []byte, s uint64) uint64 {
 	var carry uint64
 	for len(b) >= 64 {
@@ -150,8 +150,8 @@ func fold(s uint64) uint16 {
 	return uint16(s)
 }
 
-// pseudo begins the checksum of TCP, UDP or ICMPv6 with the pseudo header of
-// the packet b. n is how long header and payload of the protocol are.
+// pseudo returns the sum of the pseudo header of the packet b, with which a checksum of TCP, UDP or ICMPv6 begins. n is
+// the length of header and payload of that protocol.
 func pseudo(b []byte, protocol uint8, n int) uint64 {
 	var tail [8]byte
 	binary.BigEndian.PutUint32(tail[:], uint32(n))
@@ -162,11 +162,11 @@ func pseudo(b []byte, protocol uint8, n int) uint64 {
 	return sum(b[8:40], sum(tail[:], 0))
 }
 
-// putChecksum writes a checksum to where it belongs.
+// putChecksum writes the checksum of a sum.
 func putChecksum(at []byte, s uint64, protocol uint8) {
 	check := ^fold(s)
 	if check == 0 && protocol == unix.IPPROTO_UDP {
-		check = 0xffff // 0 says that there is none (RFC 768)
+		check = 0xffff // 0 means that there is no checksum (RFC 768)
 	}
 	binary.NativeEndian.PutUint16(at, check)
 }

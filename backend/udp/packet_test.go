@@ -59,7 +59,7 @@ func TestHeaderChecksum(t *testing.T) {
 		error := uint16(rand.IntN(2)) * uint16(rand.Uint32())
 		binary.BigEndian.PutUint16(b[10:], ^slowSum(b)+error)
 		before := slowSum(b)
-		age(b)
+		decrementTTL(b)
 		setLength(b, rand.IntN(65536), uint16(rand.Uint32()))
 		if got := slowSum(b); got%0xffff != before%0xffff {
 			t.Fatalf("%x sums up to %x, and did to %x", b, got, before)

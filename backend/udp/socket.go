@@ -10,28 +10,29 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+	"k8s.io/klog/v2"
 )
 
 const (
-	// socketBuffer takes what arrives while the proxy does not run.
+	// socketBuffer holds what arrives while the proxy is not running.
 	socketBuffer = 4 << 20
-	// maxDatagram is how much a datagram, or a burst of them, can hold.
+	// maxDatagram is the maximum payload of a datagram, or of a burst of datagrams.
 	maxDatagram = 65535 - ipv4Header - udpHeader
-	// maxSegments is how many datagrams the kernel takes as a burst
-	// (UDP_MAX_SEGMENTS, linux/udp.h; more since 6.9).
+	// maxSegments is how many datagrams the kernel takes as a burst (UDP_MAX_SEGMENTS, linux/udp.h; more since 6.9).
 	maxSegments = 64
 )
 
 // A socket is a UDP socket of one family.
 type socket struct {
-	file *os.File
-	raw  syscall.RawConn
-	able abilities
+	log      klog.Logger
+	at       netip.AddrPort
+	file     *os.File
+	raw      syscall.RawConn
+	offloads offloads
 }
 
-// listen opens a socket. shared has several of them on one address: the kernel
-// gives all of one peer's datagrams to the same one.
-func listen(at netip.AddrPort, shared bool, able abilities) (*socket, error) {
+// listen opens a socket.
+func listen(log klog.Logger, at netip.AddrPort, use offloads) (*socket, error) {
 	family, freebind := unix.AF_INET, [2]int{unix.SOL_IP, unix.IP_FREEBIND}
 	if at.Addr().Is6() {
 		family, freebind = unix.AF_INET6, [2]int{unix.SOL_IPV6, unix.IPV6_FREEBIND}
@@ -40,23 +41,20 @@ func listen(at netip.AddrPort, shared bool, able abilities) (*socket, error) {
 	if err != nil {
 		return nil, fmt.Errorf("UDP: %w", err)
 	}
-	s := &socket{file: os.NewFile(uintptr(fd), "udp"), able: able} // non-blocking: the runtime waits for it
+	s := &socket{log: log, at: at, offloads: use}
+	s.file = os.NewFile(uintptr(fd), "udp") // non-blocking: the runtime waits for packets
 	if family == unix.AF_INET6 {
 		err = unix.SetsockoptInt(fd, unix.SOL_IPV6, unix.IPV6_V6ONLY, 1)
 	}
-	if err == nil && shared {
-		err = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, 1)
-	}
 	if err == nil {
-		// The uplink's address may be away for a moment. What may fail from here
-		// on is for speed alone.
+		// The address of the uplink may be missing for a short time. The other options only make the proxy faster.
 		_ = unix.SetsockoptInt(fd, freebind[0], freebind[1], 1)
 		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, socketBuffer)
 		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, socketBuffer)
 		if _, err := unix.GetsockoptInt(fd, unix.SOL_UDP, unix.UDP_SEGMENT); err != nil {
-			s.able.udpSegment = false
+			s.offloads.udpSegment = false
 		}
-		s.able.udpGRO = able.udpGRO && unix.SetsockoptInt(fd, unix.SOL_UDP, unix.UDP_GRO, 1) == nil
+		s.offloads.udpGRO = use.udpGRO && unix.SetsockoptInt(fd, unix.SOL_UDP, unix.UDP_GRO, 1) == nil
 		if family == unix.AF_INET {
 			err = unix.Bind(fd, &unix.SockaddrInet4{Port: int(at.Port()), Addr: at.Addr().As4()})
 		} else {
@@ -69,7 +67,7 @@ func listen(at netip.AddrPort, shared bool, able abilities) (*socket, error) {
 	if err != nil {
 		s.file.Close()
 		if errors.Is(err, unix.EADDRINUSE) {
-			err = fmt.Errorf("%w: end what uses it, or choose another Port for all nodes", err)
+			err = fmt.Errorf("%w: stop the program that uses it, or choose another Port for all nodes", err)
 		}
 		return nil, fmt.Errorf("UDP port %d of %s: %w", at.Port(), at.Addr(), err)
 	}
@@ -103,13 +101,12 @@ func mmsg(call, fd uintptr, messages []message, brief bool) (int, error) {
 	}
 }
 
-// A control is room for the one control message (cmsg(3)) that says how long
-// each datagram of a burst is.
+// A control is room for one control message (cmsg(3)): the length of each datagram of a burst.
 type control [8]uint64 // aligned for a struct cmsghdr
 
 func (c *control) bytes() []byte { return (*[unsafe.Sizeof(control{})]byte)(unsafe.Pointer(c))[:] }
 
-// put writes UDP_SEGMENT, and returns how long it is.
+// put writes UDP_SEGMENT, and returns the length of the message.
 func (c *control) put(size int) int {
 	h := (*unix.Cmsghdr)(unsafe.Pointer(c))
 	h.Level, h.Type = unix.SOL_UDP, unix.UDP_SEGMENT
@@ -118,7 +115,7 @@ func (c *control) put(size int) int {
 	return unix.CmsgSpace(2)
 }
 
-// get reads UDP_GRO from what is n bytes long; 0: it is not there.
+// get reads UDP_GRO from n bytes; 0: there is no UDP_GRO.
 func (c *control) get(n int) int {
 	h := (*unix.Cmsghdr)(unsafe.Pointer(c))
 	if n < unix.CmsgLen(4) || h.Level != unix.SOL_UDP || h.Type != unix.UDP_GRO {

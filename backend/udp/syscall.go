@@ -6,10 +6,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// syscall3 makes a system call that does not block. Where it is brief, Go's
-// scheduler is not told: that would wake a thread of its own (sysmon, package
-// runtime) beside each lone packet. The scheduler must be told now and then
-// though, since it is that thread that gives other goroutines their turn.
+// syscall3 makes a system call that does not block. A brief call bypasses the scheduler of Go, which would wake a
+// thread (sysmon, package runtime) for each lone packet. Some calls must go through the scheduler: that thread is what
+// lets other goroutines run.
 //
 //go:uintptrescapes
 func syscall3(call, a, b, c uintptr, brief bool) (int, syscall.Errno) {
@@ -23,10 +22,10 @@ func syscall3(call, a, b, c uintptr, brief bool) (int, syscall.Errno) {
 	return int(n), errno
 }
 
-// A pace tells whether a system call that moves so many bytes is brief.
+// A pace decides which system calls are brief.
 type pace uint8
 
-// briefBytes are moved faster than it takes to wake a thread.
+// briefBytes are moved in less time than it takes to wake a thread.
 const briefBytes = 4 << 10
 
 func (p *pace) brief(bytes int) bool {

@@ -12,23 +12,23 @@ import (
 	"github.com/flanneld/flanneld/subnet"
 )
 
-// A table says which peer has an address, and who may send to us. It is never
-// changed, only replaced, so that packets take no lock.
+// A table holds which peer has an address, and which peers may send to this node. A table is never changed, only
+// replaced, so that moving packets takes no lock.
 type table struct {
 	own   [2]netip.Prefix
 	peers bart.Table[*endpoint]       // by their subnets
-	known map[netip.AddrPort]struct{} // who the peers are
+	known map[netip.AddrPort]struct{} // the addresses of peers
 }
 
-// An endpoint is where a peer's proxy listens, as the kernel takes it.
+// An endpoint is where the proxy of a peer listens, in the form of the kernel.
 type endpoint struct {
-	addr netip.AddrPort
-	name unix.RawSockaddrAny
-	size uint32 // of name
-	six  int    // 1 for IPv6, else 0
+	addr   netip.AddrPort
+	name   unix.RawSockaddrAny
+	size   uint32 // of name
+	family int    // 0 for IPv4, 1 for IPv6
 }
 
-// newTable makes the table of a node's peers.
+// newTable returns the table of the peers of a node.
 func newTable(own subnet.Lease, peers map[subnet.Subnets]subnet.Lease, port int) *table {
 	t := &table{own: [2]netip.Prefix{own.IPv4, own.IPv6}, known: map[netip.AddrPort]struct{}{}}
 	for _, l := range peers {
@@ -43,20 +43,20 @@ func newTable(own subnet.Lease, peers map[subnet.Subnets]subnet.Lease, port int)
 	return t
 }
 
-// way returns where to send what is for dst; nil: nowhere.
-func (t *table) way(dst netip.Addr) *endpoint {
+// lookup returns the peer that has an address; nil: no peer.
+func (t *table) lookup(dst netip.Addr) *endpoint {
 	e, _ := t.peers.Lookup(dst)
 	return e
 }
 
-// knows tells whether a peer's proxy sends from there.
-func (t *table) knows(from netip.AddrPort) bool {
+// isPeer reports whether the proxy of a peer sends from an address.
+func (t *table) isPeer(from netip.AddrPort) bool {
 	_, ok := t.known[from]
 	return ok
 }
 
-// mine tells whether an address is of this node's own subnets.
-func (t *table) mine(dst netip.Addr) bool {
+// isOurs reports whether an address is in a subnet of this node.
+func (t *table) isOurs(dst netip.Addr) bool {
 	return t.own[0].Contains(dst) || t.own[1].Contains(dst)
 }
 
@@ -68,7 +68,7 @@ func newEndpoint(addr netip.AddrPort) *endpoint {
 		binary.BigEndian.PutUint16((*[2]byte)(unsafe.Pointer(&name.Port))[:], addr.Port())
 	} else {
 		name := (*unix.RawSockaddrInet6)(unsafe.Pointer(&e.name))
-		name.Family, name.Addr, e.size, e.six = unix.AF_INET6, ip.As16(), unix.SizeofSockaddrInet6, 1
+		name.Family, name.Addr, e.size, e.family = unix.AF_INET6, ip.As16(), unix.SizeofSockaddrInet6, 1
 		binary.BigEndian.PutUint16((*[2]byte)(unsafe.Pointer(&name.Port))[:], addr.Port())
 	}
 	return e

@@ -1,5 +1,5 @@
-// Package udp carries pods' packets in UDP, each as it is in one datagram, by a
-// proxy between a TUN device and a socket. See README.md.
+// Package udp carries the packets of pods in UDP, one packet in a datagram, by a proxy between a TUN device and a
+// socket. See README.md.
 package udp
 
 import (
@@ -38,9 +38,8 @@ type udp struct {
 	networks subnet.Subnets
 	local    [2]netip.Addr // that the sockets are bound to, by family
 	info     backend.Info
-	able     abilities
-	queues   int
-	running  atomic.Pointer[proxy] // by Work
+	offloads offloads
+	running  atomic.Pointer[proxy] // set by Work
 }
 
 var (
@@ -53,8 +52,7 @@ func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
 	u := &udp{
 		options:  defaults,
 		networks: cfg.Networks(),
-		able:     everything,
-		queues:   queues,
+		offloads: allOffloads,
 	}
 	if err := backend.Options(cfg, &u.options); err != nil {
 		return nil, err
@@ -91,5 +89,5 @@ func (u *udp) Local(own subnet.Lease) []kernel.Object {
 	return objects
 }
 
-// Peer returns no objects: the proxy knows where each peer is.
+// Peer needs nothing in the kernel: the proxy has a table of peers.
 func (u *udp) Peer(subnet.Lease, subnet.Lease) ([]kernel.Object, error) { return nil, nil }

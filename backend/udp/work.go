@@ -18,37 +18,30 @@ import (
 	"github.com/flanneld/flanneld/subnet"
 )
 
-// reportEvery is the time between reports of packets dropped.
-const reportEvery = time.Minute
+// reportInterval is the time between reports of dropped packets.
+const reportInterval = time.Minute
 
-// queues is how many queues of the device are used. With more than one, the kernel
-// moves a connection to the queue on which its last packet came in
-// (tun_flow_update, drivers/net/tun.c), and packets of it pass each other.
-const queues = 1
-
-// A proxy is Work, for one lease of this node's. It belongs to one goroutine;
-// those that move packets read its table.
+// A proxy does the work of Work for one lease of this node. The proxy belongs to one goroutine. The goroutines that
+// move packets read its table, its tun and its sockets.
 type proxy struct {
 	*udp
-	own      subnet.Lease
-	peers    map[subnet.Subnets]subnet.Lease
-	table    atomic.Pointer[table]
-	lanes    []*lane
-	errors   *complaints    // nil: not listening yet
-	inlets   sync.WaitGroup // run while listening
-	outlets  sync.WaitGroup // run while attached
-	attached bool
-	gone     chan error // why an outlet ended
-	trouble  retry.LastError
-	reported [reasons]uint64
-}
+	log   klog.Logger
+	own   subnet.Lease
+	peers map[subnet.Subnets]subnet.Lease
+	table atomic.Pointer[table]
 
-// A lane is a queue of the device, and a socket a family.
-type lane struct {
-	queue    atomic.Pointer[queue] // nil: not attached
-	sockets  [2]*socket            // for IPv4 and IPv6; nil: off
-	sent     tally
-	received [2]tally
+	sockets  [2]*socket          // for IPv4 and IPv6; nil: the family is off, or the proxy does not listen yet
+	tun      atomic.Pointer[tun] // nil: the proxy is not attached to the device
+	icmp     *icmpSender         // nil: the proxy does not listen yet
+	sent     counters
+	received [2]counters
+
+	receivers sync.WaitGroup // run while the proxy listens
+	sender    sync.WaitGroup // runs while the proxy is attached
+	detached  chan error     // why the sender has ended
+
+	lastError retry.LastError
+	reported  [reasons]uint64
 }
 
 // Work implements backend.Worker.
@@ -57,16 +50,15 @@ func (u *udp) Work(ctx context.Context, own subnet.Lease, peers <-chan subnet.Up
 	if err != nil {
 		return fmt.Errorf("listening for %s: %w", device, err)
 	}
-	p := &proxy{udp: u, own: own, peers: map[subnet.Subnets]subnet.Lease{}, gone: make(chan error, u.queues)}
-	for range u.queues {
-		p.lanes = append(p.lanes, &lane{})
+	p := &proxy{
+		udp: u, log: klog.FromContext(ctx), own: own, peers: map[subnet.Subnets]subnet.Lease{}, detached: make(chan error, 1),
 	}
 	p.table.Store(newTable(own, nil, u.Port))
 	u.running.Store(p)
 	defer u.running.Store(nil)
 	defer p.close()
 
-	report := time.NewTicker(reportEvery)
+	report := time.NewTicker(reportInterval)
 	defer report.Stop()
 	again := time.NewTimer(0)
 	defer again.Stop()
@@ -75,23 +67,24 @@ func (u *udp) Work(ctx context.Context, own subnet.Lease, peers <-chan subnet.Up
 		select {
 		case <-ctx.Done():
 			return nil
-		case news := <-peers:
-			p.update(news)
+		case update := <-peers:
+			update.Apply(p.peers)
+			p.table.Store(newTable(p.own, p.peers, p.Port))
 			continue
 		case <-report.C:
 			p.report()
 			continue
-		case err := <-p.gone:
-			klog.V(1).Infof("udp: %s: %v: waiting for it to be there again", device, err)
+		case err := <-p.detached:
+			p.log.V(1).Info("Device was lost; waiting until it is there again", "device", device, "reason", err)
 			p.detach()
 		case <-links:
 		case <-again.C:
 		}
 		err := p.open()
-		if !errors.Is(err, kernel.ErrNoDevice) { // it will be made, or the log says why not
-			p.trouble.Log(klog.FromContext(ctx), "udp", err)
+		if errors.Is(err, kernel.ErrNoDevice) {
+			err = nil // the reconciler makes the device, or logs why it cannot
 		} else {
-			err = nil
+			p.lastError.Log(p.log, "udp", err)
 		}
 		if err != nil {
 			again.Reset(pause.Next())
@@ -101,13 +94,7 @@ func (u *udp) Work(ctx context.Context, own subnet.Lease, peers <-chan subnet.Up
 	}
 }
 
-// update takes news of peers.
-func (p *proxy) update(u subnet.Update) {
-	u.Apply(p.peers)
-	p.table.Store(newTable(p.own, p.peers, p.Port))
-}
-
-// open does what is left to be done for packets to be moved.
+// open does what is left to do before packets can be moved.
 func (p *proxy) open() error {
 	if err := p.listen(); err != nil {
 		return err
@@ -117,7 +104,7 @@ func (p *proxy) open() error {
 
 // listen opens the sockets.
 func (p *proxy) listen() (err error) {
-	if p.errors != nil {
+	if p.icmp != nil {
 		return nil
 	}
 	defer func() {
@@ -125,120 +112,97 @@ func (p *proxy) listen() (err error) {
 			p.closeSockets()
 		}
 	}()
-	for _, l := range p.lanes {
-		for i, at := range p.local {
-			if !at.IsValid() {
-				continue
-			}
-			if l.sockets[i], err = listen(netip.AddrPortFrom(at, uint16(p.Port)), len(p.lanes) > 1, p.able); err != nil {
-				return err
-			}
+	for i, local := range p.local {
+		if !local.IsValid() {
+			continue
 		}
-	}
-	if p.errors, err = newComplaints(p.own); err != nil {
-		return err
-	}
-	for _, l := range p.lanes {
-		for i, s := range l.sockets {
-			if s != nil {
-				in := newInlet(s, &l.queue, &p.table, p.errors, &l.received[i])
-				p.inlets.Go(func() { in.run() })
-			}
-		}
-	}
-	return nil
-}
-
-// attach opens the device's queues.
-func (p *proxy) attach() (err error) {
-	if p.attached {
-		return nil
-	}
-	for _, l := range p.lanes {
-		q, err := attach(p.able)
-		if err != nil {
-			p.detach()
+		at := netip.AddrPortFrom(local, uint16(p.Port))
+		if p.sockets[i], err = listen(p.log, at, p.offloads); err != nil {
 			return err
 		}
-		l.queue.Store(q)
 	}
-	for _, l := range p.lanes {
-		out := newOutlet(l.queue.Load(), l.sockets, &p.table, p.errors, &l.sent)
-		p.outlets.Go(func() { p.gone <- out.run() })
+	if p.icmp, err = newICMPSender(p.own); err != nil {
+		return err
 	}
-	p.attached = true
+	for i, s := range p.sockets {
+		if s != nil {
+			r := newReceiver(s, &p.tun, &p.table, p.icmp, &p.received[i])
+			p.receivers.Go(r.run)
+		}
+	}
 	return nil
 }
 
-// detach closes the device's queues.
+// attach opens the device.
+func (p *proxy) attach() error {
+	if p.tun.Load() != nil {
+		return nil
+	}
+	t, err := attach(p.offloads)
+	if err != nil {
+		return err
+	}
+	p.tun.Store(t)
+	s := newSender(t, p.sockets, &p.table, p.icmp, &p.sent)
+	p.sender.Go(func() { p.detached <- s.run() })
+	return nil
+}
+
+// detach closes the device.
 func (p *proxy) detach() {
-	for _, l := range p.lanes {
-		if q := l.queue.Swap(nil); q != nil {
-			q.file.Close()
-		}
+	if t := p.tun.Swap(nil); t != nil {
+		t.file.Close()
 	}
-	p.outlets.Wait()
-	for len(p.gone) > 0 {
-		<-p.gone
+	p.sender.Wait()
+	for len(p.detached) > 0 {
+		<-p.detached
 	}
-	p.attached = false
 }
 
+// closeSockets ends the receivers. The sender must have ended.
 func (p *proxy) closeSockets() {
-	for _, l := range p.lanes {
-		for i, s := range l.sockets {
-			if s != nil {
-				s.file.Close()
-			}
-			l.sockets[i] = nil
+	for i, s := range p.sockets {
+		if s != nil {
+			s.file.Close()
 		}
+		p.sockets[i] = nil
 	}
-	p.inlets.Wait()
-	if p.errors != nil {
-		p.errors.close()
-		p.errors = nil
+	p.receivers.Wait()
+	if p.icmp != nil {
+		p.icmp.close()
+		p.icmp = nil
 	}
 }
 
-// close ends all that moves packets. The device stays.
+// close ends everything that moves packets. The device stays.
 func (p *proxy) close() {
-	for _, l := range p.lanes {
-		for _, s := range l.sockets {
-			if s != nil {
-				s.file.Close() // an outlet may wait for it
-			}
+	for _, s := range p.sockets {
+		if s != nil {
+			s.file.Close() // the sender may wait for the socket
 		}
 	}
 	p.detach()
 	p.closeSockets()
 }
 
-// report logs what packets were dropped since the last time.
+// report logs how many packets were dropped since the last report.
 func (p *proxy) report() {
 	var now [reasons]uint64
-	for _, t := range p.Traffic() {
-		for r := range now {
-			now[r] += t.Sent.Drops[r] + t.Received.Drops[r]
-		}
+	sent, received := p.totals()
+	for r := range now {
+		now[r] = sent.drops[r] + received.drops[r]
 	}
-	if text := dropped(now, p.reported); text != "" {
-		klog.Infof("udp: packets dropped in the last minute: %s", text)
+	if text := describeDrops(now, p.reported); text != "" {
+		p.log.Info("Packets were dropped", "within", reportInterval, "packets", text)
 	}
 	p.reported = now
 }
 
-// Traffic tells what each queue has moved since Work began.
-func (u *udp) Traffic() []Traffic {
-	p := u.running.Load()
-	if p == nil {
-		return nil
+// totals returns what the proxy has moved since Work began.
+func (p *proxy) totals() (sent, received totals) {
+	p.sent.addTo(&sent)
+	for i := range p.received {
+		p.received[i].addTo(&received)
 	}
-	all := make([]Traffic, len(p.lanes))
-	for i, l := range p.lanes {
-		l.sent.add(&all[i].Sent)
-		for f := range l.received {
-			l.received[f].add(&all[i].Received)
-		}
-	}
-	return all
+	return sent, received
 }

@@ -55,11 +55,11 @@ const farKey = "10.5.2.0-24&fd05:0:0:2::-64"
 // noOffloads has the tests run as on a kernel without any.
 var noOffloads = flag.Bool("no-offloads", false, "move packets one by one")
 
-// start starts a proxy with so many queues.
-func start(t testing.TB, able abilities, queues int) *node {
+// start starts a proxy.
+func start(t testing.TB, use offloads) *node {
 	t.Helper()
 	if *noOffloads {
-		able = abilities{}
+		use = offloads{}
 	}
 	nstest.New(t)
 	nstest.Need(t, "ip", "ping")
@@ -67,10 +67,14 @@ func start(t testing.TB, able abilities, queues int) *node {
 		t.Skip(err)
 	}
 	inOrder(t)
-	for _, a := range []string{"198.18.0.1/32", "198.18.0.2/32", "198.18.0.3/32", "fd18::1/128", "fd18::2/128", "fd18::3/128", "10.5.1.7/32", "fd05:0:0:1::7/128"} {
+	for _, a := range []string{
+		"198.18.0.1/32", "198.18.0.2/32", "198.18.0.3/32", "fd18::1/128", "fd18::2/128", "fd18::3/128",
+		"10.5.1.7/32", "fd05:0:0:1::7/128",
+	} {
 		nstest.Run(t, "ip addr add "+a+" dev lo nodad")
 	}
-	cfg, err := subnet.ParseConfig([]byte(`{"Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fd05::/48","Backend":{"Type":"udp"}}`))
+	cfg, err := subnet.ParseConfig([]byte(
+		`{"Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fd05::/48","Backend":{"Type":"udp"}}`))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -79,7 +83,7 @@ func start(t testing.TB, able abilities, queues int) *node {
 		t.Fatal(err)
 	}
 	n := &node{t: t, udp: b.(*udp), peers: make(chan subnet.Update, 1)}
-	n.udp.able, n.udp.queues = able, queues
+	n.udp.offloads = use
 	n.own = lease(t, "10.5.1.0-24&fd05:0:0:1::-64", `{"PublicIP":"198.18.0.1","PublicIPv6":"fd18::1"}`)
 	if n.kern, err = kernel.New(klog.Background()); err != nil {
 		t.Fatal(err)
@@ -165,14 +169,9 @@ func (n *node) apply() {
 func (n *node) attached() {
 	n.t.Helper()
 	n.wait("the proxy to be attached", func() bool {
-		for _, l := range n.udp.running.Load().lanes {
-			if l.queue.Load() == nil {
-				return false
-			}
-		}
-		return true
+		return n.udp.running.Load().tun.Load() != nil
 	})
-	for i, family := range families { // each may have a queue of its own
+	for i, family := range families {
 		n.wait("the device to be ready for "+family, func() bool {
 			n.send(n.pod[i], farPod[i], []byte(trial))
 			n.peer[i].SetReadDeadline(time.Now().Add(100 * time.Millisecond))
@@ -227,25 +226,17 @@ func (n *node) send(c *net.UDPConn, to netip.AddrPort, b []byte) {
 	}
 }
 
-func (n *node) counters() (sent, received Counters) {
-	for _, l := range n.udp.running.Load().lanes {
-		l.sent.add(&sent)
-		for i := range l.received {
-			l.received[i].add(&received)
-		}
-	}
-	return sent, received
-}
+func (n *node) counters() (sent, received totals) { return n.udp.running.Load().totals() }
 
 // TestWire: a packet is a datagram, and a datagram a packet, with one less to
 // live; whatever the kernel can do for us.
 func TestWire(t *testing.T) {
-	for name, able := range map[string]abilities{
-		"all": everything, "no bursts": {}, "no USO": {tso: true, udpSegment: true, udpGRO: true},
+	for name, use := range map[string]offloads{
+		"all": allOffloads, "no bursts": {}, "no USO": {tso: true, udpSegment: true, udpGRO: true},
 		"no UDP_SEGMENT": {tso: true, uso: true, udpGRO: true}, "no UDP_GRO": {tso: true, uso: true, udpSegment: true},
 	} {
 		t.Run(name, func(t *testing.T) {
-			n := start(t, able, queues)
+			n := start(t, use)
 			for i, family := range families {
 				// Out: the datagram is what the pod's kernel made of it.
 				for _, size := range []int{0, 1, 1000, 1400} {
@@ -281,10 +272,15 @@ func TestWire(t *testing.T) {
 					}
 				}
 			}
-			n.wait("the last packet to be counted", func() bool { _, r := n.counters(); return r.Packets == 200 })
+			n.wait("the last packet to be counted", func() bool { _, r := n.counters(); return r.packets == 200 })
 			sent, received := n.counters()
-			if sent.Packets < 8 || received.Drops != [reasons]uint64{} {
+			if sent.packets < 8 || received.drops != [reasons]uint64{} {
 				t.Errorf("sent %+v, received %+v", sent, received)
+			}
+			flows := n.udp.QueueStats()
+			if len(flows) != 2 || flows[0].Direction != "sent" || flows[0].Packets < 8 || flows[0].Queue != 0 ||
+				flows[1].Direction != "received" || flows[1].Packets != 200 || flows[1].Queue != 0 || flows[1].Bytes == 0 {
+				t.Errorf("the metrics are of %+v", flows)
 			}
 		})
 	}
@@ -293,7 +289,7 @@ func TestWire(t *testing.T) {
 // TestOrder: what is sent after something else arrives after it, both ways,
 // whatever is made bursts of.
 func TestOrder(t *testing.T) {
-	n := start(t, everything, queues)
+	n := start(t, allOffloads)
 	sizes := []int{20, 20, 20, 900, 900, 50, 1300, 20}
 	for i, family := range families {
 		f := flow{farPod[i], nearPod[i], unix.IPPROTO_UDP, 64}
@@ -323,7 +319,7 @@ func TestOrder(t *testing.T) {
 // TestDrops: nothing gets in that no peer has sent to this node's subnet, and
 // what is dropped is counted.
 func TestDrops(t *testing.T) {
-	n := start(t, everything, 1)
+	n := start(t, allOffloads)
 	for i, family := range families {
 		good := flow{farPod[i], nearPod[i], unix.IPPROTO_UDP, 64}
 		elsewhere, ended := good, good
@@ -334,20 +330,21 @@ func TestDrops(t *testing.T) {
 		for _, d := range []struct {
 			from   *net.UDPConn
 			packet []byte
-			reason Reason
+			reason dropReason
 		}{
-			{bad, hello, Stranger}, {port, hello, Stranger}, {bad, nil, Stranger},
-			{n.peer[i], elsewhere.finished(0, 0, nil), NotOurs},
-			{n.peer[i], ended.finished(0, 0, nil), Expired},
-			{n.peer[i], nil, Malformed}, {n.peer[i], hello[:19], Malformed}, {n.peer[i], hello[:len(hello)-1], Malformed},
-			{n.peer[i], bytes.Repeat([]byte{0x55}, 100), Malformed},
+			{bad, hello, dropStranger}, {port, hello, dropStranger}, {bad, nil, dropStranger},
+			{n.peer[i], elsewhere.finished(0, 0, nil), dropNotOurs},
+			{n.peer[i], ended.finished(0, 0, nil), dropExpired},
+			{n.peer[i], nil, dropMalformed}, {n.peer[i], hello[:19], dropMalformed},
+			{n.peer[i], hello[:len(hello)-1], dropMalformed},
+			{n.peer[i], bytes.Repeat([]byte{0x55}, 100), dropMalformed},
 		} {
 			_, want := n.counters()
-			want.Drops[d.reason]++
+			want.drops[d.reason]++
 			n.send(d.from, near[i], d.packet)
-			n.wait(fmt.Sprintf("%s, %s: drops %v", family, d.reason, want.Drops), func() bool {
+			n.wait(fmt.Sprintf("%s, %s: drops %v", family, d.reason, want.drops), func() bool {
 				_, now := n.counters()
-				return now.Drops == want.Drops
+				return now.drops == want.drops
 			})
 		}
 		n.send(n.peer[i], near[i], append(hello, "and more"...))   // is left out
@@ -360,26 +357,28 @@ func TestDrops(t *testing.T) {
 // TestPeers: a peer that comes is reached and may send, one that went is not and
 // may not.
 func TestPeers(t *testing.T) {
-	n := start(t, everything, 1)
+	n := start(t, allOffloads)
 	third := lease(t, "10.5.3.0-24&fd05:0:0:3::-64", `{"PublicIP":"198.18.0.3","PublicIPv6":"fd18::3"}`)
 	n.peers <- subnet.Update{Leases: map[subnet.Subnets]subnet.Lease{third.Subnets: third}}
 	table := func() *table { return n.udp.running.Load().table.Load() }
-	n.wait("the third", func() bool { return table().knows(stranger[0]) && table().knows(stranger[1]) })
+	n.wait("the third", func() bool { return table().isPeer(stranger[0]) && table().isPeer(stranger[1]) })
 	c := n.listen(stranger[0])
 	n.send(n.pod[0], netip.MustParseAddrPort("10.5.3.1:5"), []byte("hello"))
 	n.receive(c)
 	n.send(c, near[0], flow{farPod[0], nearPod[0], unix.IPPROTO_UDP, 64}.finished(0, 0, []byte("hello")))
 	n.receive(n.pod[0])
 	n.peers <- subnet.Update{Gone: map[subnet.Subnets]bool{third.Subnets: true}}
-	n.wait("the third to go", func() bool { return !table().knows(stranger[0]) && table().way(netip.MustParseAddr("10.5.3.1")) == nil })
-	if table().way(farPod[0].Addr()) == nil || table().way(farPod[1].Addr()) == nil {
+	n.wait("the third to go", func() bool {
+		return !table().isPeer(stranger[0]) && table().lookup(netip.MustParseAddr("10.5.3.1")) == nil
+	})
+	if table().lookup(farPod[0].Addr()) == nil || table().lookup(farPod[1].Addr()) == nil {
 		t.Error("the second went too")
 	}
 }
 
-// TestComplaints: who sends what goes nowhere is told.
-func TestComplaints(t *testing.T) {
-	n := start(t, everything, 1)
+// TestICMPErrors: the sender of a packet that cannot be delivered gets an error.
+func TestICMPErrors(t *testing.T) {
+	n := start(t, allOffloads)
 	for _, c := range []struct{ line, want string }{
 		{"ping -c 1 -W 20 10.5.9.9", "From 10.5.1.0 icmp_seq=1 Destination Net Unreachable"},
 		{"ping -c 1 -W 20 -t 1 10.5.2.9", "From 10.5.1.0 icmp_seq=1 Time to live exceeded"},
@@ -395,7 +394,8 @@ func TestComplaints(t *testing.T) {
 	ended := flow{farPod[0], nearPod[0], unix.IPPROTO_UDP, 1}.finished(0, 0, []byte("hello"))
 	n.send(n.peer[0], near[0], ended)
 	got, _ := n.receive(n.peer[0])
-	if len(got) < 48 || destination(got) != farPod[0].Addr() || got[20] != 11 || !bytes.Equal(got[28:], ended) || slowSum(got[20:]) != 0xffff {
+	if len(got) < 48 || destination(got) != farPod[0].Addr() || got[20] != 11 || !bytes.Equal(got[28:], ended) ||
+		slowSum(got[20:]) != 0xffff {
 		t.Errorf("%x comes back, want time exceeded", got)
 	}
 }
@@ -423,9 +423,10 @@ func TestSilence(t *testing.T) {
 		{"from nobody", to("0.0.0.0:1", "10.5.2.9:1", unix.IPPROTO_UDP), false},
 		{"multicast", to("10.5.1.7:1", "224.0.0.1:1", unix.IPPROTO_UDP), false},
 		{"broadcast", to("10.5.1.7:1", "255.255.255.255:1", unix.IPPROTO_UDP), false},
-		{"ICMPv6 error", six, false}, {"router solicitation", to("[fe80::1]:34000", "[ff02::2]:1", unix.IPPROTO_ICMPV6), false},
+		{"ICMPv6 error", six, false},
+		{"router solicitation", to("[fe80::1]:34000", "[ff02::2]:1", unix.IPPROTO_ICMPV6), false},
 	} {
-		if got := deserves(c.packet); got != c.want {
+		if got := mayReport(c.packet); got != c.want {
 			t.Errorf("%s: an error is sent: %v, want %v", c.name, got, c.want)
 		}
 	}
@@ -433,7 +434,7 @@ func TestSilence(t *testing.T) {
 	nstest.New(t)
 	nstest.Run(t, "ip addr add 10.5.1.0/32 dev lo")
 	nstest.Run(t, "ip addr add 10.5.1.7/32 dev lo")
-	c, err := newComplaints(subnet.Lease{Subnets: subnet.Subnets{IPv4: netip.MustParsePrefix("10.5.1.0/24")}})
+	c, err := newICMPSender(subnet.Lease{Subnets: subnet.Subnets{IPv4: netip.MustParsePrefix("10.5.1.0/24")}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -445,10 +446,10 @@ func TestSilence(t *testing.T) {
 	}
 	defer hear.Close()
 	for range 10 {
-		c.send(noRoute, to("10.5.1.7:1", "10.5.2.9:1", unix.IPPROTO_UDP))
+		c.send(unreachable, to("10.5.1.7:1", "10.5.2.9:1", unix.IPPROTO_UDP))
 	}
 	c.limit = rate.NewLimiter(0, 1)
-	c.send(expired, to("10.5.1.7:1", "10.5.2.9:1", unix.IPPROTO_UDP))
+	c.send(timeExceeded, to("10.5.1.7:1", "10.5.2.9:1", unix.IPPROTO_UDP))
 	b := make([]byte, 1500)
 	for i := 0; ; i++ {
 		hear.SetReadDeadline(time.Now().Add(20 * time.Second))
@@ -467,7 +468,7 @@ func TestSilence(t *testing.T) {
 // TestDevice: the proxy is back on a device that somebody deleted as soon as
 // there is one, and bears one that is down.
 func TestDevice(t *testing.T) {
-	n := start(t, everything, 2)
+	n := start(t, allOffloads)
 	talk := func() {
 		t.Helper()
 		n.attached()
@@ -490,16 +491,19 @@ func TestDevice(t *testing.T) {
 		}
 		switch damage[0] {
 		case "ip link del flannel0":
-			n.wait("the proxy to notice", func() bool { return n.udp.running.Load().lanes[0].queue.Load() == nil })
+			n.wait("the proxy to notice", func() bool { return n.udp.running.Load().tun.Load() == nil })
 		case "ip link set flannel0 down":
 			n.send(n.peer[0], near[0], flow{farPod[0], nearPod[0], unix.IPPROTO_UDP, 64}.finished(0, 0, nil))
-			n.wait("the drop", func() bool { _, r := n.counters(); return r.Drops[Unreceivable] > 0 })
+			n.wait("the drop", func() bool { _, r := n.counters(); return r.drops[dropUnreceivable] > 0 })
 		}
 		n.apply()
 		talk()
 	}
-	if out := nstest.Run(t, "ip -d link show flannel0"); !strings.Contains(out, "tun type tun") || !strings.Contains(out, "persist on") || !strings.Contains(out, "mtu 1452") {
-		t.Errorf("the device is %s", out)
+	out := nstest.Run(t, "ip -d link show flannel0")
+	for _, want := range []string{"tun type tun", "persist on", "mtu 1452"} {
+		if !strings.Contains(out, want) {
+			t.Errorf("the device lacks %q: %s", want, out)
+		}
 	}
 }
 
@@ -512,12 +516,12 @@ func TestPort(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer taken.Close()
-	_, err = listen(near[0], true, everything)
+	_, err = listen(klog.Background(), near[0], allOffloads)
 	if !errors.Is(err, unix.EADDRINUSE) || !strings.Contains(err.Error(), "UDP port 8285 of 198.18.0.1") {
 		t.Errorf("the error is %v", err)
 	}
 	// The address may be away.
-	s, err := listen(stranger[0], false, everything)
+	s, err := listen(klog.Background(), stranger[0], allOffloads)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -534,16 +538,16 @@ func TestTooBig(t *testing.T) {
 	nstest.Run(t, "ip link set lo mtu 1300")
 	n := &node{t: t}
 	peer := n.listen(far[0])
-	s, err := listen(near[0], false, everything)
+	s, err := listen(klog.Background(), near[0], allOffloads)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer s.file.Close()
-	if !s.able.udpSegment {
+	if !s.offloads.udpSegment {
 		t.Skip("the kernel has no UDP_SEGMENT")
 	}
 	var b batch
-	counts := &tally{}
+	counts := &counters{}
 	b.open(s, counts)
 	to, nowhere := newEndpoint(far[0]), newEndpoint(netip.MustParseAddrPort("192.0.2.1:8285"))
 	var want [][]byte
@@ -570,16 +574,16 @@ func TestTooBig(t *testing.T) {
 			t.Errorf("datagram %d differs: %d bytes, want %d", i, len(got), len(w))
 		}
 	}
-	var c Counters
-	counts.add(&c)
-	if c.Packets != 6 || c.Bytes != 4*1400+540+8 || c.Drops[Unsendable] != 3 {
+	var c totals
+	counts.addTo(&c)
+	if c.packets != 6 || c.bytes != 4*1400+540+8 || c.drops[dropUnsendable] != 3 {
 		t.Errorf("the counters say %+v", c)
 	}
 }
 
 // TestAllocations: no packet takes any.
 func TestAllocations(t *testing.T) {
-	n := start(t, everything, 1)
+	n := start(t, allOffloads)
 	for i, family := range families {
 		pod, peer := descriptor(t, n.pod[i]), descriptor(t, n.peer[i])
 		connect(t, pod, farPod[i])

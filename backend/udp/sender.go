@@ -8,122 +8,122 @@ import (
 )
 
 const (
-	// maxRead is the longest packet that the device hands out, a burst.
+	// maxRead is the length of the longest packet that the device hands out: a burst.
 	maxRead = virtioSize + 65535
-	// As much is read from the device before it is sent, if it is there.
+	// The limits of what is read from the device before it is sent.
 	batchBytes   = 64 << 10
 	batchPackets = 128
 )
 
-// An outlet moves packets from one queue of the device to the network.
-type outlet struct {
-	from    *queue
-	batches [2]batch // to IPv4 and IPv6 addresses
-	table   *atomic.Pointer[table]
-	errors  *complaints
-	tally   *tally
+// A sender moves packets from the device to the network.
+type sender struct {
+	from     *tun
+	batches  [2]batch // to IPv4 and IPv6 addresses
+	table    *atomic.Pointer[table]
+	icmp     *icmpSender
+	counters *counters
 
 	buffer  []byte
 	packets [][]byte // parts of buffer
 	err     error    // why it ended
 }
 
-func newOutlet(from *queue, to [2]*socket, table *atomic.Pointer[table], errors *complaints, tally *tally) *outlet {
-	o := &outlet{
-		from: from, table: table, errors: errors, tally: tally,
+func newSender(from *tun, to [2]*socket, table *atomic.Pointer[table], icmp *icmpSender, c *counters) *sender {
+	s := &sender{
+		from: from, table: table, icmp: icmp, counters: c,
 		buffer: make([]byte, batchBytes+maxRead), packets: make([][]byte, 0, batchPackets),
 	}
-	for i := range o.batches {
-		o.batches[i].open(to[i], tally)
+	for i := range s.batches {
+		s.batches[i].open(to[i], c)
 	}
-	return o
+	return s
 }
 
-// run moves packets until the device is gone or a socket closed.
-func (o *outlet) run() error {
-	if err := o.from.raw.Read(o.step); err != nil {
+// run moves packets until the device is gone or a socket is closed.
+func (s *sender) run() error {
+	if err := s.from.raw.Read(s.step); err != nil {
 		return err
 	}
-	return o.err
+	return s.err
 }
 
-// step moves all packets that there are. It returns false to be called again
-// when there are more. A lone packet is sent before another is looked for.
-func (o *outlet) step(fd uintptr) bool {
+// step moves all packets that the device has. step returns false to be called again when there are more packets. A lone
+// packet is sent before the device is asked for another packet.
+func (s *sender) step(fd uintptr) bool {
 	for most := 1; ; most = min(2*most, batchPackets) {
-		more := o.read(fd, most)
-		now := o.table.Load()
-		for _, b := range o.packets {
-			o.send(b, now)
+		more := s.read(fd, most)
+		now := s.table.Load()
+		for _, b := range s.packets {
+			s.send(b, now)
 		}
-		for i := range o.batches {
-			if err := o.batches[i].flush(); err != nil {
-				o.err = err
+		for i := range s.batches {
+			if err := s.batches[i].flush(); err != nil {
+				s.err = err
 			}
 		}
-		if o.err != nil || !more {
-			return o.err != nil
+		if s.err != nil || !more {
+			return s.err != nil
 		}
 	}
 }
 
-// read reads up to so many packets, and tells whether there may be more.
-func (o *outlet) read(fd uintptr, most int) bool {
-	o.packets = o.packets[:0]
-	for free := o.buffer; len(o.packets) < most && len(free) >= maxRead; {
+// read reads up to most packets, and reports whether there may be more.
+func (s *sender) read(fd uintptr, most int) bool {
+	s.packets = s.packets[:0]
+	for free := s.buffer; len(s.packets) < most && len(free) >= maxRead; {
 		n, err := read(fd, free[:maxRead])
 		switch err {
 		case nil:
-			o.packets = append(o.packets, free[:n:n])
+			s.packets = append(s.packets, free[:n:n])
 			free = free[n:]
 		case unix.EINTR:
 		case unix.EAGAIN:
 			return false
 		default:
-			o.err = err
+			s.err = err
 			return false
 		}
 	}
 	return true
 }
 
-// send sends a packet, or a burst of them, as the device has it.
-func (o *outlet) send(b []byte, t *table) {
+// send sends a packet, or a burst of packets, as the device hands it out.
+func (s *sender) send(b []byte, t *table) {
 	if len(b) < virtioSize {
-		o.tally.drop(Malformed, 1)
+		s.counters.drop(dropMalformed, 1)
 		return
 	}
 	h, b := readVirtio(b), b[virtioSize:]
-	n := len(b) // of a burst, the header may not tell the length
+	n := len(b) // the header of a burst may not hold the length
 	if h.gso == unix.VIRTIO_NET_HDR_GSO_NONE {
 		n = length(b)
 	}
 	if n < ipv4Header || n < header(b) || header(b) < ipv4Header || !isIPv4(b) && b[0]>>4 != 6 {
-		o.tally.drop(Malformed, 1)
+		s.counters.drop(dropMalformed, 1)
 		return
 	}
 	b = b[:n]
 	dst := destination(b)
-	to := t.way(dst)
+	to := t.lookup(dst)
 	switch {
 	case to == nil && (dst.IsMulticast() || dst.IsLinkLocalUnicast()):
-		o.tally.drop(OnLink, 1)
+		s.counters.drop(dropOnLink, 1)
 		return
 	case to == nil:
-		o.tally.drop(NoRoute, 1)
-		o.errors.send(noRoute, b)
+		s.counters.drop(dropNoRoute, 1)
+		s.icmp.send(unreachable, b)
 		return
-	case ends(b):
-		o.tally.drop(Expired, 1)
-		o.errors.send(expired, b)
+	case ttlExpires(b):
+		s.counters.drop(dropExpired, 1)
+		s.icmp.send(timeExceeded, b)
 		return
 	}
-	age(b)
-	batch := &o.batches[to.six]
+	decrementTTL(b)
+	batch := &s.batches[to.family]
 	ok := true
 	switch {
 	case batch.socket == nil:
-		o.tally.drop(Unsendable, 1)
+		s.counters.drop(dropUnsendable, 1)
 	case h.gso != unix.VIRTIO_NET_HDR_GSO_NONE:
 		ok = split(b, h, to, batch)
 	default:
@@ -135,11 +135,11 @@ func (o *outlet) send(b []byte, t *table) {
 		}
 	}
 	if !ok {
-		o.tally.drop(Malformed, 1)
+		s.counters.drop(dropMalformed, 1)
 	}
 }
 
-// complete finishes a checksum of which only the pseudo header's is there.
+// complete finishes a checksum that covers only the pseudo header so far.
 func complete(b []byte, h virtioHeader) bool {
 	start, at := int(h.start), int(h.start)+int(h.check)
 	if start < header(b) || at+2 > len(b) {
@@ -153,8 +153,7 @@ func complete(b []byte, h virtioHeader) bool {
 	return true
 }
 
-// split sends the packets of a burst. The headers of each are made anew, what
-// they carry stays where it is.
+// split sends the packets of a burst. Each packet gets headers of its own; the payloads are not copied.
 func split(b []byte, h virtioHeader, to *endpoint, out *batch) bool {
 	start, size := int(h.start), int(h.size)
 	protocol, headers := uint8(unix.IPPROTO_TCP), start+tcpHeader

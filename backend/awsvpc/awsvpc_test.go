@@ -57,18 +57,18 @@ func prefixes(texts ...string) []netip.Prefix {
 }
 
 func TestPlan(t *testing.T) {
-	four := wishes{eni: "eni-1", own: prefixes("10.5.1.0/24"), networks: prefixes("10.5.0.0/16"), known: true}
-	dual := wishes{eni: "eni-1", own: prefixes("10.5.1.0/24", "fd05:0:0:1::/64"), networks: prefixes("10.5.0.0/16", "fd05::/48"), known: true}
+	four := desired{eni: "eni-1", own: prefixes("10.5.1.0/24"), networks: prefixes("10.5.0.0/16"), known: true}
+	dual := desired{eni: "eni-1", own: prefixes("10.5.1.0/24", "fd05:0:0:1::/64"), networks: prefixes("10.5.0.0/16", "fd05::/48"), known: true}
 	unknown := four
 	unknown.known = false
 	peer := four
 	peer.peers = prefixes("10.5.2.0/24")
 	for _, test := range []struct {
-		name   string
-		wishes wishes
-		table  types.RouteTable
-		want   string
-		unsure bool
+		name    string
+		desired desired
+		table   types.RouteTable
+		want    string
+		waits   bool
 	}{
 		{"an empty table", dual, table(), "create-route 10.5.1.0/24 eni-1, create-route fd05:0:0:1::/64 eni-1", false},
 		{"all is there", dual, table("10.5.1.0/24 eni-1", "fd05:0:0:1::/64 eni-1"), "", false},
@@ -91,7 +91,7 @@ func TestPlan(t *testing.T) {
 		{"a gateway's", four, table("10.5.1.0/24 eni-1", "10.5.7.0/24 tgw-1 blackhole"), "", false},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			steps, unsure := plan(test.table, test.wishes)
+			steps, waits := plan(test.table, test.desired)
 			var got []string
 			for _, s := range steps {
 				if s.table != "rtb-1" {
@@ -99,8 +99,8 @@ func TestPlan(t *testing.T) {
 				}
 				got = append(got, string(s.verb)+" "+s.dst.String()+" "+s.eni)
 			}
-			if strings.Join(got, ", ") != test.want || unsure != test.unsure {
-				t.Errorf("got %v, unsure %t, want %s", got, unsure, test.want)
+			if strings.Join(got, ", ") != test.want || waits != test.waits {
+				t.Errorf("got %v, waits %t, want %s", got, waits, test.want)
 			}
 		})
 	}

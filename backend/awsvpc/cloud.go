@@ -22,8 +22,8 @@ import (
 	"github.com/flanneld/flanneld/pkg/iface"
 )
 
-// cloud is AWS as this node sees it: its own instance's metadata, and the EC2
-// API of its region. Its errors say what to do about them.
+// A cloud is AWS for this node: the metadata of its instance, and the EC2 API of its region. The errors of a cloud say
+// what to do about them.
 type cloud struct {
 	metadata *imds.Client
 	api      *ec2.Client
@@ -31,10 +31,9 @@ type cloud struct {
 	login    aws.CredentialsProvider
 }
 
-// connect finds the region. Credentials, and everything else, are looked for
-// where all AWS tools look.
+// connect finds the region. Credentials and all other settings come from where all AWS tools find them.
 func connect(ctx context.Context) (*cloud, error) {
-	cfg, err := config.LoadDefaultConfig(ctx, config.WithRetryer(patient))
+	cfg, err := config.LoadDefaultConfig(ctx, config.WithRetryer(retryer))
 	if err != nil {
 		return nil, fmt.Errorf("AWS configuration: %w", err)
 	}
@@ -50,9 +49,9 @@ func connect(ctx context.Context) (*cloud, error) {
 	return c, nil
 }
 
-// patient asks less often while EC2 throttles. It has no quota of retries, which
-// an outage would use up: how often we look limits them.
-func patient() aws.Retryer {
+// retryer sends fewer requests while EC2 throttles. It has no quota of retries, which an outage would use up: the
+// interval of reconciliations limits the requests.
+func retryer() aws.Retryer {
 	return retry.NewAdaptiveMode(func(o *retry.AdaptiveModeOptions) {
 		o.StandardOptions = append(o.StandardOptions, func(o *retry.StandardOptions) { o.RateLimiter = ratelimit.None })
 	})
@@ -61,7 +60,7 @@ func patient() aws.Retryer {
 // An eni is a network interface of this instance.
 type eni struct{ id, subnet, vpc string }
 
-// find returns the network interface that holds the uplink's address.
+// find returns the network interface that has the address of the uplink.
 func (c *cloud) find(ctx context.Context, uplink iface.Uplink) (eni, error) {
 	macs, err := c.list(ctx, "")
 	if err != nil {
@@ -109,8 +108,7 @@ func holds(texts []string, ip netip.Addr) bool {
 	})
 }
 
-// list returns the lines that the metadata have under a key of the interfaces;
-// none, where there is no such key.
+// list returns the lines of the metadata under a key of the interfaces; none, if the key does not exist.
 func (c *cloud) list(ctx context.Context, key string) ([]string, error) {
 	answer, err := c.metadata.GetMetadata(ctx, &imds.GetMetadataInput{Path: "network/interfaces/macs/" + key})
 	var refusal *smithyhttp.ResponseError
@@ -128,9 +126,9 @@ func (c *cloud) list(ctx context.Context, key string) ([]string, error) {
 	return strings.Fields(string(text)), nil
 }
 
-// forward turns the source/destination check of an interface off, and tells
-// whether it is permitted to.
-func (c *cloud) forward(ctx context.Context, eni string) (permitted bool, err error) {
+// disableCheck turns the source/destination check of an interface off, and reports whether this node has the
+// permission.
+func (c *cloud) disableCheck(ctx context.Context, eni string) (permitted bool, err error) {
 	_, err = c.api.ModifyNetworkInterfaceAttribute(ctx, &ec2.ModifyNetworkInterfaceAttributeInput{
 		NetworkInterfaceId: &eni,
 		SourceDestCheck:    &types.AttributeBooleanValue{Value: aws.Bool(false)},
@@ -138,9 +136,8 @@ func (c *cloud) forward(ctx context.Context, eni string) (permitted bool, err er
 	return code(err) != "UnauthorizedOperation", c.explain("ModifyNetworkInterfaceAttribute", err)
 }
 
-// describe returns the route tables that match all filters: name, value, value,
-// and so on. It does without the SDK's paginator: that has the linker keep all
-// of the client's hundreds of calls, 34 MB of them.
+// describe returns the route tables that match all filters: name, value, value, and so on. It does not use the
+// paginator of the SDK, with which the linker keeps all of the client's hundreds of calls: 34 MB.
 func (c *cloud) describe(ctx context.Context, filters ...[]string) ([]types.RouteTable, error) {
 	in := &ec2.DescribeRouteTablesInput{}
 	for _, f := range filters {
@@ -160,9 +157,9 @@ func (c *cloud) describe(ctx context.Context, filters ...[]string) ([]types.Rout
 	}
 }
 
-// take takes a step. It is not done, and no error, if others have changed the
-// very route meanwhile.
-func (c *cloud) take(ctx context.Context, s step) (done bool, err error) {
+// apply makes the call of a step. If another program has changed the same route meanwhile, done is false, without an
+// error.
+func (c *cloud) apply(ctx context.Context, s step) (done bool, err error) {
 	var four, six *string
 	text := s.dst.String()
 	if s.dst.Addr().Is4() {
@@ -188,7 +185,7 @@ func (c *cloud) take(ctx context.Context, s step) (done bool, err error) {
 			RouteTableId: &s.table, DestinationCidrBlock: four, DestinationIpv6CidrBlock: six,
 		})
 	}
-	if overtaken(err) {
+	if outdated(err) {
 		return false, nil
 	}
 	return err == nil, c.explain(action, err)

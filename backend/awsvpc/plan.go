@@ -9,13 +9,13 @@ import (
 	"github.com/aws/aws-sdk-go-v2/service/ec2/types"
 )
 
-// wishes are what this node wants of every route table.
-type wishes struct {
+// desired is what every route table must hold for this node.
+type desired struct {
 	eni      string         // this node's network interface
-	own      []netip.Prefix // the subnets that must be routed to it
-	networks []netip.Prefix // that all nodes' subnets are part of
+	own      []netip.Prefix // the subnets that must be routed to the interface
+	networks []netip.Prefix // the networks that contain the subnets of all nodes
 	peers    []netip.Prefix // the subnets of the other nodes
-	known    bool           // who they are
+	known    bool           // whether the peers are known
 }
 
 // A step is one change to a route table.
@@ -34,7 +34,7 @@ const (
 	deleteRoute  verb = "delete-route"
 )
 
-// String returns the command that would do the same.
+// String returns the command that has the same effect.
 func (s step) String() string {
 	option := "--destination-cidr-block"
 	if s.dst.Addr().Is6() {
@@ -47,13 +47,13 @@ func (s step) String() string {
 	return text
 }
 
-// plan returns the steps that a route table takes, deletions first: they make
-// room. It tells whether there will be more to say once the peers are known.
+// plan returns the steps from a route table to the desired routes. Deletions come first: they make room. plan reports
+// whether routes may have to be deleted once the peers are known.
 //
-// Besides this node's own routes it touches two kinds, inside the networks and
-// never to a peer's subnet: those that lead to an interface that is gone, and
-// those that lead to our own, from an earlier lease.
-func plan(table types.RouteTable, w wishes) (steps []step, unsure bool) {
+// Besides the routes of this node, plan changes two kinds of routes, inside the networks and never to the subnet of a
+// peer: routes to an interface that no longer exists, and routes to the interface of this node that an earlier lease
+// left.
+func plan(table types.RouteTable, w desired) (steps []step, waits bool) {
 	id := aws.ToString(table.RouteTableId)
 	missing := slices.Clone(w.own)
 	var changes []step
@@ -72,9 +72,9 @@ func plan(table types.RouteTable, w wishes) (steps []step, unsure bool) {
 			}
 		case !blackhole && target != w.eni, !inside(dst, w.networks), overlaps(dst, w.own), overlaps(dst, w.peers):
 		case target == "" && aws.ToString(route.InstanceId) == "":
-			// A gateway's, for instance: no node has made it.
+			// The route of a gateway, for instance: no node has created it.
 		case !w.known:
-			unsure = true
+			waits = true
 		default:
 			steps = append(steps, step{verb: deleteRoute, table: id, dst: dst})
 		}
@@ -82,11 +82,11 @@ func plan(table types.RouteTable, w wishes) (steps []step, unsure bool) {
 	for _, dst := range missing {
 		changes = append(changes, step{createRoute, id, dst, w.eni})
 	}
-	return append(steps, changes...), unsure
+	return append(steps, changes...), waits
 }
 
-// destination returns where a route leads, if somebody has made it who can also
-// take it back: routes that a gateway propagates come and go with it.
+// destination returns the destination of a route that was created by a call of the API. Routes that a gateway
+// propagates come and go with the gateway.
 func destination(route types.Route) (netip.Prefix, bool) {
 	if route.Origin != types.RouteOriginCreateRoute && route.Origin != "" {
 		return netip.Prefix{}, false
@@ -99,7 +99,7 @@ func destination(route types.Route) (netip.Prefix, bool) {
 	return dst.Masked(), err == nil
 }
 
-// inside tells whether a prefix is a part of one of the networks.
+// inside reports whether a prefix is a part of one of the networks.
 func inside(p netip.Prefix, networks []netip.Prefix) bool {
 	return slices.ContainsFunc(networks, func(n netip.Prefix) bool { return n.Bits() < p.Bits() && n.Contains(p.Addr()) })
 }

@@ -17,19 +17,19 @@ import (
 )
 
 const (
-	// The route tables are looked at this often; each time is shifted at
-	// random, lest a thousand nodes ask at once.
-	lookInterval = time.Minute
-	// Nodes that start at the same moment spread over this.
+	// The route tables are reconciled at this interval, with a random shift, so that a thousand nodes do not ask at the
+	// same time.
+	reconcileInterval = time.Minute
+	// Nodes that start at the same time spread their first requests over this time.
 	startSpread = time.Second
-	// A look that takes longer is broken off.
-	lookLimit = time.Minute
-	// Whether the uplink's subnet still uses the VPC's main route table is
-	// asked this often; that takes two more calls than to read the table.
+	// A reconciliation that takes longer is cancelled.
+	reconcileTimeout = time.Minute
+	// mainInterval is the interval of checks whether the subnet of the uplink still uses the main route table of the
+	// VPC. A check takes two more calls than reading the table.
 	mainInterval = 10 * time.Minute
 )
 
-// router keeps the VPC's route tables, for one lease of this node's.
+// A router reconciles the route tables of the VPC, for one lease of this node.
 type router struct {
 	*vpc
 	own   []netip.Prefix
@@ -37,39 +37,40 @@ type router struct {
 
 	cloud    *cloud // nil: not connected
 	eni      eni    // zero: not known
-	forwards string // the interface whose check is off, or is not ours to turn off
+	forwards string // the interface whose check is off, or which we have no permission to change
 
-	main   string // the VPC's main table, if that is ours
+	main   string // the main table of the VPC, if the uplink's subnet uses it
 	mainAt time.Time
 
-	unsure  bool                     // there are routes that may have to go, once the peers are known
-	trouble retry.LastErrors[string] // of each duty
-	pause   retry.Backoff            // until the next look, if this one fails
+	waits      bool                     // routes may have to be deleted once the peers are known
+	lastErrors retry.LastErrors[string] // by operation
+	pause      retry.Backoff            // after a reconciliation that has failed
 }
 
 // Work implements backend.Worker.
 func (v *vpc) Work(ctx context.Context, own subnet.Lease, peers <-chan subnet.Update) error {
-	r := &router{vpc: v, own: own.Each(), trouble: retry.LastErrors[string]{}, pause: retry.Backoff{Most: lookInterval}}
-	look := time.NewTimer(rand.N(startSpread))
-	defer look.Stop()
+	r := &router{vpc: v, own: own.Each(), lastErrors: retry.LastErrors[string]{}}
+	r.pause.Most = reconcileInterval
+	next := time.NewTimer(rand.N(startSpread))
+	defer next.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case u := <-peers:
 			r.update(u)
-			if r.unsure {
-				r.unsure = false
-				look.Reset(rand.N(startSpread))
+			if r.waits {
+				r.waits = false
+				next.Reset(rand.N(startSpread))
 			}
-		case <-look.C:
-			look.Reset(r.look(ctx))
+		case <-next.C:
+			next.Reset(r.reconcile(ctx))
 		}
 	}
 }
 
-// update takes news of peers. That one is gone is no reason to look: its route
-// becomes a blackhole when its instance is gone, too.
+// update applies an update of peers. A peer that is gone is no reason to reconcile: its route becomes a blackhole when
+// its instance is gone as well.
 func (r *router) update(u subnet.Update) {
 	if r.peers == nil {
 		r.peers = map[subnet.Subnets]subnet.Lease{}
@@ -77,70 +78,71 @@ func (r *router) update(u subnet.Update) {
 	u.Apply(r.peers)
 }
 
-// look brings the route tables in order, and returns when to look again.
-func (r *router) look(ctx context.Context) time.Duration {
-	ctx, cancel := context.WithTimeout(ctx, lookLimit)
+// reconcile makes the route tables hold what they must, and returns the time until the next reconciliation.
+func (r *router) reconcile(ctx context.Context) time.Duration {
+	ctx, cancel := context.WithTimeout(ctx, reconcileTimeout)
 	defer cancel()
-	if r.converge(ctx) {
+	if r.apply(ctx) {
 		r.pause.Reset()
-		return jitter(lookInterval)
+		return jitter(reconcileInterval)
 	}
 	return jitter(r.pause.Next())
 }
 
-// jitter returns about as much.
+// jitter returns a random duration around d.
 func jitter(d time.Duration) time.Duration { return 3*d/4 + rand.N(d/2) }
 
-// converge tells whether all is as it should be.
-func (r *router) converge(ctx context.Context) bool {
+// apply reports whether everything is in place.
+func (r *router) apply(ctx context.Context) bool {
 	if r.cloud == nil {
 		c, err := connect(ctx)
 		if err != nil {
-			r.say(ctx, "AWS", err)
+			r.logOnce(ctx, "AWS", err)
 			return false
 		}
 		r.cloud = c
 	}
 	if _, err := r.cloud.login.Retrieve(ctx); err != nil {
-		r.say(ctx, "AWS", noCredentials(err))
+		r.logOnce(ctx, "AWS", noCredentials(err))
 		return false
 	}
-	r.say(ctx, "AWS", nil)
+	r.logOnce(ctx, "AWS", nil)
 
 	found, err := r.cloud.find(ctx, r.uplink)
 	if err == nil && found != r.eni {
-		klog.Infof("Network interface %s, of %s in %s", found.id, found.subnet, found.vpc)
+		klog.FromContext(ctx).Info("Found the network interface",
+			"interface", found.id, "subnet", found.subnet, "vpc", found.vpc)
 		r.eni = found
 	}
-	if r.say(ctx, "Network interface", err); r.eni == (eni{}) {
+	if r.logOnce(ctx, "Network interface", err); r.eni == (eni{}) {
 		return false
 	}
-	well := err == nil && r.forward(ctx)
+	ok := err == nil && r.disableCheck(ctx)
 	tables, err := r.tables(ctx)
-	if r.say(ctx, "Route tables", err); err != nil {
+	if r.logOnce(ctx, "Route tables", err); err != nil {
 		return false
 	}
-	r.unsure = false
+	r.waits = false
 	for id, table := range tables {
-		if !r.correct(ctx, id, table) {
-			well = false
+		if !r.applyTable(ctx, id, table) {
+			ok = false
 		}
 	}
-	return well
+	return ok
 }
 
-// forward has the interface forward pods' packets, which are neither to nor
-// from itself. Who may not say so to EC2 is warned: somebody else may have.
-func (r *router) forward(ctx context.Context) bool {
+// disableCheck turns the source/destination check of the interface off: the packets of pods are neither to nor from the
+// interface itself. A node without permission logs how to do so; an administrator may have done so already.
+func (r *router) disableCheck(ctx context.Context) bool {
 	if r.forwards == r.eni.id {
 		return true
 	}
-	permitted, err := r.cloud.forward(ctx, r.eni.id)
-	switch {
-	case permitted:
-		r.say(ctx, "Source/destination check", err)
-	default:
-		klog.Warningf("Source/destination check: %v; it must be off: aws ec2 modify-network-interface-attribute --no-source-dest-check --network-interface-id %s", err, r.eni.id)
+	permitted, err := r.cloud.disableCheck(ctx, r.eni.id)
+	if permitted {
+		r.logOnce(ctx, "Source/destination check", err)
+	} else {
+		klog.FromContext(ctx).Error(err, "Cannot turn the source/destination check off, which must be off", "fix",
+			"aws ec2 modify-network-interface-attribute --no-source-dest-check --network-interface-id "+r.eni.id)
 		err = nil
 	}
 	if err == nil {
@@ -149,8 +151,7 @@ func (r *router) forward(ctx context.Context) bool {
 	return err == nil
 }
 
-// tables returns the route tables to keep, by ID; nil stands for one that is
-// configured and not there.
+// tables returns the route tables to reconcile, by ID; nil: the table is configured and does not exist.
 func (r *router) tables(ctx context.Context) (map[string]*types.RouteTable, error) {
 	all := map[string]*types.RouteTable{}
 	for _, id := range r.vpc.tables {
@@ -191,47 +192,46 @@ func (r *router) read(ctx context.Context) ([]types.RouteTable, error) {
 	return found, err
 }
 
-// desired returns what this node wants of every route table.
-func (r *router) desired() wishes {
-	w := wishes{eni: r.eni.id, own: r.own, networks: r.networks.Each(), known: r.peers != nil}
+// desired returns what this node needs in every route table.
+func (r *router) desired() desired {
+	d := desired{eni: r.eni.id, own: r.own, networks: r.networks.Each(), known: r.peers != nil}
 	for s := range r.peers {
-		w.peers = append(w.peers, s.Each()...)
+		d.peers = append(d.peers, s.Each()...)
 	}
-	return w
+	return d
 }
 
-// correct brings one route table in order. What fails does not keep the rest
-// from being done.
-func (r *router) correct(ctx context.Context, id string, table *types.RouteTable) bool {
-	duty := "Route table " + id
+// applyTable makes one route table hold what it must. After a failure, the remaining steps are still taken.
+func (r *router) applyTable(ctx context.Context, id string, table *types.RouteTable) bool {
+	operation := "Route table " + id
 	if table == nil {
-		r.say(ctx, duty, r.cloud.noTable())
+		r.logOnce(ctx, operation, r.cloud.noTable())
 		return false
 	}
-	steps, unsure := plan(*table, r.desired())
-	r.unsure = r.unsure || unsure
-	well := true
+	steps, waits := plan(*table, r.desired())
+	r.waits = r.waits || waits
+	ok := true
 	var failed error // the first
 	for _, s := range steps {
-		done, err := r.cloud.take(ctx, s)
+		done, err := r.cloud.apply(ctx, s)
 		switch {
 		case err != nil:
-			well = false
+			ok = false
 			failed = cmp.Or(failed, err)
 		case done:
-			klog.Info(s)
-		case s.verb != deleteRoute: // others were faster, with what is still to be seen
-			well = false
+			klog.FromContext(ctx).Info("Applied", "command", s.String())
+		case s.verb != deleteRoute: // another program was faster; the next reconciliation shows the result
+			ok = false
 		}
 	}
-	r.say(ctx, duty, failed)
-	return well
+	r.logOnce(ctx, operation, failed)
+	return ok
 }
 
-// say logs a duty's error, once, and when it is over.
-func (r *router) say(ctx context.Context, duty string, err error) {
+// logOnce logs the error of an operation once, and then that the operation has recovered.
+func (r *router) logOnce(ctx context.Context, operation string, err error) {
 	if ctx.Err() == context.Canceled {
 		return
 	}
-	r.trouble.Log(klog.FromContext(ctx), duty, err)
+	r.lastErrors.Log(klog.FromContext(ctx), operation, err)
 }

@@ -101,10 +101,13 @@ func (l *log) Write(p []byte) (int, error) {
 	return l.text.Write(p)
 }
 
+// applied is the log of a step.
+var applied = regexp.MustCompile(`^"Applied" command=(".*")$`)
+
 // structured is what retry.LastError logs.
 var structured = regexp.MustCompile(`^"(?:Recovered|Failed; retrying)"(?: err=(".*"))? operation="(.*)"$`)
 
-// lines returns them, each as "E text", or "E operation: error".
+// lines returns them, each as "E text", "E operation: error", or "I command".
 func (l *log) lines() []string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -115,6 +118,8 @@ func (l *log) lines() []string {
 		if m := structured.FindStringSubmatch(text); m != nil {
 			text, _ = strconv.Unquote(cmp.Or(m[1], `"recovered"`))
 			text = m[2] + ": " + text
+		} else if m := applied.FindStringSubmatch(text); m != nil {
+			text, _ = strconv.Unquote(m[1])
 		}
 		all = append(all, line[:1]+" "+text)
 	}
@@ -377,7 +382,7 @@ func TestRaces(t *testing.T) {
 		if len(raced) < 4 {
 			t.Errorf("there were races for %v alone", raced)
 		}
-		r.log.expect(t, "I Network interface "+r.eni+", of subnet-1 in "+VPC,
+		r.log.expect(t, `I "Found the network interface" interface="`+r.eni+`" subnet="subnet-1" vpc="`+VPC+`"`,
 			"I aws ec2 create-route --route-table-id "+r.Main()+" --destination-cidr-block 10.5.1.0/24 --network-interface-id "+r.eni)
 	})
 }
@@ -487,7 +492,7 @@ func TestOutage(t *testing.T) {
 		n := work(t, `{`+networks+`, "Backend": {"Type": "aws-vpc"}}`, dual)
 		n.know(dual, "10.5.2.0-24", "10.5.3.0-24")
 		pass(10 * time.Second)
-		r.log.expect(t, "I Network interface "+r.eni+"…", "I aws ec2 create-route … "+r.eni,
+		r.log.expect(t, `I "Found the network interface" interface="`+r.eni+`"…`, "I aws ec2 create-route … "+r.eni,
 			"I aws ec2 create-route …--destination-ipv6-cidr-block fd05:0:0:1::/64 --network-interface-id "+r.eni)
 		r.Fail("*", Reset)
 		r.Fail("metadata", Reset)
@@ -531,8 +536,8 @@ func TestNotPermittedToForward(t *testing.T) {
 		work(t, plain, "10.5.1.0-24")
 		pass(time.Hour)
 		r.expectRoutes(t, r.Main(), "10.5.1.0/24 "+r.eni)
-		r.log.expect(t, "I Network interface …",
-			"W Source/destination check: the IAM policy of this node's role lacks ec2:ModifyNetworkInterfaceAttribute: …; it must be off: aws ec2 modify-network-interface-attribute --no-source-dest-check --network-interface-id "+r.eni,
+		r.log.expect(t, `I "Found the network interface" …`,
+			`E "Cannot turn the source/destination check off, which must be off" err="the IAM policy of this node's role lacks ec2:ModifyNetworkInterfaceAttribute: …" fix="aws ec2 modify-network-interface-attribute --no-source-dest-check --network-interface-id `+r.eni+`"`,
 			"I aws ec2 create-route …")
 	})
 }
@@ -596,5 +601,5 @@ func TestStop(t *testing.T) {
 	if err := <-done; err != nil {
 		t.Errorf("Work returned %v", err)
 	}
-	r.log.expect(t, "I Network interface …")
+	r.log.expect(t, `I "Found the network interface" …`)
 }

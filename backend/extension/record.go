@@ -18,13 +18,12 @@ import (
 	"github.com/flanneld/flanneld/subnet"
 )
 
-// A record is what SubnetAddCommand was run with, by peer, and so what is to be
-// removed when the peer is gone, though flanneld was down when it left. It is
-// kept in a file.
+// A record holds what SubnetAddCommand was run with, by peer. The record is kept in a file, so that a peer that leaves
+// while flanneld is down is removed later.
 type record map[subnet.Subnets]call
 
-// readRecord returns what an earlier life has recorded, if anything.
-func readRecord(path string) record {
+// readRecord returns the record of an earlier process, if there is any.
+func readRecord(log klog.Logger, path string) record {
 	r := record{}
 	text, err := os.ReadFile(path)
 	if errors.Is(err, os.ErrNotExist) {
@@ -43,13 +42,13 @@ func readRecord(path string) record {
 		r[s] = c
 	}
 	if err != nil {
-		klog.Warningf("Peers that left while flanneld was down may not all be removed: %s: %v", path, err)
+		log.Error(err, "Cannot read the record of peers; those that left while flanneld was down may stay", "path",
+			path)
 	}
 	return r
 }
 
-// write replaces the file atomically. Only root may read it, or write what root
-// will run.
+// write replaces the file atomically. Only root may read the file, and write commands that root will run.
 func (r record) write(path string) error {
 	if len(r) == 0 {
 		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -69,7 +68,8 @@ func (r record) write(path string) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
-	if err := renameio.WriteFile(path, text, 0o600, renameio.WithTempDir(dir), renameio.WithStaticPermissions(0o600)); err != nil {
+	if err := renameio.WriteFile(path, text, 0o600, renameio.WithTempDir(dir),
+		renameio.WithStaticPermissions(0o600)); err != nil {
 		return fmt.Errorf("writing: %w", err)
 	}
 	return nil
@@ -77,12 +77,12 @@ func (r record) write(path string) error {
 
 // cleanup finds what SubnetAddCommand has added for peers, from the records of all
 // networks that the node has had.
-func cleanup(_ context.Context, cfg *subnet.Config, _ subnet.Env) (backend.Cleanup, error) {
+func cleanup(ctx context.Context, cfg *subnet.Config, _ subnet.Env) (backend.Cleanup, error) {
 	pattern := filepath.Join(stateDir, "extension-*.json")
 	c := backend.Cleanup{Files: []string{pattern}}
 	files, err := filepath.Glob(pattern)
 	for _, file := range files {
-		r := readRecord(file)
+		r := readRecord(klog.FromContext(ctx), file)
 		for _, s := range slices.SortedFunc(maps.Keys(r), func(a, b subnet.Subnets) int { return strings.Compare(a.Key(), b.Key()) }) {
 			c.Steps = append(c.Steps, r[s].removal(s))
 		}
@@ -110,5 +110,5 @@ func (c call) removal(s subnet.Subnets) backend.CleanupStep {
 	}}
 }
 
-// quote writes a text so that a shell takes it for one word.
+// quote quotes a text as one word of a shell.
 func quote(text string) string { return "'" + strings.ReplaceAll(text, "'", `'\''`) + "'" }

@@ -15,25 +15,23 @@ import (
 
 // A runner runs commands.
 type runner struct {
-	limit time.Duration // for a command
-	grace time.Duration // for one that runs when the context ends
+	limit time.Duration // how long a command may run
+	grace time.Duration // how long a command may go on running after the end of the context
 }
 
-// maxOutput is how much of a command's output is kept, in bytes: what is
-// published has to fit into a lease, and the rest into a log.
+// maxOutput is how many bytes of the output of a command are kept: the output has to fit into a lease or into a log.
 const maxOutput = 64 << 10
 
-// settle is how long the pipes of a command that has ended are kept open for
-// programs that it left in the background.
-const settle = time.Second
+// pipeGrace is how long the pipes of a command that has ended stay open for programs that it left in the background.
+const pipeGrace = time.Second
 
-// run runs a command by sh -c and returns what it printed. The error is one
-// line, with what the command had to say.
+// run runs a command by sh -c and returns its output. The error is one line, and has the output.
 func (r runner) run(ctx context.Context, name, command string, environment []string, stdin string) (string, error) {
 	if err := ctx.Err(); err != nil {
 		return "", err
 	}
-	limited, cancel := context.WithTimeoutCause(context.WithoutCancel(ctx), r.limit, fmt.Errorf("ended, since it took longer than %v", r.limit))
+	limited, cancel := context.WithTimeoutCause(context.WithoutCancel(ctx), r.limit, fmt.Errorf("ended, since it "+
+		"took longer than %v", r.limit))
 	defer cancel()
 	limited, end := context.WithCancelCause(limited)
 	defer end(nil)
@@ -51,8 +49,8 @@ func (r runner) run(ctx context.Context, name, command string, environment []str
 	cmd.Env = append(os.Environ(), environment...)
 	cmd.Stdin = strings.NewReader(stdin + "\n")
 	cmd.Stdout, cmd.Stderr = &out, &errs
-	cmd.WaitDelay = settle
-	// What the command has started goes with it.
+	cmd.WaitDelay = pipeGrace
+	// The programs that the command has started end with the command.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error {
 		if err := syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL); err != nil {
@@ -65,24 +63,20 @@ func (r runner) run(ctx context.Context, name, command string, environment []str
 	case err != nil && cause != nil:
 		err = cause
 	case errors.Is(err, exec.ErrWaitDelay):
-		err = nil // it left something in the background
+		err = nil // the command has left a program in the background
 	}
-	said := strings.TrimSpace(out.String() + errs.String())
+	output := strings.TrimSpace(out.String() + errs.String())
 	if err != nil {
-		if said == "" {
-			said = "nothing"
+		if output == "" {
+			output = "nothing"
 		}
-		return "", fmt.Errorf("%s: %w; it printed: %s", name, err, oneLine(said))
+		return "", fmt.Errorf("%s: %w; it printed: %s", name, err, oneLine(output))
 	}
-	if said == "" {
-		klog.Infof("%s: done", name)
-	} else {
-		klog.Infof("%s: done; it printed: %s", name, oneLine(said))
-	}
+	klog.FromContext(ctx).Info("Command succeeded", "name", name, "output", oneLine(output))
 	return out.String(), nil
 }
 
-// oneLine makes a command's output fit for the log.
+// oneLine joins the lines of the output of a command.
 func oneLine(text string) string {
 	var lines []string
 	for line := range strings.Lines(text) {
@@ -93,7 +87,7 @@ func oneLine(text string) string {
 	return strings.Join(lines, " | ")
 }
 
-// capped keeps the first maxOutput bytes of what is written to it.
+// capped keeps the first maxOutput bytes that are written.
 type capped struct{ kept []byte }
 
 func (c *capped) Write(p []byte) (int, error) {

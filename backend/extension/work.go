@@ -12,33 +12,33 @@ import (
 	"github.com/flanneld/flanneld/subnet"
 )
 
-// A call is what the commands of one peer are run with. It is complete: a peer
-// is removed as it was added, whatever the configuration and the peer's lease
-// have become since.
+// A call is what the commands of one peer are run with. A call is complete: a peer is removed in the way it was added,
+// although the configuration or the lease of the peer may have changed since.
 type call struct {
 	Variables   [4]string // of the environment
 	Data        string    // on standard input
 	Add, Remove string    // the commands
 }
 
-// A peer is what there is, and what there should be.
+// A peer is the actual and the desired state of a peer.
 type peer struct {
 	subnets subnet.Subnets
 
-	have *call // that SubnetAddCommand was run with, maybe in vain; nil: never
-	want *call // nil: the peer is gone
+	actual  *call // what SubnetAddCommand was run with, even if it failed; nil: it was not run
+	desired *call // nil: the peer is gone
 
-	pending bool          // there is something to do
-	due     time.Time     // when
-	tries   int           // that failed in a row
-	pause   retry.Backoff // from a failure to the next attempt
-	trouble retry.LastError
+	pending   bool          // a command has to be run
+	due       time.Time     // when
+	failures  int           // in a row
+	pause     retry.Backoff // from a failure to the next attempt
+	lastError retry.LastError
 }
 
-// job is Work, for one lease of this node's. It belongs to one goroutine, so
-// that no two commands run at a time.
-type job struct {
+// A worker does the work of Work for one lease of this node. The worker belongs to one goroutine, so that only one
+// command runs at a time.
+type worker struct {
 	*extension
+	log      klog.Logger
 	own      subnet.Lease
 	peers    map[subnet.Subnets]*peer
 	recorded record
@@ -46,118 +46,118 @@ type job struct {
 
 // Work implements backend.Worker.
 func (x *extension) Work(ctx context.Context, own subnet.Lease, peers <-chan subnet.Update) error {
-	j := &job{extension: x, own: own, peers: map[subnet.Subnets]*peer{}, recorded: readRecord(x.record)}
-	for s, c := range j.recorded {
-		j.peers[s] = &peer{subnets: s, have: &c}
+	log := klog.FromContext(ctx)
+	w := &worker{extension: x, log: log, own: own, peers: map[subnet.Subnets]*peer{}, recorded: readRecord(log,
+		x.record)}
+	for s, c := range w.recorded {
+		w.peers[s] = &peer{subnets: s, actual: &c}
 	}
-	j.start(ctx)
+	w.start(ctx)
 	for ctx.Err() == nil {
 		var due <-chan time.Time
-		next := j.next()
+		next := w.next()
 		if next != nil {
 			due = time.After(time.Until(next.due))
 		} else {
-			j.save()
+			w.save()
 		}
 		select {
 		case <-ctx.Done():
 		case u := <-peers:
-			j.update(u)
+			w.update(u)
 		case <-due:
-			j.attend(ctx, next)
+			w.syncPeer(ctx, next)
 		}
 	}
-	j.save()
+	w.save()
 	if context.Cause(ctx) == backend.ErrStopping {
-		j.end(context.WithoutCancel(ctx))
+		w.end(context.WithoutCancel(ctx))
 	}
 	return nil
 }
 
-// start runs PostStartupCommand until it does well. No peer is added before.
-func (j *job) start(ctx context.Context) {
-	pause := j.pause
-	var trouble retry.LastError
+// start runs PostStartupCommand until it succeeds. Peers are added only after that.
+func (w *worker) start(ctx context.Context) {
+	pause := w.pause
+	var last retry.LastError
 	for {
-		err := j.run(ctx, "PostStartupCommand", j.PostStartupCommand, j.environment(), "")
+		err := w.run(ctx, "PostStartupCommand", w.PostStartupCommand, w.environment(), "")
 		if err == nil || ctx.Err() != nil {
 			return
 		}
-		if trouble.Changed(err) {
-			klog.Errorf("%v; it is tried again, and peers are added once it has worked", err)
+		if last.Changed(err) {
+			w.log.Error(err, "Command failed; retrying, and adding peers only after it has succeeded")
 		}
 		pause.Sleep(ctx)
 	}
 }
 
 // end runs ShutdownCommand.
-func (j *job) end(ctx context.Context) {
-	if err := j.run(ctx, "ShutdownCommand", j.ShutdownCommand, j.environment(), ""); err != nil {
-		klog.Error(err)
+func (w *worker) end(ctx context.Context) {
+	if err := w.run(ctx, "ShutdownCommand", w.ShutdownCommand, w.environment(), ""); err != nil {
+		w.log.Error(err, "Command failed")
 	}
 }
 
-// environment returns the variables of the commands for this node itself.
-func (j *job) environment() []string {
-	v := variables(j.own)
-	return append(v[:], "NETWORK="+prefix(j.networks.IPv4))
+// environment returns the variables of the commands of this node itself.
+func (w *worker) environment() []string {
+	v := variables(w.own)
+	return append(v[:], "NETWORK="+prefix(w.networks.IPv4))
 }
 
-// run runs a command, if there is one.
-func (j *job) run(ctx context.Context, name, command string, environment []string, stdin string) error {
+// run runs a command, if the command is configured.
+func (w *worker) run(ctx context.Context, name, command string, environment []string, stdin string) error {
 	if command == "" {
 		return nil
 	}
-	_, err := j.runner.run(ctx, name, command, environment, stdin)
+	_, err := w.runner.run(ctx, name, command, environment, stdin)
 	return err
 }
 
-// update takes news of peers.
-func (j *job) update(u subnet.Update) {
+// update applies an update of peers.
+func (w *worker) update(u subnet.Update) {
 	now := time.Now()
 	if u.Snapshot {
-		for s, p := range j.peers {
+		for s, p := range w.peers {
 			if _, still := u.Leases[s]; !still {
-				j.want(p, nil, now)
+				w.setDesired(p, nil, now)
 			}
 		}
 	}
 	for s := range u.Gone {
-		if p := j.peers[s]; p != nil {
-			j.want(p, nil, now)
+		if p := w.peers[s]; p != nil {
+			w.setDesired(p, nil, now)
 		}
 	}
 	for s, l := range u.Leases {
-		p := j.peers[s]
+		p := w.peers[s]
 		if p == nil {
 			p = &peer{subnets: s}
-			j.peers[s] = p
+			w.peers[s] = p
 		}
 		data, err := dataOf(l)
 		if err != nil {
-			j.want(p, nil, now) // Peer says why
+			w.setDesired(p, nil, now) // Peer returns the reason
 			continue
 		}
-		j.want(p, &call{variables(l), data, j.SubnetAddCommand, j.SubnetRemoveCommand}, now)
+		w.setDesired(p, &call{variables(l), data, w.SubnetAddCommand, w.SubnetRemoveCommand}, now)
 	}
 }
 
-// want sets what there should be of a peer. Where it is what it was, nothing
-// needs doing.
-func (j *job) want(p *peer, c *call, now time.Time) {
+// setDesired sets the desired state of a peer. If the state is the same as before, no command is run.
+func (w *worker) setDesired(p *peer, c *call, now time.Time) {
 	switch {
-	case p.want == nil && c == nil && p.pending:
-	case p.want != nil && c != nil && *p.want == *c:
+	case p.desired == nil && c == nil && p.pending:
+	case p.desired != nil && c != nil && *p.desired == *c:
 	default:
-		p.want, p.pending, p.due, p.tries, p.pause, p.trouble = c, true, now, 0, j.pause, ""
+		p.desired, p.pending, p.due, p.failures, p.pause, p.lastError = c, true, now, 0, w.pause, ""
 	}
 }
 
-// next returns the peer to attend to next, removals first; nil where all is in
-// order.
-func (j *job) next() *peer {
+// next returns the peer to sync next, removals first; nil: all peers are in sync.
+func (w *worker) next() *peer {
 	var first *peer
-	for _, p := range j.peers {
+	for _, p := range w.peers {
 		if p.pending && (first == nil || p.before(first)) {
 			first = p
 		}
@@ -169,75 +169,78 @@ func (p *peer) before(q *peer) bool {
 	if c := p.due.Compare(q.due); c != 0 {
 		return c < 0
 	}
-	if (p.want == nil) != (q.want == nil) {
-		return p.want == nil
+	if (p.desired == nil) != (q.desired == nil) {
+		return p.desired == nil
 	}
 	return p.subnets.String() < q.subnets.String()
 }
 
-// attend brings a peer in order. What was added is removed first where it is
-// not what is wanted, and where adding it has failed halfway.
-func (j *job) attend(ctx context.Context, p *peer) {
-	if p.have != nil && (p.want == nil || *p.want != *p.have || p.tries > 0) {
-		err := j.run(ctx, "SubnetRemoveCommand for "+p.subnets.String(), p.have.Remove, p.have.Variables[:], p.have.Data)
+// syncPeer runs the commands of a peer. A peer that was added in another way, or for which SubnetAddCommand has failed,
+// is removed first.
+func (w *worker) syncPeer(ctx context.Context, p *peer) {
+	if p.actual != nil && (p.desired == nil || *p.desired != *p.actual || p.failures > 0) {
+		name := "SubnetRemoveCommand for " + p.subnets.String()
+		err := w.run(ctx, name, p.actual.Remove, p.actual.Variables[:], p.actual.Data)
 		switch {
-		case ctx.Err() != nil: // it may have been ended
+		case ctx.Err() != nil: // the command may have been killed
 			return
-		case err != nil && p.want == nil && p.tries+1 < removeTries:
-			p.fail(err)
+		case err != nil && p.desired == nil && p.failures+1 < removeTries:
+			w.retry(p, err)
 			return
-		case err != nil && p.want == nil:
-			klog.Errorf("%v; that was attempt %d, and the last", err, removeTries)
-		case err != nil && p.tries == 0:
-			klog.Warningf("%v; the peer has changed, and is added as it is now", err)
+		case err != nil && p.desired == nil:
+			w.log.Error(err, "Command failed; not retrying any more", "attempts", removeTries)
+		case err != nil && p.failures == 0:
+			w.log.Error(err, "Command failed; adding the changed peer nevertheless")
 		}
-		p.have = nil
+		p.actual = nil
 	}
-	if p.want == nil {
+	if p.desired == nil {
 		p.pending = false
-		delete(j.peers, p.subnets)
+		delete(w.peers, p.subnets)
 		return
 	}
-	if p.want.Remove != "" && j.recorded[p.subnets] != *p.want {
-		j.save()
+	if p.desired.Remove != "" && w.recorded[p.subnets] != *p.desired {
+		w.save()
 	}
-	p.have = p.want
-	err := j.run(ctx, "SubnetAddCommand for "+p.subnets.String(), p.have.Add, p.have.Variables[:], p.have.Data)
+	p.actual = p.desired
+	name := "SubnetAddCommand for " + p.subnets.String()
+	err := w.run(ctx, name, p.actual.Add, p.actual.Variables[:], p.actual.Data)
 	switch {
-	case ctx.Err() != nil: // it may have been ended
+	case ctx.Err() != nil: // the command may have been killed
 	case err != nil:
-		p.fail(err)
+		w.retry(p, err)
 	default:
 		p.pending = false
 	}
 }
 
-// fail has a command tried again.
-func (p *peer) fail(err error) {
-	if p.trouble.Changed(err) {
-		klog.Errorf("%v; it is tried again", err)
+// retry schedules the next attempt after a failure.
+func (w *worker) retry(p *peer, err error) {
+	if p.lastError.Changed(err) {
+		w.log.Error(err, "Command failed; retrying")
 	}
-	p.tries++
+	p.failures++
 	p.due = time.Now().Add(p.pause.Next())
 }
 
-// save records who has been added, or is about to be, and can be removed.
-func (j *job) save() {
+// save records the peers that were added or are about to be added, and that can be removed.
+func (w *worker) save() {
 	all := record{}
-	for s, p := range j.peers {
-		c := p.have
+	for s, p := range w.peers {
+		c := p.actual
 		if c == nil {
-			c = p.want
+			c = p.desired
 		}
 		if c != nil && c.Remove != "" {
 			all[s] = *c
 		}
 	}
-	if maps.Equal(all, j.recorded) {
+	if maps.Equal(all, w.recorded) {
 		return
 	}
-	if err := all.write(j.record); err != nil {
-		klog.Errorf("Peers that leave while flanneld is down will not be removed: %v", err)
+	if err := all.write(w.record); err != nil {
+		w.log.Error(err, "Cannot record peers; those that leave while flanneld is down will not be removed", "path",
+			w.record)
 	}
-	j.recorded = all
+	w.recorded = all
 }

@@ -58,7 +58,7 @@ func TestExtension(t *testing.T) {
 			waitTraces(ctx, t, second, traces, false)
 			lossless()
 			for _, n := range l.Nodes() {
-				if strings.Contains(n.Log(), "it is tried again") {
+				if strings.Contains(n.Log(), "Command failed; retrying") {
 					t.Errorf("a command failed on %s", n.Hostname)
 				}
 			}

@@ -239,8 +239,8 @@ func (w *worker) save() {
 		return
 	}
 	if err := all.write(w.record); err != nil {
-		w.log.Error(err, "Cannot record peers; those that leave while flanneld is down will not be removed", "path",
-			w.record)
+		w.log.Error(err, "Cannot record peers; those that leave while flanneld is down will not be removed",
+			"path", w.record)
 	}
 	w.recorded = all
 }

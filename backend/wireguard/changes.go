@@ -14,58 +14,55 @@ import (
 )
 
 const (
-	// A session is over this long after its handshake, unless there was
-	// another (REJECT_AFTER_TIME, section 6 of the WireGuard paper).
+	// sessionEnd is how long a session lasts after its handshake (REJECT_AFTER_TIME, section 6 of the WireGuard paper).
 	sessionEnd = 180 * time.Second
 
-	// Who is sent something answers within this time, be it that there is
-	// nothing to say (KEEPALIVE_TIMEOUT + REKEY_TIMEOUT).
+	// answerTime is how long a peer takes to answer a packet, if only with a keepalive (KEEPALIVE_TIMEOUT +
+	// REKEY_TIMEOUT).
 	answerTime = 15 * time.Second
 
-	// wakeKeepalive is a keepalive interval that does not last: switching it on
-	// has the device send at once.
-	wakeKeepalive = 25 * time.Second
+	// startKeepalive is the keepalive interval that starts a handshake: when the interval is set, the device sends at
+	// once. The interval is removed right afterwards.
+	startKeepalive = 25 * time.Second
 
-	// wakeAgain is how long after it was woken a peer without a handshake is woken
-	// once more. Where both ends begin at the same time, neither takes the other's
-	// answer. WireGuard tries again REKEY_TIMEOUT, 5 seconds, and a random third of
-	// a second after it began, if its last message is 5 seconds ago: where its own
-	// answer to the other is younger, nothing more happens until there is a packet
-	// to be sent.
-	wakeAgain = 7 * time.Second
+	// restartAfter is the time after which a handshake is started once more, if there was none. Where both ends start a
+	// handshake at the same time, neither accepts the answer of the other. WireGuard retries REKEY_TIMEOUT, 5 seconds,
+	// and a random third of a second after the start, if its last message is 5 seconds old. Where its own answer to the
+	// other end is younger, nothing happens until there is a packet to send.
+	restartAfter = 7 * time.Second
 
-	// wakeMost is how many peers are woken at once. More would keep everybody
-	// busy with handshakes; the rest finds out within 15 seconds.
-	wakeMost = 1000
+	// startMost is how many handshakes are started at once. More would keep all nodes busy with handshakes; the other
+	// peers notice within 15 seconds.
+	startMost = 1000
 )
 
-// sights are how a device's peers looked last time.
-type sights map[wgtypes.Key]sight
+// peerStates are the states of the peers of a device at the last sync.
+type peerStates map[wgtypes.Key]peerState
 
-type sight struct {
-	lease    netip.AddrPort // where its lease said that it is
-	endpoint netip.AddrPort // where it was
+type peerState struct {
+	lease    netip.AddrPort // the endpoint in the lease
+	endpoint netip.AddrPort // the endpoint in the device
 	received int64          // bytes
-	sent     int64          // bytes, by the time that it was heard
-	heard    time.Time      // when received was last seen to grow
-	woken    time.Time      // when it was made to send at once; zero: not lately
+	sent     int64          // bytes, at the time heard
+	heard    time.Time      // when received last grew
+	started  time.Time      // when a handshake was started; zero: not recently
 }
 
-// A step is something to configure, and the commands that do the same. Steps
-// are taken one after the other.
+// A step is a configuration, and the commands with the same effect. Steps are configured one after the other.
 type step struct {
 	wgtypes.Config
 	commands []string
 }
 
-// changes compares what a device holds with what is wanted, and returns what to
-// configure, and what was seen. Peers come before others go: a subnet that moves
-// from one to another belongs to one of them at any time. again says that the
-// device has lost its sessions.
-func changes(dev string, have *wgtypes.Device, want config, before sights, again bool, now time.Time) ([]step, sights) {
+// changes compares the actual with the desired configuration of a device. It returns the steps from one to the other,
+// and the states of the peers. Peers are added before other peers are removed: a subnet that moves from a peer to
+// another belongs to one of them at any time. reopened means that the device has lost its sessions.
+func changes(
+	dev string, have *wgtypes.Device, want config, before peerStates, reopened bool, now time.Time,
+) ([]step, peerStates) {
 	var first, second step
-	after := sights{}
-	say := func(s *step, format string, args ...any) {
+	after := peerStates{}
+	add := func(s *step, format string, args ...any) {
 		s.commands = append(s.commands, "wg set "+dev+" "+fmt.Sprintf(format, args...))
 	}
 	held := map[wgtypes.Key]wgtypes.Peer{}
@@ -73,41 +70,40 @@ func changes(dev string, have *wgtypes.Device, want config, before sights, again
 		held[p.PublicKey] = p
 	}
 	if private := wgtypes.Key(want.Private); have.PrivateKey != private {
-		// Another key ends all sessions. Peers are made anew after it: wireguard-go
-		// takes locks in one order for a key and in the other for a handshake that
-		// ends meanwhile, and may stand still then, for good.
+		// A new key ends all sessions. All peers are removed and added again with the key: wireguard-go takes locks in
+		// one order for a key, and in the other order for a handshake that ends meanwhile, which may be a deadlock.
 		first.PrivateKey, first.ReplacePeers = &private, true
 		clear(held)
-		say(&first, "private-key %s", keyFile())
+		add(&first, "private-key %s", keyFile())
 	}
 	if have.ListenPort != want.port {
 		first.ListenPort = &want.port
-		say(&first, "listen-port %d", want.port)
+		add(&first, "listen-port %d", want.port)
 	}
-	woken := 0
+	starts := 0
 	for _, key := range slices.SortedFunc(maps.Keys(want.peers), compareKeys) {
 		w := want.peers[key]
 		h, there := held[key]
 		s, known := before[key]
-		c, command := changeOf(h, there, w, want, !stays(h, w, s, known, now))
-		// Of two nodes that get to know each other, the second one can begin: what
-		// the first one sends is ignored, and would be tried again after 5 seconds
-		// only. A session that this node has lost lives on at the peer, who sends
-		// into the void until it hears of a new one.
-		lost := !there || again // its session, if there ever was one
-		wake := lost
-		if !lost && !s.woken.IsZero() && now.Sub(s.woken) > wakeAgain {
-			wake, s.woken = h.LastHandshakeTime.IsZero(), time.Time{}
+		c, command := changeOf(h, there, w, want, !keepsEndpoint(h, w, s, known, now))
+		// This node starts the handshake with a new peer. Of two nodes that learn of each other, only the handshake of
+		// the second succeeds: the first node's message is ignored, and repeated only after 5 seconds. A session that
+		// this node has lost stays alive at the peer, whose packets are lost until there is a new session.
+		lost := !there || reopened // the session, if there was one
+		start := lost
+		if !lost && !s.started.IsZero() && now.Sub(s.started) > restartAfter {
+			start, s.started = h.LastHandshakeTime.IsZero(), time.Time{}
 		}
-		if wake && woken < wakeMost {
-			woken++
+		if start && starts < startMost {
+			starts++
 			if lost {
-				s.woken = now
+				s.started = now
 			}
 			if want.keepalive == 0 {
-				on, off := wakeKeepalive, time.Duration(0)
+				on, off := startKeepalive, time.Duration(0)
 				c.PersistentKeepaliveInterval = &on
-				second.Peers = append(second.Peers, wgtypes.PeerConfig{PublicKey: key, UpdateOnly: true, PersistentKeepaliveInterval: &off})
+				second.Peers = append(second.Peers,
+					wgtypes.PeerConfig{PublicKey: key, UpdateOnly: true, PersistentKeepaliveInterval: &off})
 			}
 		}
 		if command != "" || c.PersistentKeepaliveInterval != nil {
@@ -115,7 +111,7 @@ func changes(dev string, have *wgtypes.Device, want config, before sights, again
 			first.Peers = append(first.Peers, c)
 		}
 		if command != "" {
-			say(&first, "peer %s%s", key, command)
+			add(&first, "peer %s%s", key, command)
 		}
 		if !known || h.ReceiveBytes != s.received || c.Endpoint != nil {
 			s.received, s.sent, s.heard = h.ReceiveBytes, h.TransmitBytes, now
@@ -129,7 +125,7 @@ func changes(dev string, have *wgtypes.Device, want config, before sights, again
 	for _, key := range slices.SortedFunc(maps.Keys(held), compareKeys) {
 		if _, wanted := want.peers[key]; !wanted {
 			first.Peers = append(first.Peers, wgtypes.PeerConfig{PublicKey: key, UpdateOnly: true, Remove: true})
-			say(&first, "peer %s remove", key)
+			add(&first, "peer %s remove", key)
 		}
 	}
 	var steps []step
@@ -142,13 +138,13 @@ func changes(dev string, have *wgtypes.Device, want config, before sights, again
 	return steps, after
 }
 
-// changeOf returns what to configure of one peer, and the end of the command that
-// does it, which is empty where nothing differs.
+// changeOf returns what to configure of one peer, and the end of the command with the same effect, which is empty if
+// nothing differs.
 func changeOf(have wgtypes.Peer, there bool, want peer, all config, move bool) (wgtypes.PeerConfig, string) {
 	var c wgtypes.PeerConfig
 	var b strings.Builder
 	if !there {
-		b.WriteString(" ") // a new one is told of in any case
+		b.WriteString(" ") // a new peer is added in any case
 	}
 	if psk := wgtypes.Key(all.PSK); have.PresharedKey != psk {
 		c.PresharedKey = &psk
@@ -163,32 +159,33 @@ func changeOf(have wgtypes.Peer, there bool, want peer, all config, move bool) (
 		fmt.Fprintf(&b, " persistent-keepalive %d", int(all.keepalive.Seconds()))
 	}
 	allowed := prefixes(have.AllowedIPs)
-	missing := slices.DeleteFunc(slices.Clone(want.allowed), func(p netip.Prefix) bool { return slices.Contains(allowed, p) })
+	missing := slices.DeleteFunc(slices.Clone(want.allowed),
+		func(p netip.Prefix) bool { return slices.Contains(allowed, p) })
 	switch {
-	case len(allowed)-(len(want.allowed)-len(missing)) > 0: // there are others
+	case len(allowed)-(len(want.allowed)-len(missing)) > 0: // the peer has other prefixes too
 		c.ReplaceAllowedIPs, missing = true, want.allowed
 		fallthrough
 	case len(missing) > 0:
 		for _, p := range missing {
-			c.AllowedIPs = append(c.AllowedIPs, net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())})
+			c.AllowedIPs = append(c.AllowedIPs, net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(),
+				p.Addr().BitLen())})
 		}
 		fmt.Fprintf(&b, " allowed-ips %s", join(want.allowed))
 	}
 	return c, strings.Replace(b.String(), "  ", " ", 1)
 }
 
-// stays tells whether a peer's endpoint is left as it is: where its lease says or,
-// if the peer has moved and is alive, where it was last heard from. A new lease
-// overrules that, and so does an endpoint that changes without a packet from the
-// peer, or at which nobody answers: that was somebody else.
-func stays(have wgtypes.Peer, want peer, before sight, known bool, now time.Time) bool {
+// keepsEndpoint reports whether the endpoint of a peer is kept: the endpoint in its lease or, if the peer has moved and
+// is alive, the endpoint of its last packet. The endpoint of a new lease takes precedence. An endpoint that changes
+// without a packet from the peer, or from which no answer comes, was set by another program, and is not kept.
+func keepsEndpoint(have wgtypes.Peer, want peer, before peerState, known bool, now time.Time) bool {
 	at := endpointOf(have)
 	switch {
 	case at == want.endpoint:
 		return true
 	case !at.IsValid() || now.Sub(have.LastHandshakeTime) > sessionEnd:
 		return false
-	case !known: // since before a restart, maybe
+	case !known: // the peer may have moved before a restart
 		return true
 	case before.lease != want.endpoint:
 		return false
@@ -206,7 +203,7 @@ func endpointOf(p wgtypes.Peer) netip.AddrPort {
 	return netip.AddrPortFrom(at.Addr().Unmap(), at.Port())
 }
 
-// prefixes returns what wgtypes has as net.IPNet.
+// prefixes converts the prefixes of wgtypes.
 func prefixes(all []net.IPNet) []netip.Prefix {
 	var out []netip.Prefix
 	for _, n := range all {

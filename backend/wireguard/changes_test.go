@@ -67,8 +67,8 @@ func brief(steps []step) string {
 	return strings.ReplaceAll(text, "wg set dev ", "")
 }
 
-// woken tells who is made to send at once.
-func woken(steps []step) string {
+// started returns the peers with which a handshake is started.
+func started(steps []step) string {
 	var b strings.Builder
 	for i, s := range steps {
 		for _, p := range s.Peers {
@@ -95,13 +95,13 @@ func TestChanges(t *testing.T) {
 	withPSK.PresharedKey = key('p')
 	keepalive.PersistentKeepaliveInterval = 7 * time.Second
 	for _, c := range []struct {
-		name  string
-		have  *wgtypes.Device
-		want  config
-		known string // peers that were there
-		again bool
-		steps string
-		woken string
+		name    string
+		have    *wgtypes.Device
+		want    config
+		known   string // peers that were there
+		again   bool
+		steps   string
+		started string
 	}{
 		{"nothing to do", with(held('b', leased, 5, time.Second, one)), usual(b(wanted(leased, one))), "b", false, "", ""},
 		{"new device", &wgtypes.Device{}, usual(b(wanted(leased, one, two))), "", false,
@@ -131,16 +131,16 @@ func TestChanges(t *testing.T) {
 		{"keepalive", with(keepalive), usual(b(wanted(leased, one))), "b", false, "peer b persistent-keepalive 0", ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			before := sights{}
+			before := peerStates{}
 			for _, k := range c.known {
-				before[key(byte(k))] = sight{lease: netip.MustParseAddrPort(leased), endpoint: netip.MustParseAddrPort(leased)}
+				before[key(byte(k))] = peerState{lease: netip.MustParseAddrPort(leased), endpoint: netip.MustParseAddrPort(leased)}
 			}
 			steps, after := changes("dev", c.have, c.want, before, c.again, start)
 			if got := brief(steps); got != c.steps {
 				t.Errorf("the commands are\n%s\nwant\n%s", got, c.steps)
 			}
-			if got := woken(steps); got != c.woken {
-				t.Errorf("%q are woken, want %q", got, c.woken)
+			if got := started(steps); got != c.started {
+				t.Errorf("%q are started, want %q", got, c.started)
 			}
 			// What was asked for is all that there is to do.
 			have := c.have
@@ -157,15 +157,15 @@ func TestChanges(t *testing.T) {
 // TestRoaming: who follows whom.
 func TestRoaming(t *testing.T) {
 	at := netip.MustParseAddrPort
-	seen := func(lease, endpoint string, received int64, heard time.Duration) *sight {
-		return &sight{at(lease), at(endpoint), received, 100, start.Add(-heard), time.Time{}}
+	seen := func(lease, endpoint string, received int64, heard time.Duration) *peerState {
+		return &peerState{at(lease), at(endpoint), received, 100, start.Add(-heard), time.Time{}}
 	}
 	const now, lately, long = time.Second, 10 * time.Second, 20 * time.Second
 	for _, c := range []struct {
 		name   string
 		have   wgtypes.Peer
 		sent   int64
-		before *sight
+		before *peerState
 		stays  bool
 	}{
 		{"where the lease says", held('b', leased, 0, 0), 0, nil, true},
@@ -183,7 +183,7 @@ func TestRoaming(t *testing.T) {
 		{"since before a restart", held('b', elsewhere, 6, time.Minute), 100, nil, true},
 		{"since long before a restart", held('b', elsewhere, 6, time.Hour), 100, nil, false},
 	} {
-		before := sights{}
+		before := peerStates{}
 		if c.before != nil {
 			before[key('b')] = *c.before
 		}
@@ -207,39 +207,39 @@ func TestRoaming(t *testing.T) {
 	}
 }
 
-// TestWakeMost: not all peers of a large cluster are woken.
-func TestWakeMost(t *testing.T) {
+// TestStartMost: not all handshakes with the peers of a large cluster are started at once.
+func TestStartMost(t *testing.T) {
 	c := config{Private: ours, port: 51820, peers: map[wgtypes.Key]peer{}}
-	for i := range 3 * wakeMost {
+	for i := range 3 * startMost {
 		c.peers[wgtypes.Key{1, byte(i), byte(i >> 8)}] = wanted(leased)
 	}
 	steps, _ := changes("dev", &wgtypes.Device{}, c, nil, false, start)
-	if len(steps) != 2 || len(steps[0].Peers) != 3*wakeMost || len(steps[1].Peers) != wakeMost {
+	if len(steps) != 2 || len(steps[0].Peers) != 3*startMost || len(steps[1].Peers) != startMost {
 		t.Errorf("%d steps", len(steps))
 	}
 }
 
-// TestWakeAgain: a peer with whom nothing has come of it is woken once more.
-func TestWakeAgain(t *testing.T) {
+// TestRestart: a handshake that did not succeed is started once more.
+func TestRestart(t *testing.T) {
 	for _, c := range []struct {
 		name      string
-		handshake time.Duration // after the peer was woken; 0: never
-		woken     []string      // at each look, of one in 5 seconds
+		handshake time.Duration // after the start; 0: never
+		started   []string      // at each sync, every 5 seconds
 	}{
 		{"no handshake", 0, []string{"b", "", "b", "", "", ""}},
 		{"a handshake", time.Second, []string{"b", "", "", "", "", ""}},
 		{"a late handshake", 6 * time.Second, []string{"b", "", "", "", "", ""}},
 	} {
-		have, before := &wgtypes.Device{PrivateKey: key('a'), ListenPort: 51820}, sights{}
-		for i, want := range c.woken {
+		have, before := &wgtypes.Device{PrivateKey: key('a'), ListenPort: 51820}, peerStates{}
+		for i, want := range c.started {
 			now := start.Add(time.Duration(i) * 5 * time.Second)
 			if done := start.Add(c.handshake); i > 0 && c.handshake != 0 && !now.Before(done) {
 				have.Peers[0].LastHandshakeTime = done
 			}
 			var steps []step
 			steps, before = changes("dev", have, usual(map[byte]peer{'b': wanted(leased)}), before, false, now)
-			if got := woken(steps); got != want {
-				t.Errorf("%s: at look %d %q are woken, want %q", c.name, i, got, want)
+			if got := started(steps); got != want {
+				t.Errorf("%s: at sync %d %q are started, want %q", c.name, i, got, want)
 			}
 			for _, s := range steps {
 				have = applied(have, s.Config)

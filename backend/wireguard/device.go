@@ -9,22 +9,21 @@ import (
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 )
 
-// A device is a WireGuard device, wherever packets are encrypted.
+// A device is a WireGuard device, of the kernel or in this process.
 type device interface {
-	// Device returns what it holds, secrets too. errGone says that there is no
-	// such device any more.
+	// Device returns the configuration, with the secrets. The error is errGone if the device no longer exists.
 	Device() (*wgtypes.Device, error)
-	// Configure changes what it holds.
+	// Configure changes the configuration.
 	Configure(wgtypes.Config) error
-	// Gone is closed when the device is of no more use. It may be nil.
+	// Gone is closed when the device can no longer be used. The channel may be nil.
 	Gone() <-chan struct{}
-	// Close ends what was done for the device, which stays.
+	// Close ends the work for the device. The device stays.
 	Close()
 }
 
 var errGone = errors.New("there is no such device")
 
-// kernelDevice is one of the kernel's.
+// A kernelDevice is a device of the kernel.
 type kernelDevice struct {
 	name   string
 	client *wgctrl.Client

@@ -19,6 +19,7 @@ import (
 	"golang.zx2c4.com/wireguard/conn/bindtest"
 	"golang.zx2c4.com/wireguard/tun/tuntest"
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/pkg/kernel"
 	"github.com/flanneld/flanneld/pkg/nstest"
@@ -38,7 +39,7 @@ func TestUserDevice(t *testing.T) {
 			t.Fatal(err)
 		}
 		keys[i], tuns[i] = secret(k), tuntest.NewChannelTUN()
-		if devices[i], err = newUser("test", tuns[i].TUN(), binds[i], keys[i], i+1); err != nil {
+		if devices[i], err = newUser(klog.Background(), tuns[i].TUN(), binds[i], keys[i], i+1); err != nil {
 			t.Fatal(err)
 		}
 		defer devices[i].Close()
@@ -58,7 +59,7 @@ func TestUserDevice(t *testing.T) {
 			ports[i] = have.ListenPort
 		}
 	}
-	var all [2]sights
+	var all [2]peerStates
 	settle := func(i int, again bool) int {
 		t.Helper()
 		j := 1 - i
@@ -184,7 +185,7 @@ func TestKernelDevice(t *testing.T) {
 	want := config{Private: secret(k), port: 51820, PSK: secret(key('p')), peers: map[wgtypes.Key]peer{
 		key('b'): wanted("127.0.0.1:51820", "10.5.2.0/24", "fd05:0:0:2::/64"), key('c'): wanted("[::1]:51820", "10.5.3.0/24"),
 	}}
-	var before sights
+	var before peerStates
 	settle := func() int {
 		t.Helper()
 		have, err := d.Device()
@@ -218,7 +219,7 @@ func TestPort(t *testing.T) {
 		t.Fatal(err)
 	}
 	open := func() (*userDevice, error) {
-		return newUser("test", tuntest.NewChannelTUN().TUN(), conn.NewStdNetBind(), ours, 51820)
+		return newUser(klog.Background(), tuntest.NewChannelTUN().TUN(), conn.NewStdNetBind(), ours, 51820)
 	}
 	if _, err := open(); !errors.Is(err, unix.EADDRINUSE) || !strings.Contains(err.Error(), "UDP port 51820") {
 		t.Errorf("the error is %v", err)

@@ -16,18 +16,18 @@ import (
 	"github.com/flanneld/flanneld/subnet"
 )
 
-// A secret is a private key or a preshared one. It never shows in a log.
+// A secret is a private or preshared key. A secret is never logged.
 type secret wgtypes.Key
 
-// String tells nothing.
+// String hides the key.
 func (secret) String() string { return "(secret)" }
 
-// GoString tells nothing.
+// GoString hides the key.
 func (secret) GoString() string { return "(secret)" }
 
 func (s secret) public() wgtypes.Key { return wgtypes.Key(s).PublicKey() }
 
-// UnmarshalText reads what "wg genpsk" prints; of nothing it makes no key.
+// UnmarshalText reads the output of "wg genpsk". An empty text is no key.
 func (s *secret) UnmarshalText(text []byte) error {
 	*s = secret{}
 	if len(text) == 0 {
@@ -35,7 +35,7 @@ func (s *secret) UnmarshalText(text []byte) error {
 	}
 	key, err := wgtypes.ParseKey(strings.TrimSpace(string(text)))
 	if err != nil {
-		return errors.New("PSK is not a key of 32 bytes in base64, as wg genpsk prints one") // err shows it
+		return errors.New("PSK is not a key of 32 bytes in base64, as wg genpsk prints one") // err shows the text
 	}
 	*s = secret(key)
 	return nil
@@ -43,7 +43,7 @@ func (s *secret) UnmarshalText(text []byte) error {
 
 const defaultKeyFile = "/run/flannel/wgkey"
 
-// keyFile is where the node's private key is.
+// keyFile returns the path of the private key of the node.
 func keyFile() string {
 	if file := os.Getenv("WIREGUARD_KEY_FILE"); file != "" {
 		return file
@@ -51,14 +51,14 @@ func keyFile() string {
 	return defaultKeyFile
 }
 
-// privateKey returns the key that a file holds. Where the file does not exist or is
-// empty, a new key is written into it: peers must never see half of one, nor two.
+// privateKey returns the key in a file. A file that is missing or empty gets a new key. Peers must never see two keys,
+// nor a part of a key.
 func privateKey(file string) (secret, error) {
 	for range 2 {
 		key, err := readKey(file)
 		switch {
 		case err == nil:
-			return key, shut(file)
+			return key, restrict(file)
 		case !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, errEmpty):
 			return secret{}, err
 		}
@@ -90,8 +90,8 @@ func readKey(file string) (secret, error) {
 	return secret(key), nil
 }
 
-// shut has none but the owner read a key.
-func shut(file string) error {
+// restrict lets only the owner read a key.
+func restrict(file string) error {
 	info, err := os.Stat(file)
 	if err == nil && info.Mode().Perm()&0o077 != 0 {
 		err = os.Chmod(file, 0o600)
@@ -102,8 +102,7 @@ func shut(file string) error {
 	return nil
 }
 
-// makeKey writes a new key, in place of an empty file or where there is none.
-// Whoever comes first wins.
+// makeKey writes a new key to a file that is empty or missing. If two processes do so, the first wins.
 func makeKey(file string, replace bool) error {
 	key, err := wgtypes.GeneratePrivateKey()
 	if err != nil {

@@ -15,30 +15,31 @@ import (
 	"github.com/flanneld/flanneld/subnet"
 )
 
-// A config is what a device is wanted to hold.
+// A config is the desired configuration of a device.
 type config struct {
-	Private   secret // exported, else fmt would not call its String
+	Private   secret // exported, so that fmt calls String
 	port      int
 	PSK       secret
 	keepalive time.Duration
 	peers     map[wgtypes.Key]peer
 }
 
-// A peer is what a device is wanted to hold of one node.
+// A peer is the desired configuration of one node.
 type peer struct {
-	endpoint netip.AddrPort // as its lease says; it may be heard from elsewhere
-	allowed  []netip.Prefix // sent to it, and taken from it; sorted
+	endpoint netip.AddrPort // in its lease; packets may come from another endpoint
+	allowed  []netip.Prefix // the destinations sent to the peer and the sources accepted from it; sorted
 }
 
-// config returns what a device must hold for this node and its peers. Leases
-// that are no good are left out; Peer has told of them.
+// config returns the desired configuration of a device for this node and its peers. Invalid leases are left out; Peer
+// returns their errors.
 func (w *wireguard) config(t tunnel, private secret, own subnet.Lease, leases map[subnet.Subnets]subnet.Lease) config {
 	c := config{
-		Private: private, port: t.port, PSK: w.PSK, keepalive: time.Duration(w.PersistentKeepaliveInterval) * time.Second,
-		peers: map[wgtypes.Key]peer{},
+		Private: private, port: t.port, PSK: w.PSK,
+		keepalive: time.Duration(w.PersistentKeepaliveInterval) * time.Second,
+		peers:     map[wgtypes.Key]peer{},
 	}
-	// Leases of two generations of a node, IPv4's and dual stack's, may name one
-	// subnet. A device takes it for one peer; it should always be the same.
+	// Two leases of a node, from times with IPv4 and with both families, may have the same subnet. A device accepts a
+	// subnet for one peer; the choice should always be the same.
 	holder := map[netip.Prefix]wgtypes.Key{}
 	ours := published(own)
 	for _, s := range slices.SortedFunc(maps.Keys(leases), func(a, b subnet.Subnets) int {
@@ -74,8 +75,8 @@ func published(l subnet.Lease) (keys []wgtypes.Key) {
 	return keys
 }
 
-// peerOf returns what a device must hold of a peer: no endpoint, if there is
-// nothing in common. ours are the keys that no peer can have.
+// peerOf returns the desired configuration of a peer, without an endpoint if the nodes have no family in common. ours
+// are the keys of this node, which no peer can have.
 func (w *wireguard) peerOf(t tunnel, own, l subnet.Lease, ours []wgtypes.Key) (wgtypes.Key, peer, error) {
 	var p peer
 	var text json.RawMessage
@@ -87,7 +88,7 @@ func (w *wireguard) peerOf(t tunnel, own, l subnet.Lease, ours []wgtypes.Key) (w
 			continue
 		}
 		p.allowed = append(p.allowed, f.peer)
-		if len(f.data) > 0 { // with one device for both, both are the same
+		if len(f.data) > 0 { // with one device for both families, both are the same
 			text = f.data
 		}
 	}
@@ -100,7 +101,8 @@ func (w *wireguard) peerOf(t tunnel, own, l subnet.Lease, ours []wgtypes.Key) (w
 		return wgtypes.Key{}, peer{}, err
 	}
 	if slices.Contains(ours, d.PublicKey) {
-		return wgtypes.Key{}, peer{}, fmt.Errorf("its public key %v is this node's own: delete %s on one of them, and start its flanneld again", d.PublicKey, defaultKeyFile)
+		return wgtypes.Key{}, peer{}, fmt.Errorf("its public key %v is this node's own: delete %s on one of them, "+
+			"and start its flanneld again", d.PublicKey, defaultKeyFile)
 	}
 	port := d.Port
 	if port == 0 {
@@ -110,7 +112,7 @@ func (w *wireguard) peerOf(t tunnel, own, l subnet.Lease, ours []wgtypes.Key) (w
 	return d.PublicKey, p, nil
 }
 
-// publicIP returns the address that a peer is reached at through a device.
+// publicIP returns the address of a peer for the packets of a device.
 func (w *wireguard) publicIP(t tunnel, a subnet.Attrs) netip.Addr {
 	four, six := a.PublicIP, a.PublicIPv6
 	switch {
@@ -119,8 +121,8 @@ func (w *wireguard) publicIP(t tunnel, a subnet.Attrs) netip.Addr {
 	case w.Mode == overIPv6 || w.Mode == separate:
 		return six
 	}
-	// Whichever both have. Of two, IPv4, unless it is behind NAT and IPv6 is
-	// not, on both sides.
+	// The family that both nodes have. If they have both families: IPv4, unless IPv4 is behind NAT and IPv6 is not, on
+	// both sides.
 	canFour, canSix := four.IsValid() && w.uplink.IPv4.IsValid(), six.IsValid() && w.uplink.IPv6.IsValid()
 	if canSix && (!canFour || four.IsPrivate() && !six.IsPrivate() && !w.uplink.IPv6.IsPrivate()) {
 		return six
@@ -128,7 +130,7 @@ func (w *wireguard) publicIP(t tunnel, a subnet.Attrs) netip.Addr {
 	return four
 }
 
-// parse reads what a node published.
+// parse reads the backend data of a node.
 func parse(text json.RawMessage) (data, error) {
 	if len(text) == 0 {
 		return data{}, errors.New("the lease has no backend data")

@@ -26,28 +26,26 @@ import (
 	"github.com/flanneld/flanneld/pkg/kernel"
 )
 
-// controlDir is where programs such as wg look for devices that are not the
-// kernel's (wireguard.com/xplatform).
+// controlDir is where wg and other programs find devices outside the kernel (wireguard.com/xplatform).
 const controlDir = "/var/run/wireguard"
 
 // userDevice is a TUN device with WireGuard in this process behind it.
 type userDevice struct {
 	wg      *wg.Device
-	control *control // nil: there is none
+	control *control // nil: other programs cannot see the device
 }
 
-// openUser puts WireGuard behind a TUN device, which must exist and be up. gone is
-// told when that is over.
-func openUser(name string, private secret, port int, gone chan<- struct{}) (device, error) {
+// openUser runs WireGuard on a TUN device, which must exist and be up. gone receives a value when WireGuard has ended.
+func openUser(log klog.Logger, name string, private secret, port int, gone chan<- struct{}) (device, error) {
 	fd, err := kernel.OpenTUN(name)
 	if err != nil {
 		return nil, err
 	}
-	t, _, err := tun.CreateUnmonitoredTUNFromFD(fd) // links are listened to already
+	t, _, err := tun.CreateUnmonitoredTUNFromFD(fd) // Work listens to links already
 	if err != nil {
 		return nil, fmt.Errorf("attaching to %s: %w", name, err)
 	}
-	d, err := newUser(name, t, conn.NewStdNetBind(), private, port)
+	d, err := newUser(log, t, conn.NewStdNetBind(), private, port)
 	if err != nil {
 		return nil, err
 	}
@@ -59,13 +57,13 @@ func openUser(name string, private secret, port int, gone chan<- struct{}) (devi
 		}
 	}()
 	if d.control, err = listenControl(filepath.Join(controlDir, name+".sock"), d.wg.IpcHandle); err != nil {
-		klog.V(1).Infof("wireguard: wg will not show %s: %v", name, err)
+		log.V(1).Info("Programs such as wg cannot show the device", "reason", err)
 	}
 	return d, nil
 }
 
-func newUser(name string, t tun.Device, bind conn.Bind, private secret, port int) (*userDevice, error) {
-	d := &userDevice{wg: wg.NewDevice(t, bind, logger(name))}
+func newUser(log klog.Logger, t tun.Device, bind conn.Bind, private secret, port int) (*userDevice, error) {
+	d := &userDevice{wg: wg.NewDevice(t, bind, logger(log))}
 	key := wgtypes.Key(private)
 	err := d.Configure(wgtypes.Config{PrivateKey: &key, ListenPort: &port})
 	if err == nil {
@@ -78,19 +76,18 @@ func newUser(name string, t tun.Device, bind conn.Bind, private secret, port int
 	return d, nil
 }
 
-// logger passes on what WireGuard has to say. It says some of it for every
-// packet.
-func logger(name string) *wg.Logger {
+// logger logs the messages of WireGuard. WireGuard logs some errors for every packet: their rate is limited.
+func logger(log klog.Logger) *wg.Logger {
 	limit := rate.NewLimiter(rate.Every(10*time.Second), 3)
 	return &wg.Logger{
 		Verbosef: func(format string, args ...any) {
-			if klog.V(4).Enabled() {
-				klog.Infof("wireguard: "+name+": "+format, args...)
+			if log := log.V(4); log.Enabled() {
+				log.Info("WireGuard", "message", fmt.Sprintf(format, args...))
 			}
 		},
 		Errorf: func(format string, args ...any) {
-			if klog.V(4).Enabled() || limit.Allow() {
-				klog.Warningf("wireguard: "+name+": "+format, args...)
+			if log.V(4).Enabled() || limit.Allow() {
+				log.Error(nil, "WireGuard", "message", fmt.Sprintf(format, args...))
 			}
 		},
 	}
@@ -106,9 +103,8 @@ func (d *userDevice) Close() {
 	<-d.wg.Wait()
 }
 
-// Device and Configure speak the text protocol that the other implementations have
-// on a socket (wireguard.com/xplatform): a socket has a path, and nodes may share
-// their files.
+// Device and Configure use the text protocol that other implementations have on a socket (wireguard.com/xplatform), but
+// no socket: a socket has a path, and nodes may share their files.
 func (d *userDevice) Device() (*wgtypes.Device, error) {
 	text, err := d.wg.IpcGet()
 	if err != nil {
@@ -178,44 +174,44 @@ func parseKey(text string) (wgtypes.Key, error) {
 
 func formatConfig(c wgtypes.Config) string {
 	var b strings.Builder
-	say := func(name string, value any) { fmt.Fprintf(&b, "%s=%v\n", name, value) }
+	set := func(name string, value any) { fmt.Fprintf(&b, "%s=%v\n", name, value) }
 	if c.ReplacePeers { // before the key: see changes
-		say("replace_peers", true)
+		set("replace_peers", true)
 	}
 	if c.PrivateKey != nil {
-		say("private_key", hex.EncodeToString(c.PrivateKey[:]))
+		set("private_key", hex.EncodeToString(c.PrivateKey[:]))
 	}
 	if c.ListenPort != nil {
-		say("listen_port", *c.ListenPort)
+		set("listen_port", *c.ListenPort)
 	}
 	for _, p := range c.Peers {
-		say("public_key", hex.EncodeToString(p.PublicKey[:]))
+		set("public_key", hex.EncodeToString(p.PublicKey[:]))
 		if p.UpdateOnly {
-			say("update_only", true)
+			set("update_only", true)
 		}
 		if p.Remove {
-			say("remove", true)
+			set("remove", true)
 		}
 		if p.PresharedKey != nil {
-			say("preshared_key", hex.EncodeToString(p.PresharedKey[:]))
+			set("preshared_key", hex.EncodeToString(p.PresharedKey[:]))
 		}
 		if p.Endpoint != nil {
-			say("endpoint", p.Endpoint.AddrPort())
+			set("endpoint", p.Endpoint.AddrPort())
 		}
 		if p.PersistentKeepaliveInterval != nil {
-			say("persistent_keepalive_interval", int(p.PersistentKeepaliveInterval.Seconds()))
+			set("persistent_keepalive_interval", int(p.PersistentKeepaliveInterval.Seconds()))
 		}
 		if p.ReplaceAllowedIPs {
-			say("replace_allowed_ips", true)
+			set("replace_allowed_ips", true)
 		}
 		for _, a := range p.AllowedIPs {
-			say("allowed_ip", a.String())
+			set("allowed_ip", a.String())
 		}
 	}
 	return b.String()
 }
 
-// control is the socket by which other programs see a device, and change it.
+// A control is the socket by which other programs read and change a device.
 type control struct {
 	path     string
 	listener net.Listener
@@ -223,7 +219,7 @@ type control struct {
 	done     sync.WaitGroup
 }
 
-// listenControl listens on a socket for root alone, unless somebody else does.
+// listenControl listens on a socket that only root can use, unless another program listens there.
 func listenControl(path string, handle func(net.Conn)) (*control, error) {
 	if other, err := net.Dial("unix", path); err == nil {
 		other.Close()
@@ -232,7 +228,7 @@ func listenControl(path string, handle func(net.Conn)) (*control, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, err
 	}
-	// A directory that nobody else can enter, until the socket is shut.
+	// A directory that other users cannot enter, until the mode of the socket is set.
 	dir, err := os.MkdirTemp(filepath.Dir(path), ".flanneld-")
 	if err != nil {
 		return nil, err
@@ -258,7 +254,7 @@ func listenControl(path string, handle func(net.Conn)) (*control, error) {
 			}
 			c.done.Go(func() {
 				defer context.AfterFunc(ctx, func() { caller.Close() })()
-				handle(&cautious{Conn: caller, lines: bufio.NewReader(caller)})
+				handle(&peerRemover{Conn: caller, lines: bufio.NewReader(caller)})
 			})
 		}
 	})
@@ -272,15 +268,15 @@ func (c *control) close() {
 	c.done.Wait()
 }
 
-// cautious is a caller with whom another private key takes the peers along (see
-// changes). They are back as soon as the key is.
-type cautious struct {
+// A peerRemover is a connection on which a new private key removes all peers (see changes). The next sync adds them
+// again.
+type peerRemover struct {
 	net.Conn
 	lines  *bufio.Reader
 	unread []byte
 }
 
-func (c *cautious) Read(p []byte) (int, error) {
+func (c *peerRemover) Read(p []byte) (int, error) {
 	if len(c.unread) == 0 {
 		line, err := c.lines.ReadBytes('\n')
 		if len(line) == 0 {

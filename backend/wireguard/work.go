@@ -18,38 +18,37 @@ import (
 )
 
 const (
-	// WireGuard tells nobody when its configuration changes: it is looked at
-	// every lookFirst or, where that takes long, so that it takes a
-	// lookShare-th of the time.
-	lookFirst = time.Second
-	lookMost  = time.Minute
-	lookShare = 1000
+	// WireGuard sends no notification when its configuration changes. The configuration is read every syncInterval;
+	// where reading takes long, the interval is longer, so that reading takes no more than a syncShare-th of the time.
+	syncInterval    = time.Second
+	syncIntervalMax = time.Minute
+	syncShare       = 1000
 
-	// Where peers come and go all the time, looking and configuring takes a
-	// restShare-th of the time.
+	// Where peers come and go all the time, reading and configuring take a restShare-th of the time.
 	restShare = 10
 
-	// wordy is how many changes at once are logged one by one.
-	wordy = 20
+	// logMost is how many changes at once are logged one by one.
+	logMost = 20
 )
 
-// A keeper is Work for one device, and one lease of this node's.
-type keeper struct {
+// A deviceSync makes one device hold what it must, for one lease of this node.
+type deviceSync struct {
 	tunnel
+	log      klog.Logger
 	inKernel bool
-	gone     chan<- struct{} // told when the device is of no more use
-	want     config
+	gone     chan<- struct{} // receives a value when the device can no longer be used
+	desired  config
 
-	device  device // nil: not open
-	number  int    // of the link that it is
-	again   bool   // it was open before: its sessions are lost
-	sights  sights
-	stale   bool          // want is: there is news of peers
-	due     time.Time     // when it is looked at next
-	cost    time.Duration // of a look, as it seems
-	rested  time.Time     // when it may be looked at because of news
-	pause   retry.Backoff // after a failure
-	trouble retry.LastError
+	device     device // nil: not open
+	index      int    // of the link of the device
+	reopened   bool   // the device was open before: its sessions are lost
+	peerStates peerStates
+	stale      bool          // the peers have changed since desired was computed
+	due        time.Time     // of the next sync
+	cost       time.Duration // of reading the device, estimated
+	rested     time.Time     // when a change of peers may cause the next sync
+	pause      retry.Backoff // after a failure
+	lastError  retry.LastError
 }
 
 // Work implements backend.Worker.
@@ -58,22 +57,28 @@ func (w *wireguard) Work(ctx context.Context, own subnet.Lease, peers <-chan sub
 	if err != nil {
 		return fmt.Errorf("listening for devices: %w", err)
 	}
+	log := klog.FromContext(ctx)
 	if !w.inKernel {
 		why := "this kernel has no WireGuard"
 		if os.Getenv(userSpace) == "1" {
 			why = userSpace + " is set"
 		}
-		klog.Infof("wireguard: %s: flanneld encrypts packets itself", why)
+		log.Info("Encrypting packets in flanneld", "reason", why)
 	}
 	gone := make(chan struct{}, 1)
-	var keepers []*keeper
+	var devices []*deviceSync
 	for _, t := range w.tunnels {
-		k := &keeper{tunnel: t, inKernel: w.inKernel, gone: gone}
-		defer k.close()
-		keepers = append(keepers, k)
+		d := &deviceSync{tunnel: t, log: log.WithValues("device", t.dev), inKernel: w.inKernel, gone: gone}
+		defer d.close()
+		devices = append(devices, d)
+	}
+	checkLinks := func() {
+		for _, d := range devices {
+			d.checkLink()
+		}
 	}
 	leases := map[subnet.Subnets]subnet.Lease{}
-	known := false // a device keeps what it has until peers are known
+	known := false // a device keeps its peers until the peers are known
 	var key secret
 	next := time.NewTimer(0)
 	defer next.Stop()
@@ -84,17 +89,13 @@ func (w *wireguard) Work(ctx context.Context, own subnet.Lease, peers <-chan sub
 		case u := <-peers:
 			u.Apply(leases)
 			known = known || u.Snapshot
-			for _, k := range keepers {
-				k.stale, k.due = true, k.rested
+			for _, d := range devices {
+				d.stale, d.due = true, d.rested
 			}
 		case <-links:
-			for _, k := range keepers {
-				k.follow()
-			}
+			checkLinks()
 		case <-gone:
-			for _, k := range keepers {
-				k.follow()
-			}
+			checkLinks()
 		case <-next.C:
 		}
 		if !known {
@@ -102,54 +103,53 @@ func (w *wireguard) Work(ctx context.Context, own subnet.Lease, peers <-chan sub
 		}
 		if key == (secret{}) {
 			if key, err = privateKey(keyFile()); err != nil {
-				keepers[0].say(ctx, err)
-				next.Reset(lookFirst)
+				devices[0].logOnce(err)
+				next.Reset(syncInterval)
 				continue
 			}
 		}
-		soonest := time.Now().Add(lookMost)
-		for _, k := range keepers {
-			if begun := time.Now(); !begun.Before(k.due) {
-				if k.stale {
-					k.want, k.stale = w.config(k.tunnel, key, own, leases), false
+		soonest := time.Now().Add(syncIntervalMax)
+		for _, d := range devices {
+			if begun := time.Now(); !begun.Before(d.due) {
+				if d.stale {
+					d.desired, d.stale = w.config(d.tunnel, key, own, leases), false
 				}
-				wait := k.look(ctx)
-				k.due, k.rested = time.Now().Add(wait), time.Now().Add(restShare*time.Since(begun))
+				wait := d.sync()
+				d.due, d.rested = time.Now().Add(wait), time.Now().Add(restShare*time.Since(begun))
 			}
-			if k.due.Before(soonest) {
-				soonest = k.due
+			if d.due.Before(soonest) {
+				soonest = d.due
 			}
 		}
 		next.Reset(time.Until(soonest))
 	}
 }
 
-// follow finds out whether the device is still the one that it was, or is there
-// again.
-func (k *keeper) follow() {
-	if k.device != nil {
+// checkLink closes a device that was removed or replaced, and has a device that was added synced at once.
+func (d *deviceSync) checkLink() {
+	if d.device != nil {
 		select {
-		case <-k.device.Gone():
-			k.close()
+		case <-d.device.Gone():
+			d.close()
 		default:
-			if link := k.link(); link == nil || link.Attrs().Index != k.number {
-				k.close()
+			if link := d.link(); link == nil || link.Attrs().Index != d.index {
+				d.close()
 			}
 		}
 	}
-	if k.device == nil && k.link() != nil {
-		k.due = time.Time{}
+	if d.device == nil && d.link() != nil {
+		d.due = time.Time{}
 	}
 }
 
-// link returns the device if it is there, up, and of the right kind.
-func (k *keeper) link() netlink.Link {
-	link, err := netlink.LinkByName(k.dev)
+// link returns the link of the device, if it exists, is up, and has the right kind.
+func (d *deviceSync) link() netlink.Link {
+	link, err := netlink.LinkByName(d.dev)
 	if err != nil || link.Attrs().Flags&net.FlagUp == 0 {
 		return nil
 	}
 	kind := "tuntap"
-	if k.inKernel {
+	if d.inKernel {
 		kind = "wireguard"
 	}
 	if link.Type() != kind {
@@ -158,75 +158,73 @@ func (k *keeper) link() netlink.Link {
 	return link
 }
 
-// look makes the device hold what it should, and returns the time until it is
-// looked at again.
-func (k *keeper) look(ctx context.Context) time.Duration {
-	err := k.settle()
-	k.say(ctx, err)
+// sync makes the device hold what it must, and returns the time until the next sync.
+func (d *deviceSync) sync() time.Duration {
+	err := d.configure()
+	d.logOnce(err)
 	if err != nil {
-		return k.pause.Next()
+		return d.pause.Next()
 	}
-	k.pause.Reset()
-	return min(max(lookFirst, lookShare*k.cost), lookMost)
+	d.pause.Reset()
+	return min(max(syncInterval, syncShare*d.cost), syncIntervalMax)
 }
 
-func (k *keeper) settle() (err error) {
-	if k.device == nil {
-		link := k.link()
+// configure opens the device, if it is not open, and changes what differs from the desired configuration.
+func (d *deviceSync) configure() (err error) {
+	if d.device == nil {
+		link := d.link()
 		if link == nil {
-			return nil // it will be made, or the log says why not
+			return nil // the reconciler makes the device, or logs why it cannot
 		}
-		if k.inKernel {
-			k.device, err = openKernel(k.dev)
+		if d.inKernel {
+			d.device, err = openKernel(d.dev)
 		} else {
-			k.device, err = openUser(k.dev, k.want.Private, k.port, k.gone)
+			d.device, err = openUser(d.log, d.dev, d.desired.Private, d.port, d.gone)
 		}
 		if err != nil {
-			k.device = nil
+			d.device = nil
 			return err
 		}
-		k.number = link.Attrs().Index
+		d.index = link.Attrs().Index
 	}
 	start := time.Now()
-	have, err := k.device.Device()
+	have, err := d.device.Device()
 	if errors.Is(err, errGone) {
-		k.close()
+		d.close()
 		return nil
 	}
 	if err != nil {
 		return fmt.Errorf("reading it: %w", err)
 	}
-	steps, sights := changes(k.dev, have, k.want, k.sights, k.again, start)
-	// What took long once may have waited for a processor.
-	k.cost = min(time.Since(start), 2*max(k.cost, lookFirst/lookShare/2))
+	steps, states := changes(d.dev, have, d.desired, d.peerStates, d.reopened, start)
+	// A single long duration may come from waiting for a processor.
+	d.cost = min(time.Since(start), 2*max(d.cost, syncInterval/syncShare/2))
 	for _, s := range steps {
-		if err := k.device.Configure(s.Config); err != nil {
+		if err := d.device.Configure(s.Config); err != nil {
 			return fmt.Errorf("configuring it: %w", err)
 		}
-		tell(s.commands)
+		d.logCommands(s.commands)
 	}
-	k.sights, k.again = sights, false
+	d.peerStates, d.reopened = states, false
 	return nil
 }
 
-// tell logs what was done: a line for each of a few changes, a count of many.
-func tell(commands []string) {
-	if len(commands) > wordy && !klog.V(2).Enabled() {
-		klog.Infof("%s …, and %d more changes (--v=2 shows each)", commands[0], len(commands)-1)
+// logCommands logs each of a few changes, or the first of many and their number.
+func (d *deviceSync) logCommands(commands []string) {
+	if len(commands) > logMost && !d.log.V(2).Enabled() {
+		d.log.Info("Applied many changes; --v=2 logs each", "command", commands[0], "changes", len(commands))
 		return
 	}
 	for _, c := range commands {
-		klog.Info(c)
+		d.log.Info("Applied", "command", c)
 	}
 }
 
-func (k *keeper) close() {
-	if k.device != nil {
-		k.device.Close()
-		k.device, k.again = nil, true
+func (d *deviceSync) close() {
+	if d.device != nil {
+		d.device.Close()
+		d.device, d.reopened = nil, true
 	}
 }
 
-func (k *keeper) say(ctx context.Context, err error) {
-	k.trouble.Log(klog.FromContext(ctx), "wireguard: "+k.dev, err)
-}
+func (d *deviceSync) logOnce(err error) { d.lastError.Log(d.log, "wireguard", err) }

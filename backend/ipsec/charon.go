@@ -18,7 +18,7 @@ import (
 // charonSocket is where charon listens for VICI, its control protocol.
 const charonSocket = "/var/run/charon.vici"
 
-// charonPaths are where distributions have it.
+// charonPaths are the paths of charon in distributions.
 var charonPaths = [...]string{
 	"charon",                         // in PATH
 	"/usr/lib/strongswan/charon",     // Alpine, Arch
@@ -28,23 +28,24 @@ var charonPaths = [...]string{
 }
 
 const (
-	// charonEnds is how long charon may take to say goodbye to its peers.
-	charonEnds = 5 * time.Second
-	// charonAnswers is how long somebody waits who only wants to know.
-	charonAnswers = 5 * time.Second
+	// stopTimeout is how long charon may take to end its tunnels and stop.
+	stopTimeout = 5 * time.Second
+	// queryTimeout is how long charon may take to answer a query.
+	queryTimeout = 5 * time.Second
 )
 
-// mark is in the environment of a charon that we started, and of no other.
+// mark is in the environment of a charon that we have started, and of no other charon.
 const mark = "STARTED_BY=flanneld"
 
-// A process is a charon that we started.
+// A process is a charon that we have started.
 type process struct {
 	*exec.Cmd
-	ended chan struct{} // closed when it has
+	ended chan struct{} // closed when the process has ended
 }
 
-// errNoCharon says that charon is not installed.
-var errNoCharon = fmt.Errorf("there is no charon, neither in PATH nor at %s: install strongSwan with its VICI plugin (Debian: strongswan-charon, strongswan-swanctl)",
+// errNoCharon means that charon is not installed.
+var errNoCharon = fmt.Errorf("there is no charon, neither in PATH nor at %s: install strongSwan with its VICI "+
+	"plugin (Debian: strongswan-charon, strongswan-swanctl)",
 	strings.Join(charonPaths[1:], ", "))
 
 // findCharon returns the path of the program.
@@ -57,7 +58,7 @@ func findCharon() (string, error) {
 	return "", errNoCharon
 }
 
-// start starts charon. It outlives us, so that packets pass while we restart.
+// start starts charon. charon outlives flanneld, so that packets pass while flanneld restarts.
 func start() (*process, error) {
 	path, err := findCharon()
 	if err != nil {
@@ -71,13 +72,13 @@ func start() (*process, error) {
 		return nil, fmt.Errorf("starting charon: %w", err)
 	}
 	go func() {
-		_ = p.Wait() // its own log says why
+		_ = p.Wait() // charon logs the reason
 		close(p.ended)
 	}()
 	return p, nil
 }
 
-// running tells whether it is.
+// running reports whether the process is running.
 func (p *process) running() bool {
 	if p == nil {
 		return false
@@ -90,7 +91,7 @@ func (p *process) running() bool {
 	}
 }
 
-// stop ends it.
+// stop ends the process.
 func (p *process) stop() {
 	if !p.running() {
 		return
@@ -98,13 +99,13 @@ func (p *process) stop() {
 	_ = p.Process.Signal(unix.SIGTERM)
 	select {
 	case <-p.ended:
-	case <-time.After(charonEnds):
+	case <-time.After(stopTimeout):
 		_ = p.Process.Kill()
 		<-p.ended
 	}
 }
 
-// A connection is a tunnel as charon is told of it (swanctl.conf(5)).
+// A connection is a tunnel in the configuration of charon (swanctl.conf(5)).
 type connection struct {
 	LocalAddrs  []string         `vici:"local_addrs"`
 	RemoteAddrs []string         `vici:"remote_addrs"`
@@ -113,7 +114,7 @@ type connection struct {
 	KeyingTries int              `vici:"keyingtries"`
 	DPDDelay    string           `vici:"dpd_delay"`
 	Encap       bool             `vici:"encap"`
-	MobIKE      bool             `vici:"mobike"` // no: the addresses are the policies', too
+	MobIKE      bool             `vici:"mobike"` // no: the policies have the addresses, too
 	Local       auth             `vici:"local"`
 	Remote      auth             `vici:"remote"`
 	Children    map[string]child `vici:"children"`
@@ -136,16 +137,16 @@ type child struct {
 	DPDAction    string   `vici:"dpd_action"`
 }
 
-// name is what charon knows the tunnel by. It is upstream's.
+// name is the name of the tunnel in charon, which is the same as upstream's.
 func (t tunnel) name() string {
 	return fmt.Sprintf("%s-%s-%s-%s", t.from, t.own, t.peer, t.to)
 }
 
-// child is the name of the one pair of subnets in it.
+// child is the name of the pair of subnets in the tunnel.
 func (t tunnel) child() string { return fmt.Sprintf("%s-%s", t.own, t.peer) }
 
-// connection returns what charon must know of a tunnel. What the two ends must
-// agree on is upstream's. Policies are not charon's, but desired state.
+// connection returns the configuration of a tunnel. What both ends must agree on is the same as upstream's. charon
+// makes no policies: they are desired state of the kernel.
 func (b *ipsec) connection(t tunnel) connection {
 	return connection{
 		LocalAddrs: []string{t.from.String()}, RemoteAddrs: []string{t.to.String()},
@@ -165,7 +166,7 @@ func (b *ipsec) connection(t tunnel) connection {
 // A client speaks VICI.
 type client struct{ *vici.Session }
 
-// call gives charon a command. args is a map, or a struct with vici tags.
+// call sends a command to charon. args is a map, or a struct with vici tags.
 func (c client) call(ctx context.Context, command string, args any) (*vici.Message, error) {
 	m, err := vici.MarshalMessage(args)
 	if err != nil {
@@ -178,7 +179,7 @@ func (c client) call(ctx context.Context, command string, args any) (*vici.Messa
 	return answer, nil
 }
 
-// connections lists those that charon has been told of.
+// connections lists the connections that were loaded into charon.
 func (c client) connections(ctx context.Context) (map[string]bool, error) {
 	answer, err := c.call(ctx, "get-conns", map[string]string{})
 	if err != nil {
@@ -192,7 +193,7 @@ func (c client) connections(ctx context.Context) (map[string]bool, error) {
 	return all, nil
 }
 
-// established lists the connections that are up, or about to be.
+// established lists the connections that are established or about to be.
 func (c client) established(ctx context.Context) (map[string]bool, error) {
 	all := map[string]bool{}
 	for m, err := range c.CallStreaming(ctx, "list-sas", "list-sa", nil) {
@@ -209,7 +210,7 @@ func (c client) established(ctx context.Context) (map[string]bool, error) {
 // remoteHosts asks charon for the hosts that it has tunnels with. The error says that
 // charon does not answer.
 func remoteHosts(ctx context.Context) (map[netip.Addr]bool, error) {
-	ctx, cancel := context.WithTimeout(ctx, charonAnswers)
+	ctx, cancel := context.WithTimeout(ctx, queryTimeout)
 	defer cancel()
 	s, err := vici.NewSession(vici.WithAddr("unix", charonSocket))
 	if err != nil {

@@ -131,8 +131,7 @@ func dead() bool {
 	return errors.Is(err, unix.ECONNREFUSED)
 }
 
-// started returns the processes of charon in this network that flanneld has
-// started.
+// started returns the processes of charon in this network namespace that flanneld has started.
 func started() []int {
 	return slices.DeleteFunc(proc.Find("charon"), func(pid int) bool {
 		variables, _ := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid))
@@ -140,7 +139,7 @@ func started() []int {
 	})
 }
 
-// end ends a process that is nobody's child here.
+// end ends a process that is not a child of this process.
 func end(pid int) error {
 	fd, err := unix.PidfdOpen(pid, 0)
 	if errors.Is(err, unix.ESRCH) {
@@ -152,20 +151,20 @@ func end(pid int) error {
 	defer unix.Close(fd)
 	for _, signal := range []unix.Signal{unix.SIGTERM, unix.SIGKILL} {
 		if err := unix.PidfdSendSignal(fd, signal, nil, 0); err != nil {
-			return nil // it has ended
+			return nil // the process has ended
 		}
 		// A pidfd can be read from when the process has ended (pidfd_open(2)).
-		if n, _ := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(charonEnds.Milliseconds())); n > 0 {
+		if n, _ := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}},
+			int(stopTimeout.Milliseconds())); n > 0 {
 			return nil
 		}
 	}
 	return fmt.Errorf("charon, process %d, does not end", pid)
 }
 
-// loaded returns the connections and keys of ours that a running charon has; none
-// where there is no charon.
+// loaded returns the connections and keys of flanneld in a running charon; none, if no charon is running.
 func loaded(ctx context.Context) (names, keys []string, err error) {
-	ctx, cancel := context.WithTimeout(ctx, charonAnswers)
+	ctx, cancel := context.WithTimeout(ctx, queryTimeout)
 	defer cancel()
 	s, err := vici.NewSession(vici.WithAddr("unix", charonSocket))
 	if err != nil {
@@ -197,7 +196,7 @@ func loaded(ctx context.Context) (names, keys []string, err error) {
 	return names, keys, nil
 }
 
-// isTunnel tells whether a connection's name is one that a tunnel has.
+// isTunnel reports whether a connection has the name of a tunnel.
 func isTunnel(name string) bool {
 	parts := strings.Split(name, "-")
 	if len(parts) != 4 {
@@ -233,7 +232,7 @@ func unload(ctx context.Context, names, keys []string) error {
 		errs = append(errs, err)
 	}
 	for _, name := range names {
-		_, _ = c.call(ctx, "terminate", map[string]string{"ike": name, "force": "yes"}) // there may be none
+		_, _ = c.call(ctx, "terminate", map[string]string{"ike": name, "force": "yes"}) // the tunnel may not exist
 	}
 	for _, id := range keys {
 		_, err := c.call(ctx, "unload-shared", map[string]string{"id": id})

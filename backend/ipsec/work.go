@@ -18,156 +18,156 @@ import (
 )
 
 const (
-	// charonStarts is how long charon takes to start.
-	charonStarts = 100 * time.Millisecond
+	// charonStart is about how long charon takes to start.
+	charonStart = 100 * time.Millisecond
 
-	// checkEvery is the time between looks at what charon has, and how long they
-	// may take at most.
+	// checkEvery is the time between checks of what charon holds, checkTimeout the limit of a check.
 	checkEvery   = 10 * time.Second
 	checkTimeout = time.Minute
 )
 
-// A keyer is Work, for one lease of this node's: it makes charon hold what is
-// wanted, and looks again whenever that may have changed.
-type keyer struct {
+// A charonSync makes charon hold the keys and connections that it must, for one lease of this node.
+type charonSync struct {
 	*ipsec
-	own    subnet.Lease
-	peers  map[subnet.Subnets]subnet.Lease
-	keys   map[netip.Addr]bool // that charon has been given, since it is the one it is
-	client client              // zero: not connected
-	charon *process            // that we started, if any
-	last   retry.LastError
+	log       klog.Logger
+	own       subnet.Lease
+	peers     map[subnet.Subnets]subnet.Lease
+	keys      map[netip.Addr]bool // the keys that were loaded into the running charon
+	client    client              // zero: not connected
+	charon    *process            // the charon that we have started, if any
+	lastError retry.LastError
 }
 
 // Work implements backend.Worker.
 func (b *ipsec) Work(ctx context.Context, own subnet.Lease, peers <-chan subnet.Update) error {
-	k := &keyer{ipsec: b, own: own, peers: map[subnet.Subnets]subnet.Lease{}}
-	defer k.close(ctx)
-	select { // what charon has is not compared before it is known what it must
+	c := &charonSync{ipsec: b, log: klog.FromContext(ctx), own: own, peers: map[subnet.Subnets]subnet.Lease{}}
+	defer c.close(ctx)
+	select { // charon keeps what it holds until the peers are known
 	case <-ctx.Done():
 		return nil
 	case news := <-peers:
-		news.Apply(k.peers)
+		news.Apply(c.peers)
 	}
 	timer := time.NewTimer(0)
 	defer timer.Stop()
-	pause := retry.Backoff{First: charonStarts}
+	pause := retry.Backoff{First: charonStart}
 	for {
 		var ended chan struct{}
-		if k.charon != nil {
-			ended = k.charon.ended
+		if c.charon != nil {
+			ended = c.charon.ended
 		}
 		select {
 		case <-ctx.Done():
 			return nil
 		case news := <-peers:
-			news.Apply(k.peers)
+			news.Apply(c.peers)
 		case <-ended:
-			klog.Errorf("ipsec: charon has ended (%v): starting it again", k.charon.ProcessState)
-			k.charon = nil
-			k.hangUp()
+			c.log.Error(nil, "charon has ended; starting it again", "reason", c.charon.ProcessState.String())
+			c.charon = nil
+			c.disconnect()
 		case <-timer.C:
 		}
-		err := k.sync(ctx)
+		err := c.sync(ctx)
 		if !errors.Is(err, errStarting) {
-			k.last.Log(klog.FromContext(ctx), "ipsec", err)
+			c.lastError.Log(c.log, "ipsec", err)
 		}
 		if err != nil {
-			k.hangUp()
+			c.disconnect()
 			timer.Reset(pause.Next())
 		} else {
-			timer.Reset(k.check)
+			timer.Reset(c.check)
 			pause.Reset()
 		}
 	}
 }
 
-// errStarting says that charon was just started, and does not listen yet.
+// errStarting is returned while a charon that was just started does not listen yet.
 var errStarting = errors.New("charon starts")
 
-// dial connects to charon, and starts it if there is none.
-func (k *keyer) dial() error {
-	if k.client.Session != nil {
+// connect connects to charon. If no charon is running, connect starts one.
+func (c *charonSync) connect() error {
+	if c.client.Session != nil {
 		return nil
 	}
-	s, err := vici.NewSession(vici.WithAddr("unix", k.socket))
+	s, err := vici.NewSession(vici.WithAddr("unix", c.socket))
 	switch {
 	case err == nil:
-		k.client, k.keys = client{s}, map[netip.Addr]bool{}
+		c.client, c.keys = client{s}, map[netip.Addr]bool{}
 		return nil
-	case k.charon.running():
+	case c.charon.running():
 		return errStarting
 	}
-	if k.charon, err = start(); err != nil {
+	if c.charon, err = start(); err != nil {
 		return err
 	}
-	klog.Infof("ipsec: %s is started", k.charon.Path)
+	c.log.Info("Started charon", "path", c.charon.Path)
 	return errStarting
 }
 
-func (k *keyer) hangUp() {
-	if k.client.Session != nil {
-		k.client.Close()
+func (c *charonSync) disconnect() {
+	if c.client.Session != nil {
+		c.client.Close()
 	}
-	k.client = client{}
+	c.client = client{}
 }
 
-// sync makes charon hold a key for each peer and a connection for each tunnel,
-// and no others of ours.
-func (k *keyer) sync(ctx context.Context) error {
-	if err := k.dial(); err != nil {
+// sync makes charon hold a key for each peer and a connection for each tunnel, and no others of this node.
+func (c *charonSync) sync(ctx context.Context) error {
+	if err := c.connect(); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
 	defer cancel()
 	tunnels := map[string]tunnel{}
 	keys := map[netip.Addr]bool{}
-	for _, l := range k.peers {
-		for _, t := range k.tunnels(k.own, l) {
+	for _, l := range c.peers {
+		for _, t := range c.tunnels(c.own, l) {
 			tunnels[t.name()] = t
 			keys[t.from], keys[t.to] = true, true
 		}
 	}
-	loaded, err := k.client.connections(ctx)
+	loaded, err := c.client.connections(ctx)
 	if err != nil {
 		return err
 	}
-	up, err := k.client.established(ctx)
+	up, err := c.client.established(ctx)
 	if err != nil {
 		return err
 	}
 	var errs []error
 	do := func(command string, args any) bool {
-		_, err := k.client.call(ctx, command, args)
+		_, err := c.client.call(ctx, command, args)
 		if err != nil {
 			errs = append(errs, err)
 		}
 		return err == nil
 	}
 	for _, ip := range slices.SortedFunc(maps.Keys(keys), netip.Addr.Compare) {
-		if !k.keys[ip] {
-			k.keys[ip] = do("load-shared", map[string]any{"id": keyName(ip), "type": "IKE", "data": string(k.PSK), "owners": []string{ip.String()}})
+		if !c.keys[ip] {
+			c.keys[ip] = do("load-shared", map[string]any{
+				"id": keyName(ip), "type": "IKE", "data": string(c.PSK), "owners": []string{ip.String()},
+			})
 		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(loaded)) {
-		if _, wanted := tunnels[name]; !wanted && k.ours(name) {
-			k.unload(ctx, name)
+		if _, wanted := tunnels[name]; !wanted && c.ours(name) {
+			c.unload(ctx, name)
 		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(tunnels)) {
 		t := tunnels[name]
 		switch {
 		case !loaded[name]:
-			klog.V(1).Infof("ipsec: charon is told of the connection %s", name)
-			do("load-conn", map[string]any{name: k.connection(t)})
+			c.log.V(1).Info("Loading a connection into charon", "connection", name)
+			do("load-conn", map[string]any{name: c.connection(t)})
 		case !up[name]:
-			// The peer ended it. Whether it can be had again will show.
+			// The peer has ended the tunnel. charon tries to establish it again.
 			do("initiate", map[string]string{"ike": name, "child": t.child(), "timeout": "-1"})
 		}
 	}
-	for ip := range k.keys {
+	for ip := range c.keys {
 		if !keys[ip] && do("unload-shared", map[string]string{"id": keyName(ip)}) {
-			delete(k.keys, ip)
+			delete(c.keys, ip)
 		}
 	}
 	return errors.Join(errs...)
@@ -175,13 +175,12 @@ func (k *keyer) sync(ctx context.Context) error {
 
 const keyPrefix = "flannel-"
 
-// keyName is what charon knows the key by that we share with a host.
+// keyName is the name in charon of the key that this node shares with a host.
 func keyName(ip netip.Addr) string { return keyPrefix + ip.String() }
 
-// ours tells whether a connection is one that we have made, maybe in an earlier
-// life and for another lease.
-func (k *keyer) ours(name string) bool {
-	for _, ip := range []netip.Addr{k.uplink.IPv4, k.uplink.IPv6} {
+// ours reports whether a connection is of this node. An earlier process may have made it, for another lease.
+func (c *charonSync) ours(name string) bool {
+	for _, ip := range []netip.Addr{c.uplink.IPv4, c.uplink.IPv6} {
 		if ip.IsValid() && strings.HasPrefix(name, ip.String()+"-") && strings.Count(name, "-") == 3 {
 			return true
 		}
@@ -189,32 +188,33 @@ func (k *keyer) ours(name string) bool {
 	return false
 }
 
-// unload has charon forget a connection and end its tunnel.
-func (k *keyer) unload(ctx context.Context, name string) {
-	for _, c := range []struct {
+// unload has charon delete a connection and end its tunnel.
+func (c *charonSync) unload(ctx context.Context, name string) {
+	for _, x := range []struct {
 		command string
 		args    map[string]string
-	}{{"unload-conn", map[string]string{"name": name}}, {"terminate", map[string]string{"ike": name, "timeout": "-1"}}} {
-		if _, err := k.client.call(ctx, c.command, c.args); err != nil {
-			klog.V(1).Infof("ipsec: %s: %v", name, err) // there may be none
+	}{{"unload-conn", map[string]string{"name": name}}, {"terminate", map[string]string{"ike": name,
+		"timeout": "-1"}}} {
+		if _, err := c.client.call(ctx, x.command, x.args); err != nil {
+			c.log.V(1).Info("Cannot unload a connection", "connection", name, "reason", err) // it may not exist
 		}
 	}
 }
 
-// close leaves everything as it is when flanneld ends, so that packets pass while
-// it restarts. Else nothing stays behind.
-func (k *keyer) close(ctx context.Context) {
-	defer k.hangUp()
+// close changes nothing when flanneld stops, so that packets pass while flanneld restarts. Otherwise, close removes all
+// connections.
+func (c *charonSync) close(ctx context.Context) {
+	defer c.disconnect()
 	if errors.Is(context.Cause(ctx), backend.ErrStopping) {
 		return
 	}
-	if k.client.Session != nil {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), charonEnds)
+	if c.client.Session != nil {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
 		defer cancel()
-		k.peers = nil
-		if err := k.sync(ctx); err != nil {
-			klog.Warningf("ipsec: charon may keep connections that are no longer wanted: %v", err)
+		c.peers = nil
+		if err := c.sync(ctx); err != nil {
+			c.log.Error(err, "charon may keep connections that are no longer needed")
 		}
 	}
-	k.charon.stop()
+	c.charon.stop()
 }

@@ -145,9 +145,7 @@ const healthPort = 8471
 // begin makes a host with an uplink and starts the main loop.
 func begin(t *testing.T, m *manager, change func(*Options)) *flanneld {
 	t.Helper()
-	if os.Getuid() != 0 {
-		t.Skip("needs root: network namespaces")
-	}
+	nstest.NeedRoot(t)
 	nstest.Need(t, "ip", "iptables", "nft")
 	nstest.Run(t, "ip link set lo up")
 	nstest.Run(t, "ip link add eth0 type veth peer name far")

@@ -18,13 +18,12 @@ import (
 
 // New moves the calling goroutine into a new, empty network namespace with lo
 // up, until the test ends. Sockets that it opens and commands that it starts
-// belong to the namespace; goroutines that it starts do not. Without root the
-// test is skipped.
+// belong to the namespace; goroutines that it starts do not. The test needs root,
+// and the program ip.
 func New(t testing.TB) {
 	t.Helper()
-	if os.Getuid() != 0 {
-		t.Skip("needs root: network namespaces")
-	}
+	NeedRoot(t)
+	Need(t, "ip")
 	runtime.LockOSThread()
 	home, err := netns.Get()
 	if err != nil {
@@ -70,12 +69,30 @@ func Try(line string) (string, error) {
 	return strings.TrimRight(string(out), "\n"), err
 }
 
-// Need skips the test unless the named programs are installed.
+// Missing skips a test that lacks something. In continuous integration (CI=true),
+// where nothing may be lacking, the test fails.
+func Missing(t testing.TB, format string, args ...any) {
+	t.Helper()
+	if os.Getenv("CI") == "true" {
+		t.Fatalf(format, args...)
+	}
+	t.Skipf(format, args...)
+}
+
+// NeedRoot is for a test that makes network namespaces.
+func NeedRoot(t testing.TB) {
+	t.Helper()
+	if os.Getuid() != 0 {
+		Missing(t, "needs root: network namespaces")
+	}
+}
+
+// Need is for a test that runs the named programs.
 func Need(t testing.TB, programs ...string) {
 	t.Helper()
 	for _, p := range programs {
 		if _, err := exec.LookPath(p); err != nil {
-			t.Skipf("needs %s: %v", p, err)
+			Missing(t, "needs %s: %v", p, err)
 		}
 	}
 }

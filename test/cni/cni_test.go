@@ -49,7 +49,7 @@ func newNode(t testing.TB, subnets subnet.Subnets) *node {
 	}
 	for _, program := range []string{"bin/flannel", "cni/bridge", "cni/host-local"} {
 		if _, err := os.Stat(filepath.Join(build, program)); err != nil {
-			t.Skipf("%v: run make build tools", err)
+			nstest.Missing(t, "%v: run make build tools", err)
 		}
 	}
 	nstest.Need(t, "ip", "ping")

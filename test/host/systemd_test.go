@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/flanneld/flanneld/pkg/nstest"
 )
 
 // units returns a directory with our units, and programs where they look for
@@ -49,9 +51,7 @@ func write(t *testing.T, path, text string) {
 // analyze runs systemd-analyze, which needs no systemd that runs.
 func analyze(t *testing.T, dir string, args ...string) (string, error) {
 	t.Helper()
-	if _, err := exec.LookPath("systemd-analyze"); err != nil {
-		t.Skip(err)
-	}
+	nstest.Need(t, "systemd-analyze")
 	cmd := exec.Command("systemd-analyze", args...)
 	cmd.Dir = dir
 	cmd.Env = append(os.Environ(), "SYSTEMD_UNIT_PATH="+dir+":")

@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/flanneld/flanneld/pkg/nstest"
 	"github.com/flanneld/flanneld/test/lab"
 	"github.com/flanneld/flanneld/test/lab/labtest"
 )
@@ -20,9 +21,7 @@ func TestClusterLeftovers(t *testing.T) {
 	if os.Getenv("LAB_TO_LEAVE") != "" {
 		leaveCluster(t)
 	}
-	if os.Getuid() != 0 {
-		t.Skip("needs root: network namespaces")
-	}
+	nstest.NeedRoot(t)
 	ctx := labtest.Context(t, 2*time.Minute)
 	child := exec.CommandContext(ctx, os.Args[0], "-test.run=^TestClusterLeftovers$")
 	child.Env = append(os.Environ(), "LAB_TO_LEAVE=1")

@@ -5,7 +5,6 @@ package labtest
 import (
 	"bytes"
 	"context"
-	"os"
 	"os/exec"
 	"strings"
 	"testing"
@@ -13,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/flanneld/flanneld/pkg/nstest"
 	"github.com/flanneld/flanneld/test/lab"
 )
 
@@ -31,13 +31,10 @@ func New(ctx context.Context, t testing.TB, config string, nodes ...lab.NodeOpti
 	return NewWith(ctx, t, lab.Options{}, config, nodes...)
 }
 
-// NewWith is New with options for the lab. The test is skipped where one of the
-// programs that they name was not built, unless this is continuous integration.
+// NewWith is New with options for the lab.
 func NewWith(ctx context.Context, t testing.TB, o lab.Options, config string, nodes ...lab.NodeOptions) *lab.Lab {
 	t.Helper()
-	if os.Getuid() != 0 {
-		t.Skip("needs root: network namespaces")
-	}
+	nstest.NeedRoot(t)
 	NeedPrograms(t, o.Store, o.APIServer)
 	l, err := lab.New(ctx, o)
 	if err != nil {
@@ -60,20 +57,16 @@ func NewWith(ctx context.Context, t testing.TB, o lab.Options, config string, no
 	return l
 }
 
-// NeedPrograms skips the test unless the programs, such as stores/kine, were
-// built; "" is none. In continuous integration (CI=true) it fails.
+// NeedPrograms is for a test that runs programs which have to be built, such as
+// stores/kine; "" is none.
 func NeedPrograms(t testing.TB, names ...string) {
 	t.Helper()
 	for _, name := range names {
 		if name == "" {
 			continue
 		}
-		_, err := lab.Program(name)
-		switch {
-		case err != nil && os.Getenv("CI") == "true":
-			t.Fatal(err)
-		case err != nil:
-			t.Skip(err)
+		if _, err := lab.Program(name); err != nil {
+			nstest.Missing(t, "%v", err)
 		}
 	}
 }
@@ -91,9 +84,7 @@ func NeedDevice(t testing.TB, kind string) {
 // network namespace of its own. make test-vm has a kernel that can do more.
 func NeedKernel(t testing.TB, line string) {
 	t.Helper()
-	if os.Getuid() != 0 {
-		t.Skip("needs root: network namespaces")
-	}
+	nstest.NeedRoot(t)
 	words := strings.Fields(line)
 	cmd := exec.Command(words[0], words[1:]...)
 	cmd.SysProcAttr = &unix.SysProcAttr{Cloneflags: unix.CLONE_NEWNET}

@@ -159,8 +159,12 @@ func TestAWS(t *testing.T) {
 	for _, dst := range pods[1].Addrs() {
 		labtest.Do(t, pods[0].WaitPing(ctx, dst))
 	}
+	v.removeNode(ctx, t, first, second, third)
+	v.fillTable(ctx, t, first, second, third, pods)
+}
 
-	// A node is removed: its blackholes go with its lease.
+// removeNode removes a node. Its routes in the table are deleted with its lease.
+func (v *vpc) removeNode(ctx context.Context, t *testing.T, first, second, third *lab.Node) {
 	key, _ := leaseOf(ctx, t, v.lab, third)
 	labtest.Do(t, third.Stop(ctx))
 	v.Terminate(v.enis[third])
@@ -173,18 +177,21 @@ func TestAWS(t *testing.T) {
 	labtest.Do(t, first.Restart(ctx))
 	v.routes(ctx, t, first, second)
 
-	// The table is full when it comes back. The others do not suffer.
+}
+
+// fillTable: the table is full when the node returns. The other nodes are not affected.
+func (v *vpc) fillTable(ctx context.Context, t *testing.T, first, second, third *lab.Node, pods []*lab.Pod) {
 	v.SetQuota(2)
 	labtest.Do(t, third.Reboot(ctx))
 	v.enis[third] = v.Launch("subnet-1", third.IPv4, third.IPv6)
-	lossless = startPings(ctx, t, pods)
+	lossless := startPings(ctx, t, pods)
 	labtest.Do(t, third.Start("--ip-masq"))
 	labtest.Do(t, third.WaitReady(ctx))
 	said(ctx, t, third, `err="the table is full, this node's pods cannot be reached through it: raise the quota \"Routes per route table\"`)
 	v.routes(ctx, t, first, second)
 	lossless()
 	v.SetQuota(50)
-	v.routes(ctx, t, nodes...)
+	v.routes(ctx, t, first, second, third)
 	said(ctx, t, third, `"Recovered" operation="Route table `+v.Main()+`"`)
 }
 

@@ -21,11 +21,10 @@ func TestDocker(t *testing.T) {
 	ctx := labtest.Context(t, 3*time.Minute)
 	l := labtest.New(ctx, t, `{`+ipv4Network+`, `+ipv6Network+`, "Backend": {"Type": "vxlan"}}`, make([]lab.NodeOptions, 2)...)
 	labtest.Start(ctx, t, l, "--ip-masq")
-	script := labtest.Must(filepath.Abs("../../dist/mk-docker-opts.sh"))(t)
 	var addresses [2][]string
 	for i, n := range l.Nodes() {
 		file := filepath.Join(n.Dir, "docker.env")
-		labtest.Must(n.Run(ctx, "sh "+script+" -c -f "+n.SubnetFile()+" -d "+file))(t)
+		labtest.Must(n.Run(ctx, "sh ../../dist/mk-docker-opts.sh -c -f "+n.SubnetFile()+" -d "+file))(t)
 		// As systemd reads an EnvironmentFile, and splits $DOCKER_OPTS.
 		text := strings.TrimSpace(string(labtest.Must(os.ReadFile(file))(t)))
 		options := strings.Fields(strings.Trim(strings.TrimPrefix(text, "DOCKER_OPTS="), `"`))

@@ -113,7 +113,7 @@ func TestEndKubernetes(t *testing.T) {
 	}
 	labtest.Do(t, k.Cut(ctx))
 	through("API server at ")
-	labtest.Do(t, k.Mend(ctx))
+	labtest.Do(t, k.Restore(ctx))
 	through(`missing="Node n1"`)
 	labtest.Do(t, k.AddNode(ctx, n))
 	through(`missing="spec.podCIDR of Node n1"`)

@@ -19,26 +19,25 @@ import (
 	"github.com/flanneld/flanneld/test/lab/labtest"
 )
 
-// A ground is a network that faults are tried on: a backend, a firewall, and
-// how many peers there are besides.
-type ground struct {
+// A scenario is a network that faults are tried on: a backend, a firewall, and a number of peers.
+type scenario struct {
 	name, backend string
 	nftables      bool
 	legacy        bool     // iptables is iptables-legacy
 	devices       []string // of the daemon
-	strangers     int      // leases of nodes that are not there
-	faults        []fault  // what is tried
+	strangers     int      // leases of nodes that do not exist
+	faults        []fault  // to try
 	device        string   // of a type that not every kernel has
-	ipv4          bool     // no more than that
+	ipv4          bool     // without IPv6
 }
 
-var grounds = []ground{
+var scenarios = []scenario{
 	{name: "vxlan", backend: `{"Type": "vxlan"}`, devices: vteps, strangers: 2, faults: everyFault},
 	{name: "host-gw", backend: `{"Type": "host-gw"}`, strangers: 2, faults: everyFault},
 	{name: "vxlan direct", backend: `{"Type": "vxlan", "DirectRouting": true}`, nftables: true, devices: vteps, strangers: 2,
 		faults: slices.Concat(routeFaults, uplinkFaults, ruleFaults)},
 	{name: "host-gw, iptables-legacy", backend: `{"Type": "host-gw"}`, legacy: true, strangers: 2, faults: ruleFaults},
-	// So many that routes go through nexthop objects.
+	// With so many peers, routes go through nexthop objects.
 	{name: "vxlan, 300 peers", backend: `{"Type": "vxlan"}`, nftables: true, devices: vteps, strangers: 300,
 		faults: slices.Concat(deviceFaults, routeFaults, neighbourFaults, uplinkFaults)},
 	{name: "ipip", backend: `{"Type": "ipip"}`, devices: []string{"flannel.ipip"}, strangers: 2,
@@ -47,95 +46,41 @@ var grounds = []ground{
 
 var vteps = []string{"flannel.1", "flannel-v6.1"}
 
-// A scene is a ground with two nodes, a pod on each, and probes both ways and
-// to the outside, in both families. Faults happen to the first node.
-type scene struct {
+// A testbed is a scenario with two nodes, a pod on each, and probes between the pods, both ways, and to the outside,
+// in both families. Faults happen to the first node.
+type testbed struct {
 	*lab.Lab
-	ground
+	scenario
 	node, peer *lab.Node
 	probes     []*lab.Probe
-	underlay   []*lab.Probe // of the nodes themselves, past the daemon
-	key        string       // of the node's lease
-	theirs     subnet.Lease // the peer's lease
-	whole      string       // state as it should be
-	others     []string     // routes of others, while they are gone
+	underlay   []*lab.Probe  // between the nodes' own addresses
+	key        string        // of the node's lease
+	theirs     subnet.Lease  // the peer's lease
+	interval   time.Duration // of a probe
+	want       string        // the state without a fault
+	others     []string      // routes of other programs, while the routes are gone
 }
 
-func setScene(ctx context.Context, t testing.TB, g ground) *scene {
+// newTestbed starts a testbed whose probes send a packet in each interval.
+func newTestbed(ctx context.Context, t testing.TB, g scenario, interval time.Duration) *testbed {
 	t.Helper()
-	// The nodes take their subnets from the first hundred, strangers have others.
 	labtest.NeedDevice(t, g.device)
+	// The nodes take their subnets from the first hundred. Strangers have others.
 	ipv6 := ipv6Network
 	if g.ipv4 {
 		ipv6 = `"EnableIPv6": false`
 	}
 	config := fmt.Sprintf(`{"Network": "10.4.0.0/14", %s, "EnableNFTables": %v, "Backend": %s}`, ipv6, g.nftables, g.backend)
 	l := labtest.New(ctx, t, config, lab.NodeOptions{}, lab.NodeOptions{})
-	s := &scene{Lab: l, ground: g, node: l.Nodes()[0], peer: l.Nodes()[1]}
+	s := &testbed{Lab: l, scenario: g, node: l.Nodes()[0], peer: l.Nodes()[1], interval: interval}
 	labtest.Do(t, joinAll(ctx, s))
-	for _, n := range l.Nodes() {
-		// Else the uplink itself takes two seconds to come back.
-		labtest.Must(n.Run(ctx, "sysctl -qw net.ipv6.conf.default.accept_dad=0 net.ipv6.conf.eth0.accept_dad=0"))(t)
-	}
-	if g.legacy {
-		// As kubelet marks the variant that a host uses.
-		for _, n := range l.Nodes() {
-			labtest.Must(n.Run(ctx, "iptables-legacy -t mangle -N KUBE-IPTABLES-HINT"))(t)
-			labtest.Must(n.Run(ctx, "ip6tables-legacy -t mangle -N KUBE-IPTABLES-HINT"))(t)
-		}
-	}
-	// One fault of rules after another is taken for a quarrel, and then set right
-	// by the regular checks alone.
-	resync := "--iptables-resync=1"
-	if g.legacy {
-		resync = "--iptables-resync=600" // what nobody tells of is seen nevertheless
-	}
-	labtest.Start(ctx, t, l, "--ip-masq", resync)
-	for key, lease := range labtest.Must(l.Etcd.Leases(ctx))(t) {
-		switch lease.Attrs.PublicIP {
-		case s.node.IPv4:
-			s.key = key
-		case s.peer.IPv4:
-			s.theirs = lease
-		}
-	}
-	if !g.nftables {
-		// As Docker sets it: what the daemon does not accept is dropped.
-		for _, n := range l.Nodes() {
-			for _, program := range s.iptables() {
-				labtest.Must(n.Run(ctx, program+" -P FORWARD DROP"))(t)
-			}
-		}
-	}
-	var pods []*lab.Pod
-	for _, n := range l.Nodes() {
-		p := labtest.Must(n.AddPod(ctx, "pod"))(t)
-		labtest.Do(t, p.Mirror())
-		pods = append(pods, p)
-	}
-	labtest.Do(t, l.Outside.Mirror())
-	for i, from := range pods {
-		for j, as := range from.Addrs() {
-			s.probes = append(s.probes, from.StartProbe(pods[1-i].Addrs()[j], from.MTU, as))
-		}
-	}
-	for _, dst := range []netip.Addr{lab.Outside, lab.OutsideV6}[:len(pods[0].Addrs())] {
-		s.probes = append(s.probes, pods[0].StartProbe(dst, pods[0].MTU, netip.Addr{}))
-	}
-	labtest.Do(t, s.peer.Mirror())
-	for _, dst := range s.peer.Addrs() {
-		s.underlay = append(s.underlay, s.node.StartProbe(dst, 1400, netip.Addr{}))
-	}
-	t.Cleanup(func() {
-		for _, p := range slices.Concat(s.probes, s.underlay) {
-			p.Stop()
-		}
-	})
-	labtest.Do(t, s.healed(ctx, time.Now()))
+	s.startDaemons(ctx, t)
+	s.startProbes(ctx, t)
+	labtest.Do(t, s.waitTraffic(ctx, time.Now()))
 	last := ""
 	labtest.Do(t, lab.Poll(ctx, "the state to settle", func() (err error) {
-		last, s.whole = s.whole, ""
-		if s.whole, err = s.state(ctx); err == nil && s.whole != last {
+		last, s.want = s.want, ""
+		if s.want, err = s.state(ctx); err == nil && s.want != last {
 			err = errors.New("it changes")
 		}
 		return err
@@ -143,8 +88,74 @@ func setScene(ctx context.Context, t testing.TB, g ground) *scene {
 	return s
 }
 
-// state is all that the daemons keep: in the nodes' kernels, in etcd, in files.
-func (s *scene) state(ctx context.Context) (string, error) {
+// startDaemons prepares the nodes, and starts the daemons on them.
+func (s *testbed) startDaemons(ctx context.Context, t testing.TB) {
+	t.Helper()
+	run := func(lines ...string) {
+		t.Helper()
+		for _, n := range s.Nodes() {
+			for _, line := range lines {
+				labtest.Must(n.Run(ctx, line))(t)
+			}
+		}
+	}
+	// Duplicate address detection would delay the uplink's return by two seconds.
+	run("sysctl -qw net.ipv6.conf.default.accept_dad=0 net.ipv6.conf.eth0.accept_dad=0")
+	// Faults that follow each other are taken for a fight, and then only the regular checks restore the rules.
+	resync := "--iptables-resync=1"
+	if s.legacy {
+		// As kubelet marks the variant that a host uses.
+		run("iptables-legacy -t mangle -N KUBE-IPTABLES-HINT", "ip6tables-legacy -t mangle -N KUBE-IPTABLES-HINT")
+		resync = "--iptables-resync=600" // there are no notifications, and faults are found nevertheless
+	}
+	labtest.Start(ctx, t, s.Lab, "--ip-masq", resync)
+	for key, lease := range labtest.Must(s.Etcd.Leases(ctx))(t) {
+		switch lease.Attrs.PublicIP {
+		case s.node.IPv4:
+			s.key = key
+		case s.peer.IPv4:
+			s.theirs = lease
+		}
+	}
+	if !s.nftables {
+		// Docker sets this policy: what the daemon does not accept is dropped.
+		for _, program := range s.iptables() {
+			run(program + " -P FORWARD DROP")
+		}
+	}
+}
+
+// startProbes adds a pod to each node, and starts the probes.
+func (s *testbed) startProbes(ctx context.Context, t testing.TB) {
+	t.Helper()
+	var pods []*lab.Pod
+	for _, n := range s.Nodes() {
+		p := labtest.Must(n.AddPod(ctx, "pod"))(t)
+		labtest.Do(t, p.Mirror())
+		pods = append(pods, p)
+	}
+	labtest.Do(t, s.Outside.Mirror())
+	for i, from := range pods {
+		for j, as := range from.Addrs() {
+			s.probes = append(s.probes, from.StartProbe(pods[1-i].Addrs()[j], from.MTU, as, s.interval))
+		}
+	}
+	for _, dst := range []netip.Addr{lab.Outside, lab.OutsideV6}[:len(pods[0].Addrs())] {
+		s.probes = append(s.probes, pods[0].StartProbe(dst, pods[0].MTU, netip.Addr{}, s.interval))
+	}
+	labtest.Do(t, s.peer.Mirror())
+	for _, dst := range s.peer.Addrs() {
+		s.underlay = append(s.underlay, s.node.StartProbe(dst, 1400, netip.Addr{}, s.interval))
+	}
+	t.Cleanup(func() {
+		for _, p := range slices.Concat(s.probes, s.underlay) {
+			p.Stop()
+		}
+	})
+}
+
+// state returns all that the daemons maintain: in the nodes' kernels, in etcd, in files.
+func (s *testbed) state(ctx context.Context) (string, error) {
 	var b strings.Builder
 	for _, n := range s.Nodes() {
 		held, err := n.Holds(ctx)
@@ -164,8 +175,8 @@ func (s *scene) state(ctx context.Context) (string, error) {
 	return b.String(), err
 }
 
-// shown is the state, and what may be in the way of it.
-func (s *scene) shown(ctx context.Context) (string, error) {
+// stateAndRoutes returns the state and all routes of the node, some of which may hide the daemon's.
+func (s *testbed) stateAndRoutes(ctx context.Context) (string, error) {
 	state, err := s.state(ctx)
 	if err != nil {
 		return "", err
@@ -174,29 +185,28 @@ func (s *scene) shown(ctx context.Context) (string, error) {
 	return state + routes, err
 }
 
-// healed waits until all probes that were sent since then are answered.
-func (s *scene) healed(ctx context.Context, since time.Time) error {
+// waitTraffic waits until all probes are answered that were sent since that time.
+func (s *testbed) waitTraffic(ctx context.Context, since time.Time) error {
 	return lab.Poll(ctx, "pods to talk", func() error {
-		var mute []string
+		var silent []string
 		for _, p := range s.probes {
 			if !p.Steady(since) {
-				mute = append(mute, p.What)
+				silent = append(silent, p.What)
 			}
 		}
-		if len(mute) > 0 {
-			return fmt.Errorf("silence from %s", strings.Join(mute, ", "))
+		if len(silent) > 0 {
+			return fmt.Errorf("silence from %s", strings.Join(silent, ", "))
 		}
 		return nil
 	})
 }
 
-// restored waits until the state is as it was at first, but for what is moved
-// on purpose.
-func (s *scene) restored(ctx context.Context) error {
-	return lab.Poll(ctx, "the state to be whole again", func() error {
+// waitRestored waits until the state is as it was without a fault.
+func (s *testbed) waitRestored(ctx context.Context) error {
+	return lab.Poll(ctx, "the state to be restored", func() error {
 		now, err := s.state(ctx)
-		if err == nil && now != s.whole {
-			err = errors.New(difference(s.whole, now))
+		if err == nil && now != s.want {
+			err = errors.New(difference(s.want, now))
 		}
 		return err
 	})
@@ -223,28 +233,28 @@ func difference(want, have string) string {
 	return b.String()
 }
 
-// faultPause is how far faults are apart when their time is measured.
+// faultPause is the time between faults when recovery is measured.
 const faultPause = 1500 * time.Millisecond
 
-// faultPatience is how long a fault may take to heal before the test fails.
-const faultPatience = 15 * time.Second
+// recoveryLimit is how long recovery from a fault may take before the test fails.
+const recoveryLimit = 15 * time.Second
 
-// A recovery is how long a fault was felt.
+// A recovery is how long a fault had an effect.
 type recovery struct {
-	silence  time.Duration // until pods talked again, all of them
-	last     string        // who was the last to talk
+	silence  time.Duration // until all pods talked again
+	last     string        // the probe that was answered last
 	underlay time.Duration // until the nodes themselves talked again
-	whole    time.Duration // until the state was as before, at the latest
+	state    time.Duration // until the state was as before, at the latest
 }
 
-// suffer has a fault happen and waits until everything is as before.
-func (s *scene) suffer(ctx context.Context, f fault, now moment) (r recovery, err error) {
-	ctx, cancel := context.WithTimeout(ctx, lab.Patiently(faultPatience))
+// recoverFrom injects a fault and waits until everything is as before.
+func (s *testbed) recoverFrom(ctx context.Context, f fault, now daemonState) (r recovery, err error) {
+	ctx, cancel := context.WithTimeout(ctx, lab.Patiently(recoveryLimit))
 	defer cancel()
 	before := ""
-	if now == asleep {
-		// What a daemon that stands still cannot mend must show.
-		if before, err = s.shown(ctx); err != nil {
+	if now == frozen {
+		// A frozen daemon repairs nothing, so that the fault must be visible.
+		if before, err = s.stateAndRoutes(ctx); err != nil {
 			return r, err
 		}
 		if err := s.node.Freeze(ctx); err != nil {
@@ -253,35 +263,35 @@ func (s *scene) suffer(ctx context.Context, f fault, now moment) (r recovery, er
 		defer s.node.Thaw()
 	}
 	start := time.Now()
-	if err := f.harm(ctx, s); err != nil {
-		return r, fmt.Errorf("doing harm: %w", err)
+	if err := f.inject(ctx, s); err != nil {
+		return r, fmt.Errorf("injecting the fault: %w", err)
 	}
-	if now == asleep && f.undo == nil {
-		if after, err := s.shown(ctx); err == nil && after == before {
-			return r, errors.New("the fault changes nothing: it is none")
+	if now == frozen && f.undo == nil {
+		if after, err := s.stateAndRoutes(ctx); err == nil && after == before {
+			return r, errors.New("the fault changes nothing")
 		}
 	}
 	if f.undo != nil {
 		start = time.Now()
 		if err := f.undo(ctx, s); err != nil {
-			return r, fmt.Errorf("undoing the harm: %w", err)
+			return r, fmt.Errorf("undoing the fault: %w", err)
 		}
 	}
-	if now == asleep {
+	if now == frozen {
 		start = time.Now()
 		if err := s.node.Thaw(); err != nil {
 			return r, err
 		}
 	}
 	done := time.Now()
-	if err := s.healed(ctx, done); err != nil {
+	if err := s.waitTraffic(ctx, done); err != nil {
 		return r, err
 	}
-	if f.tidy == nil {
-		err = s.restored(ctx)
-		r.whole = time.Since(start)
+	if f.restore == nil {
+		err = s.waitRestored(ctx)
+		r.state = time.Since(start)
 	}
-	if err := s.healed(ctx, done); err != nil { // still, or again
+	if err := s.waitTraffic(ctx, done); err != nil { // still, or again
 		return r, err
 	}
 	for _, p := range s.probes {
@@ -300,27 +310,26 @@ func (s *scene) suffer(ctx context.Context, f fault, now moment) (r recovery, er
 		}
 		r.underlay = max(r.underlay, silence)
 	}
-	if f.tidy != nil {
-		if err := f.tidy(ctx, s); err != nil {
-			return r, fmt.Errorf("tidying up: %w", err)
+	if f.restore != nil {
+		if err := f.restore(ctx, s); err != nil {
+			return r, fmt.Errorf("restoring the state: %w", err)
 		}
-		err = s.restored(ctx)
-		err = errors.Join(err, s.healed(ctx, time.Now()))
+		err = s.waitRestored(ctx)
+		err = errors.Join(err, s.waitTraffic(ctx, time.Now()))
 	}
 	return r, err
 }
 
-// whenTimed is when the fault happens if its time is measured.
-func (f fault) whenTimed() moment {
-	if f.while == both {
-		return awake
+// timedState is the state of the daemon for a fault whose recovery is measured.
+func (f fault) timedState() daemonState {
+	if f.daemon == either {
+		return running
 	}
-	return f.while
+	return f.daemon
 }
 
-// rescue brings the scene back to life after a fault that did not heal, so
-// that the next can be tried.
-func (s *scene) rescue(ctx context.Context) error {
+// reset repairs the testbed after a fault from which the daemon did not recover, so that the next one can be tried.
+func (s *testbed) reset(ctx context.Context) error {
 	for _, n := range s.Nodes() {
 		n.Thaw()
 		n.Kill()
@@ -333,56 +342,55 @@ func (s *scene) rescue(ctx context.Context) error {
 			return err
 		}
 	}
-	return errors.Join(s.healed(ctx, time.Now()), s.restored(ctx))
+	return errors.Join(s.waitTraffic(ctx, time.Now()), s.waitRestored(ctx))
 }
 
-// TestFaults: whatever befalls a node, its pods talk again, and the state is
-// as before. What happens in the kernel does so on one ground as the daemon looks
-// on, and on the next while it stands still.
+// TestFaults: after each fault pods talk again, and the state is as before. A fault in the kernel happens while the
+// daemon runs in one scenario, and while the daemon is frozen in the next.
 func TestFaults(t *testing.T) {
-	for i, g := range grounds {
+	for i, g := range scenarios {
 		t.Run(g.name, func(t *testing.T) {
 			t.Parallel()
 			ctx := labtest.Context(t, 10*time.Minute)
-			s := setScene(ctx, t, g)
+			s := newTestbed(ctx, t, g, 60*time.Millisecond) // more packets would keep the processors busy
 			for j, f := range g.faults {
 				if f.on != nil && !f.on(g) {
 					continue
 				}
-				now := f.while
-				if now == both {
-					now = []moment{awake, asleep}[(i+j)%2]
+				now := f.daemon
+				if now == either {
+					now = []daemonState{running, frozen}[(i+j)%2]
 				}
 				name := f.name
-				if now == asleep {
-					name += ", asleep"
+				if now == frozen {
+					name += ", frozen"
 				}
 				t.Run(name, func(t *testing.T) {
-					r, err := s.suffer(ctx, f, now)
+					r, err := s.recoverFrom(ctx, f, now)
 					if err != nil {
 						t.Error(err)
-						labtest.Do(t, s.rescue(ctx))
+						labtest.Do(t, s.reset(ctx))
 						return
 					}
 					t.Logf("pods talk again after %v (nodes after %v), all is as before after %v; last: %s",
-						r.silence.Round(time.Millisecond), r.underlay.Round(time.Millisecond), r.whole.Round(time.Millisecond), r.last)
+						r.silence.Round(time.Millisecond), r.underlay.Round(time.Millisecond), r.state.Round(time.Millisecond), r.last)
 				})
 			}
 			for _, n := range s.Nodes() {
-				labtest.Do(t, waitDiff(ctx, n, "")) // the daemon thinks so, too
+				labtest.Do(t, waitDiff(ctx, n, "")) // the daemon agrees
 			}
 		})
 	}
 }
 
-// BenchmarkFaults measures how long pods are silent after each fault, on each
-// ground, and prints a table: with -benchtime=3x, medians of three.
+// BenchmarkFaults measures how long pods are silent after each fault, in each scenario, and prints a table: with
+// -benchtime=3x, medians of three.
 func BenchmarkFaults(b *testing.B) {
-	medians := map[[2]string]recovery{} // by fault and ground
-	for _, g := range grounds {
+	medians := map[[2]string]recovery{} // by fault and scenario
+	for _, g := range scenarios {
 		b.Run(g.name, func(b *testing.B) {
 			ctx := labtest.Context(b, 30*time.Minute)
-			s := setScene(ctx, b, g)
+			s := newTestbed(ctx, b, g, 20*time.Millisecond)
 			for _, f := range g.faults {
 				if f.on != nil && !f.on(g) {
 					continue
@@ -390,12 +398,12 @@ func BenchmarkFaults(b *testing.B) {
 				b.Run(f.name, func(b *testing.B) {
 					var all []recovery
 					for range b.N {
-						// Faults on end are taken for a fight, and not mended at once.
+						// Faults in quick succession are taken for a fight, and not repaired at once.
 						time.Sleep(faultPause)
-						r, err := s.suffer(ctx, f, f.whenTimed())
+						r, err := s.recoverFrom(ctx, f, f.timedState())
 						if err != nil {
 							b.Error(err)
-							labtest.Do(b, s.rescue(ctx))
+							labtest.Do(b, s.reset(ctx))
 							return
 						}
 						all = append(all, r)
@@ -412,14 +420,14 @@ func BenchmarkFaults(b *testing.B) {
 	printFaults(medians)
 }
 
-// printFaults prints milliseconds of silence, a line a fault; in brackets, where
-// it is not zero, those of the nodes themselves.
+// printFaults prints milliseconds of silence, one line for each fault; in brackets the silence of the nodes
+// themselves, unless that is zero.
 func printFaults(medians map[[2]string]recovery) {
 	if len(medians) == 0 {
 		return
 	}
 	var columns []string
-	for _, g := range grounds {
+	for _, g := range scenarios {
 		for cell := range medians {
 			if cell[1] == g.name {
 				columns = append(columns, g.name)

@@ -17,151 +17,154 @@ import (
 	"github.com/flanneld/flanneld/test/lab"
 )
 
-// A fault is something that happens to a node, mostly by way of others on the
-// same host. The clock starts with it or, where nobody can mend anything before
-// it is undone, with undo.
+// A fault is something that another program on the host does to a node. The clock starts with inject or, where
+// nothing can be repaired before, with undo.
 type fault struct {
-	name  string
-	on    func(ground) bool // where it can happen; nil: everywhere
-	while moment            // it may happen
-	harm  deed
-	undo  deed
-	tidy  deed // where pods talk again, but not all is as before
+	name    string
+	on      func(scenario) bool // where the fault can happen; nil: everywhere
+	daemon  daemonState         // in which the fault may happen
+	inject  action
+	undo    action
+	restore action // for a fault after which pods talk again, but not all is as before
 }
 
-// moment tells what the daemon does meanwhile.
-type moment int
+// daemonState is what the daemon does while a fault is injected.
+type daemonState int
 
 const (
-	awake  moment = iota // looks on
-	both                 // looks on, or stands still
-	asleep               // stands still, or else it would be faster
+	running daemonState = iota
+	either
+	frozen // a running daemon would be faster than the fault
 )
 
-// A deed is done to a scene.
-type deed func(context.Context, *scene) error
+// An action changes a testbed.
+type action func(context.Context, *testbed) error
 
 var everyFault = slices.Concat(deviceFaults, routeFaults, neighbourFaults, uplinkFaults, ruleFaults, daemonFaults, etcdFaults)
 
 var deviceFaults = []fault{
-	{name: "device deleted", on: hasDevice, while: both, harm: commands("ip link del {dev}")},
-	{name: "device down", on: hasDevice, while: both, harm: commands("ip link set {dev} down")},
-	{name: "device's addresses flushed", on: hasDevice, while: both, harm: commands("ip addr flush dev {dev}")},
-	{name: "device's MTU changed", on: hasDevice, while: both, harm: commands("ip link set {dev} mtu 1280")},
+	{name: "device deleted", on: hasDevice, daemon: either, inject: commands("ip link del {dev}")},
+	{name: "device down", on: hasDevice, daemon: either, inject: commands("ip link set {dev} down")},
+	{name: "device's addresses flushed", on: hasDevice, daemon: either, inject: commands("ip addr flush dev {dev}")},
+	{name: "device's MTU changed", on: hasDevice, daemon: either, inject: commands("ip link set {dev} mtu 1280")},
 	// systemd's MACAddressPolicy does this, NetworkManager did.
-	{name: "device's MAC changed", on: isVXLAN, while: both, harm: commands("ip link set {dev} address 0e:00:00:00:00:99")},
-	{name: "device renamed", on: hasDevice, while: asleep,
-		harm: commands("ip link set {dev} down", "ip link set {dev} name flannel-lost{4}", "ip link set flannel-lost{4} up")},
-	{name: "device of another kind", on: hasDevice, while: asleep,
-		harm: commands("ip link del {dev}", "ip link add {dev} type bridge", "ip link set {dev} up")},
-	{name: "device of another port", on: isVXLAN, while: asleep,
-		harm: commands("ip link del {dev}", "ip link add {dev} type vxlan id {4} dstport 4789 dev eth0", "ip link set {dev} up")},
-	{name: "device with another's address", on: hasDevice, while: both, harm: commands("ip addr add {extra} dev {dev}")},
+	{name: "device's MAC changed", on: isVXLAN, daemon: either, inject: commands("ip link set {dev} address 0e:00:00:00:00:99")},
+	{name: "device renamed", on: hasDevice, daemon: frozen,
+		inject: commands("ip link set {dev} down", "ip link set {dev} name flannel-lost{4}", "ip link set flannel-lost{4} up")},
+	{name: "device of another kind", on: hasDevice, daemon: frozen,
+		inject: commands("ip link del {dev}", "ip link add {dev} type bridge", "ip link set {dev} up")},
+	{name: "device of another port", on: isVXLAN, daemon: frozen,
+		inject: commands("ip link del {dev}", "ip link add {dev} type vxlan id {4} dstport 4789 dev eth0", "ip link set {dev} up")},
+	{name: "device with another's address", on: hasDevice, daemon: either, inject: commands("ip addr add {extra} dev {dev}")},
 }
 
 var routeFaults = []fault{
 	// ip cannot flush routes that go through nexthop objects.
-	{name: "routes flushed", on: fewPeers, while: both, harm: commands("ip -{4} route flush proto 70")},
-	{name: "a route deleted", while: both, harm: commands("ip route del {subnet}")},
-	{name: "a route to another gateway", while: both, harm: commands("ip route replace {subnet} via {nobody} dev eth0 proto static")},
-	{name: "a route put before ours", while: both, harm: commands("ip route prepend {subnet} via {nobody} dev eth0 proto static")},
-	{name: "a route to another device", while: both, harm: commands("ip route replace {subnet} dev lo proto static")},
-	{name: "a route into a black hole", while: both, harm: commands("ip route replace blackhole {subnet} proto static")},
-	// Nobody but the host's own programs can bring its other routes back.
-	{name: "all routes flushed", on: fewPeers, while: asleep, harm: flushRoutes, undo: restoreRoutes},
-	{name: "nexthops flushed", on: manyPeers, while: both, harm: commands("ip nexthop flush proto 70")},
+	{name: "routes flushed", on: fewPeers, daemon: either, inject: commands("ip -{4} route flush proto 70")},
+	{name: "a route deleted", daemon: either, inject: commands("ip route del {subnet}")},
+	{name: "a route to another gateway", daemon: either, inject: commands("ip route replace {subnet} via {nobody} dev eth0 proto static")},
+	{name: "a route put before ours", daemon: either, inject: commands("ip route prepend {subnet} via {nobody} dev eth0 proto static")},
+	{name: "a route to another device", daemon: either, inject: commands("ip route replace {subnet} dev lo proto static")},
+	{name: "a route into a black hole", daemon: either, inject: commands("ip route replace blackhole {subnet} proto static")},
+	// Only the host's own programs can restore its other routes.
+	{name: "all routes flushed", on: fewPeers, daemon: frozen, inject: flushRoutes, undo: restoreRoutes},
+	{name: "nexthops flushed", on: manyPeers, daemon: either, inject: commands("ip nexthop flush proto 70")},
 }
 
 var neighbourFaults = []fault{
-	{name: "neighbours flushed", on: isVXLAN, while: asleep, harm: commands("ip -{4} neigh flush dev {dev} nud all")},
-	{name: "a neighbour of another MAC", on: isVXLAN, while: both, harm: commands("ip neigh replace {vtep} lladdr 0e:00:00:00:00:99 dev {dev} nud permanent")},
-	{name: "a neighbour that ages", on: isVXLAN, while: both, harm: commands("ip neigh replace {vtep} lladdr 0e:00:00:00:00:99 dev {dev} nud stale")},
-	{name: "FDB flushed", on: isVXLAN, while: both, harm: commands("bridge fdb flush dev {dev}")},
-	{name: "an FDB entry deleted", on: isVXLAN, while: both, harm: commands("bridge fdb del {mac} dev {dev}")},
-	{name: "an FDB entry to another host", on: isVXLAN, while: both, harm: commands("bridge fdb replace {mac} dev {dev} dst {nobody}")},
+	{name: "neighbours flushed", on: isVXLAN, daemon: frozen, inject: commands("ip -{4} neigh flush dev {dev} nud all")},
+	{name: "a neighbour of another MAC", on: isVXLAN, daemon: either, inject: commands("ip neigh replace {vtep} lladdr 0e:00:00:00:00:99 dev {dev} nud permanent")},
+	{name: "a neighbour that ages", on: isVXLAN, daemon: either, inject: commands("ip neigh replace {vtep} lladdr 0e:00:00:00:00:99 dev {dev} nud stale")},
+	{name: "FDB flushed", on: isVXLAN, daemon: either, inject: commands("bridge fdb flush dev {dev}")},
+	{name: "an FDB entry deleted", on: isVXLAN, daemon: either, inject: commands("bridge fdb del {mac} dev {dev}")},
+	{name: "an FDB entry to another host", on: isVXLAN, daemon: either, inject: commands("bridge fdb replace {mac} dev {dev} dst {nobody}")},
 }
 
 var uplinkFaults = []fault{
-	{name: "uplink down and up", while: both, harm: commands("ip link set eth0 down"), undo: startNetwork},
-	{name: "cable out and in", harm: func(ctx context.Context, s *scene) error { return s.node.PullCable(ctx) },
-		undo: func(ctx context.Context, s *scene) error { return s.node.PlugCable(ctx) }},
-	{name: "uplink replaced by another", while: both, harm: func(ctx context.Context, s *scene) error { return s.node.RemoveUplink(ctx) },
-		undo: func(ctx context.Context, s *scene) error {
+	{name: "uplink down and up", daemon: either, inject: commands("ip link set eth0 down"), undo: startNetwork},
+	{name: "cable out and in", inject: func(ctx context.Context, s *testbed) error { return s.node.PullCable(ctx) },
+		undo: func(ctx context.Context, s *testbed) error { return s.node.PlugCable(ctx) }},
+	{name: "uplink replaced by another", daemon: either, inject: func(ctx context.Context, s *testbed) error { return s.node.RemoveUplink(ctx) },
+		undo: func(ctx context.Context, s *testbed) error {
 			return errors.Join(s.node.ReplaceUplink(ctx), startNetwork(ctx, s))
 		}},
-	{name: "network restarted", while: both, undo: startNetwork,
-		harm: commands("ip -{4} addr flush dev eth0", "ip -{4} route flush dev eth0", "ip link set eth0 down")},
-	{name: "uplink's addresses flushed", while: both, harm: commands("ip -{4} addr flush dev eth0 scope global"), undo: startNetwork},
-	{name: "uplink's MTU changed", harm: commands("ip link set eth0 mtu 1400"), undo: commands("ip link set eth0 mtu 1500")},
+	{name: "network restarted", daemon: either, undo: startNetwork,
+		inject: commands("ip -{4} addr flush dev eth0", "ip -{4} route flush dev eth0", "ip link set eth0 down")},
+	{name: "uplink's addresses flushed", daemon: either, inject: commands("ip -{4} addr flush dev eth0 scope global"), undo: startNetwork},
+	{name: "uplink's MTU changed", inject: commands("ip link set eth0 mtu 1400"), undo: commands("ip link set eth0 mtu 1500")},
 	{name: "uplink's address changed",
-		harm: func(ctx context.Context, s *scene) error {
+		inject: func(ctx context.Context, s *testbed) error {
 			return errors.Join(stopIPv4(ctx, s), s.node.ConfigureUplink(ctx, netip.MustParseAddr("198.18.0.77")))
 		},
-		tidy: func(ctx context.Context, s *scene) error { return errors.Join(stopIPv4(ctx, s), startNetwork(ctx, s)) }},
-	{name: "IPv6 off and on", on: func(g ground) bool { return !g.ipv4 },
-		harm: func(ctx context.Context, s *scene) error {
-			return s.complains(ctx, commands("sysctl -qw net/ipv6/conf/eth0/disable_ipv6=1", "sysctl -qw net/ipv6/conf/{dev}/disable_ipv6=1"))
+		restore: func(ctx context.Context, s *testbed) error {
+			return errors.Join(stopIPv4(ctx, s), startNetwork(ctx, s))
+		}},
+	{name: "IPv6 off and on", on: func(g scenario) bool { return !g.ipv4 },
+		inject: func(ctx context.Context, s *testbed) error {
+			return s.waitError(ctx, commands("sysctl -qw net/ipv6/conf/eth0/disable_ipv6=1", "sysctl -qw net/ipv6/conf/{dev}/disable_ipv6=1"))
 		},
-		undo: func(ctx context.Context, s *scene) error {
+		undo: func(ctx context.Context, s *testbed) error {
 			on := commands("sysctl -qw net/ipv6/conf/eth0/disable_ipv6=0", "sysctl -qw net/ipv6/conf/{dev}/disable_ipv6=0")
 			return s.all(ctx, on, startNetwork)
 		}},
 }
 
 var ruleFaults = []fault{
-	{name: "iptables flushed", on: usesIPTables, while: both, harm: commands("{iptables} -F", "{iptables} -t nat -F")},
-	{name: "iptables chains deleted", on: usesIPTables, while: asleep,
-		harm: commands("{iptables} -F", "{iptables} -X", "{iptables} -t nat -F", "{iptables} -t nat -X", "{iptables} -P FORWARD DROP")},
-	{name: "iptables jumps deleted", on: usesIPTables, while: both, harm: commands("{iptables} -F FORWARD", "{iptables} -t nat -F POSTROUTING")},
-	{name: "iptables ruleset replaced", on: usesIPTables, while: both, harm: replaceIPTables},
-	{name: "iptables rule among ours", on: usesIPTables, while: both, harm: commands("{iptables} -I FLANNEL-FWD -j DROP")},
-	{name: "nftables flushed, and iptables", on: usesIPTablesNFT, while: both, harm: commands("nft flush ruleset", "{iptables} -P FORWARD DROP")},
-	{name: "nftables flushed", on: usesNFTables, while: both, harm: commands("nft flush ruleset")},
-	{name: "nftables tables deleted", on: usesNFTables, while: both, harm: commands("nft delete table {nft} flannel-ipv{4}")},
-	{name: "nftables rules deleted", on: usesNFTables, while: both, harm: commands("nft flush chain {nft} flannel-ipv{4} postrouting")},
-	{name: "nftables rule among ours", on: usesNFTables, while: both, harm: commands("nft insert rule {nft} flannel-ipv{4} forward drop")},
+	{name: "iptables flushed", on: usesIPTables, daemon: either, inject: commands("{iptables} -F", "{iptables} -t nat -F")},
+	{name: "iptables chains deleted", on: usesIPTables, daemon: frozen,
+		inject: commands("{iptables} -F", "{iptables} -X", "{iptables} -t nat -F", "{iptables} -t nat -X", "{iptables} -P FORWARD DROP")},
+	{name: "iptables jumps deleted", on: usesIPTables, daemon: either, inject: commands("{iptables} -F FORWARD", "{iptables} -t nat -F POSTROUTING")},
+	{name: "iptables ruleset replaced", on: usesIPTables, daemon: either, inject: replaceIPTables},
+	{name: "iptables rule among ours", on: usesIPTables, daemon: either, inject: commands("{iptables} -I FLANNEL-FWD -j DROP")},
+	{name: "nftables flushed, and iptables", on: usesIPTablesNFT, daemon: either, inject: commands("nft flush ruleset", "{iptables} -P FORWARD DROP")},
+	{name: "nftables flushed", on: usesNFTables, daemon: either, inject: commands("nft flush ruleset")},
+	{name: "nftables tables deleted", on: usesNFTables, daemon: either, inject: commands("nft delete table {nft} flannel-ipv{4}")},
+	{name: "nftables rules deleted", on: usesNFTables, daemon: either, inject: commands("nft flush chain {nft} flannel-ipv{4} postrouting")},
+	{name: "nftables rule among ours", on: usesNFTables, daemon: either, inject: commands("nft insert rule {nft} flannel-ipv{4} forward drop")},
 }
 
 var daemonFaults = []fault{
-	{name: "daemon killed", harm: kill, undo: restart},
+	{name: "daemon killed", inject: kill, undo: restart},
 	{name: "daemon killed, all of its state gone",
-		harm: func(ctx context.Context, s *scene) error {
+		inject: func(ctx context.Context, s *testbed) error {
 			s.node.Kill()
-			do := []deed{commands("ip -{4} route flush proto 70", "nft flush ruleset")}
-			if hasDevice(s.ground) {
+			do := []action{commands("ip -{4} route flush proto 70", "nft flush ruleset")}
+			if hasDevice(s.scenario) {
 				do = append(do, commands("ip link del {dev}"))
 			}
-			if usesIPTables(s.ground) {
+			if usesIPTables(s.scenario) {
 				do = append(do, commands("{iptables} -P FORWARD DROP"))
 			}
 			return s.all(ctx, do...)
 		}, undo: restart},
-	{name: "daemon killed, peers change", undo: restart, tidy: peersBack,
-		harm: func(ctx context.Context, s *scene) error { return s.all(ctx, kill, peersChange) }},
-	{name: "daemon asleep, peers change", tidy: peersBack,
-		harm: func(ctx context.Context, s *scene) error { return errors.Join(s.node.Freeze(ctx), peersChange(ctx, s)) },
-		undo: func(_ context.Context, s *scene) error { return s.node.Thaw() }},
-	{name: "notifications lost", harm: loseNotifications, undo: func(_ context.Context, s *scene) error { return s.node.Thaw() }},
-	{name: "subnet file deleted", while: both, harm: func(_ context.Context, s *scene) error { return os.Remove(s.node.SubnetFile()) }},
-	{name: "subnet file emptied", while: both, harm: func(_ context.Context, s *scene) error { return os.Truncate(s.node.SubnetFile(), 0) }},
+	{name: "daemon killed, peers change", undo: restart, restore: peersBack,
+		inject: func(ctx context.Context, s *testbed) error { return s.all(ctx, kill, peersChange) }},
+	{name: "daemon frozen, peers change", restore: peersBack,
+		inject: func(ctx context.Context, s *testbed) error {
+			return errors.Join(s.node.Freeze(ctx), peersChange(ctx, s))
+		},
+		undo: func(_ context.Context, s *testbed) error { return s.node.Thaw() }},
+	{name: "notifications lost", inject: loseNotifications, undo: func(_ context.Context, s *testbed) error { return s.node.Thaw() }},
+	{name: "subnet file deleted", daemon: either, inject: func(_ context.Context, s *testbed) error { return os.Remove(s.node.SubnetFile()) }},
+	{name: "subnet file emptied", daemon: either, inject: func(_ context.Context, s *testbed) error { return os.Truncate(s.node.SubnetFile(), 0) }},
 }
 
 var etcdFaults = []fault{
-	{name: "lease deleted", while: both, harm: func(ctx context.Context, s *scene) error { return s.Etcd.Delete(ctx, s.key) }},
-	{name: "lease changed", while: both, harm: func(ctx context.Context, s *scene) error {
+	{name: "lease deleted", daemon: either, inject: func(ctx context.Context, s *testbed) error { return s.Etcd.Delete(ctx, s.key) }},
+	{name: "lease changed", daemon: either, inject: func(ctx context.Context, s *testbed) error {
 		text, err := s.Etcd.Get(ctx, s.key)
 		if err != nil {
 			return err
 		}
 		return s.Etcd.Put(ctx, s.key, strings.Replace(text, `"BackendType":"`, `"BackendType":"no-`, 1))
 	}},
-	{name: "all leases deleted", tidy: joinAll,
-		harm: func(ctx context.Context, s *scene) error {
+	{name: "all leases deleted", restore: joinAll,
+		inject: func(ctx context.Context, s *testbed) error {
 			_, err := s.Etcd.Client.Delete(ctx, lab.Prefix+"/subnets/", clientv3.WithPrefix())
 			return err
 		}},
-	{name: "all of etcd's keys deleted but the configuration", tidy: joinAll,
-		harm: func(ctx context.Context, s *scene) error {
+	{name: "all of etcd's keys deleted but the configuration", restore: joinAll,
+		inject: func(ctx context.Context, s *testbed) error {
 			for _, prefix := range []string{"/subnets/", "/nodes/"} {
 				if _, err := s.Etcd.Client.Delete(ctx, lab.Prefix+prefix, clientv3.WithPrefix()); err != nil {
 					return err
@@ -169,40 +172,44 @@ var etcdFaults = []fault{
 			}
 			return nil
 		}},
-	{name: "etcd killed", harm: killEtcd, undo: startEtcd},
-	{name: "etcd away, device deleted", on: hasDevice, tidy: startEtcd,
-		harm: func(ctx context.Context, s *scene) error { return s.all(ctx, killEtcd, commands("ip link del {dev}")) }},
-	{name: "etcd away, routes flushed", tidy: startEtcd,
-		harm: func(ctx context.Context, s *scene) error {
+	{name: "etcd killed", inject: killEtcd, undo: startEtcd},
+	{name: "etcd away, device deleted", on: hasDevice, restore: startEtcd,
+		inject: func(ctx context.Context, s *testbed) error {
+			return s.all(ctx, killEtcd, commands("ip link del {dev}"))
+		}},
+	{name: "etcd away, routes flushed", restore: startEtcd,
+		inject: func(ctx context.Context, s *testbed) error {
 			return s.all(ctx, killEtcd, commands("ip -{4} route flush proto 70"))
 		}},
-	{name: "etcd cut off, peers change", tidy: peersBack,
-		harm: func(ctx context.Context, s *scene) error {
+	{name: "etcd cut off, peers change", restore: peersBack,
+		inject: func(ctx context.Context, s *testbed) error {
 			return errors.Join(s.Etcd.Cut(ctx), peersChange(ctx, s), s.Etcd.Compact(ctx))
 		},
-		undo: func(ctx context.Context, s *scene) error { return s.Etcd.Mend(ctx) }},
-	{name: "etcd killed, peers change", tidy: peersBack,
-		harm: func(ctx context.Context, s *scene) error {
+		undo: func(ctx context.Context, s *testbed) error { return s.Etcd.Restore(ctx) }},
+	{name: "etcd killed, peers change", restore: peersBack,
+		inject: func(ctx context.Context, s *testbed) error {
 			if err := errors.Join(s.Etcd.Cut(ctx), peersChange(ctx, s), s.Etcd.Compact(ctx)); err != nil {
 				return err
 			}
 			s.Etcd.Kill()
 			return nil
 		},
-		undo: func(ctx context.Context, s *scene) error { return errors.Join(s.Etcd.Start(ctx), s.Etcd.Mend(ctx)) }},
+		undo: func(ctx context.Context, s *testbed) error {
+			return errors.Join(s.Etcd.Start(ctx), s.Etcd.Restore(ctx))
+		}},
 }
 
-func hasDevice(g ground) bool       { return len(g.devices) > 0 }
-func isVXLAN(g ground) bool         { return strings.Contains(g.backend, `"vxlan"`) }
-func usesIPTables(g ground) bool    { return !g.nftables }
-func usesNFTables(g ground) bool    { return g.nftables }
-func usesIPTablesNFT(g ground) bool { return !g.nftables && !g.legacy }
-func fewPeers(g ground) bool        { return !manyPeers(g) }
-func manyPeers(g ground) bool       { return g.strangers > 256 }
+func hasDevice(g scenario) bool       { return len(g.devices) > 0 }
+func isVXLAN(g scenario) bool         { return strings.Contains(g.backend, `"vxlan"`) }
+func usesIPTables(g scenario) bool    { return !g.nftables }
+func usesNFTables(g scenario) bool    { return g.nftables }
+func usesIPTablesNFT(g scenario) bool { return !g.nftables && !g.legacy }
+func fewPeers(g scenario) bool        { return !manyPeers(g) }
+func manyPeers(g scenario) bool       { return g.strangers > 256 }
 
-// all does several deeds, until one fails.
-func (s *scene) all(ctx context.Context, deeds ...deed) error {
-	for _, d := range deeds {
+// all runs actions in turn, until one fails.
+func (s *testbed) all(ctx context.Context, actions ...action) error {
+	for _, d := range actions {
 		if err := d(ctx, s); err != nil {
 			return err
 		}
@@ -210,22 +217,21 @@ func (s *scene) all(ctx context.Context, deeds ...deed) error {
 	return nil
 }
 
-// commands runs lines on the node, for each family in turn. In braces stands
-// what differs:
+// commands runs lines on the node, for each family in turn. A word in braces differs between the families:
 //
 //	{4}         4 or 6
 //	{dev}       the daemon's device
 //	{subnet}    the peer's subnet
 //	{vtep}      the peer's address on the device
 //	{mac}       the peer's MAC there
-//	{nobody}    an address on the uplink's link that nobody has
+//	{nobody}    an unused address of the uplink's subnet
 //	{extra}     an address of the network that is not the node's
 //	{iptables}  iptables or ip6tables
 //	{nft}       ip or ip6
 //
-// A line that reads the same for both is run once.
-func commands(lines ...string) deed {
-	return func(ctx context.Context, s *scene) error {
+// A line that is the same for both families is run once.
+func commands(lines ...string) action {
+	return func(ctx context.Context, s *testbed) error {
 		for _, line := range lines {
 			done := ""
 			for i, words := range s.words() {
@@ -246,8 +252,8 @@ func commands(lines ...string) deed {
 	}
 }
 
-// words are what stands for the words in braces, for each family.
-func (s *scene) words() [][]string {
+// words returns the words in braces and their values, for each family.
+func (s *testbed) words() [][]string {
 	var all [2][]string
 	iptables := s.iptables()
 	for i, f := range []struct {
@@ -273,23 +279,23 @@ func (s *scene) words() [][]string {
 }
 
 // iptables are the programs for the two families.
-func (s *scene) iptables() [2]string {
+func (s *testbed) iptables() [2]string {
 	if s.legacy {
 		return [2]string{"iptables-legacy", "ip6tables-legacy"}
 	}
 	return [2]string{"iptables", "ip6tables"}
 }
 
-func startNetwork(ctx context.Context, s *scene) error {
+func startNetwork(ctx context.Context, s *testbed) error {
 	return s.node.ConfigureUplink(ctx, s.node.IPv4)
 }
 
-func stopIPv4(ctx context.Context, s *scene) error {
+func stopIPv4(ctx context.Context, s *testbed) error {
 	_, err := s.node.Run(ctx, "ip -4 addr flush dev eth0")
 	return err
 }
 
-func flushRoutes(ctx context.Context, s *scene) error {
+func flushRoutes(ctx context.Context, s *testbed) error {
 	s.others = nil
 	for _, words := range s.words() {
 		family := "-" + words[1]
@@ -311,11 +317,11 @@ func flushRoutes(ctx context.Context, s *scene) error {
 	return nil
 }
 
-func restoreRoutes(ctx context.Context, s *scene) error { return s.node.Script(ctx, s.others...) }
+func restoreRoutes(ctx context.Context, s *testbed) error { return s.node.Script(ctx, s.others...) }
 
-// replaceIPTables is what restarting a firewall does, or iptables-restore of
-// what was saved before flannel came.
-func replaceIPTables(ctx context.Context, s *scene) error {
+// replaceIPTables does what a restart of the firewall does, or iptables-restore of rules that were saved before
+// flannel was installed.
+func replaceIPTables(ctx context.Context, s *testbed) error {
 	file := s.node.Dir + "/saved"
 	rules := "*nat\n:PREROUTING ACCEPT\n:INPUT ACCEPT\n:OUTPUT ACCEPT\n:POSTROUTING ACCEPT\nCOMMIT\n" +
 		"*filter\n:INPUT ACCEPT\n:FORWARD DROP\n:OUTPUT ACCEPT\n-A FORWARD -m conntrack --ctstate INVALID -j DROP\nCOMMIT\n"
@@ -325,23 +331,23 @@ func replaceIPTables(ctx context.Context, s *scene) error {
 	return commands("{iptables}-restore "+file)(ctx, s)
 }
 
-func kill(_ context.Context, s *scene) error {
+func kill(_ context.Context, s *testbed) error {
 	s.node.Kill()
 	return nil
 }
 
-func restart(ctx context.Context, s *scene) error { return s.node.Restart(ctx) }
+func restart(ctx context.Context, s *testbed) error { return s.node.Restart(ctx) }
 
-func killEtcd(_ context.Context, s *scene) error {
+func killEtcd(_ context.Context, s *testbed) error {
 	s.Etcd.Kill()
 	return nil
 }
 
-func startEtcd(ctx context.Context, s *scene) error { return s.Etcd.Start(ctx) }
+func startEtcd(ctx context.Context, s *testbed) error { return s.Etcd.Start(ctx) }
 
-// loseNotifications has the daemon stand still while more happens than its
-// sockets have room for, the end of a route among the rest.
-func loseNotifications(ctx context.Context, s *scene) error {
+// loseNotifications freezes the daemon until its sockets have overflowed. One of the lost notifications is that a
+// route was deleted.
+func loseNotifications(ctx context.Context, s *testbed) error {
 	before, err := s.node.NetlinkDrops(ctx)
 	if err != nil {
 		return err
@@ -368,8 +374,8 @@ func loseNotifications(ctx context.Context, s *scene) error {
 	return commands("ip route del {subnet}")(ctx, s)
 }
 
-// complains does a deed and waits until the daemon logs an error.
-func (s *scene) complains(ctx context.Context, d deed) error {
+// waitError runs an action and waits until the daemon logs an error.
+func (s *testbed) waitError(ctx context.Context, d action) error {
 	before := len(s.node.Log())
 	if err := d(ctx, s); err != nil {
 		return err
@@ -382,9 +388,8 @@ func (s *scene) complains(ctx context.Context, d deed) error {
 	})
 }
 
-// stranger is the lease of a node that is not there, at the first of its
-// addresses or, moved, at the second.
-func (s *scene) stranger(i int, moved bool) subnet.Lease {
+// stranger is the lease of a node that does not exist, with the first of its addresses or, if moved, the second.
+func (s *testbed) stranger(i int, moved bool) subnet.Lease {
 	l := subnet.Lease{
 		Subnets: subnet.Subnets{
 			IPv4: netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(5 + i/256), byte(i), 0}), 24),
@@ -405,7 +410,7 @@ func (s *scene) stranger(i int, moved bool) subnet.Lease {
 	if strings.Contains(s.backend, `"ipip"`) {
 		l.Attrs.BackendType = "ipip"
 	}
-	if isVXLAN(s.ground) {
+	if isVXLAN(s.scenario) {
 		l.Attrs.BackendType = "vxlan"
 		l.Attrs.BackendData = fmt.Appendf(nil, `{"VNI":1,"VtepMAC":"0e:00:00:04:%02x:%02x"}`, i/256, i%256)
 		l.Attrs.BackendV6Data = fmt.Appendf(nil, `{"VNI":1,"VtepMAC":"0e:00:00:06:%02x:%02x"}`, i/256, i%256)
@@ -413,7 +418,7 @@ func (s *scene) stranger(i int, moved bool) subnet.Lease {
 	return l
 }
 
-func (s *scene) join(ctx context.Context, l subnet.Lease) error {
+func (s *testbed) join(ctx context.Context, l subnet.Lease) error {
 	text, err := json.Marshal(l.Attrs)
 	if err != nil {
 		return err
@@ -421,8 +426,8 @@ func (s *scene) join(ctx context.Context, l subnet.Lease) error {
 	return s.Etcd.Put(ctx, subnetKey(l.Key()), string(text))
 }
 
-// joinAll has all strangers join.
-func joinAll(ctx context.Context, s *scene) error {
+// joinAll writes the leases of all strangers.
+func joinAll(ctx context.Context, s *testbed) error {
 	for i := range s.strangers {
 		if err := s.join(ctx, s.stranger(i, false)); err != nil {
 			return err
@@ -431,13 +436,13 @@ func joinAll(ctx context.Context, s *scene) error {
 	return nil
 }
 
-// peersChange has one stranger leave, and another move.
-func peersChange(ctx context.Context, s *scene) error {
+// peersChange removes the lease of one stranger, and changes the address of another.
+func peersChange(ctx context.Context, s *testbed) error {
 	return errors.Join(s.Etcd.Delete(ctx, subnetKey(s.stranger(0, false).Key())), s.join(ctx, s.stranger(1, true)))
 }
 
-// peersBack waits until all nodes know of that, and has the strangers return.
-func peersBack(ctx context.Context, s *scene) error {
+// peersBack waits until all nodes have followed peersChange, and then restores the strangers' leases.
+func peersBack(ctx context.Context, s *testbed) error {
 	gone, moved := s.stranger(0, false).IPv4.String(), s.stranger(1, true).Attrs.PublicIP.String()
 	for _, n := range s.Nodes() {
 		err := lab.Poll(ctx, n.Hostname+" to follow its peers", func() error {

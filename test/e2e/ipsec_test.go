@@ -12,135 +12,186 @@ import (
 	"testing"
 	"time"
 
+	"github.com/flanneld/flanneld/subnet"
 	"github.com/flanneld/flanneld/test/lab"
 	"github.com/flanneld/flanneld/test/lab/labtest"
 )
 
-// TestIPsec: what pods say to each other crosses the underlay in ESP and in no
-// other way, and whatever befalls policies, associations, charon or the daemon, it
-// goes on.
-func TestIPsec(t *testing.T) {
-	labtest.NeedKernel(t, "ip xfrm state add src 198.18.0.1 dst 198.18.0.2 proto esp spi 1 mode tunnel aead rfc4106(gcm(aes)) 0x0123456789abcdef0123456789abcdef01234567 128")
-	if _, err := os.Stat("/usr/lib/ipsec/charon"); err != nil {
+const charon = "/usr/lib/ipsec/charon"
+
+// psk is the pre-shared key of the tests' configurations.
+var psk = strings.Repeat("0123456789abcdef", 6)
+
+// needCharon is for a test that runs charon, which the VM of make test-vm has.
+func needCharon(t *testing.T) {
+	t.Helper()
+	if _, err := os.Stat(charon); err != nil {
 		t.Skipf("needs strongSwan: %v", err)
 	}
-	psk := strings.Repeat("0123456789abcdef", 6)
+}
+
+// An ipsecTestbed is two nodes with the ipsec backend, on two links, with a pod each. Faults happen to the first node.
+type ipsecTestbed struct {
+	*lab.Lab
+	first, second *lab.Node
+	pods          []*lab.Pod
+	peerKey       string // of the second node's lease
+	own, peer     subnet.Lease
+}
+
+// TestIPsec: what pods send to each other crosses the underlay in ESP and in no other way. Traffic recovers from
+// whatever happens to policies, associations, charon, the daemon and the uplink.
+func TestIPsec(t *testing.T) {
+	t.Parallel()
+	labtest.NeedKernel(t, "ip xfrm state add src 198.18.0.1 dst 198.18.0.2 proto esp spi 1 mode tunnel "+
+		"aead rfc4106(gcm(aes)) 0x0123456789abcdef0123456789abcdef01234567 128")
+	needCharon(t)
 	config := `{` + ipv4Network + `, "EnableNFTables": true, "Backend": {"Type": "ipsec", "PSK": "` + psk + `"}}`
 	ctx := labtest.Context(t, 5*time.Minute)
 	l := labtest.New(ctx, t, config, lab.NodeOptions{}, lab.NodeOptions{Routed: true})
-	first, second := l.Nodes()[0], l.Nodes()[1]
+	s := &ipsecTestbed{Lab: l, first: l.Nodes()[0], second: l.Nodes()[1]}
 	for _, n := range l.Nodes() {
 		charonRun(ctx, t, n)
 	}
-	t.Cleanup(func() {
-		for _, n := range l.Nodes() {
-			if strings.Contains(n.Log(), psk) {
-				t.Errorf("the log of %s has the key", n.Hostname)
-			}
-			if t.Failed() {
-				for _, line := range []string{"ip xfrm policy", "ip xfrm state", "ip route", "swanctl --list-sas --uri unix:///run/charon.vici"} {
-					out, err := n.Run(context.Background(), line)
-					t.Logf("%s: %s: %v\n%s", n.Hostname, line, err, out)
-				}
-			}
-		}
-	})
+	t.Cleanup(func() { s.checkLogs(t) })
 	labtest.Start(ctx, t, l, "--ip-masq")
-	pods := addPods(ctx, t, l)
-	talk := func(why string) {
-		t.Helper()
-		t.Log(why)
-		labtest.Do(t, pods[0].WaitPing(ctx, pods[1].IPv4))
-		labtest.Do(t, pods[1].WaitPing(ctx, pods[0].IPv4))
+	s.pods = addPods(ctx, t, l)
+	s.talk(ctx, t, "at first")
+	if mtu := s.pods[0].MTU; mtu != 1500-77 {
+		t.Errorf("the MTU for pods is %d", mtu)
 	}
-	talk("at first")
-	if pods[0].MTU != 1500-77 {
-		t.Errorf("the MTU for pods is %d", pods[0].MTU)
-	}
+	s.checkESP(ctx, t)
 
-	seen := capture(ctx, t, first, "ip proto 50 or net 10.5.0.0/16")
-	for _, p := range pods {
+	s.peerKey, s.peer = leaseOf(ctx, t, l, s.second)
+	_, s.own = leaseOf(ctx, t, l, s.first)
+	s.changePolicies(ctx, t)
+	s.endCharon(ctx, t)
+	s.changeUplink(ctx, t)
+	s.leave(ctx, t)
+}
+
+// checkLogs looks for the pre-shared key in the logs. When the test has failed, it shows the state of the nodes.
+func (s *ipsecTestbed) checkLogs(t *testing.T) {
+	for _, n := range s.Nodes() {
+		if strings.Contains(n.Log(), psk) {
+			t.Errorf("the log of %s has the key", n.Hostname)
+		}
+		if !t.Failed() {
+			continue
+		}
+		for _, line := range []string{"ip xfrm policy", "ip xfrm state", "ip route", "swanctl --list-sas --uri unix:///run/charon.vici"} {
+			out, err := n.Run(context.Background(), line)
+			t.Logf("%s: %s: %v\n%s", n.Hostname, line, err, out)
+		}
+	}
+}
+
+// talk waits until the pods reach each other.
+func (s *ipsecTestbed) talk(ctx context.Context, t *testing.T, why string) {
+	t.Helper()
+	t.Log(why)
+	labtest.Do(t, s.pods[0].WaitPing(ctx, s.pods[1].IPv4))
+	labtest.Do(t, s.pods[1].WaitPing(ctx, s.pods[0].IPv4))
+}
+
+// checkESP: whatever leaves the first node for the other pod is ESP.
+func (s *ipsecTestbed) checkESP(ctx context.Context, t *testing.T) {
+	seen := capture(ctx, t, s.first, "ip proto 50 or net 10.5.0.0/16")
+	for _, p := range s.pods {
 		labtest.Do(t, p.Mirror())
 	}
-	labtest.Must(pods[0].Ping(ctx, pods[1].IPv4, lab.PingOptions{Packet: pods[0].MTU, DF: true}))(t)
-	expectSeenAs(ctx, t, pods[0].Namespace, pods[1].IPv4, pods[0].IPv4)
-	expectSeenAs(ctx, t, pods[1].Namespace, pods[0].IPv4, pods[1].IPv4)
+	one, other := s.pods[0], s.pods[1]
+	labtest.Must(one.Ping(ctx, other.IPv4, lab.PingOptions{Packet: one.MTU, DF: true}))(t)
+	expectSeenAs(ctx, t, one.Namespace, other.IPv4, one.IPv4)
+	expectSeenAs(ctx, t, other.Namespace, one.IPv4, other.IPv4)
 	if text := seen(); !strings.Contains(text, "ESP(") || strings.Contains(text, "10.5.") {
 		t.Errorf("these left eth0, wanted ESP only:\n%s", text)
 	}
+}
 
-	key, peer := leaseOf(ctx, t, l, second)
-	_, own := leaseOf(ctx, t, l, first)
-	ends := fmt.Sprintf("tmpl src %s dst %s proto esp reqid 11 mode tunnel", first.IPv4, second.IPv4)
-	stray := fmt.Sprintf("src %s dst 10.5.254.0/24 dir out ", own.IPv4)
+// changePolicies: the daemon restores its own policies, removes stray ones, and keeps those of other programs.
+func (s *ipsecTestbed) changePolicies(ctx context.Context, t *testing.T) {
+	first := s.first
+	ends := fmt.Sprintf("tmpl src %s dst %s proto esp reqid 11 mode tunnel", first.IPv4, s.second.IPv4)
+	stray := fmt.Sprintf("src %s dst 10.5.254.0/24 dir out ", s.own.IPv4)
 	others := "src 198.19.7.0/24 dst 198.19.8.0/24 dir out tmpl src 198.18.0.1 dst 198.18.0.2 proto esp reqid 7 mode tunnel"
-	policies := fmt.Sprintf("src %s dst %s dir out", own.IPv4, peer.IPv4)
-	labtest.Must(first.Run(ctx, "ip xfrm policy add "+others))(t)
-
-	labtest.Must(first.Run(ctx, "ip xfrm policy delete "+policies))(t)
+	policy := fmt.Sprintf("src %s dst %s dir out", s.own.IPv4, s.peer.IPv4)
+	run := func(line string) {
+		t.Helper()
+		labtest.Must(first.Run(ctx, "ip xfrm policy "+line))(t)
+	}
+	run("add " + others)
+	run("delete " + policy)
 	waitPolicies(ctx, t, first, 4)
-	talk("after a policy was deleted")
-	labtest.Must(first.Run(ctx, "ip xfrm policy flush"))(t)
+	s.talk(ctx, t, "after a policy was deleted")
+	run("flush")
 	waitPolicies(ctx, t, first, 3)
-	talk("after all policies were flushed")
-	labtest.Must(first.Run(ctx, "ip xfrm policy add "+others))(t)
-	labtest.Must(first.Run(ctx, "ip xfrm policy add "+stray+ends))(t)
+	s.talk(ctx, t, "after all policies were flushed")
+	run("add " + others)
+	run("add " + stray + ends)
 	waitPolicies(ctx, t, first, 4)
-	labtest.Must(first.Run(ctx, "ip xfrm policy update "+policies+" "+strings.Replace(ends, "tunnel", "transport", 1)))(t)
-	talk("after a policy was changed")
+	run("update " + policy + " " + strings.Replace(ends, "tunnel", "transport", 1))
+	s.talk(ctx, t, "after a policy was changed")
+}
 
-	before := charons(ctx, t, first)
-	lossless := startPings(ctx, t, pods)
-	labtest.Do(t, first.Stop(ctx))
-	labtest.Do(t, first.Start("--ip-masq"))
-	labtest.Do(t, first.WaitReady(ctx))
+// endCharon: charon survives a restart of the daemon without loss, and is started again after it was killed.
+func (s *ipsecTestbed) endCharon(ctx context.Context, t *testing.T) {
+	before := charons(ctx, t, s.first)
+	lossless := startPings(ctx, t, s.pods)
+	labtest.Do(t, s.first.Stop(ctx))
+	labtest.Do(t, s.first.Start("--ip-masq"))
+	labtest.Do(t, s.first.WaitReady(ctx))
 	lossless()
-	if after := charons(ctx, t, first); strings.Join(after, " ") != strings.Join(before, " ") {
+	if after := charons(ctx, t, s.first); strings.Join(after, " ") != strings.Join(before, " ") {
 		t.Errorf("charon was %v, and is %v after a restart", before, after)
 	}
+	labtest.Must(s.first.Run(ctx, "kill -KILL "+strings.Join(before, " ")))(t)
+	labtest.Must(s.first.Run(ctx, "ip xfrm state flush"))(t)
+	s.talk(ctx, t, "after charon was killed and its associations flushed")
+}
 
-	labtest.Must(first.Run(ctx, "kill -KILL "+strings.Join(before, " ")))(t)
-	labtest.Must(first.Run(ctx, "ip xfrm state flush"))(t)
-	talk("after charon was killed and its associations flushed")
-
-	labtest.Must(first.Run(ctx, "ip link set eth0 down"))(t)
-	labtest.Do(t, first.ConfigureUplink(ctx, first.IPv4))
-	talk("after the uplink was down")
-	for _, ip := range []netip.Addr{netip.MustParseAddr("198.18.0.77"), first.IPv4} {
-		labtest.Must(first.Run(ctx, "ip -4 addr flush dev eth0"))(t)
-		labtest.Do(t, first.ConfigureUplink(ctx, ip))
+// changeUplink: policies follow the uplink.
+func (s *ipsecTestbed) changeUplink(ctx context.Context, t *testing.T) {
+	labtest.Must(s.first.Run(ctx, "ip link set eth0 down"))(t)
+	labtest.Do(t, s.first.ConfigureUplink(ctx, s.first.IPv4))
+	s.talk(ctx, t, "after the uplink was down")
+	for _, ip := range []netip.Addr{netip.MustParseAddr("198.18.0.77"), s.first.IPv4} {
+		labtest.Must(s.first.Run(ctx, "ip -4 addr flush dev eth0"))(t)
+		labtest.Do(t, s.first.ConfigureUplink(ctx, ip))
 		labtest.Do(t, lab.Poll(ctx, "policies to follow", func() error {
-			out, err := second.Run(ctx, "ip xfrm policy list nosock")
-			there, back := fmt.Sprintf("tmpl src %s dst %s", second.IPv4, ip), fmt.Sprintf("tmpl src %s dst %s", ip, second.IPv4)
+			out, err := s.second.Run(ctx, "ip xfrm policy list nosock")
+			there, back := fmt.Sprintf("tmpl src %s dst %s", s.second.IPv4, ip), fmt.Sprintf("tmpl src %s dst %s", ip, s.second.IPv4)
 			if err == nil && strings.Count(out, there)+strings.Count(out, back) != 3 {
 				err = errors.New(out)
 			}
 			return err
 		}))
-		talk("after the uplink's address became " + ip.String())
+		s.talk(ctx, t, "after the uplink's address became "+ip.String())
 	}
+}
 
-	// The peer leaves, comes back, and at last there is another backend.
-	labtest.Do(t, second.Stop(ctx))
-	labtest.Do(t, l.Etcd.Delete(ctx, key))
-	waitPolicies(ctx, t, first, 1)
-	labtest.Do(t, second.Start("--ip-masq"))
-	waitPolicies(ctx, t, first, 4)
-	talk("after the peer had left")
-	labtest.Do(t, l.Etcd.Configure(ctx, `{`+ipv4Network+`, "EnableNFTables": true, "Backend": {"Type": "vxlan"}}`))
-	waitPolicies(ctx, t, first, 1)
-	waitPolicies(ctx, t, second, 0)
-	// The second's was there when its daemon started: it is not the daemon's.
+// leave: the peer leaves and returns, and at last there is another backend.
+func (s *ipsecTestbed) leave(ctx context.Context, t *testing.T) {
+	labtest.Do(t, s.second.Stop(ctx))
+	labtest.Do(t, s.Etcd.Delete(ctx, s.peerKey))
+	waitPolicies(ctx, t, s.first, 1)
+	labtest.Do(t, s.second.Start("--ip-masq"))
+	waitPolicies(ctx, t, s.first, 4)
+	s.talk(ctx, t, "after the peer had left")
+	labtest.Do(t, s.Etcd.Configure(ctx, `{`+ipv4Network+`, "EnableNFTables": true, "Backend": {"Type": "vxlan"}}`))
+	waitPolicies(ctx, t, s.first, 1)
+	waitPolicies(ctx, t, s.second, 0)
+	// The charon of the second node was running before its daemon was started: it is not the daemon's.
 	labtest.Do(t, lab.Poll(ctx, "charon to end", func() error {
-		if pids := charons(ctx, t, first); len(pids) > 0 {
+		if pids := charons(ctx, t, s.first); len(pids) > 0 {
 			return fmt.Errorf("there are %v", pids)
 		}
 		return nil
 	}))
-	talk("with vxlan")
+	s.talk(ctx, t, "with vxlan")
 }
 
-// charonRun gives a node a /run of its own, where charon has its socket.
+// charonRun gives a node its own /run, where charon has its socket.
 func charonRun(ctx context.Context, t *testing.T, n *lab.Node) {
 	t.Helper()
 	keep := filepath.Join(n.Dir, "netns")
@@ -152,7 +203,7 @@ func charonRun(ctx context.Context, t *testing.T, n *lab.Node) {
 	}
 }
 
-// charons are the processes of charon on a node.
+// charons returns the processes of charon on a node.
 func charons(ctx context.Context, t *testing.T, n *lab.Node) []string {
 	t.Helper()
 	return labtest.Must(charonPIDs(ctx, n))(t)
@@ -169,7 +220,7 @@ func charonPIDs(ctx context.Context, n *lab.Node) ([]string, error) {
 	return pids, err
 }
 
-// waitPolicies waits until a node has so many IPsec policies.
+// waitPolicies waits until a node has that number of IPsec policies.
 func waitPolicies(ctx context.Context, t *testing.T, n *lab.Node, want int) {
 	t.Helper()
 	err := lab.Poll(ctx, fmt.Sprintf("%d policies on %s", want, n.Hostname), func() error {
@@ -182,8 +233,7 @@ func waitPolicies(ctx context.Context, t *testing.T, n *lab.Node, want int) {
 	labtest.Do(t, err)
 }
 
-// capture has tcpdump look at what leaves a node's eth0, until its result is asked
-// for.
+// capture starts tcpdump on what leaves a node's eth0. The result ends tcpdump, and returns what it printed.
 func capture(ctx context.Context, t *testing.T, n *lab.Node, filter string) func() string {
 	t.Helper()
 	file := labtest.Must(os.Create(filepath.Join(n.Dir, "capture")))(t)

@@ -33,11 +33,11 @@ func daemonArgs(t *testing.T, k *lab.Kube, config string) []string {
 	return append(labtest.Must(k.DaemonArgs(config))(t), "--ip-masq")
 }
 
-// An outage makes the API server useless to the daemons for some seconds, while
-// meanwhile is done to the cluster, and returns when it is over.
+// An outage makes the API server useless to the daemons for some seconds, runs meanwhile against the cluster, and
+// returns when it is over.
 type outage func(ctx context.Context, t *testing.T, k *lab.Kube, pods []*lab.Pod, meanwhile func(*lab.Kube))
 
-// dead is a server that dies; another one goes on.
+// dead kills the server; a spare one serves meanwhile.
 func dead(ctx context.Context, t *testing.T, k *lab.Kube, pods []*lab.Pod, meanwhile func(*lab.Kube)) {
 	t.Helper()
 	k.Kill()
@@ -48,8 +48,7 @@ func dead(ctx context.Context, t *testing.T, k *lab.Kube, pods []*lab.Pod, meanw
 	labtest.Do(t, k.Start(ctx))
 }
 
-// unreachable is one that the daemons' packets do not get to, and that is
-// another one when they do again.
+// unreachable drops the daemons' packets to the server, which is another process afterwards.
 func unreachable(ctx context.Context, t *testing.T, k *lab.Kube, pods []*lab.Pod, meanwhile func(*lab.Kube)) {
 	t.Helper()
 	labtest.Do(t, k.Cut(ctx))
@@ -57,7 +56,7 @@ func unreachable(ctx context.Context, t *testing.T, k *lab.Kube, pods []*lab.Pod
 	labtest.Do(t, k.Start(ctx))
 	meanwhile(k)
 	fifteenSeconds(ctx, t, pods)
-	labtest.Do(t, k.Mend(ctx))
+	labtest.Do(t, k.Restore(ctx))
 }
 
 // fifteenSeconds are 750 packets.
@@ -66,88 +65,102 @@ func fifteenSeconds(ctx context.Context, t *testing.T, pods []*lab.Pod) {
 	labtest.Must(pods[0].Ping(ctx, pods[1].IPv4, lab.PingOptions{Count: 750}))(t)
 }
 
-// TestKubernetes: subnets come from podCIDRs, peers from the other Nodes, and
-// what happens while the API server is away is caught up with.
+// A kubeCase is a cluster of TestKubernetes.
+type kubeCase struct {
+	backend     string
+	config      string // of the families
+	clusterCIDR string
+	server      []string // arguments
+	outage      outage
+}
+
+// TestKubernetes: subnets come from podCIDRs, peers from the other Nodes. The daemons catch up with what happened
+// while the API server was down.
 func TestKubernetes(t *testing.T) {
-	for name, test := range map[string]struct {
-		backend     string
-		config      string // of the families
-		clusterCIDR string
-		server      []string
-		outage      outage
-	}{
-		"vxlan":   {"vxlan", ipv4Network + `, ` + ipv6Network, dualCIDR, nil, dead},
-		"host-gw": {"host-gw", ipv4Network + `, ` + ipv6Network, dualCIDR, []string{"--feature-gates=WatchList=false"}, unreachable}, // as servers before 1.32: the state comes in pages
+	const dual = ipv4Network + `, ` + ipv6Network
+	for name, c := range map[string]kubeCase{
+		"vxlan": {"vxlan", dual, dualCIDR, nil, dead},
+		// As servers before 1.32: the state comes in pages.
+		"host-gw": {"host-gw", dual, dualCIDR, []string{"--feature-gates=WatchList=false"}, unreachable},
 		"IPv4":    {"vxlan", ipv4Network, "10.5.0.0/16", nil, nil},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			ctx := labtest.Context(t, 4*time.Minute)
-			l, k := newKube(ctx, t, test.clusterCIDR, make([]lab.NodeOptions, 4), test.server...)
-			args := daemonArgs(t, k, fmt.Sprintf(`{%s, "Backend": {"Type": %q}}`, test.config, test.backend))
-			nodes := l.Nodes()
-			early, rest, late := nodes[0], nodes[1:3], nodes[3]
-
-			// One starts before there is a Node.
-			labtest.Do(t, early.Start(args...))
-			waitSaid(ctx, t, early, `"Waiting for the Node" missing="Node n1"`)
-			labtest.Do(t, k.AddNode(ctx, early))
-			for _, n := range rest {
-				labtest.Do(t, k.AddNode(ctx, n))
-				labtest.Do(t, n.Start(args...))
-			}
-			for _, n := range nodes[:3] {
-				labtest.Do(t, n.WaitReady(ctx))
-			}
-			for _, n := range nodes[:3] {
-				checkNode(ctx, t, k, n, test.backend)
-			}
-			pods := addPodsTo(ctx, t, nodes[:3])
-			checkPaths(ctx, t, l, pods)
-
-			// Somebody meddles.
-			labtest.Do(t, k.Annotate(ctx, "n1", "public-ip=192.0.2.1", "kube-subnet-manager=false", "backend-type"))
-			checkNode(ctx, t, k, early, test.backend)
-
-			gone := nodes[2]
-			route := trace{"ip route show proto 70", labtest.Must(gone.SubnetEnv())(t).Subnets.IPv4.String() + " via "}
-			for _, n := range nodes[:2] {
-				waitTraces(ctx, t, n, []trace{route}, true)
-			}
-			labtest.Do(t, gone.Stop(ctx))
-			lossless := startPings(ctx, t, pods)
-			if test.outage == nil {
-				deleted := time.Now()
-				labtest.Do(t, k.DeleteNode(ctx, gone.Hostname))
-				for _, n := range nodes[:2] {
-					waitTraces(ctx, t, n, []trace{route}, false)
-				}
-				t.Logf("the deleted node's routes were gone after %v", time.Since(deleted).Round(time.Millisecond))
-				lossless()
-				return
-			}
-
-			// A node goes and another comes while the API server is away.
-			subnets := []string{"10.5.200.0/24", "fd00:5:0:c8::/64"}
-			test.outage(ctx, t, k, pods, func(k *lab.Kube) {
-				labtest.Do(t, k.DeleteNode(ctx, gone.Hostname))
-				labtest.Do(t, k.AddNode(ctx, late, subnets...))
-				labtest.Do(t, late.Start(args...))
-				waitSaid(ctx, t, late, `operation="read Node n4"`)
-			})
-			back := time.Now()
-			labtest.Do(t, late.WaitReady(ctx))
-			for _, n := range nodes[:2] {
-				waitTraces(ctx, t, n, []trace{{route.command, subnets[0] + " via "}, {"ip -6 route show proto 70", subnets[1] + " via "}}, true)
-				waitTraces(ctx, t, n, []trace{route}, false)
-			}
-			t.Logf("all is caught up with %v after the API server's return", time.Since(back).Round(time.Millisecond))
-			pod := labtest.Must(late.AddPod(ctx, "pod"))(t)
-			labtest.Do(t, pods[0].WaitPing(ctx, pod.IPv4))
-			labtest.Do(t, pod.WaitPing(ctx, pods[0].IPv6))
-			lossless()
+			testKubernetes(t, c)
 		})
 	}
+}
+
+func testKubernetes(t *testing.T, c kubeCase) {
+	ctx := labtest.Context(t, 4*time.Minute)
+	l, k := newKube(ctx, t, c.clusterCIDR, make([]lab.NodeOptions, 4), c.server...)
+	args := daemonArgs(t, k, fmt.Sprintf(`{%s, "Backend": {"Type": %q}}`, c.config, c.backend))
+	nodes := l.Nodes()
+	early, rest := nodes[0], nodes[1:3]
+
+	// One starts before there is a Node.
+	labtest.Do(t, early.Start(args...))
+	waitSaid(ctx, t, early, `"Waiting for the Node" missing="Node n1"`)
+	labtest.Do(t, k.AddNode(ctx, early))
+	for _, n := range rest {
+		labtest.Do(t, k.AddNode(ctx, n))
+		labtest.Do(t, n.Start(args...))
+	}
+	for _, n := range nodes[:3] {
+		labtest.Do(t, n.WaitReady(ctx))
+	}
+	for _, n := range nodes[:3] {
+		checkNode(ctx, t, k, n, c.backend)
+	}
+	pods := addPodsTo(ctx, t, nodes[:3])
+	checkPaths(ctx, t, l, pods)
+
+	// Another program changes annotations.
+	labtest.Do(t, k.Annotate(ctx, "n1", "public-ip=192.0.2.1", "kube-subnet-manager=false", "backend-type"))
+	checkNode(ctx, t, k, early, c.backend)
+
+	gone := nodes[2]
+	route := trace{"ip route show proto 70", labtest.Must(gone.SubnetEnv())(t).Subnets.IPv4.String() + " via "}
+	for _, n := range nodes[:2] {
+		waitTraces(ctx, t, n, []trace{route}, true)
+	}
+	labtest.Do(t, gone.Stop(ctx))
+	lossless := startPings(ctx, t, pods)
+	if c.outage == nil {
+		deleted := time.Now()
+		labtest.Do(t, k.DeleteNode(ctx, gone.Hostname))
+		for _, n := range nodes[:2] {
+			waitTraces(ctx, t, n, []trace{route}, false)
+		}
+		t.Logf("the deleted node's routes were gone after %v", time.Since(deleted).Round(time.Millisecond))
+		lossless()
+		return
+	}
+	c.changeInOutage(ctx, t, k, nodes, pods, route, args)
+	lossless()
+}
+
+// changeInOutage replaces the third node by the fourth during an outage.
+func (c kubeCase) changeInOutage(ctx context.Context, t *testing.T, k *lab.Kube, nodes []*lab.Node, pods []*lab.Pod,
+	route trace, args []string) {
+	gone, late := nodes[2], nodes[3]
+	subnets := []string{"10.5.200.0/24", "fd00:5:0:c8::/64"}
+	c.outage(ctx, t, k, pods, func(k *lab.Kube) {
+		labtest.Do(t, k.DeleteNode(ctx, gone.Hostname))
+		labtest.Do(t, k.AddNode(ctx, late, subnets...))
+		labtest.Do(t, late.Start(args...))
+		waitSaid(ctx, t, late, `operation="read Node n4"`)
+	})
+	back := time.Now()
+	labtest.Do(t, late.WaitReady(ctx))
+	for _, n := range nodes[:2] {
+		waitTraces(ctx, t, n, []trace{{route.command, subnets[0] + " via "}, {"ip -6 route show proto 70", subnets[1] + " via "}}, true)
+		waitTraces(ctx, t, n, []trace{route}, false)
+	}
+	t.Logf("all is caught up with %v after the API server's return", time.Since(back).Round(time.Millisecond))
+	pod := labtest.Must(late.AddPod(ctx, "pod"))(t)
+	labtest.Do(t, pods[0].WaitPing(ctx, pod.IPv4))
+	labtest.Do(t, pod.WaitPing(ctx, pods[0].IPv6))
 }
 
 // TestPodCIDRs: a daemon waits for its Node and its podCIDR, follows when they
@@ -236,7 +249,7 @@ func TestNodeAddresses(t *testing.T) {
 	// The Node says which address it is to be, while the daemon runs.
 	labtest.Do(t, k.Annotate(ctx, "n2", "node-public-ip=198.18.0.2"))
 	waitAnnotation(ctx, t, k, n2, "public-ip", "198.18.0.2")
-	waitSaid(ctx, t, n2, "Uplink eth0 198.18.0.2")
+	waitSaid(ctx, t, n2, `uplink="eth0 198.18.0.2`)
 	pods := addPodsTo(ctx, t, nodes[:3])
 	for _, from := range pods {
 		for _, to := range pods {

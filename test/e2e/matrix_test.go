@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -14,6 +15,9 @@ import (
 	"github.com/flanneld/flanneld/test/lab/labtest"
 )
 
+// long has tests run what make test leaves to make test-long.
+var long = os.Getenv("LONG") == "1"
+
 // Networks of the tests' configurations.
 const (
 	ipv4Network = `"Network": "10.5.0.0/16"`
@@ -21,86 +25,107 @@ const (
 	vxlanConfig = `{` + ipv4Network + `, "Backend": {"Type": "vxlan"}}`
 )
 
-// TestMatrix: whatever the backend, the families and the rules, pods reach
-// each other as themselves, and the world as their node.
+var (
+	oneLink  = make([]lab.NodeOptions, 2)
+	twoLinks = []lab.NodeOptions{{}, {}, {Routed: true}}
+)
+
+// A matrixBackend is a row of TestMatrix.
+type matrixBackend struct {
+	name, config string
+	nodes        []lab.NodeOptions
+	overhead     [2]int // over IPv4, over IPv6
+	near, far    string // device towards a peer on the same link, and on another link
+	device       string // of a type that not every kernel has
+	ipv4         bool   // without IPv6
+	once         bool   // with nftables only: another row has the same device
+}
+
+var matrixBackends = []matrixBackend{
+	{name: "vxlan", config: `{"Type": "vxlan"}`, nodes: twoLinks, overhead: [2]int{50, 70}, near: "flannel", far: "flannel"},
+	{name: "vxlan direct", config: `{"Type": "vxlan", "DirectRouting": true}`, nodes: twoLinks, overhead: [2]int{50, 70},
+		near: "eth0", far: "flannel"},
+	{name: "host-gw", config: `{"Type": "host-gw"}`, nodes: oneLink, near: "eth0"},
+	{name: "udp", config: `{"Type": "udp"}`, nodes: twoLinks, overhead: [2]int{28, 48}, near: "flannel", far: "flannel"},
+	{name: "ipip", config: `{"Type": "ipip"}`, nodes: twoLinks, overhead: [2]int{20}, near: "flannel", far: "flannel",
+		device: "ipip local 198.18.0.1", ipv4: true},
+	{name: "ipip direct", config: `{"Type": "ipip", "DirectRouting": true}`, nodes: twoLinks, overhead: [2]int{20},
+		near: "eth0", far: "flannel", device: "ipip local 198.18.0.1", ipv4: true},
+	{name: "wireguard", config: `{"Type": "wireguard"}`, nodes: twoLinks, overhead: [2]int{80, 80},
+		near: "flannel-wg", far: "flannel-wg"},
+	{name: "wireguard auto", config: `{"Type": "wireguard", "Mode": "auto"}`, nodes: twoLinks, overhead: [2]int{80, 80},
+		near: "flannel-wg", far: "flannel-wg", once: true},
+}
+
+// A matrixFamily is a column of TestMatrix.
+type matrixFamily struct {
+	name, config string
+	on           [2]bool
+}
+
+var matrixFamilies = []matrixFamily{
+	{"IPv4", ipv4Network, [2]bool{true, false}},
+	{"dual stack", ipv4Network + `, ` + ipv6Network, [2]bool{true, true}},
+	{"IPv6", `"EnableIPv4": false, ` + ipv6Network, [2]bool{false, true}},
+}
+
+// TestMatrix: with every backend, family and kind of rules, pods reach each other with their own addresses, and the
+// outside with the address of their node. Without LONG=1, each pair of backend and family has one kind of rules, in
+// turn, so that each pair of backend and rules, and of family and rules, is still tried.
 func TestMatrix(t *testing.T) {
-	oneLink := make([]lab.NodeOptions, 2)
-	twoLinks := append(oneLink[:2:2], lab.NodeOptions{Routed: true})
-	backends := []struct {
-		name, config string
-		nodes        []lab.NodeOptions
-		overhead     [2]int // over IPv4, over IPv6
-		near, far    string // device towards a peer on the same link, and on another
-		device       string // of a type that not every kernel has
-		ipv4         bool   // no more than that
-		once         bool   // with one kind of rules, as they are tried with a device like this one
-	}{
-		{name: "vxlan", config: `{"Type": "vxlan"}`, nodes: twoLinks, overhead: [2]int{50, 70}, near: "flannel", far: "flannel"},
-		{name: "vxlan direct", config: `{"Type": "vxlan", "DirectRouting": true}`, nodes: twoLinks, overhead: [2]int{50, 70}, near: "eth0", far: "flannel"},
-		{name: "host-gw", config: `{"Type": "host-gw"}`, nodes: oneLink, near: "eth0"},
-		{name: "udp", config: `{"Type": "udp"}`, nodes: twoLinks, overhead: [2]int{28, 48}, near: "flannel", far: "flannel"},
-		{name: "ipip", config: `{"Type": "ipip"}`, nodes: twoLinks, overhead: [2]int{20}, near: "flannel", far: "flannel", device: "ipip local 198.18.0.1", ipv4: true},
-		{name: "ipip direct", config: `{"Type": "ipip", "DirectRouting": true}`, nodes: twoLinks, overhead: [2]int{20}, near: "eth0", far: "flannel", device: "ipip local 198.18.0.1", ipv4: true},
-		{name: "wireguard", config: `{"Type": "wireguard"}`, nodes: twoLinks, overhead: [2]int{80, 80}, near: "flannel-wg", far: "flannel-wg"},
-		{name: "wireguard auto", config: `{"Type": "wireguard", "Mode": "auto"}`, nodes: twoLinks, overhead: [2]int{80, 80}, near: "flannel-wg", far: "flannel-wg", once: true},
-	}
-	families := []struct {
-		name, config string
-		on           [2]bool
-	}{
-		{"IPv4", ipv4Network, [2]bool{true, false}},
-		{"dual stack", ipv4Network + `, ` + ipv6Network, [2]bool{true, true}},
-		{"IPv6", `"EnableIPv4": false, ` + ipv6Network, [2]bool{false, true}},
-	}
-	for _, b := range backends {
-		for _, f := range families {
+	for i, b := range matrixBackends {
+		for j, f := range matrixFamilies {
 			if b.ipv4 && f.on[1] {
 				continue
 			}
-			for _, rules := range []string{"iptables", "nftables"} {
-				if b.once && rules == "iptables" {
+			for k, rules := range []string{"iptables", "nftables"} {
+				if b.once && rules == "iptables" || !long && !b.once && (i+j+k)%2 == 0 {
 					continue
 				}
 				t.Run(strings.Join([]string{b.name, f.name, rules}, "/"), func(t *testing.T) {
 					t.Parallel()
-					labtest.NeedDevice(t, b.device)
-					ctx := labtest.Context(t, 2*time.Minute)
-					l := labtest.New(ctx, t, fmt.Sprintf(`{%s, "EnableNFTables": %v, "Backend": %s}`, f.config, rules == "nftables", b.config), b.nodes...)
-					args := []string{"--ip-masq"}
-					if !f.on[0] {
-						args = append(args, "--etcd-endpoints="+lab.EndpointV6)
-					}
-					labtest.Start(ctx, t, l, args...)
-					pods := addPods(ctx, t, l)
-
-					mtu := 1500
-					for i, on := range f.on {
-						if on {
-							mtu = min(mtu, 1500-b.overhead[i])
-						}
-					}
-					if pods[0].MTU != mtu {
-						t.Errorf("the MTU for pods is %d, want %d", pods[0].MTU, mtu)
-					}
-					checkPaths(ctx, t, l, pods)
-					nodes := l.Nodes()
-					labtest.Do(t, waitDiff(ctx, nodes[0], ""))
-					if out, status, err := nodes[0].Ctl(ctx, "doctor"); status != 0 {
-						t.Errorf("flannelctl doctor: %v\n%s", err, out)
-					}
-					for i, to := range pods[1:] {
-						device := b.near
-						if b.nodes[i+1].Routed {
-							device = b.far
-						}
-						for _, dst := range to.Addrs() {
-							route := labtest.Must(nodes[0].Run(ctx, "ip route get "+dst.String()))(t)
-							if !strings.Contains(route, "dev "+device) {
-								t.Errorf("the route to n%d's pod is %q, want it on %s", i+2, route, device)
-							}
-						}
-					}
+					testMatrix(t, b, f, rules)
 				})
+			}
+		}
+	}
+}
+
+func testMatrix(t *testing.T, b matrixBackend, f matrixFamily, rules string) {
+	labtest.NeedDevice(t, b.device)
+	ctx := labtest.Context(t, 2*time.Minute)
+	l := labtest.New(ctx, t, configuration(f.config, b.config, rules == "nftables"), b.nodes...)
+	args := []string{"--ip-masq"}
+	if !f.on[0] {
+		args = append(args, "--etcd-endpoints="+lab.EndpointV6)
+	}
+	labtest.Start(ctx, t, l, args...)
+	pods := addPods(ctx, t, l)
+
+	mtu := 1500
+	for i, on := range f.on {
+		if on {
+			mtu = min(mtu, 1500-b.overhead[i])
+		}
+	}
+	if pods[0].MTU != mtu {
+		t.Errorf("the MTU for pods is %d, want %d", pods[0].MTU, mtu)
+	}
+	checkPaths(ctx, t, l, pods)
+	node := l.Nodes()[0]
+	labtest.Do(t, waitDiff(ctx, node, ""))
+	if out, status, err := node.Ctl(ctx, "doctor"); status != 0 {
+		t.Errorf("flannelctl doctor: %v\n%s", err, out)
+	}
+	for i, to := range pods[1:] {
+		device := b.near
+		if b.nodes[i+1].Routed {
+			device = b.far
+		}
+		for _, dst := range to.Addrs() {
+			route := labtest.Must(node.Run(ctx, "ip route get "+dst.String()))(t)
+			if !strings.Contains(route, "dev "+device) {
+				t.Errorf("the route to n%d's pod is %q, want it on %s", i+2, route, device)
 			}
 		}
 	}
@@ -116,9 +141,8 @@ func addPods(ctx context.Context, t *testing.T, l *lab.Lab) []*lab.Pod {
 	return pods
 }
 
-// checkPaths proves all that pods, one on each node in the nodes' order, and
-// nodes can do with each other and with the outside. The daemons must run with
-// --ip-masq.
+// checkPaths checks the paths between pods, one on each node in the order of the nodes, from the nodes to the pods,
+// and from the pods to the outside. The daemons must run with --ip-masq.
 func checkPaths(ctx context.Context, t *testing.T, l *lab.Lab, pods []*lab.Pod) {
 	t.Helper()
 	labtest.Do(t, l.Outside.Mirror())
@@ -132,21 +156,21 @@ func checkPaths(ctx context.Context, t *testing.T, l *lab.Lab, pods []*lab.Pod) 
 				continue
 			}
 			for k, dst := range to.Addrs() {
-				// Ready means that the others' routes were there; that they
-				// know of us may take a moment.
-				if err := from.WaitPing(ctx, dst); err != nil {
+				// Ready means that the others' routes were there. The others may learn of this node a little later.
+				packet := lab.PingOptions{Packet: from.MTU, DF: true}
+				err := lab.Poll(ctx, fmt.Sprintf("%s to answer %d bytes from %s", dst, from.MTU, from.Name), func() error {
+					_, err := from.Ping(ctx, dst, packet)
+					return err
+				})
+				if err != nil {
 					t.Error(err)
 					continue
 				}
-				whole := lab.PingOptions{Count: 2, Packet: from.MTU, DF: true}
-				if _, err := from.Ping(ctx, dst, whole); err != nil {
-					t.Errorf("with %d bytes: %v", whole.Packet, err)
+				packet.Packet++
+				if _, err := from.Ping(ctx, dst, packet); err == nil {
+					t.Errorf("%s: ping %s: %d bytes pass, with an MTU of %d", from.Name, dst, packet.Packet, from.MTU)
 				}
-				whole.Packet++
-				if _, err := from.Ping(ctx, dst, whole); err == nil {
-					t.Errorf("%s: ping %s: %d bytes pass, with an MTU of %d", from.Name, dst, whole.Packet, from.MTU)
-				}
-				if _, err := node.Ping(ctx, dst, lab.PingOptions{}); err != nil {
+				if err := node.WaitPing(ctx, dst); err != nil {
 					t.Errorf("from the host: %v", err)
 				}
 				expectSeenAs(ctx, t, from.Namespace, dst, from.Addrs()[k])

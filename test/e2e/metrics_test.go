@@ -18,6 +18,7 @@ import (
 
 	"sigs.k8s.io/yaml"
 
+	"github.com/flanneld/flanneld/pkg/nstest"
 	"github.com/flanneld/flanneld/test/lab"
 	"github.com/flanneld/flanneld/test/lab/labtest"
 )
@@ -118,7 +119,7 @@ func (p *prometheus) wait(ctx context.Context, t *testing.T, want map[string]str
 // peers, its repairs, its lease and etcd's outage.
 func TestPrometheus(t *testing.T) {
 	t.Parallel()
-	needPrometheus(t)
+	nstest.Need(t, "prometheus", "promtool")
 	ctx := labtest.Context(t, 3*time.Minute)
 	l := labtest.New(ctx, t, vxlanConfig, make([]lab.NodeOptions, 3)...)
 	n, others := l.Nodes()[0], l.Nodes()[1:]
@@ -173,9 +174,9 @@ func TestPrometheus(t *testing.T) {
 // TestUDPMetrics: the udp backend's packets are counted.
 func TestUDPMetrics(t *testing.T) {
 	t.Parallel()
-	needPrometheus(t)
+	nstest.Need(t, "prometheus", "promtool")
 	ctx := labtest.Context(t, 2*time.Minute)
-	s := setUDPScene(ctx, t)
+	s := newUDPTestbed(ctx, t)
 	p := startPrometheus(ctx, t, s.node)
 	labtest.Must(s.pods[0].Ping(ctx, s.pods[1].IPv4, lab.PingOptions{Count: 100}))(t)
 	p.wait(ctx, t, map[string]string{
@@ -200,20 +201,11 @@ func checkMetrics(ctx context.Context, t *testing.T, n *lab.Node) {
 	}
 }
 
-func needPrometheus(t *testing.T) {
-	t.Helper()
-	for _, program := range []string{"prometheus", "promtool"} {
-		if _, err := exec.LookPath(program); err != nil {
-			t.Skipf("needs %s", program)
-		}
-	}
-}
-
 // TestAlerts: the rules are right, and there is a test in which each of them
 // fires.
 func TestAlerts(t *testing.T) {
 	t.Parallel()
-	needPrometheus(t)
+	nstest.Need(t, "prometheus", "promtool")
 	const rules, tests = "../../dist/prometheus/flannel.rules.yml", "flannel.rules.test.yml"
 	if out, err := exec.Command("promtool", "check", "rules", rules).CombinedOutput(); err != nil {
 		t.Errorf("promtool check rules: %v\n%s", err, out)

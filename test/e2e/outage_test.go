@@ -130,7 +130,7 @@ func TestEtcdOutage(t *testing.T) {
 	labtest.Do(t, l.Etcd.Delete(ctx, old))
 	labtest.Do(t, l.Etcd.Put(ctx, fresh, strangerLease("198.18.0.201", "0e:00:00:00:00:c9")))
 	labtest.Do(t, l.Etcd.Compact(ctx))
-	labtest.Do(t, l.Etcd.Mend(ctx))
+	labtest.Do(t, l.Etcd.Restore(ctx))
 	mended := time.Now()
 
 	labtest.Do(t, nodes[2].WaitReady(ctx))

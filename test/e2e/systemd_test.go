@@ -105,7 +105,8 @@ func TestReadme(t *testing.T) {
 	etcdctl := labtest.Must(l.Program("bin/etcdctl"))(t)
 	labtest.Do(t, os.Symlink(etcdctl, filepath.Join(bin, "etcdctl")))
 	script := filepath.Join(bin, "readme")
-	labtest.Do(t, os.WriteFile(script, []byte("set -ex\nexport PATH="+bin+":$PATH ETCDCTL_ENDPOINTS="+lab.Endpoint+"\ncd "+labtest.Must(filepath.Abs("../.."))(t)+"\n"+lines), 0o644))
+	labtest.Do(t, os.WriteFile(script, fmt.Appendf(nil, "set -ex\nexport PATH=%s:$PATH ETCDCTL_ENDPOINTS=%s\ncd '%s'\n%s",
+		bin, lab.Endpoint, labtest.Must(filepath.Abs("../.."))(t), lines), 0o644))
 	s := labtest.Must(n.StartSystemd(ctx, nil))(t)
 	out, err := s.Run(ctx, "sh "+script)
 	if err != nil || !strings.Contains(out, "lease") || !strings.Contains(out, "10.5.") {
@@ -118,14 +119,15 @@ func TestReadme(t *testing.T) {
 	}
 }
 
-// startUnit starts the daemon by our unit, with a path and a patience of the
-// test's.
+// startUnit starts the daemon by our unit, with flags and time limits of the test.
 func startUnit(ctx context.Context, t *testing.T, l *lab.Lab, n *lab.Node) *lab.Systemd {
 	t.Helper()
 	unit := string(labtest.Must(os.ReadFile("../../dist/flanneld.service"))(t))
-	program := labtest.Must(l.Program("bin/flanneld"))(t)
+	// The program is where users install it: in its sandbox the unit does not see /tmp, where the build may be.
+	labtest.Do(t, n.Install(labtest.Must(l.Program("bin/flanneld"))(t)))
 	for _, change := range [][2]string{
-		{"ExecStart=/usr/local/bin/flanneld\n", "ExecStart=" + program + " --ip-masq --etcd-endpoints=" + lab.Endpoint + "\nStandardOutput=append:" + unitLog(n) + "\nStandardError=inherit\n"},
+		{"ExecStart=/usr/local/bin/flanneld\n", "ExecStart=/usr/local/bin/flanneld --ip-masq --etcd-endpoints=" + lab.Endpoint +
+			"\nStandardOutput=append:" + unitLog(n) + "\nStandardError=inherit\n"},
 		{"WatchdogSec=60\n", "WatchdogSec=3\n"},
 		{"RestartSec=5\n", "RestartSec=0\n"},
 	} {

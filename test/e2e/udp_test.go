@@ -14,33 +14,32 @@ import (
 	"github.com/flanneld/flanneld/test/lab/labtest"
 )
 
-// A proxyScene is two nodes with a backend that moves packets itself, and a pod on
-// each.
-type proxyScene struct {
+// A proxyTestbed is two nodes with a backend that forwards packets in user space, and a pod on each.
+type proxyTestbed struct {
 	*lab.Lab
 	devices []string
 	node    *lab.Node
 	pods    []*lab.Pod
-	held    string // by the node's kernel, as it should be
+	held    string // by the node's kernel, without a fault
 }
 
-func setUDPScene(ctx context.Context, t *testing.T) *proxyScene {
+func newUDPTestbed(ctx context.Context, t *testing.T) *proxyTestbed {
 	t.Helper()
-	return setProxyScene(ctx, t, `{"Type": "udp"}`, "flannel0")
+	return newProxyTestbed(ctx, t, `{"Type": "udp"}`, "flannel0")
 }
 
-func setProxyScene(ctx context.Context, t *testing.T, backend string, devices ...string) *proxyScene {
+func newProxyTestbed(ctx context.Context, t *testing.T, backend string, devices ...string) *proxyTestbed {
 	t.Helper()
 	l := labtest.New(ctx, t, fmt.Sprintf(`{%s, %s, "Backend": %s}`, ipv4Network, ipv6Network, backend), make([]lab.NodeOptions, 2)...)
 	labtest.Start(ctx, t, l, "--ip-masq")
-	s := &proxyScene{Lab: l, devices: devices, node: l.Nodes()[0], pods: addPods(ctx, t, l)}
+	s := &proxyTestbed{Lab: l, devices: devices, node: l.Nodes()[0], pods: addPods(ctx, t, l)}
 	s.talk(ctx, t)
 	s.held = labtest.Must(s.holds(ctx))(t)
 	return s
 }
 
 // talk waits until pods reach each other, with small packets and whole ones.
-func (s *proxyScene) talk(ctx context.Context, t *testing.T) {
+func (s *proxyTestbed) talk(ctx context.Context, t *testing.T) {
 	t.Helper()
 	for i, from := range s.pods {
 		for _, dst := range s.pods[1-i].Addrs() {
@@ -50,8 +49,8 @@ func (s *proxyScene) talk(ctx context.Context, t *testing.T) {
 	}
 }
 
-// holds tells what the node's kernel has of the backend's.
-func (s *proxyScene) holds(ctx context.Context) (string, error) {
+// holds returns what the node's kernel holds of the backend.
+func (s *proxyTestbed) holds(ctx context.Context) (string, error) {
 	var all []string
 	commands := []string{"ip route show proto 70", "ip -6 route show proto 70"}
 	for _, d := range s.devices {
@@ -63,17 +62,17 @@ func (s *proxyScene) holds(ctx context.Context) (string, error) {
 		if err != nil {
 			return "", err
 		}
-		all = append(all, strings.Split(ofMoment.ReplaceAllString(out, ""), "\n")...)
+		all = append(all, strings.Split(transient.ReplaceAllString(out, ""), "\n")...)
 	}
 	slices.Sort(all)
 	return strings.Join(all, "\n"), nil
 }
 
-// ofMoment matches the device's number, and that the daemon is not there.
-var ofMoment = regexp.MustCompile(`(?m)^[0-9]+: | linkdown`)
+// transient matches the device's number, and the sign that the daemon does not run.
+var transient = regexp.MustCompile(`(?m)^[0-9]+: | linkdown`)
 
-// whole waits until it is as it should be.
-func (s *proxyScene) whole(ctx context.Context, t *testing.T) {
+// waitRestored waits until the kernel holds what it should.
+func (s *proxyTestbed) waitRestored(ctx context.Context, t *testing.T) {
 	t.Helper()
 	labtest.Do(t, lab.Poll(ctx, "the kernel to hold what it should", func() error {
 		now, err := s.holds(ctx)
@@ -84,10 +83,9 @@ func (s *proxyScene) whole(ctx context.Context, t *testing.T) {
 	}))
 }
 
-// restart ends the node's daemon and starts it again, once in good order and once
-// not. The kernel holds what it should meanwhile, and subnet and devices stay the
-// same. whole is what must be so afterwards.
-func (s *proxyScene) restart(ctx context.Context, t *testing.T, whole func(context.Context, *testing.T)) {
+// restart ends the node's daemon, first with SIGTERM and then with SIGKILL, and starts it again. Meanwhile the kernel
+// holds what it should, and subnet and devices stay the same. waitRestored waits for the state afterwards.
+func (s *proxyTestbed) restart(ctx context.Context, t *testing.T, waitRestored func(context.Context, *testing.T)) {
 	t.Helper()
 	subnet := labtest.Must(s.node.SubnetEnv())(t)
 	numbers := "cat /sys/class/net/" + strings.Join(s.devices, "/ifindex /sys/class/net/") + "/ifindex"
@@ -97,11 +95,11 @@ func (s *proxyScene) restart(ctx context.Context, t *testing.T, whole func(conte
 		func() error { s.node.Kill(); return nil },
 	} {
 		labtest.Do(t, end())
-		s.whole(ctx, t)
+		s.waitRestored(ctx, t)
 		labtest.Do(t, s.node.Restart(ctx))
 		labtest.Do(t, s.node.WaitReady(ctx))
 		s.talk(ctx, t)
-		whole(ctx, t)
+		waitRestored(ctx, t)
 	}
 	if after := labtest.Must(s.node.SubnetEnv())(t); after != subnet {
 		t.Errorf("the subnet file said %+v, says %+v", subnet, after)
@@ -111,12 +109,11 @@ func (s *proxyScene) restart(ctx context.Context, t *testing.T, whole func(conte
 	}
 }
 
-// TestUDPFaults: whatever befalls the device, it is back and the proxy on it, and
-// pods talk again.
+// TestUDPFaults: whatever happens to the device, the daemon restores the device and uses it, and pods talk again.
 func TestUDPFaults(t *testing.T) {
 	t.Parallel()
 	ctx := labtest.Context(t, 4*time.Minute)
-	s := setUDPScene(ctx, t)
+	s := newUDPTestbed(ctx, t)
 	if !strings.Contains(s.held, "persist") {
 		t.Errorf("the device does not outlive the daemon:\n%s", s.held)
 	}
@@ -138,7 +135,7 @@ func TestUDPFaults(t *testing.T) {
 				t.Errorf("%s: %v", name, err)
 			}
 		}
-		s.whole(ctx, t) // first: a pod that meets a smaller MTU remembers it for minutes
+		s.waitRestored(ctx, t) // first: a pod that meets a smaller MTU remembers it for minutes
 		s.talk(ctx, t)
 		if t.Failed() {
 			t.Fatalf("after %s", name)
@@ -155,7 +152,7 @@ func TestUDPFaults(t *testing.T) {
 		return err
 	}))
 	labtest.Must(s.node.Run(ctx, "ip link set eth0 mtu 1500"))(t)
-	s.whole(ctx, t)
+	s.waitRestored(ctx, t)
 	s.talk(ctx, t)
 }
 
@@ -164,8 +161,8 @@ func TestUDPFaults(t *testing.T) {
 func TestUDPRestart(t *testing.T) {
 	t.Parallel()
 	ctx := labtest.Context(t, 2*time.Minute)
-	s := setUDPScene(ctx, t)
-	s.restart(ctx, t, s.whole)
+	s := newUDPTestbed(ctx, t)
+	s.restart(ctx, t, s.waitRestored)
 }
 
 // TestUDPPeers: a node that comes, goes and comes with another address is
@@ -173,7 +170,7 @@ func TestUDPRestart(t *testing.T) {
 func TestUDPPeers(t *testing.T) {
 	t.Parallel()
 	ctx := labtest.Context(t, 2*time.Minute)
-	s := setUDPScene(ctx, t)
+	s := newUDPTestbed(ctx, t)
 	third := labtest.Must(s.AddNode(ctx, lab.NodeOptions{Routed: true}))(t)
 	labtest.Do(t, third.Start("--ip-masq"))
 	labtest.Do(t, third.WaitReady(ctx))

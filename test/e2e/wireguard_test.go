@@ -18,17 +18,16 @@ import (
 	"github.com/flanneld/flanneld/test/lab/labtest"
 )
 
-// A wireguardScene is two nodes with the wireguard backend, wherever packets are
-// encrypted.
-type wireguardScene struct {
-	*proxyScene
+// A wireguardTestbed is two nodes with the wireguard backend, in the kernel or in user space.
+type wireguardTestbed struct {
+	*proxyTestbed
 	key  string // the peer's public key
-	kept string // what the node's devices hold of WireGuard
+	kept string // what the node's devices hold of WireGuard, without a fault
 }
 
-func setWireGuardScene(ctx context.Context, t *testing.T) *wireguardScene {
+func newWireGuardTestbed(ctx context.Context, t *testing.T) *wireguardTestbed {
 	t.Helper()
-	s := &wireguardScene{proxyScene: setProxyScene(ctx, t, `{"Type": "wireguard"}`, "flannel-wg", "flannel-wg-v6")}
+	s := &wireguardTestbed{proxyTestbed: newProxyTestbed(ctx, t, `{"Type": "wireguard"}`, "flannel-wg", "flannel-wg-v6")}
 	if tun := labtest.Must(s.node.Run(ctx, "ip tuntap show dev flannel-wg"))(t); tun == "" {
 		t.Log("packets are encrypted by the kernel")
 	} else {
@@ -39,8 +38,8 @@ func setWireGuardScene(ctx context.Context, t *testing.T) *wireguardScene {
 	return s
 }
 
-// keeps tells what the node's devices hold of WireGuard.
-func (s *wireguardScene) keeps(ctx context.Context) (string, error) {
+// keeps returns what the node's devices hold of WireGuard.
+func (s *wireguardTestbed) keeps(ctx context.Context) (string, error) {
 	var lines []string
 	for _, what := range []string{"public-key", "listen-port", "allowed-ips", "endpoints", "preshared-keys", "persistent-keepalive"} {
 		out, err := s.node.Run(ctx, "wg show all "+what)
@@ -53,10 +52,10 @@ func (s *wireguardScene) keeps(ctx context.Context) (string, error) {
 	return strings.Join(lines, "\n") + "\n", nil
 }
 
-// whole waits until everything is as it should be.
-func (s *wireguardScene) whole(ctx context.Context, t *testing.T) {
+// waitRestored waits until everything is as it was without a fault.
+func (s *wireguardTestbed) waitRestored(ctx context.Context, t *testing.T) {
 	t.Helper()
-	s.proxyScene.whole(ctx, t)
+	s.proxyTestbed.waitRestored(ctx, t)
 	labtest.Do(t, lab.Poll(ctx, "WireGuard to hold what it should", func() error {
 		now, err := s.keeps(ctx)
 		if err == nil && now != s.kept {
@@ -67,7 +66,7 @@ func (s *wireguardScene) whole(ctx context.Context, t *testing.T) {
 }
 
 // try tells whether pods reach each other, with whole packets.
-func (s *wireguardScene) try(ctx context.Context) error {
+func (s *wireguardTestbed) try(ctx context.Context) error {
 	for i, from := range s.pods {
 		for _, dst := range s.pods[1-i].Addrs() {
 			if _, err := from.Ping(ctx, dst, lab.PingOptions{Packet: from.MTU, DF: true}); err != nil {
@@ -78,12 +77,12 @@ func (s *wireguardScene) try(ctx context.Context) error {
 	return nil
 }
 
-// TestWireGuardFaults: whatever befalls the devices, inside and outside of
-// WireGuard, pods talk again, and all is as before.
+// TestWireGuardFaults: whatever happens to the devices, inside and outside of WireGuard, pods talk again, and all is
+// as before.
 func TestWireGuardFaults(t *testing.T) {
 	t.Parallel()
 	ctx := labtest.Context(t, 5*time.Minute)
-	s := setWireGuardScene(ctx, t)
+	s := newWireGuardTestbed(ctx, t)
 	for _, want := range []string{"51820", "51821", "198.18.0.2:51820", "[fd18::2]:51821"} {
 		if !strings.Contains(s.kept, want) {
 			t.Errorf("there is no %s in\n%s", want, s.kept)
@@ -126,10 +125,10 @@ func TestWireGuardFaults(t *testing.T) {
 				t.Errorf("%s: %v", name, err)
 			}
 		}
-		s.proxyScene.whole(ctx, t) // first: a pod that meets a smaller MTU remembers it for minutes
+		s.proxyTestbed.waitRestored(ctx, t) // first: a pod that has met a smaller MTU remembers it for minutes
 		// The first to answer may be what was there before.
 		labtest.Do(t, lab.Poll(ctx, "pods to talk", func() error { return s.try(ctx) }))
-		s.whole(ctx, t)
+		s.waitRestored(ctx, t)
 		t.Logf("%v after %s", time.Since(begun).Round(time.Millisecond), name)
 		if t.Failed() {
 			t.Fatalf("after %s", name)
@@ -150,7 +149,7 @@ func readKey(t *testing.T, n *lab.Node) string {
 func TestWireGuardRestart(t *testing.T) {
 	t.Parallel()
 	ctx := labtest.Context(t, 3*time.Minute)
-	s := setWireGuardScene(ctx, t)
+	s := newWireGuardTestbed(ctx, t)
 	_, lease := leaseOf(ctx, t, s.Lab, s.node)
 	private := labtest.Must(wgtypes.ParseKey(readKey(t, s.node)))(t)
 	if want := fmt.Sprintf(`{"PublicKey":"%s","Port":51820}`, private.PublicKey()); string(lease.Attrs.BackendData) != want || lease.Attrs.BackendType != "wireguard" {
@@ -159,7 +158,7 @@ func TestWireGuardRestart(t *testing.T) {
 	if mode := labtest.Must(os.Stat(s.node.KeyFile()))(t).Mode(); mode != 0o600 {
 		t.Errorf("the mode of the key's file is %v", mode)
 	}
-	s.restart(ctx, t, s.whole)
+	s.restart(ctx, t, s.waitRestored)
 	if _, after := leaseOf(ctx, t, s.Lab, s.node); !after.Attrs.Equal(lease.Attrs) {
 		t.Errorf("the lease said %s, says %s", lease.Attrs.BackendData, after.Attrs.BackendData)
 	}
@@ -181,7 +180,7 @@ func TestWireGuardMixed(t *testing.T) {
 			t.Errorf("node %d: a TUN is %q", i+1, tun)
 		}
 	}
-	s := &proxyScene{Lab: l, pods: addPods(ctx, t, l)}
+	s := &proxyTestbed{Lab: l, pods: addPods(ctx, t, l)}
 	s.talk(ctx, t)
 	for _, n := range l.Nodes() { // each may have begun the session
 		labtest.Do(t, n.Restart(ctx))
@@ -195,7 +194,7 @@ func TestWireGuardMixed(t *testing.T) {
 func TestWireGuardPeers(t *testing.T) {
 	t.Parallel()
 	ctx := labtest.Context(t, 2*time.Minute)
-	s := setWireGuardScene(ctx, t)
+	s := newWireGuardTestbed(ctx, t)
 	holds := func(what string, want ...string) {
 		t.Helper()
 		labtest.Do(t, lab.Poll(ctx, what, func() error {
@@ -240,14 +239,14 @@ func TestWireGuardPeers(t *testing.T) {
 	}))
 	labtest.Do(t, s.Etcd.Delete(ctx, lab.Prefix+"/subnets/"+key))
 	s.talk(ctx, t)
-	s.whole(ctx, t)
+	s.waitRestored(ctx, t)
 }
 
 // TestWireGuardSecrecy: what pods tell each other, the underlay does not know.
 func TestWireGuardSecrecy(t *testing.T) {
 	t.Parallel()
 	ctx := labtest.Context(t, 2*time.Minute)
-	s := setWireGuardScene(ctx, t)
+	s := newWireGuardTestbed(ctx, t)
 	file := filepath.Join(s.node.Dir, "capture")
 	dump := exec.Command("tcpdump", "-i", "eth0", "-U", "-w", file, "-Z", "root")
 	capture := labtest.Must(s.node.Launch(dump))(t)

@@ -114,8 +114,8 @@ func (e *Etcd) Cut(ctx context.Context) error {
 	return err
 }
 
-// Mend ends a Cut.
-func (e *Etcd) Mend(ctx context.Context) error {
+// Restore ends a Cut.
+func (e *Etcd) Restore(ctx context.Context) error {
 	_, err := e.lab.net.Run(ctx, "nft delete table inet cut")
 	return err
 }

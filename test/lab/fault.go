@@ -201,10 +201,8 @@ func keep(out string) (lines []string) {
 	return lines
 }
 
-// A Probe asks a mirror fifty times a second (on a slow machine it would be kept
-// busy by that: fewer), each time from a new port, so that neither connection
-// tracking nor a cached route answers for it. What is answered later than probeWait
-// is lost.
+// A Probe asks a mirror again and again, each time from a new port, so that neither connection tracking nor a cached
+// route answers for the path. What is answered later than probeWait is lost.
 type Probe struct {
 	What string // from where to where
 
@@ -220,10 +218,7 @@ type Probe struct {
 	sent []attempt
 }
 
-const (
-	probePace = 20 * time.Millisecond
-	probeWait = 300 * time.Millisecond
-)
+const probeWait = 300 * time.Millisecond
 
 // An attempt is one packet of a Probe.
 type attempt struct {
@@ -232,12 +227,11 @@ type attempt struct {
 	answered bool
 }
 
-// StartProbe probes the mirror at dst with packets of that size, which may not
-// be fragmented.
-func (ns *Namespace) StartProbe(dst netip.Addr, size int, as netip.Addr) *Probe {
+// StartProbe probes the mirror at dst, once in each interval, with packets of that size, which may not be fragmented.
+func (ns *Namespace) StartProbe(dst netip.Addr, size int, as netip.Addr, interval time.Duration) *Probe {
 	p := &Probe{What: ns.Name + " to " + dst.String(), ns: ns, dst: dst, size: size, as: as, stop: make(chan struct{})}
 	p.done.Go(func() {
-		tick := time.NewTicker(Patiently(probePace))
+		tick := time.NewTicker(Patiently(interval))
 		defer tick.Stop()
 		for i := 0; ; i++ {
 			p.mu.Lock()

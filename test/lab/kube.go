@@ -315,8 +315,8 @@ func (k *Kube) Cut(ctx context.Context) error {
 	return err
 }
 
-// Mend ends a Cut.
-func (k *Kube) Mend(ctx context.Context) error {
+// Restore ends a Cut.
+func (k *Kube) Restore(ctx context.Context) error {
 	_, err := k.lab.net.Run(ctx, "nft delete table inet cut-kube")
 	return err
 }

@@ -15,6 +15,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"golang.org/x/sys/unix"
 
+	"github.com/flanneld/flanneld/pkg/nstest"
 	"github.com/flanneld/flanneld/subnet"
 	"github.com/flanneld/flanneld/test/lab"
 	"github.com/flanneld/flanneld/test/lab/labtest"
@@ -183,7 +184,7 @@ func TestEtcd(t *testing.T) {
 		t.Error("a node reaches etcd through the cut")
 	}
 	labtest.Do(t, l.Etcd.Put(ctx, lab.Prefix+"/subnets/10.5.9.0-24", `{"PublicIP":"198.18.0.9","PublicIPv6":null}`))
-	labtest.Do(t, l.Etcd.Mend(ctx))
+	labtest.Do(t, l.Etcd.Restore(ctx))
 	labtest.Do(t, reach())
 
 	leases := labtest.Must(l.Etcd.Leases(ctx))(t)
@@ -222,9 +223,7 @@ func TestLeftovers(t *testing.T) {
 		os.Stdout.WriteString(l.Name + "\n")
 		select {}
 	}
-	if os.Getuid() != 0 {
-		t.Skip("needs root: network namespaces")
-	}
+	nstest.NeedRoot(t)
 	ctx := labtest.Context(t, time.Minute)
 	child := exec.CommandContext(ctx, os.Args[0], "-test.run=^TestLeftovers$")
 	child.Env = append(os.Environ(), "LAB_TO_LEAVE=1")
@@ -267,9 +266,7 @@ func TestLeftovers(t *testing.T) {
 // TestClose: nothing remains, of a kept lab neither.
 func TestClose(t *testing.T) {
 	t.Parallel()
-	if os.Getuid() != 0 {
-		t.Skip("needs root: network namespaces")
-	}
+	nstest.NeedRoot(t)
 	ctx := labtest.Context(t, time.Minute)
 	keep := "labclose" // no other test's name
 	labtest.Do(t, lab.Remove(context.WithoutCancel(ctx), keep))

@@ -47,6 +47,19 @@ exec unshare --pid --ipc --mount --fork --kill-child --mount-proc sh -ec '
 	exec /lib/systemd/systemd --system --unit=lab.target --show-status=no --log-target=console' sh "$2" >"$3" 2>&1
 `
 
+// Install puts a program into the /usr/local/bin that systemd and its services will see.
+func (n *Node) Install(program string) error {
+	text, err := os.ReadFile(program)
+	if err != nil {
+		return err
+	}
+	dir := filepath.Join(n.Dir, "root/usr/local/bin")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(dir, filepath.Base(program)), text, 0o755)
+}
+
 // StartSystemd starts systemd on a node, with units by their names, beside those
 // of /etc. The targets that every service refers to are there, and empty.
 func (n *Node) StartSystemd(ctx context.Context, units map[string]string) (*Systemd, error) {

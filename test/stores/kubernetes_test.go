@@ -132,7 +132,7 @@ func (c *cluster) outage(ctx context.Context, t *testing.T) {
 	for _, n := range c.Nodes()[:2] {
 		waitRoute(ctx, t, n, leaves, true) // nobody has heard of it
 	}
-	labtest.Do(t, c.kube.Mend(ctx))
+	labtest.Do(t, c.kube.Restore(ctx))
 	labtest.Do(t, joins.WaitReady(ctx))
 	for _, n := range c.Nodes() {
 		waitRoute(ctx, t, n, c.lastPeer, true)

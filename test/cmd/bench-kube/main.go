@@ -140,6 +140,7 @@ func (b *bench) prepare(ctx context.Context) (err error) {
 
 // A result is what one program took in one run.
 type result struct {
+	pid        int
 	start      time.Duration // until it has all
 	startCPU   time.Duration
 	heartbeats time.Duration // of CPU
@@ -148,7 +149,7 @@ type result struct {
 	peak       int           // KiB
 }
 
-// measure boots the node, and has the floor and then the daemon start on it.
+// measure boots the node, and starts the floor and then the daemon on it.
 func (b *bench) measure(ctx context.Context, run int) error {
 	if err := b.node.Reboot(ctx); err != nil {
 		return err
@@ -164,36 +165,17 @@ func (b *bench) measure(ctx context.Context, run int) error {
 	}
 	defer log.Close()
 
-	self, err := os.Executable()
-	if err != nil {
-		return err
-	}
 	var floor, daemon result
-	stream := exec.Command(self, floorArg, b.kube.Kubeconfig("flannel"))
-	stream.Stderr = log
-	told, err := stream.StdoutPipe()
+	stream, err := b.startFloor(ctx, &floor, log)
 	if err != nil {
 		return err
 	}
-	began := time.Now()
-	streaming, err := b.node.Launch(stream)
-	if err != nil {
-		return err
-	}
-	defer streaming.Kill()
-	var count int
-	if err := json.NewDecoder(told).Decode(&count); err != nil || count < b.nodes {
-		return fmt.Errorf("the floor saw %d Nodes: %w, see %s", count, err, log.Name())
-	}
-	floor.start = time.Since(began)
-	if err := floor.started(ctx, stream.Process.Pid); err != nil {
-		return err
-	}
+	defer stream.Kill()
 
 	flanneld := exec.Command(b.program, b.args...)
 	flanneld.Env = append(os.Environ(), "NODE_NAME="+b.node.Hostname)
 	flanneld.Stdout, flanneld.Stderr = log, log
-	began = time.Now()
+	began := time.Now()
 	running, err := b.node.Launch(flanneld)
 	if err != nil {
 		return err
@@ -203,16 +185,54 @@ func (b *bench) measure(ctx context.Context, run int) error {
 	if err != nil {
 		return fmt.Errorf("%w; see %s", err, log.Name())
 	}
-	daemon.start = until.Sub(began)
-	if err := daemon.started(ctx, flanneld.Process.Pid); err != nil {
+	daemon.start, daemon.pid = until.Sub(began), flanneld.Process.Pid
+	if err := daemon.started(ctx); err != nil {
 		return err
 	}
+	if err := b.heartbeats(ctx, watch, peer(b.nodes+run), &floor, &daemon); err != nil {
+		return fmt.Errorf("%w; see %s", err, log.Name())
+	}
+	b.floors, b.daemons = append(b.floors, floor), append(b.daemons, daemon)
+	fmt.Printf("run %d: all programmed after %v (floor %v), %v of CPU; heartbeats %v of CPU; resident %.1f MiB, peak %.1f MiB\n", run+1,
+		daemon.start.Round(time.Millisecond), floor.start.Round(time.Millisecond), daemon.startCPU.Round(time.Millisecond),
+		daemon.heartbeats.Round(time.Millisecond), float64(daemon.resident)/1024, float64(daemon.peak)/1024)
+	return nil
+}
 
-	both := []struct {
-		*result
-		pid int
-	}{{&floor, stream.Process.Pid}, {&daemon, flanneld.Process.Pid}}
-	for _, p := range both {
+// startFloor starts the floor, and measures until it has seen all Nodes and is at rest.
+func (b *bench) startFloor(ctx context.Context, floor *result, log *os.File) (*lab.Process, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	stream := exec.Command(self, floorArg, b.kube.Kubeconfig("flannel"))
+	stream.Stderr = log
+	output, err := stream.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	began := time.Now()
+	p, err := b.node.Launch(stream)
+	if err != nil {
+		return nil, err
+	}
+	var count int
+	if err := json.NewDecoder(output).Decode(&count); err != nil || count < b.nodes {
+		p.Kill()
+		return nil, fmt.Errorf("the floor saw %d Nodes: %w, see %s", count, err, log.Name())
+	}
+	floor.start, floor.pid = time.Since(began), stream.Process.Pid
+	if err := floor.started(ctx); err != nil {
+		p.Kill()
+		return nil, err
+	}
+	return p, nil
+}
+
+// heartbeats measures what one heartbeat of each Node takes. The last Node is registered after the heartbeats: the
+// watch keeps the order, so that a program that knows the last Node has seen all of them.
+func (b *bench) heartbeats(ctx context.Context, w *watch, last node, programs ...*result) error {
+	for _, p := range programs {
 		cpu, err := lab.CPU(p.pid)
 		if err != nil {
 			return err
@@ -222,16 +242,13 @@ func (b *bench) measure(ctx context.Context, run int) error {
 	if err := b.api.each(ctx, b.nodes, func(ctx context.Context, i int) error { return b.api.heartbeat(ctx, peer(i)) }); err != nil {
 		return err
 	}
-	// The watch keeps their order: who knows of one more node has seen all
-	// that came before.
-	last := peer(b.nodes + run)
 	if err := b.api.register(ctx, last); err != nil {
 		return err
 	}
-	if _, err := watch.programmed(ctx, last); err != nil {
-		return fmt.Errorf("%w; see %s", err, log.Name())
+	if _, err := w.programmed(ctx, last); err != nil {
+		return err
 	}
-	for _, p := range both {
+	for _, p := range programs {
 		cpu, err := lab.AtRest(ctx, p.pid)
 		if err != nil {
 			return err
@@ -241,16 +258,12 @@ func (b *bench) measure(ctx context.Context, run int) error {
 			return err
 		}
 	}
-	b.floors, b.daemons = append(b.floors, floor), append(b.daemons, daemon)
-	fmt.Printf("run %d: all programmed after %v (floor %v), %v of CPU; heartbeats %v of CPU; resident %.1f MiB, peak %.1f MiB\n", run+1,
-		daemon.start.Round(time.Millisecond), floor.start.Round(time.Millisecond), daemon.startCPU.Round(time.Millisecond),
-		daemon.heartbeats.Round(time.Millisecond), float64(daemon.resident)/1024, float64(daemon.peak)/1024)
 	return b.kube.DeleteNode(ctx, last.name)
 }
 
-// started takes note of what a program has taken once it is at rest.
-func (r *result) started(ctx context.Context, pid int) (err error) {
-	r.startCPU, err = lab.AtRest(ctx, pid)
+// started records what a program has taken once it is at rest.
+func (r *result) started(ctx context.Context) (err error) {
+	r.startCPU, err = lab.AtRest(ctx, r.pid)
 	return err
 }
 

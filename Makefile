@@ -12,11 +12,17 @@ GOVULNCHECK_VERSION := v1.9.0
 FUZZTIME ?= 50000x
 TESTFLAGS ?=# such as -v or -run=TestRestart
 
-# Programs that the lab and the tests in namespaces run, and the packages that
-# have them where apt-get is.
-PROGRAMS := iptables:iptables nft:nftables ip:iproute2 ping:iputils-ping iperf3:iperf3 tcpdump:tcpdump ethtool:ethtool \
-	systemd-analyze:systemd containerd:containerd runc:runc dockerd:docker.io mmdebstrap:mmdebstrap conntrack:conntrack \
-	promtool:prometheus wg:wireguard-tools qemu-system-x86_64:qemu-system-x86
+# Programs that a target needs besides Go, each with the package that has it on Debian and the like.
+programs-lab := ip:iproute2 iptables:iptables nft:nftables ping:iputils-ping
+programs-demo := $(programs-lab) iperf3:iperf3
+programs-image := dockerd:docker.io mmdebstrap:mmdebstrap
+programs-demo-kube := $(programs-lab) $(programs-image) containerd:containerd runc:runc conntrack:conntrack
+programs-e2e := $(programs-demo-kube) iperf3:iperf3 tcpdump:tcpdump ethtool:ethtool wg:wireguard-tools \
+	systemd-analyze:systemd promtool:prometheus
+programs-vm := qemu-system-x86_64:qemu-system-x86 mmdebstrap:mmdebstrap
+programs-tools := $(programs-e2e) $(programs-vm)
+NEED := $(addprefix need-,lab demo image demo-kube e2e vm tools)
+INSTALL := $(NEED:need-%=install-%)
 
 export PATH := $(PATH):/usr/sbin:/sbin
 # The version comes from git describe below; git may refuse to serve root.
@@ -40,7 +46,8 @@ CNI := $(addprefix build/cni/,bridge host-local loopback portmap)
 OTHER_KUBE := build/stores/kube-apiserver-1.34 build/stores/kine
 KUBE := $(addprefix build/kube/,kube-apiserver kube-controller-manager kube-scheduler kube-proxy kubelet kubectl)
 
-.PHONY: help build image manifest docs release release-check tools programs check vulncheck test unit fuzz e2e test-stores test-vm bench bench-faults bench-kube bench-udp demo demo-kube demo-down clean FORCE
+.PHONY: help build image manifest docs release release-check tools check check-source vulncheck test unit fuzz e2e \
+	test-stores test-long test-vm bench bench-faults bench-kube bench-udp demo demo-kube demo-down clean FORCE $(NEED) $(INSTALL)
 .NOTPARALLEL: # the go tool uses all processors itself
 
 help: ## List the targets
@@ -75,24 +82,29 @@ build/image/flannel-$(ARCH).tar: Dockerfile Documentation/kube-flannel.yml build
 		docker build --platform linux/$(ARCH) --build-arg BASE=$$base --build-arg TARGETARCH=$(ARCH) --tag $(IMAGE) --file Dockerfile build/image/bin; \
 		docker save --output $@ $(IMAGE)'
 
-image: programs build/image/flannel-$(ARCH).tar ## An image for Kubernetes, with Docker: IMAGE=name ARCH=arm64 BASE=image
+image: need-image build/image/flannel-$(ARCH).tar ## An image for Kubernetes, with Docker: IMAGE=name ARCH=arm64 BASE=image
 
-tools: programs build/bin/staticcheck $(ETCD) $(OLD_ETCD) $(CNI) $(KUBE) $(OTHER_KUBE) build/bin/helm ## Install what checks and tests need
+tools: install-tools build/bin/staticcheck $(ETCD) $(OLD_ETCD) $(CNI) $(KUBE) $(OTHER_KUBE) build/bin/helm ## Install what checks and tests need
 
-programs:
-	@missing() { for p in $(PROGRAMS); do command -v "$${p%:*}" >/dev/null || echo -n " $$p"; done; }; \
-	want=$$(missing); \
-	if [ -n "$$want" ] && command -v apt-get >/dev/null; then \
-		{ apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $$(tr ' ' '\n' <<<"$$want" | sed 's/.*://'); } || true; \
-		want=$$(missing); \
-	fi; \
-	if [ -n "$$want" ]; then \
-		echo "missing programs:$$(sed 's/:[^ ]*//g' <<<"$$want"); install them (packages:$$(sed 's/[^ ]*://g' <<<"$$want")) and run make again" >&2; \
+# need-X fails where a program of X is missing. install-X installs the program first, where apt-get is.
+MISSING = $$(for p in $(programs-$*); do command -v "$${p%:*}" >/dev/null || echo "$$p"; done)
+
+$(NEED): need-%:
+	@missing="$(MISSING)"; [ -z "$$missing" ] || { \
+		echo "missing programs:" $$(sed 's/:.*//' <<<"$$missing"); \
+		echo "run make tools, or install these packages:" $$(sed 's/.*://' <<<"$$missing"); \
 		exit 1; \
-	fi
+	} >&2
+
+$(INSTALL): install-%:
+	@missing="$(MISSING)"; [ -z "$$missing" ] || ! command -v apt-get >/dev/null || { \
+		apt-get update && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $$(sed 's/.*://' <<<"$$missing"); \
+	} || true
+	@$(MAKE) --no-print-directory need-$*
 
 build/bin/staticcheck: Makefile
-	GOBIN=$(CURDIR)/build/bin go install honnef.co/go/tools/cmd/staticcheck@$(STATICCHECK_VERSION)
+	GOBIN="$(CURDIR)/build/bin" go install honnef.co/go/tools/cmd/staticcheck@$(STATICCHECK_VERSION)
 	@touch $@
 
 # The real etcd and CNI plugins, of the versions in test/go.mod.
@@ -102,7 +114,7 @@ build/cni/bridge build/cni/loopback: package = github.com/containernetworking/pl
 build/cni/host-local: package = github.com/containernetworking/plugins/plugins/ipam/$(@F)
 build/cni/portmap: package = github.com/containernetworking/plugins/plugins/meta/$(@F)
 $(ETCD) $(CNI): test/go.mod
-	cd test && $(STATIC) -ldflags "-s -w" -o $(CURDIR)/$@ $(package)
+	cd test && $(STATIC) -ldflags "-s -w" -o "$(CURDIR)/$@" $(package)
 	@touch $@
 
 # The oldest etcd that people run, out of Debian 12's package, whatever system
@@ -110,15 +122,15 @@ $(ETCD) $(CNI): test/go.mod
 build/stores/etcd-3.4:
 	@mkdir -p $(@D)
 	mmdebstrap --quiet --variant=extract --include=etcd-server --format=null --skip=output/dev \
-		--extract-hook='cp "$$1/usr/bin/etcd" $(CURDIR)/$@' bookworm
+		--extract-hook='cp "$$1/usr/bin/etcd" "$(CURDIR)/$@"' bookworm
 
 build/stores/etcd-3.6: test/stores/etcd-3.6/go.mod
 	@mkdir -p $(@D)
-	cd test/stores/etcd-3.6 && $(STATIC) -ldflags "-s -w" -o $(CURDIR)/$@ go.etcd.io/etcd/server/v3
+	cd test/stores/etcd-3.6 && $(STATIC) -ldflags "-s -w" -o "$(CURDIR)/$@" go.etcd.io/etcd/server/v3
 	@touch $@
 
 build/bin/helm: test/helm/go.mod
-	cd test/helm && $(STATIC) -ldflags "-s -w" -o $(CURDIR)/$@ helm.sh/helm/v4/cmd/helm
+	cd test/helm && $(STATIC) -ldflags "-s -w" -o "$(CURDIR)/$@" helm.sh/helm/v4/cmd/helm
 	@touch $@
 
 # A real control plane and node, and an older API server; some minutes, once. They
@@ -129,12 +141,12 @@ $(KUBE): program = $(@F)
 build/stores/kube-apiserver-1.34: program = kube-apiserver
 $(KUBE) build/stores/kube-apiserver-1.34:
 	cd $(<D) && version=$$(awk '$$1 == "k8s.io/kubernetes" { print $$2 }' go.mod) && \
-	$(STATIC) -ldflags "-s -w -X k8s.io/component-base/version.gitVersion=$$version" -o $(CURDIR)/$@ k8s.io/kubernetes/cmd/$(program)
+	$(STATIC) -ldflags "-s -w -X k8s.io/component-base/version.gitVersion=$$version" -o "$(CURDIR)/$@" k8s.io/kubernetes/cmd/$(program)
 	@touch $@
 
 # With SQLite as Go code: no C compiler is needed.
 build/stores/kine: test/stores/kine/go.mod
-	cd $(<D) && $(STATIC) -ldflags "-s -w" -o $(CURDIR)/$@ github.com/k3s-io/kine
+	cd $(<D) && $(STATIC) -ldflags "-s -w" -o "$(CURDIR)/$@" github.com/k3s-io/kine
 	@touch $@
 
 # The manifest is the chart with its default values.
@@ -165,65 +177,76 @@ release-check: build/version ## A release of what is committed, made twice from 
 vulncheck: ## Known vulnerabilities in what we call; asks vuln.go.dev
 	go run golang.org/x/vuln/cmd/govulncheck@$(GOVULNCHECK_VERSION) ./...
 
-check: build/bin/staticcheck build/bin/helm ## Formatting, vet, staticcheck, go.mod; licences; pages that say what the code does
+check: check-source ## Formatting, vet, staticcheck, go.mod; licences; pages that say what the code does
+	go test $(REFERENCE)
+
+# All of check but the pages, which unit checks as well.
+check-source: build/bin/staticcheck build/bin/helm
 	@unformatted=$$(gofmt -l .); \
 	[ -z "$$unformatted" ] || { echo "run gofmt -w on:"; echo "$$unformatted"; exit 1; }
 	@for module in . test; do \
-		(cd $$module && set -x && go vet ./... && $(CURDIR)/build/bin/staticcheck ./... && go mod tidy -diff); \
+		(cd $$module && set -x && go vet ./... && "$(CURDIR)/build/bin/staticcheck" ./... && go mod tidy -diff); \
 	done
 	GOARCH=arm go vet ./pkg/... ./backend/udp ./backend/vxlan # where words of 32 bits matter
 	cd test && go build -o ../build/bin/bill ./cmd/bill
 	build/bin/bill check
-	go test $(REFERENCE)
 	build/bin/helm lint --quiet --strict chart/flannel
 	@diff -u Documentation/kube-flannel.yml <($(MANIFEST)) || { echo "the chart has changed: run make manifest"; exit 1; }
 
-test: check fuzz unit e2e ## Everything: check, fuzz, unit and end-to-end tests (root)
+test: check-source fuzz unit e2e ## Everything but test-long and test-vm: check, fuzz, unit and end-to-end tests (root)
 
-unit: programs ## Unit and in-namespace tests of the main module
-	go test $(RACE) $(TESTFLAGS) ./...
+# check vets all packages. Without debug information the linker takes half of the time.
+GO_TEST := go test -vet=off -ldflags=-w
+
+unit: ## Unit and in-namespace tests of the main module; those that lack root or a program skip
+	$(GO_TEST) $(RACE) $(TESTFLAGS) ./...
 
 fuzz: ## Each fuzz target for FUZZTIME
-	@go test -list '^Fuzz' ./... | awk '/^Fuzz/ { names[++n] = $$1 } /^ok/ { for (i = 1; i <= n; i++) print names[i], $$2; n = 0 }' | \
-	while read -r name package; do \
+	@grep -r --include=*_test.go '^func Fuzz' . | sed -E 's|^(.*)/[^/]*:func (Fuzz[A-Za-z0-9_]*).*|\1 \2|' | \
+	while read -r package name; do \
 		echo "go test -fuzz $$name -fuzztime $(FUZZTIME) $$package"; \
-		go test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) "$$package"; \
+		go test -vet=off -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) "$$package"; \
 	done
 
-# Not from the test cache: it cannot know that the binaries have changed. Two
-# packages at a time: e2e alone takes most of it, and waits half of the time.
-e2e: build programs $(ETCD) build/stores/etcd-3.4 $(CNI) $(KUBE) $(OTHER_KUBE) build/bin/helm image ## End-to-end tests in the lab
-	cd test && go test $(RACE) -count=1 -p=2 -timeout=30m $(TESTFLAGS) ./...
+# The results do not come from the test cache, which does not know that the binaries have changed. Tests wait most of
+# the time: four of e2e run at a time, beside another package. The race detector is left to test-long: our programs
+# run in processes of their own, without it.
+E2E = -count=1 -p=2 -parallel=4 -timeout=30m $(TESTFLAGS)
 
-# A part of e2e, with every version and every way to log in: e2e has the oldest
-# and the newest of them. Two packages at a time, as there.
-test-stores: build programs $(ETCD) $(OLD_ETCD) $(CNI) $(KUBE) $(OTHER_KUBE) ## Every version of etcd and Kubernetes that is tested
-	cd test && STORES=all go test $(RACE) -count=1 -p=2 -timeout=30m $(TESTFLAGS) ./etcd ./stores
+e2e: build need-e2e $(ETCD) build/stores/etcd-3.4 $(CNI) $(KUBE) $(OTHER_KUBE) build/bin/helm image ## End-to-end tests in the lab
+	cd test && $(GO_TEST) $(E2E) ./...
+
+test-stores: build need-lab $(ETCD) $(OLD_ETCD) $(CNI) $(KUBE) $(OTHER_KUBE) ## Every version of etcd and Kubernetes that is tested
+	cd test && STORES=all $(GO_TEST) $(RACE) $(E2E) ./etcd ./stores
+
+test-long: test-stores need-e2e build/bin/helm image ## What test leaves out: all stores, combinations and clusters; the race detector
+	cd test && LONG=1 $(GO_TEST) $(E2E) -run '^Test(Matrix|Cluster)$$' ./e2e
+	cd test && $(GO_TEST) $(RACE) $(E2E) ./ec2 ./lab
 
 # The kernel, and what tests run, from Debian's packages. Some 100 MB, once.
 build/vm/root.cpio: test/vm/root
 	@mkdir -p $(@D)
 	test/vm/root $(@D)
 
-test-vm: build programs $(ETCD) $(CNI) build/vm/root.cpio ## Some of the tests on Debian's kernel, which has more modules, in a VM
+test-vm: build need-vm $(ETCD) $(CNI) build/vm/root.cpio ## Some of the tests on Debian's kernel, which has more modules, in a VM
 	test/vm/run
 
-demo: build programs $(ETCD) $(CNI) ## A cluster to look at: NODES=3 BACKEND=vxlan IPV6=1 NFTABLES=1 KEEP=1
+demo: build install-demo $(ETCD) $(CNI) ## A cluster to look at: NODES=3 BACKEND=vxlan IPV6=1 NFTABLES=1 KEEP=1
 	@cd test && go run ./cmd/demo
 
-bench: build programs $(ETCD) ## One node among up to 20000, beside what ip and bridge need
+bench: build need-lab $(ETCD) ## One node among up to 20000, beside what ip and bridge need
 	@cd test && go run ./cmd/bench
 
-bench-faults: build programs $(ETCD) $(CNI) ## How long pods are silent after each kind of fault
+bench-faults: build need-lab $(ETCD) $(CNI) ## How long pods are silent after each kind of fault
 	cd test && go test -run '^$$' -bench '^BenchmarkFaults$$' -benchtime 3x -timeout 60m ./e2e
 
-bench-udp: build programs $(ETCD) $(CNI) ## The udp backend beside vxlan, host-gw and wireguard
+bench-udp: build need-demo $(ETCD) $(CNI) ## The udp backend beside vxlan, host-gw and wireguard
 	@cd test && go run ./cmd/bench-udp
 
-bench-kube: build programs $(ETCD) $(KUBE) ## One node among 5000 of Kubernetes
+bench-kube: build need-lab $(ETCD) $(KUBE) ## One node among 5000 of Kubernetes
 	@cd test && go run ./cmd/bench-kube
 
-demo-kube: build programs $(ETCD) $(CNI) $(KUBE) image ## A Kubernetes cluster to look at: NODES=2 NFTABLES=1 KEEP=1
+demo-kube: build install-demo-kube $(ETCD) $(CNI) $(KUBE) image ## A Kubernetes cluster to look at: NODES=2 NFTABLES=1 KEEP=1
 	@cd test && go run ./cmd/demo -kube
 
 demo-down: ## Take down what demo left with KEEP=1

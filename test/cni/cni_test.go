@@ -353,7 +353,7 @@ func TestSwitchFromUpstream(t *testing.T) {
 	list := n.network("0.4.0", "cbr0")
 	p := n.pod()
 	p.add(list, p.runtime("eth0"))
-	// Its record is ours without the key that tells interfaces apart.
+	// Its record is ours without the key that differs between interfaces.
 	file := filepath.Join(n.path("records"), p.name)
 	text, err := os.ReadFile(file)
 	if err != nil {

@@ -50,7 +50,7 @@ func TestAlloc(t *testing.T) {
 	lossless()
 }
 
-// expectNoPath tells when a daemon has made routes, or devices.
+// expectNoPath fails the test when a daemon has made routes, or devices.
 func expectNoPath(ctx context.Context, t *testing.T, n *lab.Node) {
 	t.Helper()
 	for _, command := range []string{"ip -4 route show proto 70", "ip -6 route show proto 70"} {

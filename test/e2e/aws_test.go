@@ -33,7 +33,7 @@ func init() {
 	}
 }
 
-// A vpc is a lab whose underlay routes as the main route table says.
+// A vpc is a lab whose underlay has the routes of the main route table.
 type vpc struct {
 	*ec2.Server
 	lab  *lab.Lab
@@ -196,7 +196,7 @@ func (v *vpc) fillTable(ctx context.Context, t *testing.T, first, second, third 
 }
 
 // TestAWSThrottled: 30 seconds of throttling, in which daemons start and
-// somebody removes routes.
+// another program removes routes.
 func TestAWSThrottled(t *testing.T) {
 	t.Parallel()
 	ctx := labtest.Context(t, 5*time.Minute)

@@ -202,8 +202,7 @@ func ask(ctx context.Context, from *lab.Namespace, address string) (name, seen s
 	return name, seen, err
 }
 
-// checkRights looks at what the kernel lets the processes of the DaemonSet's
-// pods do.
+// checkRights checks the capabilities of the processes of the DaemonSet's pods.
 func checkRights(ctx context.Context, t *testing.T, c *lab.Cluster) {
 	t.Helper()
 	for _, p := range labtest.Must(c.Pods(ctx, "kube-flannel", "app=flannel"))(t) {

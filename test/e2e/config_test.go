@@ -153,7 +153,7 @@ func TestReconfigureNetwork(t *testing.T) {
 		}))
 		waitTraces(ctx, t, n, []trace{{"ip route show proto 70", "10.9."}, {"iptables-save", "10.9.0.0/16"}}, true)
 		waitTraces(ctx, t, n, []trace{{"ip route show proto 70", "10.5."}, {"iptables-save", "10.5.0.0/16"}, {"ip addr show dev flannel.1", "inet 10.5."}}, false)
-		// The bridge keeps its address until somebody removes it.
+		// The bridge keeps its address until another program removes it.
 		labtest.Do(t, n.Script(ctx, "link del cni0"))
 		pods = append(pods, labtest.Must(n.AddPod(ctx, "new"))(t))
 	}

@@ -701,7 +701,7 @@ func checkStatus(ctx context.Context, t *testing.T, n *lab.Node, env subnet.Env)
 	if !s.Daemon || !s.Ready || s.Waiting != "" || s.Store.Trouble != "" || len(s.Errors) > 0 || !s.Rules.InPlace || !s.SubnetFile.Written || s.Peers != 1 ||
 		s.MTU != 1430 || s.Uplink.Name != "eth0" || !slices.Equal(s.Lease.Subnets, env.Subnets.Each()) || !s.Lease.Own ||
 		time.Until(s.Lease.Expires) < 23*time.Hour || time.Until(s.Lease.Expires) > 24*time.Hour || len(s.Devices) != 2 || s.Devices[0].Port != 8472 {
-		t.Errorf("the daemon says %+v", s)
+		t.Errorf("the daemon reports %+v", s)
 	}
 	// Nothing but the daemon knows its version, and what it waits for.
 	found.Daemon, found.Ready, found.Version, found.Started = s.Daemon, s.Ready, s.Version, s.Started
@@ -710,7 +710,7 @@ func checkStatus(ctx context.Context, t *testing.T, n *lab.Node, env subnet.Env)
 	}
 	found.Lease.Expires = s.Lease.Expires
 	if a, b := labtest.Must(json.Marshal(s))(t), labtest.Must(json.Marshal(found))(t); string(a) != string(b) {
-		t.Errorf("the daemon says\n%s\nand without it we find\n%s", a, b)
+		t.Errorf("the daemon reports\n%s\nand without it we find\n%s", a, b)
 	}
 	text, status, err := n.Ctl(ctx, "status")
 	if err != nil || status != 0 {
@@ -746,7 +746,7 @@ func checkLeases(ctx context.Context, t *testing.T, n *lab.Node) {
 	}
 }
 
-// TestEnvironmentFile: flannelctl knows what the daemon is told by systemd.
+// TestEnvironmentFile: flannelctl reads the settings that systemd passes to the daemon.
 func TestEnvironmentFile(t *testing.T) {
 	t.Parallel()
 	ctx := labtest.Context(t, time.Minute)

@@ -13,9 +13,8 @@ import (
 	"github.com/flanneld/flanneld/test/lab/labtest"
 )
 
-// TestDocker: a real engine that mk-docker-opts.sh has told of the node's subnet
-// gives containers addresses in it, and containers of two nodes talk, seen as
-// themselves, although Docker drops what is forwarded.
+// TestDocker: mk-docker-opts.sh configures a real engine for the node's subnet. Containers get addresses of the subnet,
+// and those of two nodes reach each other with their own addresses, although Docker drops forwarded packets.
 func TestDocker(t *testing.T) {
 	t.Parallel()
 	ctx := labtest.Context(t, 3*time.Minute)

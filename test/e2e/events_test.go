@@ -13,7 +13,7 @@ import (
 	"github.com/flanneld/flanneld/test/lab/labtest"
 )
 
-// A kubeEvent is what of an Event tests look at.
+// A kubeEvent has the fields of an Event that tests read.
 type kubeEvent struct {
 	Type, Reason, Message string
 	Count                 int
@@ -91,7 +91,7 @@ func TestEvents(t *testing.T) {
 		waitEvent(ctx, t, k, "n3", "PodCIDROutsideNetwork", times, "10.99.1.0/24 of Node n3 is outside the Network 10.5.0.0/16")
 	}
 
-	// Both nodes of a conflict have it, and nobody else.
+	// Both nodes of a conflict have it, and no other node.
 	labtest.Do(t, k.DeleteNode(ctx, "n3"))
 	taken := labtest.Must(n1.SubnetEnv())(t).Subnets.IPv4.String()
 	labtest.Do(t, k.AddNode(ctx, n2))

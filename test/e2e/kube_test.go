@@ -186,7 +186,7 @@ func TestPodCIDRs(t *testing.T) {
 		t.Errorf("what is missing is said %d times", times)
 	}
 
-	// kubelet is reset, and registers anew.
+	// kubelet is reset, and registers again.
 	const away = `"Waiting for the Node" missing="Node n1"`
 	labtest.Do(t, k.DeleteNode(ctx, "n1"))
 	waitSaid(ctx, t, n, away)
@@ -246,7 +246,7 @@ func TestNodeAddresses(t *testing.T) {
 		t.Error("n1 warns of its own address")
 	}
 
-	// The Node says which address it is to be, while the daemon runs.
+	// An annotation of the Node changes the address while the daemon runs.
 	labtest.Do(t, k.Annotate(ctx, "n2", "node-public-ip=198.18.0.2"))
 	waitAnnotation(ctx, t, k, n2, "public-ip", "198.18.0.2")
 	waitSaid(ctx, t, n2, `uplink="eth0 198.18.0.2`)
@@ -275,7 +275,7 @@ func TestNodeAddresses(t *testing.T) {
 	labtest.Do(t, k.DeleteNode(ctx, "n4"))
 	waitSaid(ctx, t, n3, conflictsNoLonger("n1", "n4", "the podCIDR "+taken))
 
-	// A Node whose address is nobody's here, at first.
+	// A Node whose address no interface has, at first.
 	elsewhere := *n4
 	elsewhere.IPv4 = elsewhere.IPv4.Next()
 	labtest.Do(t, k.AddNode(ctx, &elsewhere))
@@ -373,8 +373,7 @@ func addPodsTo(ctx context.Context, t *testing.T, nodes []*lab.Node) []*lab.Pod 
 	return pods
 }
 
-// checkNode waits until a Node says all that it should of a daemon that is
-// ready.
+// checkNode waits until a Node has all annotations of a daemon that is ready.
 func checkNode(ctx context.Context, t *testing.T, k *lab.Kube, n *lab.Node, backend string) {
 	t.Helper()
 	labtest.Do(t, lab.Poll(ctx, "Node "+n.Hostname, func() error { return nodeIs(ctx, k, n, backend) }))

@@ -92,8 +92,8 @@ func TestReboot(t *testing.T) {
 	labtest.Do(t, pods[1].WaitPing(ctx, pods[0].IPv4))
 }
 
-// TestEtcdOutage: without etcd, traffic goes on and a new node waits. What
-// changed while nobody could see it, compacted away since, is caught up with.
+// TestEtcdOutage: without etcd, traffic goes on and a new node waits. Afterwards the daemons follow changes that
+// happened meanwhile and were compacted away.
 func TestEtcdOutage(t *testing.T) {
 	t.Parallel()
 	ctx := labtest.Context(t, 3*time.Minute)
@@ -131,7 +131,7 @@ func TestEtcdOutage(t *testing.T) {
 	labtest.Do(t, l.Etcd.Put(ctx, fresh, strangerLease("198.18.0.201", "0e:00:00:00:00:c9")))
 	labtest.Do(t, l.Etcd.Compact(ctx))
 	labtest.Do(t, l.Etcd.Restore(ctx))
-	mended := time.Now()
+	restored := time.Now()
 
 	labtest.Do(t, nodes[2].WaitReady(ctx))
 	for _, n := range nodes {
@@ -143,7 +143,7 @@ func TestEtcdOutage(t *testing.T) {
 		labtest.Do(t, p.WaitPing(ctx, pods[2].IPv4))
 		labtest.Do(t, pods[2].WaitPing(ctx, p.IPv4))
 	}
-	t.Logf("pods reached the new node's %v after etcd was back", time.Since(mended).Round(time.Millisecond))
+	t.Logf("pods reached the new node's %v after etcd was back", time.Since(restored).Round(time.Millisecond))
 	lossless()
 }
 

@@ -65,7 +65,7 @@ func (s *wireguardTestbed) waitRestored(ctx context.Context, t *testing.T) {
 	}))
 }
 
-// try tells whether pods reach each other, with whole packets.
+// try checks that pods reach each other, with packets of the full MTU.
 func (s *wireguardTestbed) try(ctx context.Context) error {
 	for i, from := range s.pods {
 		for _, dst := range s.pods[1-i].Addrs() {
@@ -242,7 +242,7 @@ func TestWireGuardPeers(t *testing.T) {
 	s.waitRestored(ctx, t)
 }
 
-// TestWireGuardSecrecy: what pods tell each other, the underlay does not know.
+// TestWireGuardSecrecy: the underlay does not see what pods send to each other.
 func TestWireGuardSecrecy(t *testing.T) {
 	t.Parallel()
 	ctx := labtest.Context(t, 2*time.Minute)

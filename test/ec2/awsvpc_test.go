@@ -46,7 +46,7 @@ func init() {
 	flags.Set("stderrthreshold", "FATAL")
 }
 
-// region is an EC2 and what the environment says of it.
+// region is an EC2, with the environment of its clients.
 type region struct {
 	*Server
 	eni string // of the instance that the test is on
@@ -89,7 +89,7 @@ func newRegion(t *testing.T) *region {
 	return r
 }
 
-// log is what the backend says.
+// log is what the backend logs.
 type log struct {
 	mu   sync.Mutex
 	text bytes.Buffer
@@ -126,7 +126,7 @@ func (l *log) lines() []string {
 	return all
 }
 
-// overtaken tells whether a line is about a request for metadata that began before
+// overtaken reports whether a line is about a request for metadata that began before
 // the service was back: while it was away, the SDK gave up asking for a token, and
 // the last of its attempts may meet a service that wants one.
 func overtaken(line string) bool {
@@ -195,7 +195,7 @@ func (n *node) stop() {
 	n.done <- nil
 }
 
-// know tells the node of its peers.
+// know passes the node its peers.
 func (n *node) know(keys ...string) {
 	u := subnet.Update{Snapshot: true}
 	for _, key := range keys {

@@ -176,7 +176,7 @@ func (s *Server) Forward(f func(map[netip.Prefix]netip.Addr)) {
 	s.forward = f
 }
 
-// Checked tells whether an interface's source/destination check is on.
+// Checked reports whether an interface's source/destination check is on.
 func (s *Server) Checked(eni string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -50,7 +50,7 @@ func (s *programSite) worker(o etcd.Options) *worker {
 // what a client without a pause makes in some milliseconds.
 const working = 50
 
-// works tells that the node learns of a peer, and puts back its lease, which
+// works checks that the node learns of a peer, and puts back its lease, which
 // hangs on the etcd lease that it had.
 func (w *worker) works() {
 	w.t.Helper()
@@ -67,7 +67,7 @@ func (w *worker) works() {
 	w.view.until(own + " " + peer + "/24=198.18.0.7")
 }
 
-// restored tells that the lease is there again, after it was as before.
+// restored checks that the lease is there again, after it was as before.
 func (w *worker) restored(before entry) {
 	w.t.Helper()
 	after := w.until(w.key, func(e entry) bool { return e != entry{} && e.created > before.created })

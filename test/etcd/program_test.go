@@ -340,7 +340,7 @@ func (s *programSite) requests() map[string]int {
 	return counts
 }
 
-// quiet tells that the program gets few requests while nothing happens.
+// quiet checks that the program gets few requests while nothing happens.
 func (s *programSite) quiet(wait time.Duration) {
 	s.t.Helper()
 	before, began := s.requests(), time.Now()
@@ -348,7 +348,7 @@ func (s *programSite) quiet(wait time.Duration) {
 	s.few(5, before, began)
 }
 
-// few tells that, since it had those before, the program has had no more than
+// few checks that, since it had those before, the program has had no more than
 // one request a second, and some that the test knows of.
 func (s *programSite) few(some int, before map[string]int, began time.Time) {
 	s.t.Helper()

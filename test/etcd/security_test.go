@@ -100,7 +100,7 @@ func secured(t *testing.T, ca *authority, mutual bool) *site {
 	return s
 }
 
-// answers tells that a manager reaches etcd.
+// answers checks that a manager reaches etcd.
 func (s *site) answers(o etcd.Options) {
 	s.t.Helper()
 	if _, err := s.managerWith(o).Previous(s.ctx(), want("198.18.0.1").Attrs); err != nil {
@@ -197,7 +197,7 @@ func TestNewCA(t *testing.T) {
 	}
 	works()
 
-	// Files that somebody is writing.
+	// Files that another program is writing.
 	pair := read(o.KeyFile)
 	replace(o.KeyFile, nil)
 	replace(o.CAFile, nil)
@@ -220,7 +220,7 @@ func TestNewCA(t *testing.T) {
 	works()
 }
 
-// waits tells that a manager says why it cannot use etcd, once, and waits.
+// waits checks that a manager logs why it cannot use etcd, once, and waits.
 func (s *site) waits(o etcd.Options, parts ...string) {
 	s.t.Helper()
 	done := make(chan error, 1)

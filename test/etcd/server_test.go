@@ -31,7 +31,7 @@ import (
 // patience bounds every wait: it is for a busy machine, not a measure.
 const patience = 60 * time.Second
 
-// log is what the managers of all tests say.
+// log is what the managers of all tests log.
 var log = &journal{grown: make(chan struct{})}
 
 func TestMain(m *testing.M) {
@@ -262,7 +262,7 @@ type site struct {
 
 var shared struct {
 	once   sync.Once
-	sites  atomic.Int64 // lest tests that are repeated meet their own leavings
+	sites  atomic.Int64 // so that a repeated test does not meet its own keys
 	dir    string
 	server *server
 	relay  *relay

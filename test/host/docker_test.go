@@ -71,7 +71,7 @@ func TestDockerOptionsErrors(t *testing.T) {
 	}
 }
 
-// dockerOptions runs the script, and returns what it writes and what it says.
+// dockerOptions runs the script, and returns what it writes and what it prints.
 func dockerOptions(t *testing.T, file string, args, env []string) (written, said string, err error) {
 	t.Helper()
 	from, to := filepath.Join(t.TempDir(), "subnet.env"), filepath.Join(t.TempDir(), "docker.env")

@@ -1,5 +1,5 @@
 // Package host tests what is installed on a host beside the binaries: systemd's
-// units, and the script that tells Docker of the node's subnet.
+// units, and the script that configures Docker for the node's subnet.
 package host
 
 import (
@@ -12,8 +12,7 @@ import (
 	"github.com/flanneld/flanneld/pkg/nstest"
 )
 
-// units returns a directory with our units, and programs where they look for
-// ours. Docker's own unit is the least that one can be.
+// units returns a directory with our units, and programs in the place of ours. Docker's own unit is the least that one can be.
 func units(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()

@@ -46,7 +46,7 @@ func (a *authority) server(names []string, ips ...net.IP) (certificate, key []by
 	})
 }
 
-// client issues a certificate that says to Kubernetes who somebody is.
+// client issues a certificate of a user of Kubernetes.
 func (a *authority) client(user string, groups ...string) (certificate, key []byte, err error) {
 	return a.issue(&x509.Certificate{
 		Subject:     pkix.Name{CommonName: user, Organization: groups},

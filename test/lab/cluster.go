@@ -16,7 +16,7 @@ import (
 type ClusterOptions struct {
 	Nodes       int
 	ProxyMode   string // kube-proxy's: iptables or nftables
-	ClusterCIDR string // the pods', as kube-controller-manager and kube-proxy are told
+	ClusterCIDR string // of the pods, for kube-controller-manager and kube-proxy
 }
 
 // A Cluster is a whole one: a control plane with a scheduler and all
@@ -127,7 +127,7 @@ func (c *Cluster) kubectl(ctx context.Context, stdin string, args ...string) (st
 	return c.lab.net.run(ctx, stdin, append([]string{program, "--kubeconfig=" + c.Kubeconfig(kubeAdmin), "--cache-dir=" + c.file("cache")}, args...)...)
 }
 
-// A ClusterPod is what tests look at of a pod.
+// A ClusterPod has the fields of a pod that tests read.
 type ClusterPod struct {
 	Metadata struct{ Name, Namespace, UID string }
 	Spec     struct{ NodeName string }

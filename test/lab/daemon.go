@@ -30,8 +30,8 @@ type Daemon struct {
 	proc *Process // nil before the first Start
 }
 
-// Start starts build/bin/flanneld. Where args do not say otherwise it is told
-// the lab's etcd, the node's subnet file and a port for its health.
+// Start starts build/bin/flanneld. Unless args have others, it gets the endpoint of the lab's etcd, the node's subnet
+// file and a port for its health.
 func (d *Daemon) Start(args ...string) error {
 	if d.proc != nil && !d.proc.Exited() {
 		return fmt.Errorf("flanneld on %s runs already", d.node.Hostname)
@@ -156,7 +156,7 @@ func (d *Daemon) Restart(ctx context.Context) error {
 	return d.Start(d.args...)
 }
 
-// Exited tells whether the daemon has been started and has ended.
+// Exited reports whether the daemon has been started and has ended.
 func (d *Daemon) Exited() bool { return d.proc != nil && d.proc.Exited() }
 
 // Log returns all that the daemon has logged.

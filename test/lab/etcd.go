@@ -26,9 +26,8 @@ const (
 	Prefix     = "/coreos.com/network"
 )
 
-// Etcd is the lab's etcd, one member with its data on disk, and a client that
-// reaches it whatever becomes of the underlay. It may be kine, which knows only
-// those requests that kube-apiserver makes: Put, Get and Compact of these here.
+// Etcd is the lab's etcd, one member with its data on disk, and a client whose connection does not depend on the
+// underlay. The program may be kine, which knows only the requests that kube-apiserver makes: Put, Get and Compact.
 type Etcd struct {
 	Client *clientv3.Client
 
@@ -38,7 +37,7 @@ type Etcd struct {
 
 func newEtcd(ctx context.Context, l *Lab) (*Etcd, error) {
 	e := &Etcd{lab: l}
-	// Etcd comes back at a moment that a test chooses: do not sleep past it.
+	// A test starts etcd again at any time: do not wait long between attempts.
 	quick := backoff.Config{BaseDelay: 20 * time.Millisecond, Multiplier: 1.5, MaxDelay: 200 * time.Millisecond}
 	var err error
 	e.Client, err = clientv3.New(clientv3.Config{
@@ -104,8 +103,7 @@ func (e *Etcd) Stop(ctx context.Context) error { return e.proc.Stop(ctx) }
 // Kill ends etcd as a crash would.
 func (e *Etcd) Kill() { e.proc.Kill() }
 
-// Cut makes the nodes' packets to etcd vanish, connections that are open
-// included. The lab's own client still gets through.
+// Cut drops the nodes' packets to etcd, those of open connections included. The lab's own client is not affected.
 func (e *Etcd) Cut(ctx context.Context) error {
 	_, err := e.lab.net.run(ctx, `
 		add table inet cut
@@ -135,7 +133,7 @@ func (e *Etcd) Get(ctx context.Context, key string) (string, error) {
 	return string(r.Kvs[0].Value), nil
 }
 
-// Delete deletes a key, and tells an error where there was none.
+// Delete deletes a key. A key that does not exist is an error.
 func (e *Etcd) Delete(ctx context.Context, key string) error {
 	r, err := e.Client.Delete(ctx, key)
 	if err == nil && r.Deleted == 0 {
@@ -157,8 +155,7 @@ func (e *Etcd) List(ctx context.Context, prefix string) (map[string]string, erro
 	return all, nil
 }
 
-// Compact forgets all that etcd held before now: a watch that was behind has
-// lost its place.
+// Compact removes the history of all keys: a watch that was behind cannot continue.
 func (e *Etcd) Compact(ctx context.Context) error {
 	r, err := e.Client.Get(ctx, Prefix)
 	if err == nil {

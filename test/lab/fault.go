@@ -19,9 +19,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ConfigureUplink does what a host's network manager does when it starts: eth0
-// gets its addresses and the default routes, and is up. ipv4 may differ from
-// the node's first one.
+// ConfigureUplink does what a host's network manager does when it starts: eth0 is set up and gets its addresses and
+// the default routes. ipv4 may differ from the node's first address.
 func (n *Node) ConfigureUplink(ctx context.Context, ipv4 netip.Addr) error {
 	return n.Script(ctx,
 		"link set eth0 up",
@@ -73,13 +72,12 @@ func (n *Node) ReplaceUplink(ctx context.Context) error {
 		"link set "+n.Hostname+" up")
 }
 
-// Freeze stops the daemon where it stands (SIGSTOP), Thaw lets it go on. A
-// daemon that is frozen does nothing more, in any of its threads.
+// Freeze stops the daemon (SIGSTOP), in all of its threads. Thaw continues it.
 func (d *Daemon) Freeze(ctx context.Context) error {
 	if err := d.proc.cmd.Process.Signal(unix.SIGSTOP); err != nil {
 		return err
 	}
-	return Poll(ctx, "flanneld to stand still", func() error {
+	return Poll(ctx, "flanneld to stop", func() error {
 		threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", d.proc.cmd.Process.Pid))
 		if err != nil {
 			return err
@@ -100,8 +98,8 @@ func (d *Daemon) Freeze(ctx context.Context) error {
 
 func (d *Daemon) Thaw() error { return d.proc.cmd.Process.Signal(unix.SIGCONT) }
 
-// NetlinkDrops tells how many notifications the namespace's netlink sockets
-// have lost so far, for want of room.
+// NetlinkDrops returns how many notifications the namespace's netlink sockets
+// have lost so far because their buffers were full.
 func (ns *Namespace) NetlinkDrops(ctx context.Context) (int, error) {
 	out, err := ns.Run(ctx, "cat /proc/net/netlink")
 	if err != nil {
@@ -153,7 +151,7 @@ var (
 	ofDaemon = regexp.MustCompile(`\bflannel|FLANNEL|proto 70`)
 	// ofKernel matches what comes and goes with the kernel's own addresses.
 	ofKernel = regexp.MustCompile(`^33:33:|^01:00:5e:|proto kernel`)
-	// byKernel matches what the kernel chooses anew.
+	// byKernel matches what the kernel chooses each time.
 	byKernel = regexp.MustCompile(`^[0-9]+: |@\S+|\bnhid [0-9]+ |\bnumtxqueues.*|\bsrcport [0-9 ]+|\bqdisc \S+|\bstate \S+|\bqlen [0-9]+|\balias \S+|\bpref \S+|\blinkdown\b`)
 )
 
@@ -163,9 +161,8 @@ type shown struct {
 	ofDaemon, ofKernel bool
 }
 
-// known are the lines that were read before. What a node holds is looked at again
-// and again, and differs in few of thousands of lines; a regular expression takes
-// its time, with the race detector much of it.
+// known are the lines that were read before. The state of a node is read again and again, and only few of thousands of
+// lines differ. A regular expression takes long, above all with the race detector.
 var known sync.Map // shown, by the line as it was printed
 
 func read(line string) shown {
@@ -288,7 +285,7 @@ func (p *Probe) ask() error {
 	return err
 }
 
-// Steady tells whether packets that were sent after that time are answered:
+// Steady reports whether packets that were sent after that time are answered:
 // a few, the latest of which it is known.
 func (p *Probe) Steady(since time.Time) bool {
 	const few = 5
@@ -308,9 +305,8 @@ func (p *Probe) Steady(since time.Time) bool {
 	return false
 }
 
-// Silence returns how long after that time the last packet was sent that
-// nobody answered: up to the next one. Zero: all were answered. It waits until
-// that is known of all that are sent by now.
+// Silence returns how long after that time the last packet was sent that got no answer: up to the next packet. Zero:
+// all were answered. Silence waits until all packets that are sent by now are answered or lost.
 func (p *Probe) Silence(ctx context.Context, since time.Time) (silence time.Duration, err error) {
 	now := time.Now()
 	err = Poll(ctx, p.What+" to be answered or not", func() error {

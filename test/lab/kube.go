@@ -353,7 +353,7 @@ func (k *Kube) send(ctx context.Context, method, path, contentType string, body 
 }
 
 // AddNode registers a node as kubelet does. Podless, it has no podCIDR until
-// the controllers, or somebody, give it one; podCIDRs gives it these.
+// the controllers or another program give it one; podCIDRs gives it these.
 func (k *Kube) AddNode(ctx context.Context, n *Node, podCIDRs ...string) error {
 	node := map[string]any{
 		"apiVersion": "v1", "kind": "Node",
@@ -404,7 +404,7 @@ func (k *Kube) DeleteNode(ctx context.Context, name string) error {
 	return err
 }
 
-// KubeNode is what of a Node tests look at.
+// KubeNode has the fields of a Node that tests read.
 type KubeNode struct {
 	Metadata struct{ Annotations map[string]string }
 	Spec     struct {

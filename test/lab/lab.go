@@ -221,7 +221,7 @@ func (l *Lab) Close() error {
 	return errors.Join(append(errs, Remove(ctx, l.Name))...)
 }
 
-// Remove takes down the lab of that name, whoever made it.
+// Remove removes the lab of that name, also one that another process made.
 func Remove(ctx context.Context, name string) error {
 	names, err := namespaces()
 	if err != nil {
@@ -232,7 +232,7 @@ func Remove(ctx context.Context, name string) error {
 			err = errors.Join(err, removeNamespace(ctx, ns))
 		}
 	}
-	// Containers end when nobody is left who would start them again. The
+	// Containers end when no process is left that would start them again. The
 	// directory goes last: by it the rest is found, should something fail.
 	if err := errors.Join(err, removeCgroups(ctx, name+"-")); err != nil {
 		return err
@@ -240,14 +240,14 @@ func Remove(ctx context.Context, name string) error {
 	return os.RemoveAll(filepath.Join(os.TempDir(), name))
 }
 
-// Exists tells whether there is a lab of that name.
+// Exists reports whether there is a lab of that name.
 func Exists(name string) bool {
 	_, err := os.Stat(filepath.Join(os.TempDir(), name))
 	return err == nil
 }
 
 // labName matches the names that labs give themselves: the process id, then a
-// number that tells the labs of one process apart.
+// number that differs between the labs of one process.
 var labName = regexp.MustCompile(`^(fl([0-9]+)-[0-9]+)(-|$)`)
 
 // removeDead removes the labs whose process has died.

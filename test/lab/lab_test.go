@@ -33,7 +33,7 @@ func TestUnderlay(t *testing.T) {
 		for _, to := range nodes {
 			for i, ip := range to.Addrs() {
 				if i == 0 && (from.Number == 4) != (to.Number == 4) && (from.Number == 3 || to.Number == 3) {
-					continue // a NAT node's default route leads nowhere, as it should
+					continue // a NAT node's default route leads nowhere, on purpose
 				}
 				if err := from.WaitPing(ctx, ip); err != nil {
 					t.Error(err)
@@ -205,7 +205,7 @@ func TestEtcd(t *testing.T) {
 // TestLeftovers kills a process that has a lab; the next lab cleans up after it.
 func TestLeftovers(t *testing.T) {
 	if os.Getenv("LAB_TO_LEAVE") != "" {
-		// The child: make a lab, say its name, and wait for the end.
+		// The child: make a lab, print its name, and wait for the end.
 		l, err := lab.New(t.Context(), lab.Options{})
 		if err != nil {
 			t.Fatal(err)

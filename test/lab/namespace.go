@@ -76,7 +76,7 @@ func inhabit(name string, keep bool, settle func() error) (*Namespace, error) {
 
 // ownThread runs f on a thread that nothing else ever runs on: it ends when f
 // returns. It is never the process's first thread, whose namespaces are those
-// of the whole process to anyone who looks into /proc.
+// of the whole process in /proc.
 func ownThread(f func()) {
 	go func() {
 		runtime.LockOSThread() // for good, unless this is the first thread
@@ -238,7 +238,7 @@ func (p *Process) Wait() error {
 	return p.err
 }
 
-// Exited tells whether the program has ended.
+// Exited reports whether the program has ended.
 func (p *Process) Exited() bool {
 	select {
 	case <-p.done:
@@ -268,8 +268,7 @@ func (p *Process) Kill() {
 // Patience is how long Poll waits where the context sets no closer deadline.
 const Patience = 30 * time.Second
 
-// Patiently stretches a time by the factor in LAB_SLOWNESS, for machines that are
-// slower by so much.
+// Patiently multiplies a time by LAB_SLOWNESS, for machines that are slower by that factor.
 func Patiently(d time.Duration) time.Duration {
 	if factor, err := strconv.Atoi(os.Getenv("LAB_SLOWNESS")); err == nil && factor > 0 {
 		d *= time.Duration(factor)
@@ -277,9 +276,9 @@ func Patiently(d time.Duration) time.Duration {
 	return d
 }
 
-// Poll calls try until it returns nil: fifty times a second, or half of the time if
-// it takes long, so that what is waited for gets its turn. When ctx or Patience ends
-// first, the error says what was waited for and what try had to say last.
+// Poll calls try until it returns nil: fifty times a second or, if a call takes long, half of the time, so that the
+// processors are free for what is waited for. When ctx or Patience ends first, the error names what was waited for, and
+// wraps the last error of try.
 func Poll(ctx context.Context, what string, try func() error) error {
 	ctx, cancel := context.WithTimeout(ctx, Patiently(Patience))
 	defer cancel()

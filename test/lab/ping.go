@@ -77,7 +77,7 @@ type Pinging struct {
 	answer map[int]bool  // by sequence number
 	rtts   time.Duration // sum
 	sent   int
-	remark string // what ping had to say besides
+	remark string // what else ping printed
 }
 
 // StartPing pings dst until Stop, and returns at the first answer. What is lost
@@ -105,10 +105,10 @@ func (ns *Namespace) StartPing(ctx context.Context, dst netip.Addr) (*Pinging, e
 	return nil, fmt.Errorf("%s: %w: %s", p.what, err, p.remark)
 }
 
-// String tells from where to where.
+// String returns from where to where.
 func (p *Pinging) String() string { return p.what }
 
-// Stop ends the ping and tells what it saw. The very last packet does not
+// Stop ends the ping and returns its result. The very last packet does not
 // count when its answer was still on the way.
 func (p *Pinging) Stop() (Pings, error) {
 	p.proc.cmd.Process.Signal(unix.SIGINT) // ping's sign to sum up

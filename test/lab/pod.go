@@ -89,7 +89,7 @@ func (p *Pod) Delete(ctx context.Context) error {
 func (n *Node) cniDir() string { return filepath.Join(n.Dir, "cni") }
 
 // cniConfig is what is in /etc/cni/net.d of a real node, with paths of this
-// node's own. The bridge does not masquerade, lest it hide what the daemon does.
+// node's own. The bridge does not masquerade, since that would hide what the daemon does.
 func (n *Node) cniConfig() (*libcni.NetworkConfigList, error) {
 	type object = map[string]any
 	text, err := json.Marshal(object{

@@ -113,7 +113,7 @@ func (s *Systemd) Run(ctx context.Context, line string) (string, error) {
 	return s.node.Run(ctx, fmt.Sprintf("nsenter --target %d --pid --ipc --mount %s", s.pid, line))
 }
 
-// Log returns what systemd and its services have said.
+// Log returns what systemd and its services have logged.
 func (s *Systemd) Log() string {
 	text, err := os.ReadFile(s.log)
 	if err != nil {

@@ -31,8 +31,7 @@ func (ns *Namespace) Dial(ctx context.Context, network, address string) (conn ne
 // mirrorPort is where Mirror answers.
 const mirrorPort = 7007
 
-// Mirror answers whoever calls, over TCP or UDP, with the address that the
-// call came from, until the lab closes.
+// Mirror answers each call, over TCP or UDP, with the address that the call came from, until the lab closes.
 func (ns *Namespace) Mirror() error {
 	var tcp net.Listener
 	var udp *net.UDPConn

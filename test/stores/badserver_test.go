@@ -196,8 +196,7 @@ func (c *cluster) suffer(ctx context.Context, t *testing.T, n *lab.Node, bad bad
 	}
 }
 
-// waitUp waits until a node is ready and its Node says so: nothing is written
-// any more.
+// waitUp waits until a node is ready and its Node has a condition: nothing is written any more.
 func (c *cluster) waitUp(ctx context.Context, t *testing.T, n *lab.Node) {
 	t.Helper()
 	labtest.Do(t, n.WaitReady(ctx))

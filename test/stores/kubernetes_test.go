@@ -130,7 +130,7 @@ func (c *cluster) outage(ctx context.Context, t *testing.T) {
 		t.Errorf("the API server knows version %s still: %s %v", version, answer, err)
 	}
 	for _, n := range c.Nodes()[:2] {
-		waitRoute(ctx, t, n, leaves, true) // nobody has heard of it
+		waitRoute(ctx, t, n, leaves, true) // no node knows yet
 	}
 	labtest.Do(t, c.kube.Restore(ctx))
 	labtest.Do(t, joins.WaitReady(ctx))

@@ -15,7 +15,7 @@ import (
 const floorArg = "-floor"
 
 // floor follows all Nodes as the daemon does, with nothing but net/http, and
-// looks into none of them. It prints their number once it has been sent all.
+// decodes none of them. It prints their number once it has been sent all.
 func floor(ctx context.Context, kubeconfig string) error {
 	a, err := newAPI(kubeconfig, (&net.Dialer{}).DialContext)
 	if err != nil {

@@ -13,7 +13,7 @@ import (
 	"github.com/flanneld/flanneld/test/lab"
 )
 
-// watch listens to what the kernel of a node tells of its tables.
+// watch listens to the kernel's notifications on a node.
 type watch struct {
 	*rtnl.Listener
 	buf []byte

@@ -2,10 +2,10 @@
 // kube-apiserver holds thousands of Nodes as kubelet writes them, and the daemon
 // starts on a node that has just booted. Next to each figure stands that of a
 // floor: a program that asks the API server for the same and throws it away.
-// The environment says how much:
+// The environment has the settings:
 //
 //	NODES=5000      how many peers
-//	RUNS=5          how many starts, of which the median is told
+//	RUNS=5          how many starts, of which the median is printed
 //	FLANNELD=path   another program than build/bin/flanneld
 package main
 
@@ -42,7 +42,7 @@ func main() {
 	}
 }
 
-// settings are what the environment says.
+// settings are from the environment.
 type settings struct {
 	nodes, runs int
 	program     string // "": build/bin/flanneld
@@ -291,7 +291,7 @@ func (b *bench) print() error {
 	return w.Flush()
 }
 
-// values returns what of tells of each result, sorted.
+// values returns the values of all results, sorted.
 func values(results []result, of func(result) float64) []float64 {
 	var all []float64
 	for _, r := range results {

@@ -52,7 +52,7 @@ func main() {
 	}
 }
 
-// settings are what the command line says.
+// settings are from the command line.
 type settings struct {
 	runs, size int
 	each, soak time.Duration

@@ -74,7 +74,7 @@ func record(ctx context.Context, n *lab.Node, long time.Duration, file string) e
 	return os.WriteFile(file, profile, 0o644)
 }
 
-// memory tells what each node's daemon has.
+// memory returns what each node's daemon has.
 func (t *track) memory() ([]string, error) {
 	var all []string
 	status, err := filepath.Glob("/proc/[0-9]*/status")

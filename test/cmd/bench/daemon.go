@@ -86,7 +86,7 @@ func (b *bench) explain(err error) error {
 	return errors.Join(fmt.Errorf("%w\n%s", err, strings.Join(lines[max(0, len(lines)-5):], "\n")), readErr)
 }
 
-// holds tells an error unless the kernel holds what n peers call for, and no
+// holds returns an error unless the kernel holds what n peers call for, and no
 // more.
 func (b *bench) holds(ctx context.Context, backend backend, n int) error {
 	lines := []string{"ip -4 route show proto 70"}
@@ -200,7 +200,7 @@ func (b *bench) rest(ctx context.Context) (r result, err error) {
 	if err := w.routes(ctx, b.idlers); err != nil {
 		return r, b.explain(err)
 	}
-	// The first look at the rules after they were set belongs to the start.
+	// The first check of the rules after they were set belongs to the start.
 	const settle = 12 * time.Second // the default of --iptables-resync, twice and more
 	if err := pause(ctx, settle); err != nil {
 		return r, err

@@ -40,7 +40,7 @@ func (b *bench) watch() (*watch, error) {
 		return nil, err
 	}
 	control := raw.Control(func(fd uintptr) {
-		err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 256<<20) // even if nobody reads for a while
+		err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 256<<20) // enough even while nothing reads
 	})
 	return w, errors.Join(control, err)
 }

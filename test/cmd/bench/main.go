@@ -43,7 +43,7 @@ func main() {
 	}
 }
 
-// settings are what the command line says.
+// settings are from the command line.
 type settings struct {
 	sizes               sizes
 	runs                int

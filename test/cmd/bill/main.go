@@ -1,4 +1,4 @@
-// Command bill tells what our binaries are made of, from the go tool and the
+// Command bill lists what our binaries are made of, from the go tool and the
 // module cache alone:
 //
 //	bill check             fails on a module whose licence is not known or not allowed

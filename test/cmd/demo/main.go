@@ -1,5 +1,5 @@
 // Command demo shows a cluster at work: nodes as network namespaces, a real
-// etcd, the daemon, and a pod on each node. The environment says what kind:
+// etcd, the daemon, and a pod on each node. The environment has the settings:
 //
 //	NODES=3        how many nodes
 //	BACKEND=vxlan  or host-gw, …
@@ -51,7 +51,7 @@ func main() {
 	}
 }
 
-// settings are what the environment says.
+// settings are from the environment.
 type settings struct {
 	nodes                int
 	backend              string
@@ -139,7 +139,7 @@ func run(ctx context.Context, kube bool) error {
 	return errors.Join(err, w.Flush())
 }
 
-// hints says what to do with a cluster that stays.
+// hints prints what to do with a cluster that stays.
 func (d *demo) hints(w io.Writer) {
 	fmt.Fprintf(w, "  ip netns exec %s-n1 bash\tenter a node; %s-n2 and others, its pod %s-n1-pod\n", d.Name, d.Name, d.Name)
 	fmt.Fprintf(w, "  less %s/n1/flanneld.log\tread what its daemon said\n", d.Dir)

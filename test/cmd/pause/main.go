@@ -1,4 +1,4 @@
-// Command pause does nothing until it is told to end: the program of the
+// Command pause does nothing until a signal ends it: the program of the
 // container that holds a pod's namespaces.
 package main
 

@@ -55,7 +55,8 @@ func newNode(t testing.TB, subnets subnet.Subnets) *node {
 	nstest.Need(t, "ip", "ping")
 	nstest.New(t)
 	n := &node{TB: t, dir: t.TempDir()}
-	n.cni = libcni.NewCNIConfigWithCacheDir([]string{filepath.Join(build, "bin"), filepath.Join(build, "cni")}, n.path("cache"), nil)
+	n.cni = libcni.NewCNIConfigWithCacheDir([]string{filepath.Join(build, "bin"), filepath.Join(build, "cni")},
+		n.path("cache"), nil)
 	n.lease(subnets, true)
 	return n
 }
@@ -80,7 +81,8 @@ func (n *node) network(version, name string, more ...string) *libcni.NetworkConf
 		fmt.Sprintf(`"dataDir": %q`, n.path("records")),
 		fmt.Sprintf(`"ipam": {"dataDir": %q}`, n.path("addresses")),
 	}, more...)
-	list, err := libcni.NetworkConfFromBytes(fmt.Appendf(nil, `{"cniVersion": %q, "name": %q, "plugins": [{%s}]}`, version, name, strings.Join(conf, ", ")))
+	list, err := libcni.NetworkConfFromBytes(fmt.Appendf(nil, `{"cniVersion": %q, "name": %q, "plugins": [{%s}]}`,
+		version, name, strings.Join(conf, ", ")))
 	if err != nil {
 		n.Fatal(err)
 	}
@@ -194,7 +196,8 @@ func (p *pod) has(ifName string, subnets subnet.Subnets, addrs []netip.Prefix) {
 			network, family = networks.IPv6, "-6"
 		}
 		p.run(fmt.Sprintf("ping -n -c 1 -w 20 -I %s %s", addrs[i].Addr(), gateway))
-		if routes := p.run("ip " + family + " route"); !strings.Contains(routes, network.String()+" via "+gateway.String()+" dev "+ifName) {
+		if routes := p.run("ip " + family + " route"); !strings.Contains(routes,
+			network.String()+" via "+gateway.String()+" dev "+ifName) {
 			p.Errorf("no route to %s:\n%s", network, routes)
 		}
 	}
@@ -232,7 +235,8 @@ func TestLife(t *testing.T) {
 					}
 					lost := addrs[len(addrs)-1]
 					p.run("ip addr del " + lost.String() + " dev eth0")
-					if err := n.cni.CheckNetworkList(ctx, list, eth0); err == nil || !strings.Contains(err.Error(), lost.Addr().String()) {
+					if err := n.cni.CheckNetworkList(ctx, list, eth0); err == nil || !strings.Contains(err.Error(),
+						lost.Addr().String()) {
 						t.Errorf("CHECK without %s: %v", lost, err)
 					}
 				}
@@ -241,7 +245,8 @@ func TestLife(t *testing.T) {
 				if err := os.Remove(n.path("subnet.env")); err != nil {
 					t.Fatal(err)
 				}
-				if err := status(); version == "1.1.0" && (err == nil || !strings.Contains(err.Error(), "flanneld is not ready on this node")) {
+				if err := status(); version == "1.1.0" && (err == nil || !strings.Contains(err.Error(),
+					"flanneld is not ready on this node")) {
 					t.Errorf("STATUS without subnet.env: %v", err)
 				}
 				p.del(list, eth0)
@@ -303,7 +308,8 @@ func TestFailedAdd(t *testing.T) {
 	n := newNode(t, ipv4)
 	list := n.network("1.0.0", "cbr0", `"delegate": {"vlan": 5000}`) // 4094 is the highest
 	p := n.pod()
-	if _, err := n.cni.AddNetworkList(t.Context(), list, p.runtime("eth0")); err == nil || !strings.Contains(err.Error(), "bridge: ") {
+	if _, err := n.cni.AddNetworkList(t.Context(), list, p.runtime("eth0")); err == nil ||
+		!strings.Contains(err.Error(), "bridge: ") {
 		t.Errorf("ADD: %v, want an error of the bridge plugin's", err)
 	}
 	n.wantFiles("addresses/cbr0")
@@ -329,8 +335,10 @@ func TestSecondAdd(t *testing.T) {
 func TestTwoNetworks(t *testing.T) {
 	n := newNode(t, ipv4)
 	first := n.network("1.0.0", "cbr0")
-	second := n.network("1.0.0", "storage", `"delegate": {"bridge": "cni1"}`, fmt.Sprintf(`"subnetFile": %q`, n.path("storage.env")))
-	e := subnet.Env{Networks: subnet.Subnets{IPv4: netip.MustParsePrefix("10.245.0.0/16")}, Subnets: subnet.Subnets{IPv4: netip.MustParsePrefix("10.245.3.0/24")}, MTU: mtu}
+	second := n.network("1.0.0", "storage", `"delegate": {"bridge": "cni1"}`,
+		fmt.Sprintf(`"subnetFile": %q`, n.path("storage.env")))
+	e := subnet.Env{Networks: subnet.Subnets{IPv4: netip.MustParsePrefix("10.245.0.0/16")},
+		Subnets: subnet.Subnets{IPv4: netip.MustParsePrefix("10.245.3.0/24")}, MTU: mtu}
 	if err := e.WriteFile(n.path("storage.env")); err != nil {
 		t.Fatal(err)
 	}
@@ -393,7 +401,8 @@ func TestSwitchToUpstream(t *testing.T) {
 	defer record.Close()
 	bridge := exec.Command("../../build/cni/bridge")
 	bridge.Stdin = record
-	bridge.Env = append(os.Environ(), "CNI_COMMAND=DEL", "CNI_CONTAINERID="+p.name, "CNI_NETNS="+p.path(), "CNI_IFNAME=eth0", "CNI_PATH="+strings.Join(n.cni.Path, ":"))
+	bridge.Env = append(os.Environ(), "CNI_COMMAND=DEL", "CNI_CONTAINERID="+p.name, "CNI_NETNS="+p.path(),
+		"CNI_IFNAME=eth0", "CNI_PATH="+strings.Join(n.cni.Path, ":"))
 	if out, err := bridge.CombinedOutput(); err != nil {
 		t.Fatalf("bridge DEL: %v: %s", err, out)
 	}

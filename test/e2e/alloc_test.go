@@ -21,7 +21,8 @@ import (
 func TestAlloc(t *testing.T) {
 	t.Parallel()
 	ctx := labtest.Context(t, 2*time.Minute)
-	l := labtest.New(ctx, t, `{`+ipv4Network+`, `+ipv6Network+`, "Backend": {"Type": "alloc"}}`, make([]lab.NodeOptions, 2)...)
+	l := labtest.New(ctx, t, `{`+ipv4Network+`, `+ipv6Network+`, "Backend": {"Type": "alloc"}}`,
+		make([]lab.NodeOptions, 2)...)
 	labtest.Start(ctx, t, l, "--ip-masq")
 	for _, n := range l.Nodes() {
 		key, lease := leaseOf(ctx, t, l, n)
@@ -70,7 +71,8 @@ func TestAllocKubernetes(t *testing.T) {
 	audit := filepath.Join(t.TempDir(), "audit.log")
 	policy := filepath.Join(t.TempDir(), "policy.yaml")
 	labtest.Do(t, os.WriteFile(policy, []byte(`{"apiVersion": "audit.k8s.io/v1", "kind": "Policy", "rules": [{"level": "Metadata", "resources": [{"group": "", "resources": ["nodes", "nodes/status"]}]}]}`), 0o600))
-	l, k := newKube(ctx, t, "10.5.0.0/16", make([]lab.NodeOptions, 2), "--audit-policy-file="+policy, "--audit-log-path="+audit, "--audit-log-mode=blocking-strict")
+	l, k := newKube(ctx, t, "10.5.0.0/16", make([]lab.NodeOptions, 2), "--audit-policy-file="+policy,
+		"--audit-log-path="+audit, "--audit-log-mode=blocking-strict")
 	args := labtest.Must(k.DaemonArgs(`{` + ipv4Network + `, "Backend": {"Type": "alloc"}}`))(t)
 	for _, n := range l.Nodes() {
 		labtest.Do(t, k.AddNode(ctx, n))

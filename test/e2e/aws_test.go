@@ -46,7 +46,8 @@ func newVPC(ctx context.Context, t *testing.T, nodes int) *vpc {
 	for i := range options {
 		options[i].Routed = true
 	}
-	v := &vpc{ec2.New(), labtest.New(ctx, t, `{`+ipv4Network+`, `+ipv6Network+`, "Backend": {"Type": "aws-vpc"}}`, options...), map[*lab.Node]string{}}
+	v := &vpc{ec2.New(), labtest.New(ctx, t, `{`+ipv4Network+`, `+ipv6Network+`, "Backend": {"Type": "aws-vpc"}}`,
+		options...), map[*lab.Node]string{}}
 	var routed map[netip.Prefix]netip.Addr
 	v.Forward(func(gateways map[netip.Prefix]netip.Addr) {
 		script := ""
@@ -139,7 +140,8 @@ func TestAWS(t *testing.T) {
 		return nil
 	}))
 	v.routes(ctx, t, nodes...)
-	if created, others := v.Calls("CreateRoute"), v.Calls("ReplaceRoute")+v.Calls("DeleteRoute"); created != 6 || others != 0 {
+	if created, others := v.Calls("CreateRoute"), v.Calls("ReplaceRoute")+v.Calls("DeleteRoute"); created != 6 ||
+		others != 0 {
 		t.Errorf("six routes took %d calls of CreateRoute, and %d of others", created, others)
 	}
 	lossless()

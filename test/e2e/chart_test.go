@@ -40,9 +40,11 @@ func TestChart(t *testing.T) {
 		set  []string
 		want string // the network's configuration
 	}{
-		"as it is":   {nil, `{"Network": "10.244.0.0/16", "Backend": {"Type": "vxlan"}}`},
-		"dual stack": {[]string{`podCidrv6="fd00:244::/48"`}, `{"Network": "10.244.0.0/16", "EnableIPv6": true, "IPv6Network": "fd00:244::/48", "Backend": {"Type": "vxlan"}}`},
-		"IPv6 alone": {[]string{`podCidr=""`, `podCidrv6="fd00:244::/48"`}, `{"EnableIPv4": false, "EnableIPv6": true, "IPv6Network": "fd00:244::/48", "Backend": {"Type": "vxlan"}}`},
+		"as it is": {nil, `{"Network": "10.244.0.0/16", "Backend": {"Type": "vxlan"}}`},
+		"dual stack": {[]string{`podCidrv6="fd00:244::/48"`},
+			`{"Network": "10.244.0.0/16", "EnableIPv6": true, "IPv6Network": "fd00:244::/48", "Backend": {"Type": "vxlan"}}`},
+		"IPv6 alone": {[]string{`podCidr=""`, `podCidrv6="fd00:244::/48"`},
+			`{"EnableIPv4": false, "EnableIPv6": true, "IPv6Network": "fd00:244::/48", "Backend": {"Type": "vxlan"}}`},
 		"all": {[]string{
 			`backend={"Type": "vxlan", "DirectRouting": true, "Port": 4789}`, `mtu=1400`, `nftables=true`, `ipMasq=false`,
 			`args=["--iface-regex=^en.*", "--v=2"]`, `image={"name": "registry.invalid:5000/a/b", "tag": "v9", "pullPolicy": "Always", "pullSecrets": [{"name": "s"}]}`,
@@ -59,11 +61,13 @@ func TestChart(t *testing.T) {
 		if err := k.DryRun(ctx, text); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
-		got, want := labtest.Must(subnet.ParseConfig(netConf(t, text)))(t), labtest.Must(subnet.ParseConfig([]byte(c.want)))(t)
+		got, want := labtest.Must(subnet.ParseConfig(netConf(t,
+			text)))(t), labtest.Must(subnet.ParseConfig([]byte(c.want)))(t)
 		var gotBackend, wantBackend map[string]any
 		labtest.Do(t, yaml.Unmarshal(got.Backend, &gotBackend))
 		labtest.Do(t, yaml.Unmarshal(want.Backend, &wantBackend))
-		if got.Networks() != want.Networks() || got.EnableNFTables != want.EnableNFTables || len(got.Warnings) > 0 || len(gotBackend) != len(wantBackend) {
+		if got.Networks() != want.Networks() || got.EnableNFTables != want.EnableNFTables || len(got.Warnings) > 0 ||
+			len(gotBackend) != len(wantBackend) {
 			t.Errorf("%s: the configuration is %s, want %s", name, netConf(t, text), c.want)
 		}
 		for key, value := range wantBackend {

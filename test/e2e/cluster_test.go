@@ -110,7 +110,8 @@ func newCluster(ctx context.Context, t *testing.T, l *lab.Lab, proxy string) *la
 func renderChart(ctx context.Context, t *testing.T, l *lab.Lab, set string) []byte {
 	t.Helper()
 	helm := labtest.Must(l.Program("bin/helm"))(t)
-	return labtest.Must(exec.CommandContext(ctx, helm, "template", "flannel", "../../chart/flannel", "--namespace=kube-flannel", "--set="+set).Output())(t)
+	return labtest.Must(exec.CommandContext(ctx, helm, "template", "flannel", "../../chart/flannel",
+		"--namespace=kube-flannel", "--set="+set).Output())(t)
 }
 
 // kubectl runs a line of arguments.
@@ -189,7 +190,8 @@ func checkEcho(ctx context.Context, t *testing.T, c *lab.Cluster, pods []echoPod
 
 // ask calls an echo pod, and returns its name and whom it saw.
 func ask(ctx context.Context, from *lab.Namespace, address string) (name, seen string, err error) {
-	client := &http.Client{Timeout: 2 * time.Second, Transport: &http.Transport{DialContext: from.Dial, DisableKeepAlives: true}}
+	client := &http.Client{Timeout: 2 * time.Second, Transport: &http.Transport{DialContext: from.Dial,
+		DisableKeepAlives: true}}
 	answer, err := client.Get("http://" + address)
 	if err != nil {
 		return "", "", err

@@ -28,14 +28,18 @@ func TestReconfigure(t *testing.T) {
 		mtu         int  // afterwards
 	}{
 		{name: "VNI", from: vxlan, to: `{"Type": "vxlan", "VNI": 7}`, mtu: 1450,
-			want: []trace{{"ip -d link show flannel.7", "vxlan id 7 "}}, never: []trace{{"ip link show type vxlan", "flannel.1:"}}},
+			want: []trace{{"ip -d link show flannel.7", "vxlan id 7 "}}, never: []trace{{"ip link show type vxlan",
+				"flannel.1:"}}},
 		{name: "Port", from: vxlan, to: `{"Type": "vxlan", "Port": 4789}`, mtu: 1450,
 			want: []trace{{"ip -d link show flannel.1", "dstport 4789 "}}},
 		{name: "MTU", from: vxlan, to: `{"Type": "vxlan", "MTU": 1400}`, mtu: 1350, keeps: true, lossless: true,
 			want: []trace{{"ip link show flannel.1", "mtu 1350 "}}},
-		{name: "DirectRouting", from: vxlan, to: `{"Type": "vxlan", "DirectRouting": true}`, mtu: 1450, keeps: true, lossless: true,
-			want: []trace{{"ip route show proto 70", "dev eth0"}}, never: []trace{{"ip route show proto 70", "dev flannel.1"}, {"bridge fdb show dev flannel.1", "dst 198.18"}}},
-		{name: "no DirectRouting", from: `{"Type": "vxlan", "DirectRouting": true}`, to: vxlan, mtu: 1450, keeps: true, lossless: true,
+		{name: "DirectRouting", from: vxlan, to: `{"Type": "vxlan", "DirectRouting": true}`, mtu: 1450,
+			keeps: true, lossless: true,
+			want: []trace{{"ip route show proto 70", "dev eth0"}}, never: []trace{{"ip route show proto 70", "dev flannel.1"},
+				{"bridge fdb show dev flannel.1", "dst 198.18"}}},
+		{name: "no DirectRouting", from: `{"Type": "vxlan", "DirectRouting": true}`, to: vxlan, mtu: 1450,
+			keeps: true, lossless: true,
 			want: []trace{{"ip route show proto 70", "dev flannel.1"}}, never: []trace{{"ip route show proto 70", "dev eth0"}}},
 		{name: "vxlan to host-gw", from: vxlan, to: hostgw, mtu: 1500,
 			want: []trace{{"ip route show proto 70", "dev eth0"}}, never: []trace{{"ip link show", "flannel.1"}}},
@@ -45,8 +49,10 @@ func TestReconfigure(t *testing.T) {
 			want: []trace{{"ip route show proto 70", "dev flannel-wg"}}, never: []trace{{"ip link show", "flannel.1"}}},
 		{name: "wireguard to vxlan", from: wireguard, to: vxlan, mtu: 1450,
 			want: []trace{{"ip route show proto 70", "dev flannel.1"}}, never: []trace{{"ip link show", "flannel-wg"}}},
-		{name: "ListenPort and keepalive", from: wireguard, to: `{"Type": "wireguard", "ListenPort": 5182, "PersistentKeepaliveInterval": 7}`, mtu: 1420,
-			want: []trace{{"wg show flannel-wg listen-port", "5182"}, {"wg show flannel-wg endpoints", ":5182"}, {"wg show flannel-wg persistent-keepalive", "\t7"}}},
+		{name: "ListenPort and keepalive", from: wireguard,
+			to: `{"Type": "wireguard", "ListenPort": 5182, "PersistentKeepaliveInterval": 7}`, mtu: 1420,
+			want: []trace{{"wg show flannel-wg listen-port", "5182"}, {"wg show flannel-wg endpoints", ":5182"},
+				{"wg show flannel-wg persistent-keepalive", "\t7"}}},
 		{name: "EnableNFTables", from: vxlan, to: vxlan, nftables: true, mtu: 1450, keeps: true, lossless: true,
 			want: []trace{{"nft list tables", "flannel-ipv4"}}, never: []trace{{"iptables-save", "FLANNEL"}}},
 	} {
@@ -112,7 +118,10 @@ func checkTalk(ctx context.Context, t *testing.T, l *lab.Lab, pods []*lab.Pod) {
 	for i, from := range pods {
 		for j, to := range pods {
 			if i != j {
-				labtest.Do(t, lab.Poll(ctx, "pods to talk", func() error { return seenAs(ctx, from.Namespace, to.IPv4, from.IPv4) }))
+				labtest.Do(t, lab.Poll(ctx, "pods to talk", func() error {
+					return seenAs(ctx, from.Namespace, to.IPv4,
+						from.IPv4)
+				}))
 			}
 		}
 		labtest.Do(t, lab.Poll(ctx, "pods to be masqueraded", func() error {
@@ -152,7 +161,8 @@ func TestReconfigureNetwork(t *testing.T) {
 			return err
 		}))
 		waitTraces(ctx, t, n, []trace{{"ip route show proto 70", "10.9."}, {"iptables-save", "10.9.0.0/16"}}, true)
-		waitTraces(ctx, t, n, []trace{{"ip route show proto 70", "10.5."}, {"iptables-save", "10.5.0.0/16"}, {"ip addr show dev flannel.1", "inet 10.5."}}, false)
+		waitTraces(ctx, t, n, []trace{{"ip route show proto 70", "10.5."}, {"iptables-save", "10.5.0.0/16"},
+			{"ip addr show dev flannel.1", "inet 10.5."}}, false)
 		// The bridge keeps its address until another program removes it.
 		labtest.Do(t, n.Script(ctx, "link del cni0"))
 		pods = append(pods, labtest.Must(n.AddPod(ctx, "new"))(t))

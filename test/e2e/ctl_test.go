@@ -117,7 +117,8 @@ const (
 
 var findings = []finding{
 	{name: "daemon stopped", finds: "daemon-down", inject: stop, restore: startAgain},
-	{name: "daemon frozen", finds: "daemon-down", inject: func(ctx context.Context, c *doctorTestbed) error { return c.Freeze(ctx) },
+	{name: "daemon frozen", finds: "daemon-down",
+		inject:  func(ctx context.Context, c *doctorTestbed) error { return c.Freeze(ctx) },
 		restore: func(_ context.Context, c *doctorTestbed) error { return c.Thaw() }},
 	{name: "etcd away", finds: "store-unreachable",
 		inject:  func(_ context.Context, c *doctorTestbed) error { c.Etcd.Kill(); return nil },
@@ -128,7 +129,10 @@ var findings = []finding{
 			return errors.Join(c.Etcd.Start(ctx), c.WaitReady(ctx))
 		}},
 	{name: "no lease", finds: "daemon-down lease-missing",
-		inject: steps(stop, func(ctx context.Context, c *doctorTestbed) error { return c.Etcd.Delete(ctx, c.key) }), restore: startAgain},
+		inject: steps(stop, func(ctx context.Context, c *doctorTestbed) error {
+			return c.Etcd.Delete(ctx,
+				c.key)
+		}), restore: startAgain},
 	{name: "lease not renewed", finds: "lease-expired store-unreachable", inject: shortLease,
 		restore: steps(func(ctx context.Context, c *doctorTestbed) error { return c.Etcd.Start(ctx) }, stop,
 			func(ctx context.Context, c *doctorTestbed) error { return c.Etcd.Delete(ctx, c.key) }, startAgain)},
@@ -139,13 +143,16 @@ var findings = []finding{
 		restore: func(ctx context.Context, c *doctorTestbed) error {
 			return c.Etcd.Delete(ctx, subnetKey("10.5.240.0-24"))
 		}},
-	{name: "a route gone", finds: "daemon-down out-of-sync", inject: steps(stop, shell("ip route flush proto 70")), restore: startAgain},
-	{name: "rules gone", finds: "daemon-down out-of-sync", inject: steps(stop, shell("iptables -t nat -F")), restore: startAgain},
+	{name: "a route gone", finds: "daemon-down out-of-sync", inject: steps(stop, shell("ip route flush proto 70")),
+		restore: startAgain},
+	{name: "rules gone", finds: "daemon-down out-of-sync", inject: steps(stop, shell("iptables -t nat -F")),
+		restore: startAgain},
 	{name: "no subnet.env", finds: "daemon-down subnet-file",
 		inject: steps(stop, func(_ context.Context, c *doctorTestbed) error { return os.Remove(c.SubnetFile()) }), restore: startAgain},
 	{name: "what the kernel refuses", finds: "daemon-error out-of-sync",
 		inject: shell("sysctl -qw net/ipv6/conf/flannel-v6.1/disable_ipv6=1"), restore: shell("sysctl -qw net/ipv6/conf/flannel-v6.1/disable_ipv6=0")},
-	{name: "no forwarding", finds: "ip-forward", inject: shell("sysctl -qw net.ipv4.ip_forward=0"), restore: shell("sysctl -qw net.ipv4.ip_forward=1")},
+	{name: "no forwarding", finds: "ip-forward", inject: shell("sysctl -qw net.ipv4.ip_forward=0"),
+		restore: shell("sysctl -qw net.ipv4.ip_forward=1")},
 	{name: "no IPv6 forwarding", finds: "ip-forward",
 		inject: shell("sysctl -qw net.ipv6.conf.all.forwarding=0"), restore: shell("sysctl -qw net.ipv6.conf.all.forwarding=1")},
 	{name: "bridges past iptables", finds: "br-netfilter",
@@ -155,36 +162,51 @@ var findings = []finding{
 	{name: "strict rp_filter everywhere", finds: "rp-filter rp-filter",
 		inject: shell("sysctl -qw net.ipv4.conf.all.rp_filter=1"), restore: shell("sysctl -qw net.ipv4.conf.all.rp_filter=0")},
 	{name: "FORWARD drops", finds: "daemon-down forward-drop out-of-sync",
-		inject: steps(stop, shell("iptables -P FORWARD DROP", "iptables -F FORWARD")), restore: steps(shell("iptables -P FORWARD ACCEPT"), startAgain)},
-	{name: "FORWARD drops before our rules", finds: "forward-drop", inject: shell("iptables -I FORWARD -j DROP"), restore: shell("iptables -D FORWARD -j DROP")},
+		inject: steps(stop, shell("iptables -P FORWARD DROP",
+			"iptables -F FORWARD")), restore: steps(shell("iptables -P FORWARD ACCEPT"), startAgain)},
+	{name: "FORWARD drops before our rules", finds: "forward-drop", inject: shell("iptables -I FORWARD -j DROP"),
+		restore: shell("iptables -D FORWARD -j DROP")},
 	{name: "another table drops what is forwarded", finds: "forward-drop forward-drop",
-		inject: table("chain inet fw f { type filter hook forward priority 0 ; policy drop ; }", "rule inet fw f ct state established,related accept"), restore: noTable},
-	{name: "INPUT drops", finds: "port-blocked", inject: inputDrop("-p udp -m udp --dport 8000:8471", "-p tcp -m tcp --dport 8472"), restore: inputAccept},
+		inject: table("chain inet fw f { type filter hook forward priority 0 ; policy drop ; }",
+			"rule inet fw f ct state established,related accept"), restore: noTable},
+	{name: "INPUT drops", finds: "port-blocked",
+		inject: inputDrop("-p udp -m udp --dport 8000:8471", "-p tcp -m tcp --dport 8472"), restore: inputAccept},
 	{name: "another table drops what comes in", finds: "port-blocked port-blocked",
-		inject: table(nftInput, nftAnswer, nftICMP, "rule inet fw in udp dport { 53, 8473 } accept", "rule inet fw in iifname lo accept"), restore: noTable},
-	{name: "another device on the port", finds: "port-taken", inject: shell("ip link add vx0 type vxlan external dstport 8472"), restore: shell("ip link del vx0")},
+		inject: table(nftInput, nftAnswer, nftICMP, "rule inet fw in udp dport { 53, 8473 } accept",
+			"rule inet fw in iifname lo accept"), restore: noTable},
+	{name: "another device on the port", finds: "port-taken",
+		inject: shell("ip link add vx0 type vxlan external dstport 8472"), restore: shell("ip link del vx0")},
 	{name: "a program on the port", finds: "daemon-down out-of-sync port-taken",
-		inject: steps(stop, shell("ip link del flannel.1"), listenUDP("udp4", 8472)), restore: steps(closeSocket, startAgain)},
-	{name: "an MTU that the uplink lacks", finds: "daemon-error mtu-uplink out-of-sync subnet-file", inject: configure(`, "MTU": 9000`), restore: configure("")},
-	{name: "a bridge with a larger MTU", finds: "mtu-bridge", inject: shell("ip link set cni0 mtu 1500"), restore: shell("ip link set cni0 mtu 1430")},
-	{name: "an old kernel", finds: "checksum-offload checksum-offload", by: []string{"setarch", "--uname-2.6"}, inject: shell(), restore: shell()},
+		inject: steps(stop, shell("ip link del flannel.1"), listenUDP("udp4", 8472)), restore: steps(closeSocket,
+			startAgain)},
+	{name: "an MTU that the uplink lacks", finds: "daemon-error mtu-uplink out-of-sync subnet-file",
+		inject: configure(`, "MTU": 9000`), restore: configure("")},
+	{name: "a bridge with a larger MTU", finds: "mtu-bridge", inject: shell("ip link set cni0 mtu 1500"),
+		restore: shell("ip link set cni0 mtu 1430")},
+	{name: "an old kernel", finds: "checksum-offload checksum-offload", by: []string{"setarch", "--uname-2.6"},
+		inject: shell(), restore: shell()},
 	{name: "a clock that is wrong", finds: "clock-skew", inject: serveTime, restore: shell(),
 		args: []string{"--direct", "--etcd-endpoints=http://127.0.0.1:9999," + lab.Endpoint}},
 	{name: "a peer's host cut off", finds: "peer-unreachable peer-unreachable",
 		// Without the flush the kernel takes the peer for reachable up to a minute longer.
-		inject:  steps(func(ctx context.Context, c *doctorTestbed) error { return c.peer.PullCable(ctx) }, shell("ip neigh flush dev eth0")),
+		inject: steps(func(ctx context.Context, c *doctorTestbed) error { return c.peer.PullCable(ctx) },
+			shell("ip neigh flush dev eth0")),
 		restore: func(ctx context.Context, c *doctorTestbed) error { return c.peer.PlugCable(ctx) }},
 }
 
 // harmless are settings in which the doctor must find nothing.
 var harmless = []finding{
-	{name: "INPUT drops all but the port", inject: inputDrop("-p udp -m multiport --dports 53,8472"), restore: inputAccept},
+	{name: "INPUT drops all but the port", inject: inputDrop("-p udp -m multiport --dports 53,8472"),
+		restore: inputAccept},
 	{name: "INPUT drops all but peers", inject: inputDrop("-s 198.18.0.0/24 -p udp"), restore: inputAccept},
 	{name: "another table lets the port in", restore: noTable,
 		inject: table(nftInput, nftAnswer, nftICMP, "rule inet fw in udp dport { 53, 8000-9000 } accept")},
-	{name: "FORWARD drops all but ours", inject: shell("iptables -P FORWARD DROP"), restore: shell("iptables -P FORWARD ACCEPT")},
-	{name: "loose rp_filter", inject: shell("sysctl -qw net.ipv4.conf.all.rp_filter=2"), restore: shell("sysctl -qw net.ipv4.conf.all.rp_filter=0")},
-	{name: "VXLAN of others", inject: shell("ip link add vx0 type vxlan id 9 dstport 4789 dev eth0"), restore: shell("ip link del vx0")},
+	{name: "FORWARD drops all but ours", inject: shell("iptables -P FORWARD DROP"),
+		restore: shell("iptables -P FORWARD ACCEPT")},
+	{name: "loose rp_filter", inject: shell("sysctl -qw net.ipv4.conf.all.rp_filter=2"),
+		restore: shell("sysctl -qw net.ipv4.conf.all.rp_filter=0")},
+	{name: "VXLAN of others", inject: shell("ip link add vx0 type vxlan id 9 dstport 4789 dev eth0"),
+		restore: shell("ip link del vx0")},
 	{name: "larger frames", inject: shell("ip link set eth0 mtu 9000"), restore: shell("ip link set eth0 mtu 1500")},
 }
 
@@ -335,7 +357,8 @@ func TestDiffCommand(t *testing.T) {
 		t.Run(rules, func(t *testing.T) {
 			t.Parallel()
 			ctx := labtest.Context(t, 2*time.Minute)
-			l := labtest.New(ctx, t, fmt.Sprintf(`{%s, %s, "EnableNFTables": %v, "Backend": {"Type": "vxlan"}}`, ipv4Network, ipv6Network, rules == "nftables"),
+			l := labtest.New(ctx, t, fmt.Sprintf(`{%s, %s, "EnableNFTables": %v, "Backend": {"Type": "vxlan"}}`, ipv4Network,
+				ipv6Network, rules == "nftables"),
 				lab.NodeOptions{}, lab.NodeOptions{})
 			labtest.Start(ctx, t, l, "--ip-masq", "--ip-blackhole-route")
 			n := l.Nodes()[0]
@@ -392,7 +415,8 @@ func waitDiff(ctx context.Context, n *lab.Node, want string) error {
 func everything(ctx context.Context, t *testing.T, n *lab.Node) string {
 	t.Helper()
 	var b strings.Builder
-	for _, command := range []string{"ip -d -o link", "ip -o addr", "ip route show table all", "ip -6 route show table all",
+	for _, command := range []string{"ip -d -o link", "ip -o addr", "ip route show table all",
+		"ip -6 route show table all",
 		"ip nexthop", "ip neigh show nud permanent", "ip xfrm policy list nosock", "ip xfrm state list",
 		"nft -s list ruleset", "iptables-legacy-save", "ip6tables-legacy-save",
 		"find /run -path /run/netns -prune -o -print", "ls -A " + n.Dir} {
@@ -445,7 +469,8 @@ func TestCleanup(t *testing.T) {
 
 func testCleanup(t *testing.T, c cleanupCase) {
 	ctx := labtest.Context(t, 2*time.Minute)
-	l := labtest.New(ctx, t, `{"Network": "10.4.0.0/14", `+ipv6Network+`, `+c.config+`}`, lab.NodeOptions{}, lab.NodeOptions{})
+	l := labtest.New(ctx, t, `{"Network": "10.4.0.0/14", `+ipv6Network+`, `+c.config+`}`, lab.NodeOptions{},
+		lab.NodeOptions{})
 	n := l.Nodes()[0]
 	for _, n := range l.Nodes() {
 		charonRun(ctx, t, n)
@@ -453,7 +478,8 @@ func testCleanup(t *testing.T, c cleanupCase) {
 	s := &testbed{Lab: l, scenario: scenario{backend: c.config, strangers: c.strangers}}
 	labtest.Do(t, joinAll(ctx, s))
 	before := beforeDaemon(ctx, t, n)
-	if out, _, err := n.Ctl(ctx, "cleanup", "--yes"); err != nil || out != "There is nothing of flanneld's on this node.\n" {
+	if out, _, err := n.Ctl(ctx, "cleanup", "--yes"); err != nil ||
+		out != "There is nothing of flanneld's on this node.\n" {
 		t.Fatalf("of a node without: %v\n%s", err, out)
 	}
 
@@ -547,7 +573,8 @@ func TestCleanupCharon(t *testing.T) {
 	t.Parallel()
 	needCharon(t)
 	ctx := labtest.Context(t, 2*time.Minute)
-	l := labtest.New(ctx, t, `{`+ipv4Network+`, "Backend": {"Type": "ipsec", "PSK": "`+psk+`"}}`, lab.NodeOptions{}, lab.NodeOptions{})
+	l := labtest.New(ctx, t, `{`+ipv4Network+`, "Backend": {"Type": "ipsec", "PSK": "`+psk+`"}}`, lab.NodeOptions{},
+		lab.NodeOptions{})
 	n := l.Nodes()[0]
 	for _, n := range l.Nodes() {
 		charonRun(ctx, t, n)
@@ -579,7 +606,8 @@ func TestCleanupCharon(t *testing.T) {
 	if len(charons(ctx, t, n)) != 1 {
 		t.Error("charon has ended")
 	}
-	if out, _, err := n.Ctl(ctx, "cleanup", "--yes"); err != nil || out != "There is nothing of flanneld's on this node.\n" {
+	if out, _, err := n.Ctl(ctx, "cleanup", "--yes"); err != nil ||
+		out != "There is nothing of flanneld's on this node.\n" {
 		t.Errorf("once more: %v\n%s", err, out)
 	}
 }
@@ -640,9 +668,11 @@ func getStatus(ctx context.Context, t *testing.T, n *lab.Node, args ...string) (
 func TestStatus(t *testing.T) {
 	t.Parallel()
 	ctx := labtest.Context(t, time.Minute)
-	l := labtest.New(ctx, t, `{`+ipv4Network+`, `+ipv6Network+`, "Backend": {"Type": "vxlan"}}`, lab.NodeOptions{}, lab.NodeOptions{})
+	l := labtest.New(ctx, t, `{`+ipv4Network+`, `+ipv6Network+`, "Backend": {"Type": "vxlan"}}`, lab.NodeOptions{},
+		lab.NodeOptions{})
 	n := l.Nodes()[0]
-	if s := getStatus(ctx, t, n); s.Daemon || s.Ready || s.Lease != nil || s.Backend != "vxlan" || !strings.Contains(s.Waiting, "a lease: none is this node's") {
+	if s := getStatus(ctx, t, n); s.Daemon || s.Ready || s.Lease != nil || s.Backend != "vxlan" ||
+		!strings.Contains(s.Waiting, "a lease: none is this node's") {
 		t.Errorf("before the daemon starts: %+v", s)
 	}
 	labtest.Start(ctx, t, l, "--ip-masq")
@@ -666,7 +696,8 @@ func TestStatus(t *testing.T) {
 	}
 	l.Etcd.Kill()
 	text := labtest.Must(first(n.Ctl(ctx, "status")))(t)
-	if !strings.Contains(text, env.Subnets.String()+", as the subnet file says") || !strings.Contains(text, "connection refused") {
+	if !strings.Contains(text, env.Subnets.String()+", as the subnet file says") ||
+		!strings.Contains(text, "connection refused") {
 		t.Errorf("without daemon and etcd:\n%s", text)
 	}
 	labtest.Do(t, l.Etcd.Start(ctx))
@@ -698,9 +729,11 @@ func TestStatus(t *testing.T) {
 func checkStatus(ctx context.Context, t *testing.T, n *lab.Node, env subnet.Env) {
 	t.Helper()
 	s, found := getStatus(ctx, t, n), getStatus(ctx, t, n, "--direct")
-	if !s.Daemon || !s.Ready || s.Waiting != "" || s.Store.Trouble != "" || len(s.Errors) > 0 || !s.Rules.InPlace || !s.SubnetFile.Written || s.Peers != 1 ||
+	if !s.Daemon || !s.Ready || s.Waiting != "" || s.Store.Trouble != "" || len(s.Errors) > 0 || !s.Rules.InPlace ||
+		!s.SubnetFile.Written || s.Peers != 1 ||
 		s.MTU != 1430 || s.Uplink.Name != "eth0" || !slices.Equal(s.Lease.Subnets, env.Subnets.Each()) || !s.Lease.Own ||
-		time.Until(s.Lease.Expires) < 23*time.Hour || time.Until(s.Lease.Expires) > 24*time.Hour || len(s.Devices) != 2 || s.Devices[0].Port != 8472 {
+		time.Until(s.Lease.Expires) < 23*time.Hour || time.Until(s.Lease.Expires) > 24*time.Hour || len(s.Devices) != 2 ||
+		s.Devices[0].Port != 8472 {
 		t.Errorf("the daemon reports %+v", s)
 	}
 	// Nothing but the daemon knows its version, and what it waits for.
@@ -716,7 +749,8 @@ func checkStatus(ctx context.Context, t *testing.T, n *lab.Node, env subnet.Env)
 	if err != nil || status != 0 {
 		t.Errorf("flannelctl status: %d, %v", status, err)
 	}
-	for _, want := range []string{"flanneld      ready, ", "\nuplink        eth0 198.18.0.1, fd18::1, mtu 1500\n", "\npeers         1\n", "\nrules         iptables, in place\n",
+	for _, want := range []string{"flanneld      ready, ", "\nuplink        eth0 198.18.0.1, fd18::1, mtu 1500\n",
+		"\npeers         1\n", "\nrules         iptables, in place\n",
 		"\nlease         " + env.Subnets.IPv4.String() + ", " + env.Subnets.IPv6.String() + ", expires in 2"} {
 		if !strings.Contains(text, want) {
 			t.Errorf("%q is not in\n%s", want, text)
@@ -741,7 +775,8 @@ func checkLeases(ctx context.Context, t *testing.T, n *lab.Node) {
 		t.Errorf("leases: %+v", leases)
 	}
 	with, without := labtest.Must(first(n.Ctl(ctx, "leases")))(t), labtest.Must(first(n.Ctl(ctx, "leases", "--direct")))(t)
-	if w, o := strings.Fields(with), strings.Fields(without); len(w) != len(o) || w[10] != o[10] || !strings.Contains(with, "this node") {
+	if w, o := strings.Fields(with), strings.Fields(without); len(w) != len(o) || w[10] != o[10] ||
+		!strings.Contains(with, "this node") {
 		t.Errorf("the daemon lists\n%s\nand without it we do\n%s", with, without)
 	}
 }
@@ -796,7 +831,8 @@ func TestKubernetesStatus(t *testing.T) {
 		}
 		var s network.Status
 		labtest.Do(t, json.Unmarshal([]byte(labtest.Must(first(n.Ctl(ctx, "status", "-o", "json", more)))(t)), &s))
-		if s.Lease == nil || s.Lease.Subnets[0].String() != "10.5.1.0/24" || !strings.HasPrefix(s.Store.Name, "Kubernetes") || s.Store.Trouble != "" {
+		if s.Lease == nil || s.Lease.Subnets[0].String() != "10.5.1.0/24" ||
+			!strings.HasPrefix(s.Store.Name, "Kubernetes") || s.Store.Trouble != "" {
 			t.Errorf("status %s: %+v", more, s)
 		}
 	}

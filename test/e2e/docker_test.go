@@ -18,7 +18,8 @@ import (
 func TestDocker(t *testing.T) {
 	t.Parallel()
 	ctx := labtest.Context(t, 3*time.Minute)
-	l := labtest.New(ctx, t, `{`+ipv4Network+`, `+ipv6Network+`, "Backend": {"Type": "vxlan"}}`, make([]lab.NodeOptions, 2)...)
+	l := labtest.New(ctx, t, `{`+ipv4Network+`, `+ipv6Network+`, "Backend": {"Type": "vxlan"}}`,
+		make([]lab.NodeOptions, 2)...)
 	labtest.Start(ctx, t, l, "--ip-masq")
 	var addresses [2][]string
 	for i, n := range l.Nodes() {

@@ -64,20 +64,26 @@ func TestEnd(t *testing.T) {
 		"a free subnet": {config: `{"Network": "10.5.0.0/16", "SubnetMin": "10.5.1.0", "SubnetMax": "10.5.1.0", "Backend": {"Type": "vxlan"}}`,
 			until: "No subnet is free",
 			before: etcd(func(ctx context.Context, e *lab.Etcd) error {
-				return e.Put(ctx, lab.Prefix+"/subnets/10.5.1.0-24", `{"PublicIP": "198.18.0.99", "BackendType": "vxlan", "BackendData": {"VNI": 1, "VtepMAC": "02:00:00:00:00:99"}}`)
+				return e.Put(ctx, lab.Prefix+"/subnets/10.5.1.0-24",
+					`{"PublicIP": "198.18.0.99", "BackendType": "vxlan", "BackendData": {"VNI": 1, "VtepMAC": "02:00:00:00:00:99"}}`)
 			})},
 		"another node to give up the address": {config: vxlanConfig, until: "holds the public address",
 			before: etcd(func(ctx context.Context, e *lab.Etcd) error {
 				return e.Put(ctx, lab.Prefix+"/nodes/198.18.0.1", `{"Identity": "another", "Hostname": "n99"}`)
 			})},
-		"what the backend publishes": {config: backend(`"Type": "wireguard"`), env: []string{"WIREGUARD_KEY_FILE=/dev/null/key"},
+		"what the backend publishes": {config: backend(`"Type": "wireguard"`),
+			env:   []string{"WIREGUARD_KEY_FILE=/dev/null/key"},
 			until: "Waiting for what this node is to publish"},
-		"the backend's command": {config: backend(`"Type": "extension", "PostStartupCommand": "false"`), until: "PostStartupCommand"},
+		"the backend's command": {config: backend(`"Type": "extension", "PostStartupCommand": "false"`),
+			until: "PostStartupCommand"},
 		"the cloud": {config: backend(`"Type": "aws-vpc"`), until: "aws-vpc",
-			env: []string{"AWS_EC2_METADATA_SERVICE_ENDPOINT=http://198.18.0.254:1", "AWS_ENDPOINT_URL_EC2=http://198.18.0.254:1"}},
-		"nothing":             {config: vxlanConfig, until: "Ready after"},
-		"etcd, that has gone": {config: vxlanConfig, until: "Ready after", after: etcd(func(ctx context.Context, e *lab.Etcd) error { return e.Cut(ctx) })},
-		"etcd, that has died": {config: vxlanConfig, until: "Ready after", after: etcd(func(_ context.Context, e *lab.Etcd) error { e.Kill(); return nil })},
+			env: []string{"AWS_EC2_METADATA_SERVICE_ENDPOINT=http://198.18.0.254:1",
+				"AWS_ENDPOINT_URL_EC2=http://198.18.0.254:1"}},
+		"nothing": {config: vxlanConfig, until: "Ready after"},
+		"etcd, that has gone": {config: vxlanConfig, until: "Ready after",
+			after: etcd(func(ctx context.Context, e *lab.Etcd) error { return e.Cut(ctx) })},
+		"etcd, that has died": {config: vxlanConfig, until: "Ready after",
+			after: etcd(func(_ context.Context, e *lab.Etcd) error { e.Kill(); return nil })},
 	} {
 		t.Run("waits for "+name, func(t *testing.T) {
 			t.Parallel()
@@ -126,7 +132,8 @@ func TestSecondSignal(t *testing.T) {
 	ctx := labtest.Context(t, time.Minute)
 	pidFile := filepath.Join(t.TempDir(), "pid")
 	command := fmt.Sprintf("echo $$ >%[1]s.new; mv %[1]s.new %[1]s; exec sleep 600", pidFile)
-	l := labtest.New(ctx, t, fmt.Sprintf(`{%s, "Backend": {"Type": "extension", "ShutdownCommand": %q}}`, ipv4Network, command), lab.NodeOptions{})
+	l := labtest.New(ctx, t, fmt.Sprintf(`{%s, "Backend": {"Type": "extension", "ShutdownCommand": %q}}`, ipv4Network,
+		command), lab.NodeOptions{})
 	n := l.Nodes()[0]
 	labtest.Start(ctx, t, l)
 	labtest.Do(t, n.Signal(syscall.SIGTERM))

@@ -88,7 +88,8 @@ func TestEvents(t *testing.T) {
 			}
 			return nil
 		}))
-		waitEvent(ctx, t, k, "n3", "PodCIDROutsideNetwork", times, "10.99.1.0/24 of Node n3 is outside the Network 10.5.0.0/16")
+		waitEvent(ctx, t, k, "n3", "PodCIDROutsideNetwork", times,
+			"10.99.1.0/24 of Node n3 is outside the Network 10.5.0.0/16")
 	}
 
 	// Both nodes of a conflict have it, and no other node.

@@ -34,14 +34,16 @@ type scenario struct {
 var scenarios = []scenario{
 	{name: "vxlan", backend: `{"Type": "vxlan"}`, devices: vteps, strangers: 2, faults: everyFault},
 	{name: "host-gw", backend: `{"Type": "host-gw"}`, strangers: 2, faults: everyFault},
-	{name: "vxlan direct", backend: `{"Type": "vxlan", "DirectRouting": true}`, nftables: true, devices: vteps, strangers: 2,
-		faults: slices.Concat(routeFaults, uplinkFaults, ruleFaults)},
+	{name: "vxlan direct", backend: `{"Type": "vxlan", "DirectRouting": true}`, nftables: true, devices: vteps,
+		strangers: 2,
+		faults:    slices.Concat(routeFaults, uplinkFaults, ruleFaults)},
 	{name: "host-gw, iptables-legacy", backend: `{"Type": "host-gw"}`, legacy: true, strangers: 2, faults: ruleFaults},
 	// With so many peers, routes go through nexthop objects.
 	{name: "vxlan, 300 peers", backend: `{"Type": "vxlan"}`, nftables: true, devices: vteps, strangers: 300,
 		faults: slices.Concat(deviceFaults, routeFaults, neighbourFaults, uplinkFaults)},
 	{name: "ipip", backend: `{"Type": "ipip"}`, devices: []string{"flannel.ipip"}, strangers: 2,
-		faults: slices.Concat(deviceFaults, routeFaults, uplinkFaults, daemonFaults), device: "ipip local 198.18.0.1", ipv4: true},
+		faults: slices.Concat(deviceFaults, routeFaults, uplinkFaults,
+			daemonFaults), device: "ipip local 198.18.0.1", ipv4: true},
 }
 
 var vteps = []string{"flannel.1", "flannel-v6.1"}
@@ -70,7 +72,8 @@ func newTestbed(ctx context.Context, t testing.TB, g scenario, interval time.Dur
 	if g.ipv4 {
 		ipv6 = `"EnableIPv6": false`
 	}
-	config := fmt.Sprintf(`{"Network": "10.4.0.0/14", %s, "EnableNFTables": %v, "Backend": %s}`, ipv6, g.nftables, g.backend)
+	config := fmt.Sprintf(`{"Network": "10.4.0.0/14", %s, "EnableNFTables": %v, "Backend": %s}`, ipv6,
+		g.nftables, g.backend)
 	l := labtest.New(ctx, t, config, lab.NodeOptions{}, lab.NodeOptions{})
 	s := &testbed{Lab: l, scenario: g, node: l.Nodes()[0], peer: l.Nodes()[1], interval: interval}
 	labtest.Do(t, joinAll(ctx, s))
@@ -457,5 +460,6 @@ func printFaults(medians map[[2]string]recovery) {
 	}
 	w.Flush()
 	slices.Sort(all)
-	fmt.Printf("\nof %d: median %v, worst %v\n", len(all), all[len(all)/2].Round(time.Millisecond), all[len(all)-1].Round(time.Millisecond))
+	fmt.Printf("\nof %d: median %v, worst %v\n", len(all), all[len(all)/2].Round(time.Millisecond),
+		all[len(all)-1].Round(time.Millisecond))
 }

@@ -40,7 +40,8 @@ const (
 // An action changes a testbed.
 type action func(context.Context, *testbed) error
 
-var everyFault = slices.Concat(deviceFaults, routeFaults, neighbourFaults, uplinkFaults, ruleFaults, daemonFaults, etcdFaults)
+var everyFault = slices.Concat(deviceFaults, routeFaults, neighbourFaults, uplinkFaults, ruleFaults,
+	daemonFaults, etcdFaults)
 
 var deviceFaults = []fault{
 	{name: "device deleted", on: hasDevice, daemon: either, inject: commands("ip link del {dev}")},
@@ -48,24 +49,31 @@ var deviceFaults = []fault{
 	{name: "device's addresses flushed", on: hasDevice, daemon: either, inject: commands("ip addr flush dev {dev}")},
 	{name: "device's MTU changed", on: hasDevice, daemon: either, inject: commands("ip link set {dev} mtu 1280")},
 	// systemd's MACAddressPolicy does this, NetworkManager did.
-	{name: "device's MAC changed", on: isVXLAN, daemon: either, inject: commands("ip link set {dev} address 0e:00:00:00:00:99")},
+	{name: "device's MAC changed", on: isVXLAN, daemon: either,
+		inject: commands("ip link set {dev} address 0e:00:00:00:00:99")},
 	{name: "device renamed", on: hasDevice, daemon: frozen,
-		inject: commands("ip link set {dev} down", "ip link set {dev} name flannel-lost{4}", "ip link set flannel-lost{4} up")},
+		inject: commands("ip link set {dev} down", "ip link set {dev} name flannel-lost{4}",
+			"ip link set flannel-lost{4} up")},
 	{name: "device of another kind", on: hasDevice, daemon: frozen,
 		inject: commands("ip link del {dev}", "ip link add {dev} type bridge", "ip link set {dev} up")},
 	{name: "device of another port", on: isVXLAN, daemon: frozen,
-		inject: commands("ip link del {dev}", "ip link add {dev} type vxlan id {4} dstport 4789 dev eth0", "ip link set {dev} up")},
-	{name: "device with another's address", on: hasDevice, daemon: either, inject: commands("ip addr add {extra} dev {dev}")},
+		inject: commands("ip link del {dev}", "ip link add {dev} type vxlan id {4} dstport 4789 dev eth0",
+			"ip link set {dev} up")},
+	{name: "device with another's address", on: hasDevice, daemon: either,
+		inject: commands("ip addr add {extra} dev {dev}")},
 }
 
 var routeFaults = []fault{
 	// ip cannot flush routes that go through nexthop objects.
 	{name: "routes flushed", on: fewPeers, daemon: either, inject: commands("ip -{4} route flush proto 70")},
 	{name: "a route deleted", daemon: either, inject: commands("ip route del {subnet}")},
-	{name: "a route to another gateway", daemon: either, inject: commands("ip route replace {subnet} via {nobody} dev eth0 proto static")},
-	{name: "a route put before ours", daemon: either, inject: commands("ip route prepend {subnet} via {nobody} dev eth0 proto static")},
+	{name: "a route to another gateway", daemon: either,
+		inject: commands("ip route replace {subnet} via {nobody} dev eth0 proto static")},
+	{name: "a route put before ours", daemon: either,
+		inject: commands("ip route prepend {subnet} via {nobody} dev eth0 proto static")},
 	{name: "a route to another device", daemon: either, inject: commands("ip route replace {subnet} dev lo proto static")},
-	{name: "a route into a black hole", daemon: either, inject: commands("ip route replace blackhole {subnet} proto static")},
+	{name: "a route into a black hole", daemon: either,
+		inject: commands("ip route replace blackhole {subnet} proto static")},
 	// Only the host's own programs can restore its other routes.
 	{name: "all routes flushed", on: fewPeers, daemon: frozen, inject: flushRoutes, undo: restoreRoutes},
 	{name: "nexthops flushed", on: manyPeers, daemon: either, inject: commands("ip nexthop flush proto 70")},
@@ -73,25 +81,31 @@ var routeFaults = []fault{
 
 var neighbourFaults = []fault{
 	{name: "neighbours flushed", on: isVXLAN, daemon: frozen, inject: commands("ip -{4} neigh flush dev {dev} nud all")},
-	{name: "a neighbour of another MAC", on: isVXLAN, daemon: either, inject: commands("ip neigh replace {vtep} lladdr 0e:00:00:00:00:99 dev {dev} nud permanent")},
-	{name: "a neighbour that ages", on: isVXLAN, daemon: either, inject: commands("ip neigh replace {vtep} lladdr 0e:00:00:00:00:99 dev {dev} nud stale")},
+	{name: "a neighbour of another MAC", on: isVXLAN, daemon: either,
+		inject: commands("ip neigh replace {vtep} lladdr 0e:00:00:00:00:99 dev {dev} nud permanent")},
+	{name: "a neighbour that ages", on: isVXLAN, daemon: either,
+		inject: commands("ip neigh replace {vtep} lladdr 0e:00:00:00:00:99 dev {dev} nud stale")},
 	{name: "FDB flushed", on: isVXLAN, daemon: either, inject: commands("bridge fdb flush dev {dev}")},
 	{name: "an FDB entry deleted", on: isVXLAN, daemon: either, inject: commands("bridge fdb del {mac} dev {dev}")},
-	{name: "an FDB entry to another host", on: isVXLAN, daemon: either, inject: commands("bridge fdb replace {mac} dev {dev} dst {nobody}")},
+	{name: "an FDB entry to another host", on: isVXLAN, daemon: either,
+		inject: commands("bridge fdb replace {mac} dev {dev} dst {nobody}")},
 }
 
 var uplinkFaults = []fault{
 	{name: "uplink down and up", daemon: either, inject: commands("ip link set eth0 down"), undo: startNetwork},
 	{name: "cable out and in", inject: func(ctx context.Context, s *testbed) error { return s.node.PullCable(ctx) },
 		undo: func(ctx context.Context, s *testbed) error { return s.node.PlugCable(ctx) }},
-	{name: "uplink replaced by another", daemon: either, inject: func(ctx context.Context, s *testbed) error { return s.node.RemoveUplink(ctx) },
+	{name: "uplink replaced by another", daemon: either,
+		inject: func(ctx context.Context, s *testbed) error { return s.node.RemoveUplink(ctx) },
 		undo: func(ctx context.Context, s *testbed) error {
 			return errors.Join(s.node.ReplaceUplink(ctx), startNetwork(ctx, s))
 		}},
 	{name: "network restarted", daemon: either, undo: startNetwork,
 		inject: commands("ip -{4} addr flush dev eth0", "ip -{4} route flush dev eth0", "ip link set eth0 down")},
-	{name: "uplink's addresses flushed", daemon: either, inject: commands("ip -{4} addr flush dev eth0 scope global"), undo: startNetwork},
-	{name: "uplink's MTU changed", inject: commands("ip link set eth0 mtu 1400"), undo: commands("ip link set eth0 mtu 1500")},
+	{name: "uplink's addresses flushed", daemon: either, inject: commands("ip -{4} addr flush dev eth0 scope global"),
+		undo: startNetwork},
+	{name: "uplink's MTU changed", inject: commands("ip link set eth0 mtu 1400"),
+		undo: commands("ip link set eth0 mtu 1500")},
 	{name: "uplink's address changed",
 		inject: func(ctx context.Context, s *testbed) error {
 			return errors.Join(stopIPv4(ctx, s), s.node.ConfigureUplink(ctx, netip.MustParseAddr("198.18.0.77")))
@@ -101,7 +115,8 @@ var uplinkFaults = []fault{
 		}},
 	{name: "IPv6 off and on", on: func(g scenario) bool { return !g.ipv4 },
 		inject: func(ctx context.Context, s *testbed) error {
-			return s.waitError(ctx, commands("sysctl -qw net/ipv6/conf/eth0/disable_ipv6=1", "sysctl -qw net/ipv6/conf/{dev}/disable_ipv6=1"))
+			return s.waitError(ctx, commands("sysctl -qw net/ipv6/conf/eth0/disable_ipv6=1",
+				"sysctl -qw net/ipv6/conf/{dev}/disable_ipv6=1"))
 		},
 		undo: func(ctx context.Context, s *testbed) error {
 			on := commands("sysctl -qw net/ipv6/conf/eth0/disable_ipv6=0", "sysctl -qw net/ipv6/conf/{dev}/disable_ipv6=0")
@@ -110,17 +125,25 @@ var uplinkFaults = []fault{
 }
 
 var ruleFaults = []fault{
-	{name: "iptables flushed", on: usesIPTables, daemon: either, inject: commands("{iptables} -F", "{iptables} -t nat -F")},
+	{name: "iptables flushed", on: usesIPTables, daemon: either,
+		inject: commands("{iptables} -F", "{iptables} -t nat -F")},
 	{name: "iptables chains deleted", on: usesIPTables, daemon: frozen,
-		inject: commands("{iptables} -F", "{iptables} -X", "{iptables} -t nat -F", "{iptables} -t nat -X", "{iptables} -P FORWARD DROP")},
-	{name: "iptables jumps deleted", on: usesIPTables, daemon: either, inject: commands("{iptables} -F FORWARD", "{iptables} -t nat -F POSTROUTING")},
+		inject: commands("{iptables} -F", "{iptables} -X", "{iptables} -t nat -F", "{iptables} -t nat -X",
+			"{iptables} -P FORWARD DROP")},
+	{name: "iptables jumps deleted", on: usesIPTables, daemon: either,
+		inject: commands("{iptables} -F FORWARD", "{iptables} -t nat -F POSTROUTING")},
 	{name: "iptables ruleset replaced", on: usesIPTables, daemon: either, inject: replaceIPTables},
-	{name: "iptables rule among ours", on: usesIPTables, daemon: either, inject: commands("{iptables} -I FLANNEL-FWD -j DROP")},
-	{name: "nftables flushed, and iptables", on: usesIPTablesNFT, daemon: either, inject: commands("nft flush ruleset", "{iptables} -P FORWARD DROP")},
+	{name: "iptables rule among ours", on: usesIPTables, daemon: either,
+		inject: commands("{iptables} -I FLANNEL-FWD -j DROP")},
+	{name: "nftables flushed, and iptables", on: usesIPTablesNFT, daemon: either,
+		inject: commands("nft flush ruleset", "{iptables} -P FORWARD DROP")},
 	{name: "nftables flushed", on: usesNFTables, daemon: either, inject: commands("nft flush ruleset")},
-	{name: "nftables tables deleted", on: usesNFTables, daemon: either, inject: commands("nft delete table {nft} flannel-ipv{4}")},
-	{name: "nftables rules deleted", on: usesNFTables, daemon: either, inject: commands("nft flush chain {nft} flannel-ipv{4} postrouting")},
-	{name: "nftables rule among ours", on: usesNFTables, daemon: either, inject: commands("nft insert rule {nft} flannel-ipv{4} forward drop")},
+	{name: "nftables tables deleted", on: usesNFTables, daemon: either,
+		inject: commands("nft delete table {nft} flannel-ipv{4}")},
+	{name: "nftables rules deleted", on: usesNFTables, daemon: either,
+		inject: commands("nft flush chain {nft} flannel-ipv{4} postrouting")},
+	{name: "nftables rule among ours", on: usesNFTables, daemon: either,
+		inject: commands("nft insert rule {nft} flannel-ipv{4} forward drop")},
 }
 
 var daemonFaults = []fault{
@@ -144,13 +167,19 @@ var daemonFaults = []fault{
 			return errors.Join(s.node.Freeze(ctx), peersChange(ctx, s))
 		},
 		undo: func(_ context.Context, s *testbed) error { return s.node.Thaw() }},
-	{name: "notifications lost", inject: loseNotifications, undo: func(_ context.Context, s *testbed) error { return s.node.Thaw() }},
-	{name: "subnet file deleted", daemon: either, inject: func(_ context.Context, s *testbed) error { return os.Remove(s.node.SubnetFile()) }},
-	{name: "subnet file emptied", daemon: either, inject: func(_ context.Context, s *testbed) error { return os.Truncate(s.node.SubnetFile(), 0) }},
+	{name: "notifications lost", inject: loseNotifications,
+		undo: func(_ context.Context, s *testbed) error { return s.node.Thaw() }},
+	{name: "subnet file deleted", daemon: either,
+		inject: func(_ context.Context, s *testbed) error { return os.Remove(s.node.SubnetFile()) }},
+	{name: "subnet file emptied", daemon: either,
+		inject: func(_ context.Context, s *testbed) error { return os.Truncate(s.node.SubnetFile(), 0) }},
 }
 
 var etcdFaults = []fault{
-	{name: "lease deleted", daemon: either, inject: func(ctx context.Context, s *testbed) error { return s.Etcd.Delete(ctx, s.key) }},
+	{name: "lease deleted", daemon: either, inject: func(ctx context.Context,
+		s *testbed) error {
+		return s.Etcd.Delete(ctx, s.key)
+	}},
 	{name: "lease changed", daemon: either, inject: func(ctx context.Context, s *testbed) error {
 		text, err := s.Etcd.Get(ctx, s.key)
 		if err != nil {
@@ -266,7 +295,8 @@ func (s *testbed) words() [][]string {
 	} {
 		var vtep struct{ VtepMAC string }
 		_ = json.Unmarshal(f.data, &vtep) // not every backend has one
-		all[i] = []string{"{4}", f.four, "{subnet}", f.subnet.String(), "{vtep}", f.subnet.Addr().String(), "{mac}", vtep.VtepMAC,
+		all[i] = []string{"{4}", f.four, "{subnet}", f.subnet.String(), "{vtep}", f.subnet.Addr().String(), "{mac}",
+			vtep.VtepMAC,
 			"{nobody}", f.nobody, "{extra}", f.extra, "{iptables}", iptables[i], "{nft}", f.nft}
 		if i < len(s.devices) {
 			all[i] = append(all[i], "{dev}", s.devices[i])

@@ -79,7 +79,8 @@ func (s *ipsecTestbed) checkLogs(t *testing.T) {
 		if !t.Failed() {
 			continue
 		}
-		for _, line := range []string{"ip xfrm policy", "ip xfrm state", "ip route", "swanctl --list-sas --uri unix:///run/charon.vici"} {
+		for _, line := range []string{"ip xfrm policy", "ip xfrm state", "ip route",
+			"swanctl --list-sas --uri unix:///run/charon.vici"} {
 			out, err := n.Run(context.Background(), line)
 			t.Logf("%s: %s: %v\n%s", n.Hostname, line, err, out)
 		}
@@ -160,7 +161,8 @@ func (s *ipsecTestbed) changeUplink(ctx context.Context, t *testing.T) {
 		labtest.Do(t, s.first.ConfigureUplink(ctx, ip))
 		labtest.Do(t, lab.Poll(ctx, "policies to follow", func() error {
 			out, err := s.second.Run(ctx, "ip xfrm policy list nosock")
-			there, back := fmt.Sprintf("tmpl src %s dst %s", s.second.IPv4, ip), fmt.Sprintf("tmpl src %s dst %s", ip, s.second.IPv4)
+			there, back := fmt.Sprintf("tmpl src %s dst %s", s.second.IPv4, ip), fmt.Sprintf("tmpl src %s dst %s", ip,
+				s.second.IPv4)
 			if err == nil && strings.Count(out, there)+strings.Count(out, back) != 3 {
 				err = errors.New(out)
 			}
@@ -240,7 +242,8 @@ func capture(ctx context.Context, t *testing.T, n *lab.Node, filter string) func
 	defer file.Close()
 	said := labtest.Must(os.Create(filepath.Join(n.Dir, "capture.log")))(t)
 	defer said.Close()
-	cmd := exec.Command("tcpdump", append([]string{"-n", "-l", "--immediate-mode", "-Q", "out", "-i", "eth0"}, strings.Fields(filter)...)...)
+	cmd := exec.Command("tcpdump", append([]string{"-n", "-l", "--immediate-mode", "-Q", "out", "-i", "eth0"},
+		strings.Fields(filter)...)...)
 	cmd.Stdout, cmd.Stderr = file, said
 	p := labtest.Must(n.Launch(cmd))(t)
 	labtest.Do(t, lab.Poll(ctx, "tcpdump to listen", func() error {

@@ -19,7 +19,8 @@ const (
 
 // newKube makes a lab with a control plane, which hands out podCIDRs of
 // clusterCIDR, and no more rights for the daemons than are published.
-func newKube(ctx context.Context, t *testing.T, clusterCIDR string, nodes []lab.NodeOptions, args ...string) (*lab.Lab, *lab.Kube) {
+func newKube(ctx context.Context, t *testing.T, clusterCIDR string, nodes []lab.NodeOptions, args ...string) (*lab.Lab,
+	*lab.Kube) {
 	t.Helper()
 	l := labtest.New(ctx, t, "{}", nodes...)
 	k := labtest.Must(l.NewKube(ctx, clusterCIDR, args...))(t)
@@ -154,7 +155,8 @@ func (c kubeCase) changeInOutage(ctx context.Context, t *testing.T, k *lab.Kube,
 	back := time.Now()
 	labtest.Do(t, late.WaitReady(ctx))
 	for _, n := range nodes[:2] {
-		waitTraces(ctx, t, n, []trace{{route.command, subnets[0] + " via "}, {"ip -6 route show proto 70", subnets[1] + " via "}}, true)
+		waitTraces(ctx, t, n, []trace{{route.command, subnets[0] + " via "},
+			{"ip -6 route show proto 70", subnets[1] + " via "}}, true)
 		waitTraces(ctx, t, n, []trace{route}, false)
 	}
 	t.Logf("all is caught up with %v after the API server's return", time.Since(back).Round(time.Millisecond))
@@ -294,7 +296,8 @@ func TestToken(t *testing.T) {
 	l, k := newKube(ctx, t, dualCIDR, make([]lab.NodeOptions, 1))
 	n := l.Nodes()[0]
 	bound := func(name string) { // to a Secret: it ends with that
-		labtest.Must(k.Do(ctx, "POST", "/api/v1/namespaces/kube-flannel/secrets", fmt.Appendf(nil, `{"metadata": {"name": %q}}`, name)))(t)
+		labtest.Must(k.Do(ctx, "POST", "/api/v1/namespaces/kube-flannel/secrets",
+			fmt.Appendf(nil, `{"metadata": {"name": %q}}`, name)))(t)
 		labtest.Do(t, k.WriteToken(ctx, fmt.Sprintf(`{"boundObjectRef": {"apiVersion": "v1", "kind": "Secret", "name": %q}}`, name)))
 	}
 	bound("first")
@@ -405,7 +408,8 @@ func nodeIs(ctx context.Context, k *lab.Kube, n *lab.Node, backend string) error
 		return fmt.Errorf("annotation backend-data is %q", data)
 	}
 	for _, c := range got.Status.Conditions {
-		if c.Type == "NetworkUnavailable" && c.Status == "False" && c.Reason == "FlannelIsUp" && c.Message == "Flannel is running on this node" {
+		if c.Type == "NetworkUnavailable" && c.Status == "False" && c.Reason == "FlannelIsUp" &&
+			c.Message == "Flannel is running on this node" {
 			return nil
 		}
 	}

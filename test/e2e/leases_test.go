@@ -60,7 +60,8 @@ func TestLastSubnets(t *testing.T) {
 func TestPeerGone(t *testing.T) {
 	t.Parallel()
 	ctx := labtest.Context(t, time.Minute)
-	l := labtest.New(ctx, t, `{`+ipv4Network+`, `+ipv6Network+`, "Backend": {"Type": "vxlan"}}`, make([]lab.NodeOptions, 3)...)
+	l := labtest.New(ctx, t, `{`+ipv4Network+`, `+ipv6Network+`, "Backend": {"Type": "vxlan"}}`,
+		make([]lab.NodeOptions, 3)...)
 	labtest.Start(ctx, t, l)
 	peer := l.Nodes()[2]
 	key, lease := leaseOf(ctx, t, l, peer)

@@ -42,7 +42,8 @@ type matrixBackend struct {
 }
 
 var matrixBackends = []matrixBackend{
-	{name: "vxlan", config: `{"Type": "vxlan"}`, nodes: twoLinks, overhead: [2]int{50, 70}, near: "flannel", far: "flannel"},
+	{name: "vxlan", config: `{"Type": "vxlan"}`, nodes: twoLinks, overhead: [2]int{50, 70}, near: "flannel",
+		far: "flannel"},
 	{name: "vxlan direct", config: `{"Type": "vxlan", "DirectRouting": true}`, nodes: twoLinks, overhead: [2]int{50, 70},
 		near: "eth0", far: "flannel"},
 	{name: "host-gw", config: `{"Type": "host-gw"}`, nodes: oneLink, near: "eth0"},

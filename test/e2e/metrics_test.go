@@ -47,7 +47,8 @@ scrape_configs:
 	labtest.Do(t, os.WriteFile(filepath.Join(dir, "prometheus.yml"), []byte(config), 0o644))
 	log := labtest.Must(os.Create(filepath.Join(dir, "log")))(t)
 	defer log.Close()
-	cmd := exec.Command("prometheus", "--config.file="+filepath.Join(dir, "prometheus.yml"), "--storage.tsdb.path="+filepath.Join(dir, "data"), "--web.listen-address=127.0.0.1:9090")
+	cmd := exec.Command("prometheus", "--config.file="+filepath.Join(dir, "prometheus.yml"),
+		"--storage.tsdb.path="+filepath.Join(dir, "data"), "--web.listen-address=127.0.0.1:9090")
 	cmd.Stdout, cmd.Stderr = log, log
 	p := &prometheus{labtest.Must(n.Launch(cmd))(t), n}
 	t.Cleanup(p.Kill)
@@ -160,7 +161,8 @@ func TestPrometheus(t *testing.T) {
 			n.Run(fight, "ip route del "+route)
 		}
 	}()
-	p.wait(ctx, t, map[string]string{"flannel_kernel_fights": "1", `count(ALERTS{alertname="FlannelFight", alertstate="pending"})`: "1"})
+	p.wait(ctx, t, map[string]string{"flannel_kernel_fights": "1",
+		`count(ALERTS{alertname="FlannelFight", alertstate="pending"})`: "1"})
 	stop()
 	<-done
 

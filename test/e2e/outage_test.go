@@ -151,5 +151,6 @@ func subnetKey(name string) string { return lab.Prefix + "/subnets/" + name }
 
 // strangerLease is the record of a node that is not there.
 func strangerLease(publicIP, mac string) string {
-	return fmt.Sprintf(`{"PublicIP":%q,"PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":%q}}`, publicIP, mac)
+	return fmt.Sprintf(`{"PublicIP":%q,"PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":%q}}`,
+		publicIP, mac)
 }

@@ -43,7 +43,8 @@ func TestSystemd(t *testing.T) {
 				t.Errorf("%s says\n%s", command, rules)
 			}
 			for _, want := range []string{"NoNewPrivs:\t1", "Seccomp:\t2", "CapEff:\t0000000000003000"} {
-				if status := labtest.Must(s.Run(ctx, "cat /proc/"+mainPID(ctx, t, s)+"/status"))(t); !strings.Contains(status, want) {
+				if status := labtest.Must(s.Run(ctx, "cat /proc/"+mainPID(ctx, t,
+					s)+"/status"))(t); !strings.Contains(status, want) {
 					t.Errorf("of the daemon it is not true that %s:\n%s", want, status)
 				}
 			}
@@ -112,7 +113,8 @@ func TestReadme(t *testing.T) {
 	if err != nil || !strings.Contains(out, "lease") || !strings.Contains(out, "10.5.") {
 		t.Errorf("%v\n%s\n%s", err, out, s.Log())
 	}
-	for command, want := range map[string]string{"systemctl is-enabled flanneld": "enabled", "systemctl is-active flanneld": "active"} {
+	for command, want := range map[string]string{"systemctl is-enabled flanneld": "enabled",
+		"systemctl is-active flanneld": "active"} {
 		if out, err := s.Run(ctx, command); out != want {
 			t.Errorf("%s says %q: %v", command, out, err)
 		}

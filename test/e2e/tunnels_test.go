@@ -77,31 +77,43 @@ var tunnels = []struct {
 	{"wireguard", `{"Type": "wireguard"%s}`, "", ipv4Network + ", " + ipv6Network, []finding{
 		{name: "INPUT drops", finds: "port-blocked", inject: inputDrop("-p udp -m udp --dport 51821"), restore: inputAccept},
 		{name: "INPUT drops IPv6", finds: "port-blocked", inject: dropV6("-p udp -m udp --dport 51820"), restore: acceptV6},
-		{name: "INPUT drops all but the ports", inject: steps(inputDrop("-p udp -m udp --dport 51820"), dropV6("-p udp -m udp --dport 51821")), restore: steps(inputAccept, acceptV6)},
-		{name: "a program on the port", finds: "daemon-down port-taken", inject: steps(stop, listenUDP("udp", 51821)), restore: steps(closeSocket, startAgain)},
-		{name: "an MTU that the uplink lacks", finds: "mtu-uplink", inject: configureTunnel(`, "MTU": 1501`), restore: configureTunnel("")},
+		{name: "INPUT drops all but the ports",
+			inject: steps(inputDrop("-p udp -m udp --dport 51820"),
+				dropV6("-p udp -m udp --dport 51821")), restore: steps(inputAccept, acceptV6)},
+		{name: "a program on the port", finds: "daemon-down port-taken", inject: steps(stop, listenUDP("udp", 51821)),
+			restore: steps(closeSocket, startAgain)},
+		{name: "an MTU that the uplink lacks", finds: "mtu-uplink", inject: configureTunnel(`, "MTU": 1501`),
+			restore: configureTunnel("")},
 		{name: "a peer that hears nothing", finds: "no-tunnel", inject: silentPeer, restore: peerListens},
 	}},
 	{"udp", `{"Type": "udp"%s}`, "", ipv4Network, []finding{
 		{name: "INPUT drops", finds: "port-blocked", inject: inputDrop("-p udp -m udp --dport 8472"), restore: inputAccept},
 		{name: "INPUT drops all but the port", inject: inputDrop("-p udp -m udp --dport 8285"), restore: inputAccept},
-		{name: "a program on the port", finds: "daemon-down port-taken", inject: steps(stop, listenUDP("udp", 8285)), restore: steps(closeSocket, startAgain)},
+		{name: "a program on the port", finds: "daemon-down port-taken", inject: steps(stop, listenUDP("udp", 8285)),
+			restore: steps(closeSocket, startAgain)},
 	}},
 	{"extension", `{"Type": "extension"%s}`, "", ipv4Network, []finding{
-		{name: "an MTU that the uplink lacks", finds: "mtu-uplink", inject: configureTunnel(`, "MTU": 1501`), restore: configureTunnel("")},
+		{name: "an MTU that the uplink lacks", finds: "mtu-uplink", inject: configureTunnel(`, "MTU": 1501`),
+			restore: configureTunnel("")},
 		{name: "INPUT drops", inject: inputDrop(), restore: inputAccept},
 	}},
 	{"ipip", `{"Type": "ipip"%s}`, "ipip local 198.18.0.1", ipv4Network, []finding{
 		{name: "INPUT drops", finds: "port-blocked", inject: inputDrop("-p udp"), restore: inputAccept},
 		{name: "INPUT drops all but that", inject: inputDrop("-p 4"), restore: inputAccept},
-		{name: "another table drops what comes in", finds: "port-blocked", inject: table(nftInput, nftAnswer, "rule inet fw in meta l4proto { icmp, udp } accept"), restore: noTable},
-		{name: "another table lets that in", inject: table(nftInput, nftAnswer, nftICMP, "rule inet fw in ip protocol 4 accept"), restore: noTable},
+		{name: "another table drops what comes in", finds: "port-blocked",
+			inject: table(nftInput, nftAnswer, "rule inet fw in meta l4proto { icmp, udp } accept"), restore: noTable},
+		{name: "another table lets that in", inject: table(nftInput, nftAnswer, nftICMP,
+			"rule inet fw in ip protocol 4 accept"), restore: noTable},
 	}},
 	{"ipsec", `{"Type": "ipsec", "PSK": "` + psk + `"%s}`, "", ipv4Network, []finding{
-		{name: "INPUT drops", finds: "port-blocked port-blocked port-blocked", inject: inputDrop("-p udp -m udp --dport 501:4499"), restore: inputAccept},
-		{name: "INPUT drops ESP", finds: "port-blocked", inject: inputDrop("-p udp -m multiport --dports 500,4500"), restore: inputAccept},
-		{name: "INPUT drops all but that", inject: inputDrop("-p udp -m multiport --dports 500,4500", "-p esp"), restore: inputAccept},
-		{name: "ESP inside UDP", inject: steps(configureTunnel(`, "UDPEncap": true`), shell("ip link set cni0 mtu 1415"), inputDrop("-p udp -m multiport --dports 500,4500")), restore: steps(inputAccept, configureTunnel(""))},
+		{name: "INPUT drops", finds: "port-blocked port-blocked port-blocked",
+			inject: inputDrop("-p udp -m udp --dport 501:4499"), restore: inputAccept},
+		{name: "INPUT drops ESP", finds: "port-blocked", inject: inputDrop("-p udp -m multiport --dports 500,4500"),
+			restore: inputAccept},
+		{name: "INPUT drops all but that", inject: inputDrop("-p udp -m multiport --dports 500,4500", "-p esp"),
+			restore: inputAccept},
+		{name: "ESP inside UDP", inject: steps(configureTunnel(`, "UDPEncap": true`), shell("ip link set cni0 mtu 1415"),
+			inputDrop("-p udp -m multiport --dports 500,4500")), restore: steps(inputAccept, configureTunnel(""))},
 	}},
 }
 
@@ -140,7 +152,8 @@ func TestDoctorTunnels(t *testing.T) {
 			case b.name != "ipsec":
 			case noCharon != nil:
 				always = "charon-down"
-				findings = append(findings, finding{name: "another program at charon's socket", inject: silentCharon, restore: closeSocket})
+				findings = append(findings, finding{name: "another program at charon's socket", inject: silentCharon,
+					restore: closeSocket})
 			default:
 				findings = slices.Concat(findings, charonFindings)
 			}

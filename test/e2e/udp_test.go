@@ -30,7 +30,8 @@ func newUDPTestbed(ctx context.Context, t *testing.T) *proxyTestbed {
 
 func newProxyTestbed(ctx context.Context, t *testing.T, backend string, devices ...string) *proxyTestbed {
 	t.Helper()
-	l := labtest.New(ctx, t, fmt.Sprintf(`{%s, %s, "Backend": %s}`, ipv4Network, ipv6Network, backend), make([]lab.NodeOptions, 2)...)
+	l := labtest.New(ctx, t, fmt.Sprintf(`{%s, %s, "Backend": %s}`, ipv4Network, ipv6Network, backend),
+		make([]lab.NodeOptions, 2)...)
 	labtest.Start(ctx, t, l, "--ip-masq")
 	s := &proxyTestbed{Lab: l, devices: devices, node: l.Nodes()[0], pods: addPods(ctx, t, l)}
 	s.talk(ctx, t)

@@ -96,7 +96,8 @@ func TestUplinkMoves(t *testing.T) {
 		t.Run(backend, func(t *testing.T) {
 			t.Parallel()
 			ctx := labtest.Context(t, time.Minute)
-			l := labtest.New(ctx, t, fmt.Sprintf(`{%s, "Backend": {"Type": %q}}`, ipv4Network, backend), make([]lab.NodeOptions, 2)...)
+			l := labtest.New(ctx, t, fmt.Sprintf(`{%s, "Backend": {"Type": %q}}`, ipv4Network, backend),
+				make([]lab.NodeOptions, 2)...)
 			labtest.Start(ctx, t, l)
 			pods := addPods(ctx, t, l)
 			mover, peer := l.Nodes()[0], l.Nodes()[1]

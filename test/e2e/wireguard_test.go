@@ -41,7 +41,8 @@ func newWireGuardTestbed(ctx context.Context, t *testing.T) *wireguardTestbed {
 // keeps returns what the node's devices hold of WireGuard.
 func (s *wireguardTestbed) keeps(ctx context.Context) (string, error) {
 	var lines []string
-	for _, what := range []string{"public-key", "listen-port", "allowed-ips", "endpoints", "preshared-keys", "persistent-keepalive"} {
+	for _, what := range []string{"public-key", "listen-port", "allowed-ips", "endpoints", "preshared-keys",
+		"persistent-keepalive"} {
 		out, err := s.node.Run(ctx, "wg show all "+what)
 		if err != nil {
 			return "", err
@@ -113,7 +114,8 @@ func TestWireGuardFaults(t *testing.T) {
 		{stranger + " endpoint 198.18.0.250:9 allowed-ips " + subnet},
 		{"wg set flannel-wg private-key " + secrets},
 		{"wg set flannel-wg listen-port 1000"},
-		{"ip link set eth0 down", "ip link set eth0 up", "ip addr replace fd18::1/64 dev eth0 nodad", "ip route add default via 198.18.0.254"},
+		{"ip link set eth0 down", "ip link set eth0 up", "ip addr replace fd18::1/64 dev eth0 nodad",
+			"ip route add default via 198.18.0.254"},
 		{"ip -4 addr flush dev eth0", "ip addr add 198.18.0.77/24 dev eth0", "ip route add default via 198.18.0.254"},
 		{"ip -4 addr flush dev eth0", "ip addr add 198.18.0.1/24 dev eth0", "ip route add default via 198.18.0.254"},
 	} {
@@ -152,7 +154,8 @@ func TestWireGuardRestart(t *testing.T) {
 	s := newWireGuardTestbed(ctx, t)
 	_, lease := leaseOf(ctx, t, s.Lab, s.node)
 	private := labtest.Must(wgtypes.ParseKey(readKey(t, s.node)))(t)
-	if want := fmt.Sprintf(`{"PublicKey":"%s","Port":51820}`, private.PublicKey()); string(lease.Attrs.BackendData) != want || lease.Attrs.BackendType != "wireguard" {
+	if want := fmt.Sprintf(`{"PublicKey":"%s","Port":51820}`,
+		private.PublicKey()); string(lease.Attrs.BackendData) != want || lease.Attrs.BackendType != "wireguard" {
 		t.Errorf("the lease is %+v, want data %s", lease.Attrs, want)
 	}
 	if mode := labtest.Must(os.Stat(s.node.KeyFile()))(t).Mode(); mode != 0o600 {
@@ -171,7 +174,8 @@ func TestWireGuardMixed(t *testing.T) {
 		t.Skip("this kernel has no WireGuard: both nodes would have our own")
 	}
 	ctx := labtest.Context(t, 2*time.Minute)
-	l := labtest.New(ctx, t, fmt.Sprintf(`{%s, %s, "Backend": {"Type": "wireguard"}}`, ipv4Network, ipv6Network), make([]lab.NodeOptions, 2)...)
+	l := labtest.New(ctx, t, fmt.Sprintf(`{%s, %s, "Backend": {"Type": "wireguard"}}`, ipv4Network, ipv6Network),
+		make([]lab.NodeOptions, 2)...)
 	l.Nodes()[1].Env = []string{"WG_I_PREFER_BUGGY_USERSPACE_TO_POLISHED_KMOD=1"}
 	labtest.Start(ctx, t, l)
 	for i, ours := range []bool{false, true} {
@@ -226,9 +230,11 @@ func TestWireGuardPeers(t *testing.T) {
 	holds("a peer that comes", "flannel-wg\t"+keys[0]+"\t10.5.200.0/24", "flannel-wg-v6\t"+keys[0]+"\tfd00:5:0:200::/64",
 		"flannel-wg\t"+keys[0]+"\t198.18.0.200:51820", "flannel-wg-v6\t"+keys[0]+"\t[fd18::200]:51821")
 	put(keys[0], "201")
-	holds("its new address", "flannel-wg\t"+keys[0]+"\t198.18.0.201:51820", "flannel-wg-v6\t"+keys[0]+"\t[fd18::201]:51821")
+	holds("its new address", "flannel-wg\t"+keys[0]+"\t198.18.0.201:51820",
+		"flannel-wg-v6\t"+keys[0]+"\t[fd18::201]:51821")
 	put(keys[1], "201")
-	holds("its new key", "flannel-wg\t"+keys[1]+"\t10.5.200.0/24", "flannel-wg-v6\t"+keys[1]+"\tfd00:5:0:200::/64", "no "+keys[0])
+	holds("its new key", "flannel-wg\t"+keys[1]+"\t10.5.200.0/24", "flannel-wg-v6\t"+keys[1]+"\tfd00:5:0:200::/64",
+		"no "+keys[0])
 	put("", "201")
 	holds("no key", "no "+keys[1])
 	labtest.Do(t, lab.Poll(ctx, "the log to tell", func() error {

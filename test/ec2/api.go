@@ -113,7 +113,8 @@ func (s *Server) serveAPI(w http.ResponseWriter, r *http.Request) {
 		Xmlns     string `xml:"xmlns,attr"`
 		RequestID string `xml:"requestId"`
 		Answer    any
-	}{"http://ec2.amazonaws.com/doc/" + version + "/", request, answer}, xml.StartElement{Name: xml.Name{Local: name + "Response"}})
+	}{"http://ec2.amazonaws.com/doc/" + version + "/", request, answer}, xml.StartElement{Name: xml.Name{Local: name +
+		"Response"}})
 }
 
 // XML of the answers.
@@ -157,7 +158,8 @@ type page struct {
 
 // MarshalXML writes two elements, without one around them.
 func (p page) MarshalXML(e *xml.Encoder, _ xml.StartElement) error {
-	if err := e.EncodeElement(p.tables, xml.StartElement{Name: xml.Name{Local: "routeTableSet"}}); err != nil || p.next == "" {
+	if err := e.EncodeElement(p.tables, xml.StartElement{Name: xml.Name{Local: "routeTableSet"}}); err != nil ||
+		p.next == "" {
 		return err
 	}
 	return e.EncodeElement(p.next, xml.StartElement{Name: xml.Name{Local: "nextToken"}})
@@ -309,11 +311,13 @@ func (s *Server) deleteRoute(q url.Values) (any, error) {
 func (s *Server) modifyNetworkInterface(q url.Values) (any, error) {
 	i := s.networkInterface(q.Get("NetworkInterfaceId"))
 	if i == nil {
-		return nil, refuse("InvalidNetworkInterfaceID.NotFound", "The networkInterface ID '%s' does not exist", q.Get("NetworkInterfaceId"))
+		return nil, refuse("InvalidNetworkInterfaceID.NotFound", "The networkInterface ID '%s' does not exist",
+			q.Get("NetworkInterfaceId"))
 	}
 	on, err := strconv.ParseBool(q.Get("SourceDestCheck.Value"))
 	if err != nil {
-		return nil, refuse("InvalidParameterValue", "Value (%s) for parameter value is invalid.", q.Get("SourceDestCheck.Value"))
+		return nil, refuse("InvalidParameterValue", "Value (%s) for parameter value is invalid.",
+			q.Get("SourceDestCheck.Value"))
 	}
 	i.checked = on
 	return yes{Text: true}, nil
@@ -343,7 +347,8 @@ func (s *Server) routeOf(q url.Values) (*table, netip.Prefix, error) {
 	}
 	dst, err := netip.ParsePrefix(four + six)
 	if err != nil || dst.Addr().Is4() != (four != "") || dst != dst.Masked() {
-		return nil, netip.Prefix{}, refuse("InvalidParameterValue", "Value (%s) for parameter destinationCidrBlock is invalid. This is not a valid CIDR block.", four+six)
+		return nil, netip.Prefix{}, refuse("InvalidParameterValue",
+			"Value (%s) for parameter destinationCidrBlock is invalid. This is not a valid CIDR block.", four+six)
 	}
 	t, err := s.existing(q.Get("RouteTableId"))
 	return t, dst, err

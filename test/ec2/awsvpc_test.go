@@ -165,7 +165,8 @@ func work(t *testing.T, config, key string) *node {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b, err := backend.New(cfg, iface.Uplink{Name: "eth0", Index: 2, MTU: 9001, IPv4: ipv4, IPv6: ipv6, PublicIP: ipv4, PublicIPv6: ipv6})
+	b, err := backend.New(cfg, iface.Uplink{Name: "eth0", Index: 2, MTU: 9001, IPv4: ipv4, IPv6: ipv6, PublicIP: ipv4,
+		PublicIPv6: ipv6})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -282,7 +283,8 @@ func TestTables(t *testing.T) {
 				if calls := r.Calls("DescribeRouteTables") - test.described; calls < 4*test.another/5 || calls > 7*test.another/5 {
 					t.Errorf("5 minutes take %d calls of DescribeRouteTables, want about %d", calls, test.another)
 				}
-				if calls := r.Calls("CreateRoute"); calls != 2*len(used) || r.Calls("ModifyNetworkInterfaceAttribute") != 1 || r.Calls("ReplaceRoute")+r.Calls("DeleteRoute") > 0 {
+				if calls := r.Calls("CreateRoute"); calls != 2*len(used) || r.Calls("ModifyNetworkInterfaceAttribute") != 1 ||
+					r.Calls("ReplaceRoute")+r.Calls("DeleteRoute") > 0 {
 					t.Errorf("where nothing changes, there were changes; CreateRoute was called %d times", calls)
 				}
 			})
@@ -347,7 +349,8 @@ func TestOthers(t *testing.T) {
 		r.Terminate(before)
 		pass(90 * time.Second)
 		if !slices.Contains(r.Routes(r.Main()), "10.5.1.0/24 "+r.eni) || r.Checked(r.eni) {
-			t.Errorf("with the interface %s, whose check is on: %v, there is\n%s", r.eni, r.Checked(r.eni), strings.Join(r.Routes(r.Main()), "\n"))
+			t.Errorf("with the interface %s, whose check is on: %v, there is\n%s", r.eni, r.Checked(r.eni),
+				strings.Join(r.Routes(r.Main()), "\n"))
 		}
 	})
 }
@@ -397,12 +400,16 @@ func TestTroubles(t *testing.T) {
 	}{
 		{"no permission", "CreateRoute", "UnauthorizedOperation", "Route table %s",
 			"the IAM policy of this node's role lacks ec2:CreateRoute: add it (backend/awsvpc/README.md has the whole policy); EC2 says: You are not authorized to perform this operation."},
-		{"no permission to read", "DescribeRouteTables", "UnauthorizedOperation", "Route tables", "the IAM policy of this node's role lacks ec2:DescribeRouteTables: …"},
+		{"no permission to read", "DescribeRouteTables", "UnauthorizedOperation", "Route tables",
+			"the IAM policy of this node's role lacks ec2:DescribeRouteTables: …"},
 		{"the API away", "DescribeRouteTables", Reset, "Route tables",
 			"EC2's API in eu-test-1 does not answer DescribeRouteTables (EOF): can this node reach it, through a NAT gateway or a VPC endpoint for EC2?"},
-		{"the API broken", "DescribeRouteTables", "InternalError", "Route tables", "DescribeRouteTables fails: EC2 says: InternalError: An internal error has occurred"},
-		{"bad credentials", "DescribeRouteTables", "AuthFailure", "Route tables", "EC2 refuses this node's credentials for DescribeRouteTables (AuthFailure): check …"},
-		{"the table gone", "CreateRoute", "InvalidRouteTableID.NotFound", "Route table %s", "there is no such route table in eu-test-1 (InvalidRouteTableID): …"},
+		{"the API broken", "DescribeRouteTables", "InternalError", "Route tables",
+			"DescribeRouteTables fails: EC2 says: InternalError: An internal error has occurred"},
+		{"bad credentials", "DescribeRouteTables", "AuthFailure", "Route tables",
+			"EC2 refuses this node's credentials for DescribeRouteTables (AuthFailure): check …"},
+		{"the table gone", "CreateRoute", "InvalidRouteTableID.NotFound", "Route table %s",
+			"there is no such route table in eu-test-1 (InvalidRouteTableID): …"},
 		{"the table full", "CreateRoute", "RouteLimitExceeded", "Route table %s",
 			`the table is full, this node's pods cannot be reached through it: raise the quota "Routes per route table" (1000 at most), aws service-quotas …`},
 		{"no metadata", "metadata", Reset, "AWS", "the instance metadata service does not answer (EOF): …--http-put-response-hop-limit 2 --instance-id …"},
@@ -424,7 +431,8 @@ func TestTroubles(t *testing.T) {
 					}
 				}
 				from, to, open := strings.Cut("E "+duty+": "+test.complain, "…")
-				if len(said) != 1 || !strings.HasPrefix(said[0], from) || open && !strings.HasSuffix(said[0], to) || !open && said[0] != from {
+				if len(said) != 1 || !strings.HasPrefix(said[0], from) || open && !strings.HasSuffix(said[0], to) || !open &&
+					said[0] != from {
 					t.Errorf("it says\n%s\nwant\nE %s: %s", strings.Join(said, "\n"), duty, test.complain)
 				}
 				r.Fail(test.action, "")
@@ -448,8 +456,12 @@ func TestThrottling(t *testing.T) {
 	r.Fail("*", "RequestLimitExceeded")
 	n := work(t, plain, "10.5.1.0-24")
 	n.know("10.5.1.0-24")
-	throttled := []string{"Source/destination check: EC2 throttles ModifyNetworkInterfaceAttribute", "Route tables: EC2 throttles DescribeRouteTables"}
-	eventually(t, "two looks that fail", func() bool { return r.Calls("DescribeRouteTables") > 5 && r.count(throttled[1]) > 0 })
+	throttled := []string{"Source/destination check: EC2 throttles ModifyNetworkInterfaceAttribute",
+		"Route tables: EC2 throttles DescribeRouteTables"}
+	eventually(t, "two looks that fail", func() bool {
+		return r.Calls("DescribeRouteTables") > 5 &&
+			r.count(throttled[1]) > 0
+	})
 	r.Fail("*", "")
 	eventually(t, "the route", func() bool { return slices.Equal(r.Routes(r.Main()), []string{"10.5.1.0/24 " + r.eni}) })
 	n.stop()
@@ -502,7 +514,8 @@ func TestOutage(t *testing.T) {
 		r.Put(r.Main(), route("10.5.1.0/24", other))
 		r.Remove(r.Main(), netip.MustParsePrefix("fd05:0:0:1::/64"))
 		pass(30 * time.Minute)
-		r.log.expect(t, "E Network interface: the instance metadata service does not answer (EOF): …", "E Route tables: EC2's API in eu-test-1 does not answer …")
+		r.log.expect(t, "E Network interface: the instance metadata service does not answer (EOF): …",
+			"E Route tables: EC2's API in eu-test-1 does not answer …")
 		r.Fail("metadata", "")
 		pass(3 * time.Minute)
 		r.log.expect(t, "I Network interface: recovered")

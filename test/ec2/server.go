@@ -62,7 +62,8 @@ type networkInterface struct {
 
 // New returns an EC2 whose VPC has a main route table.
 func New() *Server {
-	s := &Server{quota: 500, PageSize: 100, tokens: map[string]bool{}, faults: map[string]string{}, calls: map[string]int{}}
+	s := &Server{quota: 500, PageSize: 100, tokens: map[string]bool{}, faults: map[string]string{},
+		calls: map[string]int{}}
 	s.AddTable()
 	s.tables[0].main = true
 	return s
@@ -101,7 +102,8 @@ func (s *Server) AddTable(subnets ...string) string {
 func (s *Server) Launch(subnet string, addresses ...netip.Addr) string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	i := &networkInterface{id: s.number("eni"), instance: s.number("i"), subnet: subnet, addresses: addresses, checked: true}
+	i := &networkInterface{id: s.number("eni"), instance: s.number("i"), subnet: subnet, addresses: addresses,
+		checked: true}
 	i.mac = fmt.Sprintf("02:00:00:00:00:%02x", s.last)
 	s.interfaces = append(s.interfaces, i)
 	return i.id

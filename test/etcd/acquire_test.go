@@ -76,7 +76,8 @@ func TestChangedAttributesKeepTheEtcdLease(t *testing.T) {
 	before := s.get("subnets/10.5.9.0-24")
 	l := s.acquire(s.manager("a"), cfg, want("198.18.0.1"))
 	after := s.get("subnets/10.5.9.0-24")
-	if l.Key() != "10.5.9.0-24" || after.value != record("198.18.0.1") || after.lease != before.lease || after.created != before.created {
+	if l.Key() != "10.5.9.0-24" || after.value != record("198.18.0.1") || after.lease != before.lease ||
+		after.created != before.created {
 		t.Errorf("lease %v: %+v became %+v", l, before, after)
 	}
 }

@@ -38,7 +38,8 @@ func TestConfigThatCannotWork(t *testing.T) {
 	} {
 		s.put("config", value)
 		_, err := m.Config(s.ctx())
-		if err == nil || !strings.HasPrefix(err.Error(), "etcd key "+s.prefix+"/config: ") || !strings.Contains(err.Error(), want) {
+		if err == nil || !strings.HasPrefix(err.Error(), "etcd key "+s.prefix+"/config: ") ||
+			!strings.Contains(err.Error(), want) {
 			t.Errorf("%q: got %v, want %q", value, err, want)
 		}
 	}

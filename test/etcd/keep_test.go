@@ -76,7 +76,8 @@ func TestOverlapAfterDeletion(t *testing.T) {
 	if strings.HasPrefix(key, "subnets/10.5.1") || strings.HasPrefix(key, "subnets/10.5.2") {
 		other = s.prefix + "/subnets/10.5.0.0-16"
 	}
-	_, err := s.client.Txn(s.ctx()).Then(clientv3.OpDelete(s.prefix+"/"+key), clientv3.OpPut(other, record("198.18.0.9"))).Commit()
+	_, err := s.client.Txn(s.ctx()).Then(clientv3.OpDelete(s.prefix+"/"+key),
+		clientv3.OpPut(other, record("198.18.0.9"))).Commit()
 	if err != nil {
 		t.Fatal(err)
 	}

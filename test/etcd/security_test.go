@@ -35,7 +35,8 @@ type authority struct {
 func newAuthority(t *testing.T, name string) *authority {
 	t.Helper()
 	a := &authority{t: t, dir: t.TempDir()}
-	a.file, _, a.cert, a.key = a.issue(name, &x509.Certificate{IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign})
+	a.file, _, a.cert, a.key = a.issue(name, &x509.Certificate{IsCA: true, BasicConstraintsValid: true,
+		KeyUsage: x509.KeyUsageCertSign})
 	return a
 }
 
@@ -51,7 +52,8 @@ func (a *authority) sign(name string, more ...net.IP) (certFile, keyFile string)
 	return certFile, keyFile
 }
 
-func (a *authority) issue(name string, template *x509.Certificate) (certFile, keyFile string, cert *x509.Certificate, key *ecdsa.PrivateKey) {
+func (a *authority) issue(name string, template *x509.Certificate) (certFile, keyFile string, cert *x509.Certificate,
+	key *ecdsa.PrivateKey) {
 	a.t.Helper()
 	check := func(err error) {
 		if err != nil {
@@ -248,7 +250,8 @@ func TestPassword(t *testing.T) {
 		func() error { _, err := s.client.UserGrantRole(ctx, "root", "root"); return err },
 		func() error { _, err := s.client.RoleAdd(ctx, "flannel"); return err },
 		func() error {
-			_, err := s.client.RoleGrantPermission(ctx, "flannel", s.prefix+"/", clientv3.GetPrefixRangeEnd(s.prefix+"/"), clientv3.PermissionType(clientv3.PermReadWrite))
+			_, err := s.client.RoleGrantPermission(ctx, "flannel", s.prefix+"/", clientv3.GetPrefixRangeEnd(s.prefix+"/"),
+				clientv3.PermissionType(clientv3.PermReadWrite))
 			return err
 		},
 		func() error { _, err := s.client.UserAdd(ctx, "flannel", "secret"); return err },
@@ -272,7 +275,8 @@ func TestPassword(t *testing.T) {
 	m := s.managerWith(o)
 	v := newView(t, m.Watch(t.Context()))
 	v.until("10.5.1.0/24=198.18.0.1")
-	root, err := clientv3.New(clientv3.Config{Endpoints: []string{s.server.addr()}, Username: "root", Password: "r00t", Logger: zap.NewNop()})
+	root, err := clientv3.New(clientv3.Config{Endpoints: []string{s.server.addr()}, Username: "root", Password: "r00t",
+		Logger: zap.NewNop()})
 	if err != nil {
 		t.Fatal(err)
 	}

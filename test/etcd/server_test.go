@@ -290,7 +290,8 @@ func newSite(t *testing.T) *site {
 	if shared.err != nil {
 		t.Fatal(shared.err)
 	}
-	s := &site{t: t, prefix: fmt.Sprintf("/%d/%s", shared.sites.Add(1), t.Name()), server: shared.server, relay: shared.relay}
+	s := &site{t: t, prefix: fmt.Sprintf("/%d/%s", shared.sites.Add(1), t.Name()), server: shared.server,
+		relay: shared.relay}
 	s.connect()
 	return s
 }
@@ -405,7 +406,8 @@ func (s *site) list(under string) []entry {
 	}
 	var entries []entry
 	for _, kv := range got.Kvs {
-		entries = append(entries, entry{strings.TrimPrefix(string(kv.Key), s.prefix+"/"), string(kv.Value), kv.CreateRevision, kv.ModRevision, clientv3.LeaseID(kv.Lease)})
+		entries = append(entries, entry{strings.TrimPrefix(string(kv.Key), s.prefix+"/"), string(kv.Value),
+			kv.CreateRevision, kv.ModRevision, clientv3.LeaseID(kv.Lease)})
 	}
 	return entries
 }
@@ -486,7 +488,8 @@ type acquired struct {
 	err   error
 }
 
-func (s *site) acquireLater(ctx context.Context, m *etcd.Manager, cfg *subnet.Config, want subnet.Lease) <-chan acquired {
+func (s *site) acquireLater(ctx context.Context, m *etcd.Manager, cfg *subnet.Config,
+	want subnet.Lease) <-chan acquired {
 	done := make(chan acquired, 1)
 	go func() {
 		l, err := m.Acquire(ctx, cfg, want)

@@ -254,7 +254,8 @@ func BenchmarkSnapshot20000(b *testing.B) {
 	for i := 0; i < 20000; {
 		var puts []clientv3.Op
 		for ; len(puts) < 125; i++ {
-			puts = append(puts, clientv3.OpPut(fmt.Sprintf("/net/subnets/10.%d.%d.0-24", i>>8, i&255), record(fmt.Sprintf("198.18.%d.%d", i>>8, i&255))))
+			puts = append(puts, clientv3.OpPut(fmt.Sprintf("/net/subnets/10.%d.%d.0-24", i>>8, i&255),
+				record(fmt.Sprintf("198.18.%d.%d", i>>8, i&255))))
 		}
 		if _, err := client.Txn(b.Context()).Then(puts...).Commit(); err != nil {
 			b.Fatal(err)

@@ -30,8 +30,10 @@ DOCKER_OPT_MTU="--mtu=1450"
 		{name: "each", file: ipv4Env, args: []string{"-i"}, want: ipv4},
 		{name: "all", file: ipv4Env, args: []string{"-c"}, want: "DOCKER_OPTS=" + ipv4All},
 		{name: "another name", file: ipv4Env, args: []string{"-ick", "OTHER"}, want: ipv4 + "OTHER=" + ipv4All},
-		{name: "masquerading is Docker's", file: ipv4Env, args: []string{"-m", "-c"}, want: `DOCKER_OPTS=" --bip=10.5.34.1/24 --mtu=1450 "` + "\n"},
-		{name: "from the environment", file: ipv4Env, args: []string{"-c"}, env: []string{"DOCKER_OPTS=--debug", "DOCKER_OPT_LOG=--log-level info"},
+		{name: "masquerading is Docker's", file: ipv4Env, args: []string{"-m", "-c"},
+			want: `DOCKER_OPTS=" --bip=10.5.34.1/24 --mtu=1450 "` + "\n"},
+		{name: "from the environment", file: ipv4Env, args: []string{"-c"},
+			env:  []string{"DOCKER_OPTS=--debug", "DOCKER_OPT_LOG=--log-level info"},
 			want: `DOCKER_OPTS="--debug --bip=10.5.34.1/24 --ip-masq=true --log-level info --mtu=1450 "` + "\n"},
 		{name: "dual stack", file: dualEnv, want: `DOCKER_OPT_BIP="--bip=10.5.34.1/24"
 DOCKER_OPT_FIXED_CIDR_V6="--fixed-cidr-v6=fd05:0:0:22::1/64"
@@ -40,7 +42,8 @@ DOCKER_OPT_IPV6="--ipv6"
 DOCKER_OPT_MTU="--mtu=1430"
 DOCKER_OPTS=" --bip=10.5.34.1/24 --fixed-cidr-v6=fd05:0:0:22::1/64 --ip-masq=false --ipv6 --mtu=1430 "
 `},
-		{name: "IPv6", file: ipv6Env, args: []string{"-c"}, want: `DOCKER_OPTS=" --fixed-cidr-v6=fd05:0:0:22::1/64 --ip-masq=false --ipv6 --mtu=1430 "` + "\n"},
+		{name: "IPv6", file: ipv6Env, args: []string{"-c"},
+			want: `DOCKER_OPTS=" --fixed-cidr-v6=fd05:0:0:22::1/64 --ip-masq=false --ipv6 --mtu=1430 "` + "\n"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			got, out, err := dockerOptions(t, c.file, c.args, c.env)

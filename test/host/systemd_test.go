@@ -12,7 +12,8 @@ import (
 	"github.com/flanneld/flanneld/pkg/nstest"
 )
 
-// units returns a directory with our units, and programs in the place of ours. Docker's own unit is the least that one can be.
+// units returns a directory with our units, and programs in the place of ours. Docker's own unit is the least that
+// one can be.
 func units(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -76,7 +77,8 @@ func TestUnits(t *testing.T) {
 
 // TestUnitSecurity: what flanneld may do stays as little as Documentation/security.md says.
 func TestUnitSecurity(t *testing.T) {
-	if out, err := analyze(t, units(t), "security", "--offline=yes", "--no-pager", "--threshold=25", "flanneld.service"); err != nil {
+	if out, err := analyze(t, units(t), "security", "--offline=yes", "--no-pager", "--threshold=25",
+		"flanneld.service"); err != nil {
 		t.Errorf("%v\n%s", err, out)
 	}
 }

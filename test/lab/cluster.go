@@ -49,7 +49,8 @@ func (l *Lab) NewCluster(ctx context.Context, o ClusterOptions) (*Cluster, error
 	if err := errors.Join(k.AddUser(kubeScheduler), k.AddUser(kubeProxy)); err != nil {
 		return nil, err
 	}
-	if _, err := k.launch("kube/kube-scheduler", "--kubeconfig="+k.Kubeconfig(kubeScheduler), "--leader-elect=false", "--bind-address=127.0.0.1"); err != nil {
+	if _, err := k.launch("kube/kube-scheduler", "--kubeconfig="+k.Kubeconfig(kubeScheduler), "--leader-elect=false",
+		"--bind-address=127.0.0.1"); err != nil {
 		return nil, err
 	}
 	c := &Cluster{Kube: k}
@@ -124,7 +125,8 @@ func (c *Cluster) kubectl(ctx context.Context, stdin string, args ...string) (st
 	if err != nil {
 		return "", err
 	}
-	return c.lab.net.run(ctx, stdin, append([]string{program, "--kubeconfig=" + c.Kubeconfig(kubeAdmin), "--cache-dir=" + c.file("cache")}, args...)...)
+	return c.lab.net.run(ctx, stdin, append([]string{program, "--kubeconfig=" + c.Kubeconfig(kubeAdmin),
+		"--cache-dir=" + c.file("cache")}, args...)...)
 }
 
 // A ClusterPod has the fields of a pod that tests read.

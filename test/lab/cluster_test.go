@@ -45,7 +45,8 @@ func TestClusterLeftovers(t *testing.T) {
 	}
 
 	labtest.New(ctx, t, "{}")
-	for _, pattern := range []string{"/run/netns/" + name + "-*", "/sys/fs/cgroup/*/" + name + "-*", "/sys/fs/cgroup/" + name + "-*", filepath.Join(os.TempDir(), name)} {
+	for _, pattern := range []string{"/run/netns/" + name + "-*", "/sys/fs/cgroup/*/" + name + "-*",
+		"/sys/fs/cgroup/" + name + "-*", filepath.Join(os.TempDir(), name)} {
 		if left := labtest.Must(filepath.Glob(pattern))(t); len(left) > 0 {
 			t.Errorf("these are there still: %v", left)
 		}
@@ -62,7 +63,8 @@ func TestClusterLeftovers(t *testing.T) {
 func leaveCluster(t *testing.T) {
 	ctx := labtest.Context(t, time.Minute)
 	l := labtest.Must(lab.New(ctx, lab.Options{}))(t)
-	c := labtest.Must(l.NewCluster(ctx, lab.ClusterOptions{Nodes: 1, ProxyMode: "iptables", ClusterCIDR: "10.244.0.0/16"}))(t)
+	c := labtest.Must(l.NewCluster(ctx, lab.ClusterOptions{Nodes: 1, ProxyMode: "iptables",
+		ClusterCIDR: "10.244.0.0/16"}))(t)
 	n := c.Nodes[0]
 	labtest.Must(n.Run(ctx, "mkdir -p /etc/cni/net.d"))(t)
 	conflist := filepath.Join(n.Dir, "bridge.conflist")

@@ -55,7 +55,8 @@ func (l *Lab) makeImage(ctx context.Context, image string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	manifest, err := json.Marshal([]object{{"Config": "config.json", "RepoTags": []string{image}, "Layers": []string{"layer.tar"}}})
+	manifest, err := json.Marshal([]object{{"Config": "config.json", "RepoTags": []string{image},
+		"Layers": []string{"layer.tar"}}})
 	if err != nil {
 		return "", err
 	}

@@ -77,7 +77,8 @@ func (n *Node) mountFiles() error {
 		"kernel/keys/root_maxkeys": "1000000", "kernel/keys/root_maxbytes": "25000000",
 	} {
 		own := filepath.Join(n.Dir, "sysctl", name)
-		if err := errors.Join(os.MkdirAll(filepath.Dir(own), 0o755), os.WriteFile(own, []byte(value+"\n"), 0o644)); err != nil {
+		if err := errors.Join(os.MkdirAll(filepath.Dir(own), 0o755), os.WriteFile(own, []byte(value+"\n"),
+			0o644)); err != nil {
 			return err
 		}
 		if err := unix.Mount(own, "/proc/sys/"+name, "", unix.MS_BIND, ""); err != nil {
@@ -151,7 +152,8 @@ func (n *Node) startKubelet(k *Kube) error {
 		"enforceNodeAllocatable": []string{},
 		"oomScoreAdj":            0,
 		// Nothing is evicted because the machine is full.
-		"evictionHard":                object{"memory.available": "0%", "nodefs.available": "0%", "nodefs.inodesFree": "0%", "imagefs.available": "0%", "imagefs.inodesFree": "0%"},
+		"evictionHard": object{"memory.available": "0%", "nodefs.available": "0%", "nodefs.inodesFree": "0%",
+			"imagefs.available": "0%", "imagefs.inodesFree": "0%"},
 		"failSwapOn":                  false,
 		"imageGCHighThresholdPercent": 100,
 	}, "", "  ")
@@ -172,7 +174,8 @@ func (n *Node) startProxy(k *Kube, mode, clusterCIDR string) error {
 	if err != nil {
 		return err
 	}
-	_, err = n.launch(program, "--kubeconfig="+k.Kubeconfig(kubeProxy), "--proxy-mode="+mode, "--cluster-cidr="+clusterCIDR,
+	_, err = n.launch(program, "--kubeconfig="+k.Kubeconfig(kubeProxy), "--proxy-mode="+mode,
+		"--cluster-cidr="+clusterCIDR,
 		// These belong to the machine.
 		"--conntrack-max-per-core=0", "--conntrack-tcp-timeout-established=0", "--conntrack-tcp-timeout-close-wait=0", "--oom-score-adj=0")
 	return err

@@ -27,7 +27,8 @@ func (n *Node) CtlBy(ctx context.Context, by []string, args ...string) (out stri
 	full := slices.Concat(by, []string{program, "--env-file=/dev/null"}, args)
 	for _, given := range append(n.args, "--etcd-endpoints="+Endpoint, "--subnet-file="+n.SubnetFile()) {
 		name, _, _ := strings.Cut(given, "=")
-		if !strings.HasPrefix(name, "--healthz") && !slices.ContainsFunc(full, func(arg string) bool { return strings.HasPrefix(arg, name+"=") || arg == name }) {
+		if !strings.HasPrefix(name, "--healthz") && !slices.ContainsFunc(full,
+			func(arg string) bool { return strings.HasPrefix(arg, name+"=") || arg == name }) {
 			full = append(full, given)
 		}
 	}
@@ -45,7 +46,8 @@ func (n *Node) CtlBy(ctx context.Context, by []string, args ...string) (out stri
 		return text.String(), 1, nil
 	}
 	if err != nil {
-		return text.String(), 2, fmt.Errorf("%s: flannelctl %s: %w: %s", n.Hostname, strings.Join(args, " "), err, errput.Bytes())
+		return text.String(), 2, fmt.Errorf("%s: flannelctl %s: %w: %s", n.Hostname, strings.Join(args, " "), err,
+			errput.Bytes())
 	}
 	return text.String(), 0, nil
 }

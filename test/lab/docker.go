@@ -22,7 +22,8 @@ func (n *Node) StartDocker(ctx context.Context, options ...string) error {
 	if err := os.MkdirAll(data, 0o711); err != nil {
 		return err
 	}
-	proc, err := n.launch("dockerd", append([]string{"--data-root=" + data, "--cgroup-parent=/" + n.Namespace.Name}, options...)...)
+	proc, err := n.launch("dockerd", append([]string{"--data-root=" + data, "--cgroup-parent=/" + n.Namespace.Name},
+		options...)...)
 	if err != nil {
 		return err
 	}

@@ -67,7 +67,8 @@ func (n *Node) RemoveUplink(ctx context.Context) error {
 
 func (n *Node) ReplaceUplink(ctx context.Context) error {
 	return n.lab.net.Script(ctx,
-		fmt.Sprintf("link add %s type veth peer name eth0 address 02:00:c6:12:00:%02x netns %s", n.Hostname, n.Number, n.Namespace.Name),
+		fmt.Sprintf("link add %s type veth peer name eth0 address 02:00:c6:12:00:%02x netns %s", n.Hostname, n.Number,
+			n.Namespace.Name),
 		"link set "+n.Hostname+" master br0",
 		"link set "+n.Hostname+" up")
 }
@@ -129,7 +130,8 @@ func (ns *Namespace) NetlinkDrops(ctx context.Context) (int, error) {
 func (n *Node) Holds(ctx context.Context) (string, error) {
 	var lines []string
 	for _, show := range []struct{ stdin, command string }{
-		{"link show type vxlan\nlink show type ipip\naddr show scope global\nroute show\nneigh show nud permanent", "ip -d -o -4 -force -batch -"},
+		{"link show type vxlan\nlink show type ipip\naddr show scope global\nroute show\nneigh show nud permanent",
+			"ip -d -o -4 -force -batch -"},
 		{"addr show scope global\nroute show\nneigh show nud permanent", "ip -o -6 -force -batch -"},
 		{"", "bridge fdb show"},
 		{"", "nft -s list ruleset"},

@@ -117,7 +117,8 @@ func (k *Kube) credentials() (err error) {
 // certify has an authority issue the API server's certificate, and an
 // administrator trust that authority alone.
 func (k *Kube) certify(by *authority) error {
-	cert, key, err := by.server([]string{"kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local"},
+	cert, key, err := by.server([]string{"kubernetes", "kubernetes.default", "kubernetes.default.svc",
+		"kubernetes.default.svc.cluster.local"},
 		Gateway.AsSlice(), net.ParseIP(serviceIP))
 	if err != nil {
 		return err
@@ -155,7 +156,8 @@ func (k *Kube) AddUser(user string, groups ...string) error {
 
 func (k *Kube) addUser(user string, groups ...string) (cert, key []byte, err error) {
 	if cert, key, err = k.ca.client(user, groups...); err == nil {
-		err = k.writeKubeconfig(user, "certificate-authority-data", k.ca.pem, map[string]any{"client-certificate-data": cert, "client-key-data": key})
+		err = k.writeKubeconfig(user, "certificate-authority-data", k.ca.pem,
+			map[string]any{"client-certificate-data": cert, "client-key-data": key})
 	}
 	return cert, key, err
 }
@@ -370,7 +372,8 @@ func (k *Kube) AddNode(ctx context.Context, n *Node, podCIDRs ...string) error {
 		return err
 	}
 	status, err := json.Marshal(map[string]any{"status": map[string]any{"addresses": []map[string]string{
-		{"type": "InternalIP", "address": n.IPv4.String()}, {"type": "InternalIP", "address": n.IPv6.String()}, {"type": "Hostname", "address": n.Hostname},
+		{"type": "InternalIP", "address": n.IPv4.String()}, {"type": "InternalIP",
+			"address": n.IPv6.String()}, {"type": "Hostname", "address": n.Hostname},
 	}}})
 	if err != nil {
 		return err
@@ -451,7 +454,8 @@ func (k *Kube) apply(ctx context.Context, objects []kubeObject, query string) er
 	for _, o := range objects {
 		path, err := k.path(ctx, o)
 		if err == nil {
-			_, err = k.send(ctx, http.MethodPatch, path+"?fieldManager=lab&force=true&fieldValidation=Strict"+query, "application/apply-patch+yaml", o.text)
+			_, err = k.send(ctx, http.MethodPatch, path+"?fieldManager=lab&force=true&fieldValidation=Strict"+query,
+				"application/apply-patch+yaml", o.text)
 		}
 		errs = append(errs, err)
 	}

@@ -27,7 +27,8 @@ import (
 func TestUnderlay(t *testing.T) {
 	t.Parallel()
 	ctx := labtest.Context(t, time.Minute)
-	l := labtest.New(ctx, t, "{}", lab.NodeOptions{}, lab.NodeOptions{}, lab.NodeOptions{Routed: true}, lab.NodeOptions{NAT: true})
+	l := labtest.New(ctx, t, "{}", lab.NodeOptions{}, lab.NodeOptions{}, lab.NodeOptions{Routed: true},
+		lab.NodeOptions{NAT: true})
 	nodes := l.Nodes()
 	for _, from := range nodes {
 		for _, to := range nodes {
@@ -58,7 +59,8 @@ func TestUnderlay(t *testing.T) {
 	if host := labtest.Must(nodes[1].Run(ctx, "hostname"))(t); host != "n2" {
 		t.Errorf("host name is %q", host)
 	}
-	if id := labtest.Must(nodes[1].Run(ctx, "cat /etc/machine-id"))(t); len(id) != 32 || id == labtest.Must(nodes[0].Run(ctx, "cat /etc/machine-id"))(t) {
+	if id := labtest.Must(nodes[1].Run(ctx, "cat /etc/machine-id"))(t); len(id) != 32 ||
+		id == labtest.Must(nodes[0].Run(ctx, "cat /etc/machine-id"))(t) {
 		t.Errorf("machine id %q is none, or another node's", id)
 	}
 	if sys := labtest.Must(nodes[3].Run(ctx, "ls /sys/class/net"))(t); sys != "eth0\nlo\nnat0" {
@@ -188,7 +190,8 @@ func TestEtcd(t *testing.T) {
 	labtest.Do(t, reach())
 
 	leases := labtest.Must(l.Etcd.Leases(ctx))(t)
-	if got := leases[lab.Prefix+"/subnets/10.5.9.0-24"]; len(leases) != 1 || got.Attrs.PublicIP.String() != "198.18.0.9" || got.IPv4.String() != "10.5.9.0/24" {
+	if got := leases[lab.Prefix+"/subnets/10.5.9.0-24"]; len(leases) != 1 ||
+		got.Attrs.PublicIP.String() != "198.18.0.9" || got.IPv4.String() != "10.5.9.0/24" {
 		t.Errorf("leases: %+v", leases)
 	}
 	rev := labtest.Must(l.Etcd.Client.Get(ctx, "none"))(t).Header.Revision
@@ -251,7 +254,8 @@ func TestLeftovers(t *testing.T) {
 	}
 
 	labtest.New(ctx, t, "{}")
-	for _, path := range []string{"/run/netns/" + name + "-n1", "/run/netns/" + name + "-net", filepath.Join(os.TempDir(), name)} {
+	for _, path := range []string{"/run/netns/" + name + "-n1", "/run/netns/" + name + "-net",
+		filepath.Join(os.TempDir(), name)} {
 		if _, err := os.Stat(path); err == nil {
 			t.Errorf("%s is there still", path)
 		}
@@ -280,7 +284,8 @@ func TestClose(t *testing.T) {
 	}
 	labtest.Do(t, lab.Remove(ctx, keep))
 	entries := labtest.Must(os.ReadDir("/run/netns"))(t)
-	if slices.ContainsFunc(entries, func(e os.DirEntry) bool { return strings.HasPrefix(e.Name(), keep) }) || lab.Exists(keep) {
+	if slices.ContainsFunc(entries, func(e os.DirEntry) bool { return strings.HasPrefix(e.Name(), keep) }) ||
+		lab.Exists(keep) {
 		t.Errorf("something remains: %v", entries)
 	}
 	labtest.Do(t, l.Close())

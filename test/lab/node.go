@@ -135,7 +135,8 @@ func (n *Node) settle() error {
 		return fmt.Errorf("mounting %s: %w", cgroupRoot, err)
 	}
 	// A machine without the file, a container perhaps, has none to hide.
-	if err := unix.Mount(n.machineID(), "/etc/machine-id", "", unix.MS_BIND, ""); err != nil && !errors.Is(err, unix.ENOENT) {
+	if err := unix.Mount(n.machineID(), "/etc/machine-id", "", unix.MS_BIND, ""); err != nil &&
+		!errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("mounting /etc/machine-id: %w", err)
 	}
 	// WireGuard in user space is found by a socket.

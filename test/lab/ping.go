@@ -121,7 +121,8 @@ func (p *Pinging) Stop() (Pings, error) {
 }
 
 func (ns *Namespace) startPing(dst netip.Addr, args []string) (*Pinging, error) {
-	p := &Pinging{what: ns.Name + ": ping " + dst.String(), first: make(chan struct{}), read: make(chan struct{}), answer: map[int]bool{}}
+	p := &Pinging{what: ns.Name + ": ping " + dst.String(), first: make(chan struct{}), read: make(chan struct{}),
+		answer: map[int]bool{}}
 	cmd := exec.Command("ping", append(append([]string{"-n"}, args...), dst.String())...)
 	// A pipe of our own: cmd's would be closed at the end, read or not.
 	r, w := io.Pipe()

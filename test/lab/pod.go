@@ -41,7 +41,8 @@ func (n *Node) AddPod(ctx context.Context, name string) (*Pod, error) {
 	if p.Namespace, err = n.lab.namespace(ctx, n.Hostname+"-"+name, nil); err != nil {
 		return nil, err
 	}
-	p.cni = libcni.NewCNIConfigWithCacheDir([]string{filepath.Join(n.lab.Build, "bin"), filepath.Join(n.lab.Build, "cni")}, n.cniDir(), &plugins{node: n})
+	p.cni = libcni.NewCNIConfigWithCacheDir([]string{filepath.Join(n.lab.Build, "bin"),
+		filepath.Join(n.lab.Build, "cni")}, n.cniDir(), &plugins{node: n})
 	p.run = &libcni.RuntimeConf{ContainerID: p.Namespace.Name, NetNS: p.path(), IfName: "eth0"}
 	added, err := p.cni.AddNetworkList(ctx, p.config, p.run)
 	if err != nil {

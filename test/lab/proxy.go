@@ -78,8 +78,9 @@ func (k *Kube) NewProxy() (*Proxy, error) {
 	roots := x509.NewCertPool()
 	roots.AddCert(k.ca.certificate)
 	pass := &httputil.ReverseProxy{
-		Rewrite:        func(r *httputil.ProxyRequest) { r.SetURL(target) },
-		Transport:      &http.Transport{DialContext: k.lab.net.Dial, TLSClientConfig: &tls.Config{RootCAs: roots}, DisableCompression: true},
+		Rewrite: func(r *httputil.ProxyRequest) { r.SetURL(target) },
+		Transport: &http.Transport{DialContext: k.lab.net.Dial, TLSClientConfig: &tls.Config{RootCAs: roots},
+			DisableCompression: true},
 		FlushInterval:  -1,
 		ModifyResponse: p.followFrames,
 		ErrorLog:       log.New(io.Discard, "", 0), // what is cut off is no news

@@ -118,7 +118,8 @@ func (ns *Namespace) Throughput(ctx context.Context, server *Namespace, dst neti
 	go io.Copy(io.Discard, r)
 
 	var out, errs bytes.Buffer
-	c := exec.CommandContext(ctx, "iperf3", "--client", dst.String(), "--time", strconv.Itoa(seconds), "--json", "--connect-timeout", "2000")
+	c := exec.CommandContext(ctx, "iperf3", "--client", dst.String(), "--time", strconv.Itoa(seconds), "--json",
+		"--connect-timeout", "2000")
 	c.Stdout, c.Stderr = &out, &errs
 	cp, err := ns.Launch(c)
 	if err != nil {

@@ -23,7 +23,8 @@ type program struct{ name, path string }
 
 var (
 	apiServers = []program{{"1.34", "stores/kube-apiserver-1.34"}, {"1.37", "kube/kube-apiserver"}}
-	keepers    = []program{{"etcd 3.4", "stores/etcd-3.4"}, {"etcd 3.6", "stores/etcd-3.6"}, {"etcd 3.7", "bin/etcd"}, {"kine", "stores/kine"}}
+	keepers    = []program{{"etcd 3.4", "stores/etcd-3.4"}, {"etcd 3.6", "stores/etcd-3.6"}, {"etcd 3.7", "bin/etcd"},
+		{"kine", "stores/kine"}}
 
 	// The corners are tested each time, all of them with STORES=all.
 	corners = []string{"1.34 on etcd 3.4", "1.37 on etcd 3.4", "1.37 on etcd 3.7", "1.37 on kine"}
@@ -41,14 +42,16 @@ func TestKubernetes(t *testing.T) {
 			t.Run(name, func(t *testing.T) {
 				t.Parallel()
 				ctx := labtest.Context(t, 4*time.Minute)
-				l := labtest.NewWith(ctx, t, lab.Options{Store: keeper.path, APIServer: server.path}, "{}", make([]lab.NodeOptions, 3)...)
+				l := labtest.NewWith(ctx, t, lab.Options{Store: keeper.path, APIServer: server.path}, "{}",
+					make([]lab.NodeOptions, 3)...)
 				c := newCluster(ctx, t, l)
 				c.bindToken(ctx, t, "first")
 				for _, step := range []struct {
 					name string
 					run  func(*cluster, context.Context, *testing.T)
 				}{
-					{"first start", (*cluster).firstStart}, {"outage", (*cluster).outage}, {"restart of the store", (*cluster).restartStore},
+					{"first start", (*cluster).firstStart}, {"outage", (*cluster).outage}, {"restart of the store",
+						(*cluster).restartStore},
 					{"credentials", (*cluster).expireToken}, {"authority", (*cluster).renewCA},
 				} {
 					began := time.Now()
@@ -85,7 +88,8 @@ func newCluster(ctx context.Context, t *testing.T, l *lab.Lab) *cluster {
 // bindToken gives the daemons a token that ends with a Secret of that name.
 func (c *cluster) bindToken(ctx context.Context, t *testing.T, secret string) {
 	t.Helper()
-	labtest.Must(c.kube.Do(ctx, "POST", "/api/v1/namespaces/kube-flannel/secrets", fmt.Appendf(nil, `{"metadata": {"name": %q}}`, secret)))(t)
+	labtest.Must(c.kube.Do(ctx, "POST", "/api/v1/namespaces/kube-flannel/secrets",
+		fmt.Appendf(nil, `{"metadata": {"name": %q}}`, secret)))(t)
 	labtest.Do(t, c.kube.WriteToken(ctx, fmt.Sprintf(`{"boundObjectRef": {"apiVersion": "v1", "kind": "Secret", "name": %q}}`, secret)))
 }
 
@@ -126,7 +130,8 @@ func (c *cluster) outage(ctx context.Context, t *testing.T) {
 	labtest.Do(t, c.Etcd.Compact(ctx))
 	c.kube.Kill()
 	labtest.Do(t, c.kube.Start(ctx))
-	if answer, err := c.kube.Do(ctx, "GET", "/api/v1/nodes?watch=1&timeoutSeconds=1&resourceVersion="+version, nil); !strings.Contains(fmt.Sprint(string(answer), err), `"code":410`) {
+	if answer, err := c.kube.Do(ctx, "GET", "/api/v1/nodes?watch=1&timeoutSeconds=1&resourceVersion="+version,
+		nil); !strings.Contains(fmt.Sprint(string(answer), err), `"code":410`) {
 		t.Errorf("the API server knows version %s still: %s %v", version, answer, err)
 	}
 	for _, n := range c.Nodes()[:2] {
@@ -223,11 +228,13 @@ func (c *cluster) addPeer(ctx context.Context, t *testing.T, number int) string 
 	t.Helper()
 	peer := &lab.Node{
 		Hostname: fmt.Sprintf("peer%d", number),
-		IPv4:     netip.AddrFrom4([4]byte{198, 18, 0, byte(number)}), IPv6: netip.AddrFrom16([16]byte{0xfd, 0x18, 15: byte(number)}),
+		IPv4:     netip.AddrFrom4([4]byte{198, 18, 0, byte(number)}), IPv6: netip.AddrFrom16([16]byte{0xfd, 0x18,
+			15: byte(number)}),
 	}
 	subnet := fmt.Sprintf("10.5.%d.0/24", number)
 	labtest.Do(t, c.kube.AddNode(ctx, peer, subnet))
-	labtest.Do(t, c.kube.Annotate(ctx, peer.Hostname, "kube-subnet-manager=true", "backend-type=host-gw", "backend-data=null", "public-ip="+peer.IPv4.String()))
+	labtest.Do(t, c.kube.Annotate(ctx, peer.Hostname, "kube-subnet-manager=true", "backend-type=host-gw",
+		"backend-data=null", "public-ip="+peer.IPv4.String()))
 	return subnet
 }
 

@@ -32,7 +32,8 @@ type api struct {
 }
 
 // newAPI takes what it needs from a kubeconfig of the lab's, which is JSON.
-func newAPI(kubeconfig string, dial func(ctx context.Context, network, address string) (net.Conn, error)) (*api, error) {
+func newAPI(kubeconfig string, dial func(ctx context.Context, network, address string) (net.Conn,
+	error)) (*api, error) {
 	text, err := os.ReadFile(kubeconfig)
 	if err != nil {
 		return nil, err
@@ -80,7 +81,8 @@ func newAPI(kubeconfig string, dial func(ctx context.Context, network, address s
 		}
 		trust.Certificates = []tls.Certificate{certificate}
 	}
-	a.http = &http.Client{Transport: &http.Transport{DialContext: dial, TLSClientConfig: trust, MaxIdleConnsPerHost: writers}}
+	a.http = &http.Client{Transport: &http.Transport{DialContext: dial, TLSClientConfig: trust,
+		MaxIdleConnsPerHost: writers}}
 	return a, nil
 }
 
@@ -130,7 +132,8 @@ func (a *api) write(ctx context.Context, method, path, manager string, object an
 
 // size returns how long a Node is in protobuf.
 func (a *api) size(ctx context.Context, name string) (int64, error) {
-	resp, err := a.do(ctx, http.MethodGet, "/api/v1/nodes/"+name, http.Header{"Accept": {"application/vnd.kubernetes.protobuf"}}, nil)
+	resp, err := a.do(ctx, http.MethodGet, "/api/v1/nodes/"+name,
+		http.Header{"Accept": {"application/vnd.kubernetes.protobuf"}}, nil)
 	if err != nil {
 		return 0, err
 	}

@@ -127,14 +127,18 @@ func (b *bench) prepare(ctx context.Context) (err error) {
 	if err := b.api.create(ctx, ownNode(b.node)); err != nil {
 		return err
 	}
-	if err := b.api.each(ctx, b.nodes, func(ctx context.Context, i int) error { return b.api.register(ctx, peer(i)) }); err != nil {
+	if err := b.api.each(ctx, b.nodes, func(ctx context.Context, i int) error {
+		return b.api.register(ctx,
+			peer(i))
+	}); err != nil {
 		return err
 	}
 	size, err := b.api.size(ctx, peer(0).name)
 	if err != nil {
 		return err
 	}
-	fmt.Printf("%d Nodes of %.1f KB, as the API server sends them, written in %v\n", b.nodes, float64(size)/1e3, time.Since(started).Round(time.Second))
+	fmt.Printf("%d Nodes of %.1f KB, as the API server sends them, written in %v\n", b.nodes, float64(size)/1e3,
+		time.Since(started).Round(time.Second))
 	return nil
 }
 
@@ -239,7 +243,10 @@ func (b *bench) heartbeats(ctx context.Context, w *watch, last node, programs ..
 		}
 		p.heartbeats = -cpu
 	}
-	if err := b.api.each(ctx, b.nodes, func(ctx context.Context, i int) error { return b.api.heartbeat(ctx, peer(i)) }); err != nil {
+	if err := b.api.each(ctx, b.nodes, func(ctx context.Context, i int) error {
+		return b.api.heartbeat(ctx,
+			peer(i))
+	}); err != nil {
 		return err
 	}
 	if err := b.api.register(ctx, last); err != nil {
@@ -286,7 +293,8 @@ func (b *bench) print() error {
 	} {
 		all, floor := values(b.daemons, row.of), values(b.floors, row.of)
 		median, least := middle(all), middle(floor)
-		fmt.Fprintf(w, "%s\t%.2f\t%s\t%.2f\t%.2f\t%.2f\t%.1f\t\n", row.name, median, row.limit, all[0], all[len(all)-1], least, median/least)
+		fmt.Fprintf(w, "%s\t%.2f\t%s\t%.2f\t%.2f\t%.2f\t%.1f\t\n", row.name, median, row.limit, all[0], all[len(all)-1],
+			least, median/least)
 	}
 	return w.Flush()
 }

@@ -123,7 +123,8 @@ func (n node) status() map[string]any {
 	var images []map[string]any
 	for i := range 50 { // nodeStatusMaxImages
 		name := fmt.Sprintf("registry.eu-central-1.example.com/%s/%s", []string{"platform", "payments", "observability"}[i%3],
-			[]string{"api-gateway", "ledger", "log-collector", "metrics-agent", "session-store", "mailer", "report-renderer"}[i%7])
+			[]string{"api-gateway", "ledger", "log-collector", "metrics-agent", "session-store", "mailer",
+				"report-renderer"}[i%7])
 		images = append(images, map[string]any{
 			"names":     []string{name + "@sha256:" + digest(fmt.Sprint(i)), fmt.Sprintf("%s:v1.%d.3", name, i)},
 			"sizeBytes": 412345678 - i*7654321,
@@ -131,7 +132,8 @@ func (n node) status() map[string]any {
 	}
 	return map[string]any{
 		"addresses": []map[string]string{
-			{"type": "InternalIP", "address": n.ip.String()}, {"type": "InternalDNS", "address": n.name}, {"type": "Hostname", "address": n.name},
+			{"type": "InternalIP", "address": n.ip.String()}, {"type": "InternalDNS", "address": n.name}, {"type": "Hostname",
+				"address": n.name},
 		},
 		"allocatable": allocatable, "capacity": capacity,
 		"conditions":      conditions(),
@@ -140,7 +142,8 @@ func (n node) status() map[string]any {
 		"images":          images,
 		"nodeInfo": map[string]string{
 			"architecture": "amd64", "operatingSystem": "linux", "osImage": "Debian GNU/Linux 12 (bookworm)",
-			"bootID": digest(n.name + "boot")[:36], "machineID": digest(n.name)[:32], "systemUUID": digest(n.name + "system")[:36],
+			"bootID": digest(n.name + "boot")[:36], "machineID": digest(n.name)[:32], "systemUUID": digest(n.name +
+				"system")[:36],
 			"kernelVersion": "6.1.0-31-cloud-amd64", "containerRuntimeVersion": "containerd://2.1.4",
 			"kubeletVersion": "v1.35.1", "kubeProxyVersion": "",
 		},

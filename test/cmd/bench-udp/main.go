@@ -32,7 +32,8 @@ func main() {
 	flag.IntVar(&s.runs, "runs", 5, "how often each is measured: the median counts")
 	flag.DurationVar(&s.each, "each", 3*time.Second, "how long each measurement takes")
 	flag.IntVar(&s.size, "size", 64, "bytes in a small packet, without headers")
-	flag.StringVar(&s.backends, "backends", "udp,vxlan,host-gw,wireguard,plain", "which, the first being compared with the others")
+	flag.StringVar(&s.backends, "backends", "udp,vxlan,host-gw,wireguard,plain",
+		"which, the first being compared with the others")
 	flag.BoolVar(&s.six, "6", false, "over IPv6")
 	flag.DurationVar(&s.soak, "soak", 0, "load the first one for so long instead")
 	flag.StringVar(&s.profile, "profile", "", "with -soak: where to write CPU profiles of the daemons meanwhile, FILE.n1 and FILE.n2")

@@ -135,7 +135,8 @@ func (b *bench) fromNothing(ctx context.Context, backend backend) (times, floors
 	if err := b.empty(ctx, backend, false); err != nil {
 		return nil, nil, err
 	}
-	w := newTable("\n"+string(backend)+", from nothing", "all there after", "batch", "ratio", "CPU", "per peer more", "RSS", "peak")
+	w := newTable("\n"+string(backend)+", from nothing", "all there after", "batch", "ratio", "CPU", "per peer more",
+		"RSS", "peak")
 	there, before := 0, result{}
 	for _, n := range b.sizes {
 		if err := b.join(ctx, backend, there, n); err != nil {
@@ -162,14 +163,16 @@ func (b *bench) fromNothing(ctx context.Context, backend backend) (times, floors
 			}
 			runs = append(runs, r)
 		}
-		took, batch, cpu := median(runs, func(r result) time.Duration { return r.took }), middle(batches), median(runs, func(r result) time.Duration { return r.cpu })
+		took, batch, cpu := median(runs, func(r result) time.Duration { return r.took }), middle(batches), median(runs,
+			func(r result) time.Duration { return r.cpu })
 		times, floors = append(times, point{n, took}), append(floors, point{n, batch})
 		more := "" // than the smaller cluster took: without what the start itself takes
 		if before.set > 0 && n > before.set {
 			more = fmt.Sprintf("%.1f µs", float64((cpu-before.cpu).Microseconds())/float64(n-before.set))
 		}
 		before = result{cpu: cpu, set: n}
-		fmt.Fprintf(w, "%d peers\t%s\t%s\t%.2f\t%s\t%s\t%s\t%s\t\n", n, show(took), show(batch), float64(took)/float64(batch), show(cpu), more,
+		fmt.Fprintf(w, "%d peers\t%s\t%s\t%.2f\t%s\t%s\t%s\t%s\t\n", n, show(took), show(batch),
+			float64(took)/float64(batch), show(cpu), more,
 			mib(median(runs, func(r result) int { return r.resident })), mib(median(runs, func(r result) int { return r.peak })))
 	}
 	return times, floors, w.Flush()
@@ -177,7 +180,8 @@ func (b *bench) fromNothing(ctx context.Context, backend backend) (times, floors
 
 // changes has many nodes join and leave at once, and restarts the daemon.
 func (b *bench) changes(ctx context.Context, backend backend) error {
-	w := newTable(fmt.Sprintf("\n%s, with %d peers in place", backend, b.base), "all done after", "CPU", "routes set", "removed")
+	w := newTable(fmt.Sprintf("\n%s, with %d peers in place", backend, b.base), "all done after", "CPU",
+		"routes set", "removed")
 	rows := []struct {
 		name string
 		of   []result
@@ -202,7 +206,8 @@ func (b *bench) changes(ctx context.Context, backend backend) error {
 	}
 	for _, r := range rows {
 		fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%d\t\n", r.name,
-			show(median(r.of, func(r result) time.Duration { return r.took })), show(median(r.of, func(r result) time.Duration { return r.cpu })),
+			show(median(r.of, func(r result) time.Duration { return r.took })), show(median(r.of,
+				func(r result) time.Duration { return r.cpu })),
 			median(r.of, func(r result) int { return r.set }), median(r.of, func(r result) int { return r.removed }))
 	}
 	return w.Flush()
@@ -210,7 +215,8 @@ func (b *bench) changes(ctx context.Context, backend backend) error {
 
 // idling has the daemon do nothing, with rules to keep.
 func (b *bench) idling(ctx context.Context) error {
-	w := newTable(fmt.Sprintf("\nIdle for %v with --ip-masq, %d peers", b.idle, b.idlers), "of a core", "its programs'", "forks a minute", "wake-ups a second", "RSS", "no file's")
+	w := newTable(fmt.Sprintf("\nIdle for %v with --ip-masq, %d peers", b.idle, b.idlers), "of a core", "its programs'",
+		"forks a minute", "wake-ups a second", "RSS", "no file's")
 	for _, nftables := range []bool{false, true} {
 		name := map[bool]string{false: "iptables", true: "nftables"}[nftables]
 		if err := b.empty(ctx, vxlan, nftables); err != nil {
@@ -226,7 +232,8 @@ func (b *bench) idling(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("idle with %s: %w", name, err)
 		}
-		fmt.Fprintf(w, "%s\t%.3f %%\t%.3f %%\t%.1f\t%.2f\t%s\t%s\t\n", name, 100*r.cpu.Seconds()/r.took.Seconds(), 100*r.children.Seconds()/r.took.Seconds(),
+		fmt.Fprintf(w, "%s\t%.3f %%\t%.3f %%\t%.1f\t%.2f\t%s\t%s\t\n", name, 100*r.cpu.Seconds()/r.took.Seconds(),
+			100*r.children.Seconds()/r.took.Seconds(),
 			float64(r.forks)/r.took.Minutes(), float64(r.wakeups)/r.took.Seconds(), mib(r.resident), mib(r.anonymous))
 	}
 	return w.Flush()

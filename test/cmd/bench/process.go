@@ -22,7 +22,8 @@ type memory struct {
 }
 
 func memoryOf(pid int) (m memory, err error) {
-	return m, status(fmt.Sprintf("/proc/%d/status", pid), map[string]*int{"VmRSS:": &m.resident, "RssAnon:": &m.anonymous, "VmHWM:": &m.peak})
+	return m, status(fmt.Sprintf("/proc/%d/status", pid), map[string]*int{"VmRSS:": &m.resident, "RssAnon:": &m.anonymous,
+		"VmHWM:": &m.peak})
 }
 
 // status reads numbers from a status file of /proc.
@@ -70,7 +71,8 @@ func activityOf(pid int) (a activity, err error) {
 	threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", pid))
 	for _, file := range threads {
 		var switches int
-		if err := status(file, map[string]*int{"voluntary_ctxt_switches:": &switches}); err != nil && !errors.Is(err, os.ErrNotExist) {
+		if err := status(file, map[string]*int{"voluntary_ctxt_switches:": &switches}); err != nil &&
+			!errors.Is(err, os.ErrNotExist) {
 			return a, err
 		}
 		a.wakeups += switches
@@ -142,7 +144,8 @@ func (f *forks) soFar() (int, error) {
 			continue
 		}
 		word := func(at int) uint32 { return binary.NativeEndian.Uint32(buf[event+at:]) }
-		if child, process := word(24), word(28); word(0) == procFork && word(20) == f.parent && child == process { // else a thread
+		if child, process := word(24), word(28); word(0) == procFork && word(20) == f.parent &&
+			child == process { // else a thread
 			count++
 		}
 	}

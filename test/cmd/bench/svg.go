@@ -38,7 +38,8 @@ func draw(title string, curves []curve) []byte {
 	}
 	var b bytes.Buffer
 	fmt.Fprintf(&b, `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %g %g" font-family="sans-serif" font-size="13">`+"\n", width, height)
-	fmt.Fprintf(&b, `<rect width="100%%" height="100%%" fill="white"/><text x="%g" y="24" font-size="16">%s</text>`+"\n", left, title)
+	fmt.Fprintf(&b, `<rect width="100%%" height="100%%" fill="white"/><text x="%g" y="24" font-size="16">%s</text>`+"\n",
+		left, title)
 	for i, name := range []string{"%g", "%g s"} {
 		for decade := low[i]; decade <= high[i]; decade++ {
 			from, to := low, high
@@ -50,7 +51,8 @@ func draw(title string, curves []curve) []byte {
 			if i == 0 {
 				x, y, anchor = x1, y1+18, "middle"
 			}
-			fmt.Fprintf(&b, `<text x="%.1f" y="%.1f" text-anchor="%s">%s</text>`+"\n", x, y, anchor, fmt.Sprintf(name, math.Pow(10, decade)))
+			fmt.Fprintf(&b, `<text x="%.1f" y="%.1f" text-anchor="%s">%s</text>`+"\n", x, y, anchor,
+				fmt.Sprintf(name, math.Pow(10, decade)))
 		}
 	}
 	fmt.Fprintf(&b, `<text x="%g" y="%g" text-anchor="middle">peers</text>`+"\n", (width+left-right)/2, height-10)
@@ -64,10 +66,12 @@ func draw(title string, curves []curve) []byte {
 		b.WriteString(`"/>`)
 		for _, p := range c.points {
 			x, y := place(at(p))
-			fmt.Fprintf(&b, `<circle cx="%.1f" cy="%.1f" r="3.5" fill="%s"><title>%s: %d peers, %.3f s</title></circle>`, x, y, colour, c.name, p.n, p.took.Seconds())
+			fmt.Fprintf(&b, `<circle cx="%.1f" cy="%.1f" r="3.5" fill="%s"><title>%s: %d peers, %.3f s</title></circle>`, x, y,
+				colour, c.name, p.n, p.took.Seconds())
 		}
 		y := top + 18*float64(i+1)
-		fmt.Fprintf(&b, `<path d="M%g %gh24" stroke="%s" stroke-width="2"/><text x="%g" y="%g">%s</text>`+"\n", left+14, y, colour, left+46, y+4, c.name)
+		fmt.Fprintf(&b, `<path d="M%g %gh24" stroke="%s" stroke-width="2"/><text x="%g" y="%g">%s</text>`+"\n", left+14, y,
+			colour, left+46, y+4, c.name)
 	}
 	b.WriteString("</svg>\n")
 	return b.Bytes()

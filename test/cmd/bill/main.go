@@ -56,7 +56,8 @@ func check(parts []part) error {
 		for _, t := range p.licences {
 			for _, l := range t.licences {
 				if !slices.Contains(allowed, l) {
-					errs = append(errs, fmt.Errorf("%s: %s is of licence %s: allowed are %s", p.path, t.name, l, strings.Join(allowed, ", ")))
+					errs = append(errs, fmt.Errorf("%s: %s is of licence %s: allowed are %s", p.path, t.name, l,
+						strings.Join(allowed, ", ")))
 				}
 			}
 			if len(t.licences) == 0 {

@@ -82,7 +82,8 @@ func notices(w io.Writer, parts []part) error {
 		}
 	}
 	for _, content := range order {
-		if _, err := fmt.Fprintf(w, "%s\n%s\n\n%s\n\n", strings.Repeat("=", 80), strings.Join(of[content], "\n"), content); err != nil {
+		if _, err := fmt.Fprintf(w, "%s\n%s\n\n%s\n\n", strings.Repeat("=", 80), strings.Join(of[content], "\n"),
+			content); err != nil {
 			return err
 		}
 	}

@@ -28,7 +28,8 @@ func (d *demo) showKube(ctx context.Context, s settings) error {
 	if s.nftables {
 		proxy = "nftables"
 	}
-	heading(fmt.Sprintf("A cluster of %d nodes with containerd, kubelet and kube-proxy (%s), without a network", s.nodes, proxy))
+	heading(fmt.Sprintf("A cluster of %d nodes with containerd, kubelet and kube-proxy (%s), without a network",
+		s.nodes, proxy))
 	started := time.Now()
 	k, err := d.NewCluster(ctx, lab.ClusterOptions{Nodes: s.nodes, ProxyMode: proxy, ClusterCIDR: "10.244.0.0/16"})
 	if err != nil {

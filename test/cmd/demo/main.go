@@ -93,7 +93,8 @@ func (s settings) config() string {
 	if s.ipv6 {
 		six = `"EnableIPv6": true, "IPv6Network": "fd00:5::/48", `
 	}
-	return fmt.Sprintf(`{"Network": "10.5.0.0/16", %s"EnableNFTables": %t, "Backend": {"Type": %q}}`, six, s.nftables, s.backend)
+	return fmt.Sprintf(`{"Network": "10.5.0.0/16", %s"EnableNFTables": %t, "Backend": {"Type": %q}}`, six,
+		s.nftables, s.backend)
 }
 
 // demo is a running cluster. What goes wrong is shown and counted, and the
@@ -141,7 +142,8 @@ func run(ctx context.Context, kube bool) error {
 
 // hints prints what to do with a cluster that stays.
 func (d *demo) hints(w io.Writer) {
-	fmt.Fprintf(w, "  ip netns exec %s-n1 bash\tenter a node; %s-n2 and others, its pod %s-n1-pod\n", d.Name, d.Name, d.Name)
+	fmt.Fprintf(w, "  ip netns exec %s-n1 bash\tenter a node; %s-n2 and others, its pod %s-n1-pod\n", d.Name,
+		d.Name, d.Name)
 	fmt.Fprintf(w, "  less %s/n1/flanneld.log\tread what its daemon said\n", d.Dir)
 }
 
@@ -220,7 +222,8 @@ func (d *demo) start(ctx context.Context, s settings) error {
 		if err != nil {
 			return err
 		}
-		fmt.Fprintf(w, "  %s\t%s\t%s\t%s\t%d\t%d ms\n", n.Hostname, join(n.Addrs()[:len(env.Subnets.Each())]), env.Subnets, join(d.pods[i].Addrs()), env.MTU, ready[i].Milliseconds())
+		fmt.Fprintf(w, "  %s\t%s\t%s\t%s\t%d\t%d ms\n", n.Hostname, join(n.Addrs()[:len(env.Subnets.Each())]), env.Subnets,
+			join(d.pods[i].Addrs()), env.MTU, ready[i].Milliseconds())
 	}
 	return w.Flush()
 }

@@ -33,7 +33,8 @@ STATIC := CGO_ENABLED=0 go build -trimpath -tags grpcnotrace
 RACE := $(if $(shell command -v gcc),-race)
 
 BINARIES := $(patsubst cmd/%/main.go,build/bin/%,$(wildcard cmd/*/main.go))
-SOURCES := $(shell find . -path ./test -prune -o -path ./build -prune -o -path ./.git -prune -o -type f -not -name '*_test.go' -print)
+SOURCES := $(shell find . -path ./test -prune -o -path ./build -prune -o -path ./.git -prune -o \
+	-type f -not -name '*_test.go' -print)
 # The image that the manifest names, unless told otherwise.
 IMAGE ?= $(shell awk '$$1 == "image:" { print $$2; exit }' Documentation/kube-flannel.yml)
 ARCH ?= $(shell go env GOARCH)
@@ -47,7 +48,8 @@ OTHER_KUBE := build/stores/kube-apiserver-1.34 build/stores/kine
 KUBE := $(addprefix build/kube/,kube-apiserver kube-controller-manager kube-scheduler kube-proxy kubelet kubectl)
 
 .PHONY: help build image manifest docs release release-check tools check check-source vulncheck test unit fuzz e2e \
-	test-stores test-long test-vm bench bench-faults bench-kube bench-udp demo demo-kube demo-down clean FORCE $(NEED) $(INSTALL)
+	test-stores test-long test-vm bench bench-faults bench-kube bench-udp demo demo-kube demo-down clean FORCE \
+	$(NEED) $(INSTALL)
 .NOTPARALLEL: # the go tool uses all processors itself
 
 help: ## List the targets
@@ -71,20 +73,24 @@ build/image/bin/$(ARCH)/%: $(SOURCES) build/version
 # with. For any architecture: none of them is executed.
 build/image/base-$(ARCH).tar: Makefile
 	@mkdir -p $(@D)
-	SOURCE_DATE_EPOCH=0 mmdebstrap --quiet --architectures=$(ARCH) --variant=extract --include=iptables,nftables --skip=output/dev \
-		--extract-hook='rm -rf "$$1"/usr/share/[!x]* "$$1"/usr/lib/*/gconv "$$1"/etc/hostname' bookworm $@
+	SOURCE_DATE_EPOCH=0 mmdebstrap --quiet --architectures=$(ARCH) --variant=extract --include=iptables,nftables \
+		--skip=output/dev --extract-hook='rm -rf "$$1"/usr/share/[!x]* "$$1"/usr/lib/*/gconv "$$1"/etc/hostname' bookworm $@
 
-build/image/flannel-$(ARCH).tar: Dockerfile Documentation/kube-flannel.yml build/image/bin/$(ARCH)/flanneld build/image/bin/$(ARCH)/flannel build/image/bin/$(ARCH)/flannelctl $(if $(BASE),,build/image/base-$(ARCH).tar)
+build/image/flannel-$(ARCH).tar: Dockerfile Documentation/kube-flannel.yml $(if $(BASE),,build/image/base-$(ARCH).tar) \
+	$(addprefix build/image/bin/$(ARCH)/,flanneld flannel flannelctl)
 	@dist/image/with-docker bash -euxc '\
 		export DOCKER_BUILDKIT=1; \
 		base=$(BASE); [ "$$base" ] || { base=flannel-base:$(ARCH); \
-			echo -e "FROM scratch\nADD base-$(ARCH).tar /" | docker build --platform linux/$(ARCH) --tag $$base --file - build/image; }; \
-		docker build --platform linux/$(ARCH) --build-arg BASE=$$base --build-arg TARGETARCH=$(ARCH) --tag $(IMAGE) --file Dockerfile build/image/bin; \
+			echo -e "FROM scratch\nADD base-$(ARCH).tar /" | \
+			docker build --platform linux/$(ARCH) --tag $$base --file - build/image; }; \
+		docker build --platform linux/$(ARCH) --build-arg BASE=$$base --build-arg TARGETARCH=$(ARCH) --tag $(IMAGE) \
+			--file Dockerfile build/image/bin; \
 		docker save --output $@ $(IMAGE)'
 
-image: need-image build/image/flannel-$(ARCH).tar ## An image for Kubernetes, with Docker: IMAGE=name ARCH=arm64 BASE=image
+image: need-image build/image/flannel-$(ARCH).tar ## An image for Kubernetes: IMAGE=name ARCH=arm64 BASE=image
 
-tools: install-tools build/bin/staticcheck $(ETCD) $(OLD_ETCD) $(CNI) $(KUBE) $(OTHER_KUBE) build/bin/helm ## Install what checks and tests need
+BUILT := build/bin/staticcheck build/bin/helm $(ETCD) $(OLD_ETCD) $(CNI) $(KUBE) $(OTHER_KUBE)
+tools: install-tools $(BUILT) ## Install what checks and tests need
 
 # need-X fails where a program of X is missing. install-X installs the program first, where apt-get is.
 MISSING = $$(for p in $(programs-$*); do command -v "$${p%:*}" >/dev/null || echo "$$p"; done)
@@ -141,7 +147,8 @@ $(KUBE): program = $(@F)
 build/stores/kube-apiserver-1.34: program = kube-apiserver
 $(KUBE) build/stores/kube-apiserver-1.34:
 	cd $(<D) && version=$$(awk '$$1 == "k8s.io/kubernetes" { print $$2 }' go.mod) && \
-	$(STATIC) -ldflags "-s -w -X k8s.io/component-base/version.gitVersion=$$version" -o "$(CURDIR)/$@" k8s.io/kubernetes/cmd/$(program)
+	$(STATIC) -ldflags "-s -w -X k8s.io/component-base/version.gitVersion=$$version" -o "$(CURDIR)/$@" \
+		k8s.io/kubernetes/cmd/$(program)
 	@touch $@
 
 # With SQLite as Go code: no C compiler is needed.
@@ -153,7 +160,8 @@ build/stores/kine: test/stores/kine/go.mod
 MANIFEST = { echo "\# The pod network, for kubectl apply. Made by make manifest from chart/flannel:"; \
 	echo "\# the same with other settings comes from helm template. Network is what"; \
 	echo "\# kube-controller-manager has as --cluster-cidr."; \
-	build/bin/helm template flannel chart/flannel --namespace kube-flannel --set createNamespace=true,restartOnChange=false | \
+	build/bin/helm template flannel chart/flannel --namespace kube-flannel \
+		--set createNamespace=true,restartOnChange=false | \
 	sed '/^\# Source: /d; /^$$/d'; }
 
 manifest: build/bin/helm ## Write Documentation/kube-flannel.yml anew, from the chart
@@ -193,12 +201,12 @@ check-source: build/bin/staticcheck build/bin/helm
 	build/bin/helm lint --quiet --strict chart/flannel
 	@diff -u Documentation/kube-flannel.yml <($(MANIFEST)) || { echo "the chart has changed: run make manifest"; exit 1; }
 
-test: check-source fuzz unit e2e ## Everything but test-long and test-vm: check, fuzz, unit and end-to-end tests (root)
+test: check-source fuzz unit e2e ## Check, fuzz, unit and end-to-end tests (root); see test-long and test-vm
 
 # check vets all packages. Without debug information the linker takes half of the time.
 GO_TEST := go test -vet=off -ldflags=-w
 
-unit: ## Unit and in-namespace tests of the main module; those that lack root or a program skip
+unit: ## Unit and in-namespace tests of the main module; what lacks root or a program is skipped
 	$(GO_TEST) $(RACE) $(TESTFLAGS) ./...
 
 fuzz: ## Each fuzz target for FUZZTIME
@@ -213,13 +221,14 @@ fuzz: ## Each fuzz target for FUZZTIME
 # run in processes of their own, without it.
 E2E = -count=1 -p=2 -parallel=4 -timeout=30m $(TESTFLAGS)
 
-e2e: build need-e2e $(ETCD) build/stores/etcd-3.4 $(CNI) $(KUBE) $(OTHER_KUBE) build/bin/helm image ## End-to-end tests in the lab
-	cd test && $(GO_TEST) $(E2E) ./...
+SERVERS := $(ETCD) build/stores/etcd-3.4 $(CNI) $(KUBE) $(OTHER_KUBE)
+e2e: build need-e2e $(SERVERS) build/bin/helm image ## End-to-end tests in the lab
+	cd test && $(GO_TEST) $(E2E) ./e2e ./stores ./... # the longest first
 
-test-stores: build need-lab $(ETCD) $(OLD_ETCD) $(CNI) $(KUBE) $(OTHER_KUBE) ## Every version of etcd and Kubernetes that is tested
-	cd test && STORES=all $(GO_TEST) $(RACE) $(E2E) ./etcd ./stores
+test-stores: build need-lab $(SERVERS) $(OLD_ETCD) ## Every version of etcd and Kubernetes that is tested
+	cd test && STORES=all $(GO_TEST) $(RACE) $(E2E) ./stores ./etcd
 
-test-long: test-stores need-e2e build/bin/helm image ## What test leaves out: all stores, combinations and clusters; the race detector
+test-long: test-stores need-e2e build/bin/helm image ## What test leaves out: all stores and combinations
 	cd test && LONG=1 $(GO_TEST) $(E2E) -run '^Test(Matrix|Cluster)$$' ./e2e
 	cd test && $(GO_TEST) $(RACE) $(E2E) ./ec2 ./lab
 
@@ -228,7 +237,7 @@ build/vm/root.cpio: test/vm/root
 	@mkdir -p $(@D)
 	test/vm/root $(@D)
 
-test-vm: build need-vm $(ETCD) $(CNI) build/vm/root.cpio ## Some of the tests on Debian's kernel, which has more modules, in a VM
+test-vm: build need-vm $(ETCD) $(CNI) build/vm/root.cpio ## Some of the tests in a VM, on a kernel with more modules
 	test/vm/run
 
 demo: build install-demo $(ETCD) $(CNI) ## A cluster to look at: NODES=3 BACKEND=vxlan IPV6=1 NFTABLES=1 KEEP=1
@@ -246,7 +255,7 @@ bench-udp: build need-demo $(ETCD) $(CNI) ## The udp backend beside vxlan, host-
 bench-kube: build need-lab $(ETCD) $(KUBE) ## One node among 5000 of Kubernetes
 	@cd test && go run ./cmd/bench-kube
 
-demo-kube: build install-demo-kube $(ETCD) $(CNI) $(KUBE) image ## A Kubernetes cluster to look at: NODES=2 NFTABLES=1 KEEP=1
+demo-kube: build install-demo-kube $(ETCD) $(CNI) $(KUBE) image ## A Kubernetes cluster: NODES=2 NFTABLES=1 KEEP=1
 	@cd test && go run ./cmd/demo -kube
 
 demo-down: ## Take down what demo left with KEEP=1

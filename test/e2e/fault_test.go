@@ -239,8 +239,9 @@ func difference(want, have string) string {
 // faultPause is the time between faults when recovery is measured.
 const faultPause = 1500 * time.Millisecond
 
-// recoveryLimit is how long recovery from a fault may take before the test fails.
-const recoveryLimit = 15 * time.Second
+// recoveryLimit is how long recovery from a fault may take before the test fails. Other tests run at the same time:
+// BenchmarkFaults measures how long recovery takes.
+const recoveryLimit = 30 * time.Second
 
 // A recovery is how long a fault had an effect.
 type recovery struct {

@@ -265,8 +265,9 @@ func (p *Process) Kill() {
 	<-p.done
 }
 
-// Patience is how long Poll waits where the context sets no closer deadline.
-const Patience = 30 * time.Second
+// Patience is how long Poll waits where the context sets no closer deadline. It is long, since several tests run at a
+// time: some start a whole control plane.
+const Patience = time.Minute
 
 // Patiently multiplies a time by LAB_SLOWNESS, for machines that are slower by that factor.
 func Patiently(d time.Duration) time.Duration {

@@ -16,10 +16,10 @@ import (
 	"github.com/flanneld/flanneld/test/lab"
 )
 
-// Context returns a context for a test that should be done within the limit,
-// where the machine is not slow.
+// Context returns a context for a test that is done within the limit where it runs alone. Several tests run at a time,
+// so that each gets three times as long.
 func Context(t testing.TB, limit time.Duration) context.Context {
-	ctx, cancel := context.WithTimeout(t.Context(), lab.Patiently(limit))
+	ctx, cancel := context.WithTimeout(t.Context(), lab.Patiently(3*limit))
 	t.Cleanup(cancel)
 	return ctx
 }

@@ -261,6 +261,7 @@ func said(ctx context.Context, t *testing.T, n *lab.Node, text string) {
 // linked. What has the linker keep all of them (the SDK's paginators, for one)
 // makes the daemon more than twice as large.
 func TestAWSLean(t *testing.T) {
+	t.Parallel()
 	program := labtest.Must(os.ReadFile("../../build/bin/flanneld"))(t)
 	if !bytes.Contains(program, []byte("ec2.(*Client).CreateRoute")) {
 		t.Error("the daemon has no CreateRoute: is the name of the function another one?")

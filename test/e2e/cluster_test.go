@@ -22,6 +22,7 @@ import (
 // TestCluster: kubelet, kube-proxy, pods from a Deployment. The network comes from the manifest as it is published or,
 // with LONG=1, from the chart, and recovers from what happens to its pods and files.
 func TestCluster(t *testing.T) {
+	t.Parallel()
 	for from, proxy := range map[string]string{"manifest": "iptables", "chart": "nftables"} {
 		if from == "chart" && !long {
 			continue

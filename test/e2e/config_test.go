@@ -17,6 +17,7 @@ import (
 // TestReconfigure: what is written into etcd takes effect on all nodes by
 // itself, traffic flows afterwards, and what need not change is not touched.
 func TestReconfigure(t *testing.T) {
+	t.Parallel()
 	const vxlan, hostgw, wireguard = `{"Type": "vxlan"}`, `{"Type": "host-gw"}`, `{"Type": "wireguard"}`
 	for _, c := range []struct {
 		name        string

@@ -353,6 +353,7 @@ func firsts(text string) string {
 // TestDiffCommand: diff prints what is missing and nothing else, whether the daemon answers or not. The commands that
 // diff prints repair the node.
 func TestDiffCommand(t *testing.T) {
+	t.Parallel()
 	for _, rules := range []string{"iptables", "nftables"} {
 		t.Run(rules, func(t *testing.T) {
 			t.Parallel()
@@ -443,6 +444,7 @@ type cleanupCase struct {
 
 // TestCleanup: whatever the backend, cleanup leaves a node as it was before the daemon started.
 func TestCleanup(t *testing.T) {
+	t.Parallel()
 	for _, c := range []cleanupCase{
 		{name: "vxlan, iptables", config: `"Backend": {"Type": "vxlan"}`, shows: "ip route", what: "dev flannel.1 "},
 		{name: "vxlan, nftables", config: `"EnableNFTables": true, "Backend": {"Type": "vxlan"}`, shows: "ip route",

@@ -44,6 +44,7 @@ func endsWell(ctx context.Context, t *testing.T, n *lab.Node) {
 
 // TestEnd: whatever a daemon waits for, SIGTERM ends it, and that is no error.
 func TestEnd(t *testing.T) {
+	t.Parallel()
 	backend := func(text string) string { return fmt.Sprintf(`{%s, "Backend": {%s}}`, ipv4Network, text) }
 	etcd := func(do func(context.Context, *lab.Etcd) error) func(context.Context, *lab.Lab) error {
 		return func(ctx context.Context, l *lab.Lab) error { return do(ctx, l.Etcd) }

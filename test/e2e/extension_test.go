@@ -15,6 +15,7 @@ import (
 // TestExtension: the examples of the README do what the backends do that they
 // imitate, also when daemons come and go.
 func TestExtension(t *testing.T) {
+	t.Parallel()
 	readme := string(labtest.Must(os.ReadFile("../../backend/extension/README.md"))(t))
 	examples := regexp.MustCompile("(?s)### Example: ([a-z-]+)\n.*?```json\n(.*?)```").FindAllStringSubmatch(readme, -1)
 	if len(examples) != 2 {

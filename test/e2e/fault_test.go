@@ -352,6 +352,7 @@ func (s *testbed) reset(ctx context.Context) error {
 // TestFaults: after each fault pods talk again, and the state is as before. A fault in the kernel happens while the
 // daemon runs in one scenario, and while the daemon is frozen in the next.
 func TestFaults(t *testing.T) {
+	t.Parallel()
 	for i, g := range scenarios {
 		t.Run(g.name, func(t *testing.T) {
 			t.Parallel()

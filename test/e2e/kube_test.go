@@ -78,6 +78,7 @@ type kubeCase struct {
 // TestKubernetes: subnets come from podCIDRs, peers from the other Nodes. The daemons catch up with what happened
 // while the API server was down.
 func TestKubernetes(t *testing.T) {
+	t.Parallel()
 	const dual = ipv4Network + `, ` + ipv6Network
 	for name, c := range map[string]kubeCase{
 		"vxlan": {"vxlan", dual, dualCIDR, nil, dead},

@@ -74,6 +74,7 @@ var matrixFamilies = []matrixFamily{
 // outside with the address of their node. Without LONG=1, each pair of backend and family has one kind of rules, in
 // turn, so that each pair of backend and rules, and of family and rules, is still tried.
 func TestMatrix(t *testing.T) {
+	t.Parallel()
 	for i, b := range matrixBackends {
 		for j, f := range matrixFamilies {
 			if b.ipv4 && f.on[1] {

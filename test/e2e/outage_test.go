@@ -13,6 +13,7 @@ import (
 
 // TestRestart: daemons that end, well or badly, and start again drop no packet.
 func TestRestart(t *testing.T) {
+	t.Parallel()
 	for name, backend := range map[string]string{
 		"vxlan":        `{"Type": "vxlan"}`,
 		"vxlan direct": `{"Type": "vxlan", "DirectRouting": true}`,

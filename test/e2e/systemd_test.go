@@ -17,6 +17,7 @@ import (
 // which leaves it all that it needs; keeps the subnet file; and starts a daemon
 // again that hangs.
 func TestSystemd(t *testing.T) {
+	t.Parallel()
 	for name, config := range map[string]string{
 		"vxlan, iptables": `{` + ipv4Network + `, ` + ipv6Network + `, "Backend": {"Type": "vxlan"}}`,
 		"udp, nftables":   `{` + ipv4Network + `, "EnableNFTables": true, "Backend": {"Type": "udp"}}`,
@@ -89,6 +90,7 @@ func TestSystemd(t *testing.T) {
 // has nothing yet. All that is other than there is where etcd is, and that sudo
 // is a program of the test's.
 func TestReadme(t *testing.T) {
+	t.Parallel()
 	ctx := labtest.Context(t, 2*time.Minute)
 	l := labtest.New(ctx, t, "", lab.NodeOptions{})
 	n := l.Nodes()[0]

@@ -132,6 +132,7 @@ func configureTunnel(more string) func(context.Context, *doctorTestbed) error {
 
 // TestDoctorTunnels is TestDoctor with backends that put packets into others.
 func TestDoctorTunnels(t *testing.T) {
+	t.Parallel()
 	_, noCharon := os.Stat(charon)
 	for _, b := range tunnels {
 		t.Run(b.name, func(t *testing.T) {

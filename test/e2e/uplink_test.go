@@ -69,6 +69,7 @@ func TestNATTrap(t *testing.T) {
 
 // TestUplinkFlags: any of the flags leads out of the trap.
 func TestUplinkFlags(t *testing.T) {
+	t.Parallel()
 	for _, flag := range []string{
 		"--iface=eth0",
 		`--iface-regex=198\.18\..*`,
@@ -89,6 +90,7 @@ func TestUplinkFlags(t *testing.T) {
 
 // TestUplinkMoves: a node's uplink gets another address, and peers follow.
 func TestUplinkMoves(t *testing.T) {
+	t.Parallel()
 	for backend, want := range map[string]trace{
 		"vxlan":   {"bridge fdb show dev flannel.1", "dst 198.18.0.77 "},
 		"host-gw": {"ip route show proto 70", "via 198.18.0.77 "},

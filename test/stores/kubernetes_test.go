@@ -33,6 +33,7 @@ var (
 // TestKubernetes takes each API server on each store through what may become of
 // them.
 func TestKubernetes(t *testing.T) {
+	t.Parallel()
 	for _, server := range apiServers {
 		for _, keeper := range keepers {
 			name := server.name + " on " + keeper.name

@@ -2,7 +2,6 @@ package network
 
 import (
 	"bytes"
-	"fmt"
 	"net/http"
 	"runtime"
 	"strconv"
@@ -211,32 +210,6 @@ func (s *metrics) ServeHTTP(w http.ResponseWriter, _ *http.Request) {
 	w.Write(out.Bytes())
 }
 
-// herald tells people what needs a hand, where the store is a place for that; ""
-// says that it is over.
-func herald(m subnet.Manager, about, reason, message string) {
-	if r, ok := m.(subnet.EventRecorder); ok {
-		r.RecordEvent(about, reason, message)
-	}
-}
-
-// setRulesState records the state of the firewall rules.
-func (n *node) setRulesState(s firewall.State) {
-	n.rulesSet = s.InPlace
-	if s.Err != nil {
-		n.metrics.failed("Rules")
-	}
-	if s.Fight == n.fight {
-		return
-	}
-	n.fight = s.Fight
-	text := ""
-	if n.fight != "" {
-		text = fmt.Sprintf("Another program changes flannel's rules in %s, again and again. `nft monitor` shows each change; "+
-			"mostly it is another firewall manager on the host: configure it to leave flannel's chains alone", n.fight)
-	}
-	herald(n.Manager, "rules", "FirewallFight", text)
-}
-
 // updateMetrics sets the metrics that this goroutine knows.
 func (n *node) updateMetrics() {
 	if n.own != nil {
@@ -247,11 +220,7 @@ func (n *node) updateMetrics() {
 		stats := now
 		n.metrics.kernel.Store(&stats)
 		if before == nil || now.Fight != before.Fight {
-			text := ""
-			if now.Fight != nil {
-				text = fmt.Sprintf("Somebody undoes what flanneld sets, again and again: %s. `ip monitor all` shows each change; mostly it is another network manager on the host, to be told to leave this alone", now.Fight)
-			}
-			herald(n.Manager, "kernel", "KernelFight", text)
+			n.recordKernelFight(now.Fight)
 		}
 	}
 	for s, since := range n.unapplied {
@@ -261,7 +230,7 @@ func (n *node) updateMetrics() {
 		}
 	}
 	if len(n.unapplied) == 0 {
-		n.unapplied = nil // a burst's memory goes
+		n.unapplied = nil // frees the memory of a burst
 	}
 }
 

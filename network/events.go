@@ -1,0 +1,45 @@
+package network
+
+import (
+	"fmt"
+
+	"github.com/flanneld/flanneld/pkg/firewall"
+	"github.com/flanneld/flanneld/pkg/kernel"
+	"github.com/flanneld/flanneld/subnet"
+)
+
+// recordEvent records a problem that a person should act on, where the store has a
+// place for events. An empty message ends the problem.
+func (n *node) recordEvent(subject, reason, message string) {
+	if r, ok := n.Manager.(subnet.EventRecorder); ok {
+		r.RecordEvent(subject, reason, message)
+	}
+}
+
+// setRulesState takes a new state of the firewall rules.
+func (n *node) setRulesState(s firewall.State) {
+	n.rulesSet = s.InPlace
+	if s.Err != nil {
+		n.metrics.failed("Rules")
+	}
+	if s.Fight == n.fight {
+		return
+	}
+	n.fight = s.Fight
+	message := ""
+	if n.fight != "" {
+		message = fmt.Sprintf("Another program changes flannel's rules in %s, again and again. `nft monitor` shows each change; "+
+			"mostly it is another firewall manager on the host: configure it to leave flannel's chains alone", n.fight)
+	}
+	n.recordEvent("rules", "FirewallFight", message)
+}
+
+// recordKernelFight records the object that another program undoes; nil: none.
+func (n *node) recordKernelFight(object kernel.Object) {
+	message := ""
+	if object != nil {
+		message = fmt.Sprintf("Another program undoes what flanneld sets, again and again: %s. `ip monitor all` shows each change; "+
+			"mostly it is another network manager on the host: configure it to leave this alone", object)
+	}
+	n.recordEvent("kernel", "KernelFight", message)
+}

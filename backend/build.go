@@ -25,7 +25,8 @@ func Options(cfg *subnet.Config, into any) error {
 	unknown, err := subnet.Decode(cfg.Backend, into)
 	for _, key := range unknown {
 		if !strings.EqualFold(key, "Type") {
-			cfg.Warnings = append(cfg.Warnings, fmt.Sprintf("unknown key %q of Backend %s is ignored: %s", key, cfg.BackendType, hint))
+			cfg.Warnings = append(cfg.Warnings,
+				fmt.Sprintf("unknown key %q of Backend %s is ignored: %s", key, cfg.BackendType, hint))
 		}
 	}
 	return err
@@ -38,7 +39,8 @@ const maxPacket = 65535
 // on, where the backend puts overhead bytes around them. configured is the MTU of
 // the network between the nodes; 0: it is the uplink's. info has the MTU for both
 // families, and the overhead.
-func PodMTU(cfg *subnet.Config, uplink iface.Uplink, configured int, overhead func(family.Family) int) (mtu family.Pair[int], info Info, err error) {
+func PodMTU(cfg *subnet.Config, uplink iface.Uplink, configured int, overhead func(family.Family) int) (
+	mtu family.Pair[int], info Info, err error) {
 	underlay, whose := uplink.MTU, "of the uplink "+uplink.Name
 	if configured != 0 {
 		underlay, whose = configured, "in the configuration"
@@ -50,7 +52,8 @@ func PodMTU(cfg *subnet.Config, uplink iface.Uplink, configured int, overhead fu
 		around := overhead(f)
 		m := min(underlay, maxPacket) - around
 		if m < f.MinMTU() {
-			return mtu, info, fmt.Errorf("MTU %d %s leaves %d for pods: it must be at least %d", underlay, whose, m, f.MinMTU()+around)
+			return mtu, info, fmt.Errorf("MTU %d %s leaves %d for pods: it must be at least %d",
+				underlay, whose, m, f.MinMTU()+around)
 		}
 		*mtu.At(f) = m
 		if info.MTU == 0 || m < info.MTU {

@@ -51,7 +51,8 @@ func Register(t Type) { types[t.Name] = t }
 func typeOf(name string) (Type, error) {
 	t, ok := types[name]
 	if !ok {
-		return t, fmt.Errorf("Backend Type %q is not known: known are %s", name, strings.Join(slices.Sorted(maps.Keys(types)), ", "))
+		known := slices.Sorted(maps.Keys(types))
+		return t, fmt.Errorf("Backend Type %q is not known: known are %s", name, strings.Join(known, ", "))
 	}
 	return t, nil
 }

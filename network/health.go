@@ -22,7 +22,8 @@ type health struct {
 
 // serveHealth serves /healthz, /readyz, /metrics and, with profile, /debug/pprof until
 // ctx ends; nowhere, if the port is 0. No request changes anything.
-func serveHealth(ctx context.Context, group *sync.WaitGroup, at netip.AddrPort, metrics http.Handler, profile bool) (*health, error) {
+func serveHealth(ctx context.Context, group *sync.WaitGroup, at netip.AddrPort, metrics http.Handler, profile bool) (
+	*health, error) {
 	h := &health{missing: "to start"}
 	if at.Port() == 0 {
 		return h, nil

@@ -113,7 +113,8 @@ func (i *Inspection) inspect(ctx context.Context) (err error) {
 	env, envErr := subnet.ReadEnv(i.SubnetFile)
 	own := i.ownLease(env.Subnets)
 	if own == nil {
-		return fmt.Errorf("a lease: none is this node's, which has %s", strings.Trim(fmt.Sprint(family.Valid(i.uplink.PublicIPs())), "[]"))
+		ips := strings.Trim(fmt.Sprint(family.Valid(i.uplink.PublicIPs())), "[]")
+		return fmt.Errorf("a lease: none is this node's, which has %s", ips)
 	}
 	ends, err := i.Manager.Expiries(ctx, own.Subnets)
 	if err != nil {

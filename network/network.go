@@ -154,7 +154,8 @@ func (n *node) start(ctx context.Context) (err error) {
 		return err
 	}
 	if n.file, err = watchFile(ctx, n.SubnetFile); err != nil {
-		n.log.Error(err, "Changes of the subnet file are noticed at comparisons alone (--kernel-resync)", "path", n.SubnetFile)
+		n.log.Error(err, "Cannot watch the subnet file; it is checked at each comparison (--kernel-resync)",
+			"path", n.SubnetFile)
 	} else {
 		n.events.file = n.file.changes
 	}
@@ -326,7 +327,8 @@ func (n *node) applyLease(ctx context.Context, a acquired) {
 		n.watchLeases(ctx)
 	}
 	if n.own != nil && n.own.Subnets != l.Subnets {
-		n.log.Error(nil, "This node's subnet changed: restart the pods that hold addresses of the old one", "subnet", l.Subnets, "old", n.own.Subnets)
+		n.log.Error(nil, "This node's subnet changed: restart the pods that hold addresses of the old one",
+			"subnet", l.Subnets, "old", n.own.Subnets)
 	} else if n.own == nil {
 		n.log.Info("Subnet leased", "subnet", l.Subnets)
 	}
@@ -356,7 +358,8 @@ func (n *node) applyPeers(p peersPlan) {
 	}
 	for _, problem := range p.problems {
 		l := problem.lease
-		n.log.Error(nil, "Peer cannot be reached", "peer", l.Subnets, "addresses", l.Attrs.PublicIPs(), "reason", problem.text)
+		n.log.Error(nil, "Peer cannot be reached",
+			"peer", l.Subnets, "addresses", l.Attrs.PublicIPs(), "reason", problem.text)
 	}
 	n.worker.update(p.update)
 }
@@ -422,7 +425,8 @@ func (n *node) becomeReady() {
 	n.metrics.ready.Set(1)
 	n.Manager.Ready()
 	debug.FreeOSMemory() // the memory that reading everything took is not needed again
-	n.log.Info("Ready", "after", time.Since(n.started).Round(time.Millisecond), "subnet", n.own.Subnets, "peers", n.others())
+	n.log.Info("Ready", "after", time.Since(n.started).Round(time.Millisecond),
+		"subnet", n.own.Subnets, "peers", n.others())
 }
 
 // logOnce logs a duty's error when it changes, and its end.

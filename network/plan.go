@@ -92,7 +92,10 @@ func (s *state) applyUpdate(u subnet.Update) peersPlan {
 	if s.leases == nil {
 		s.leases = map[subnet.Subnets]subnet.Lease{}
 	}
-	p := peersPlan{objects: make(map[string][]kernel.Object, len(u.Leases)+len(u.Gone)), update: subnet.Update{Snapshot: u.Snapshot}}
+	p := peersPlan{
+		objects: make(map[string][]kernel.Object, len(u.Leases)+len(u.Gone)),
+		update:  subnet.Update{Snapshot: u.Snapshot},
+	}
 	for _, gone := range u.Apply(s.leases) {
 		delete(s.problems, gone)
 		p.objects[gone.String()] = nil
@@ -151,11 +154,13 @@ func (s *state) checkLease(l subnet.Lease) error {
 	// Some backends publish no type (see the lease that we publish ourselves), and
 	// accept peers that do.
 	if t := l.Attrs.BackendType; t != own.BackendType && t != s.cfg.BackendType {
-		return fmt.Errorf("left out, since its backend is %q and ours %q: all nodes must use the same one", t, s.cfg.BackendType)
+		return fmt.Errorf("left out, since its backend is %q and ours %q: all nodes must use the same one",
+			t, s.cfg.BackendType)
 	}
 	for _, ip := range l.Attrs.PublicIPs() {
 		if ip == own.PublicIP || ip == own.PublicIPv6 {
-			return fmt.Errorf("left out, since %s is this node's own address: it is an earlier lease of ours that will expire, or a node that needs an address of its own", ip)
+			return fmt.Errorf("left out, since %s is this node's own address: it is an earlier lease of ours "+
+				"that will expire, or a node that needs an address of its own", ip)
 		}
 	}
 	for f, pool := range s.cfg.Pools().Each() {

@@ -48,7 +48,8 @@ func (n *node) serveStatus(ctx context.Context) {
 	}
 	l, err := listenUnix(n.StatusSocket)
 	if err != nil {
-		n.log.Error(err, "Cannot serve flannelctl, which has to inspect the node without the daemon", "flag", "--status-socket")
+		n.log.Error(err, "Cannot serve flannelctl, which has to inspect the node without the daemon",
+			"flag", "--status-socket")
 		return
 	}
 	mux := http.NewServeMux()
@@ -98,7 +99,8 @@ func (n *node) serveStatus(ctx context.Context) {
 		return d.diff(ctx)
 	})
 	serve("/skew", func(ctx context.Context) (any, error) { return clockSkew(ctx, n.Manager) })
-	server := &http.Server{Handler: mux, ReadHeaderTimeout: requestTimeout, BaseContext: func(net.Listener) context.Context { return ctx }}
+	base := func(net.Listener) context.Context { return ctx }
+	server := &http.Server{Handler: mux, ReadHeaderTimeout: requestTimeout, BaseContext: base}
 	n.group.Go(func() {
 		if err := server.Serve(l); ctx.Err() == nil {
 			n.log.Error(err, "The status server stopped")

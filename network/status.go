@@ -70,7 +70,8 @@ func (l Lease) Lease() subnet.Lease {
 		*ips.At(family.Of(ip)) = ip
 	}
 	return subnet.Lease{Subnets: subnet.Subnets(s), Attrs: subnet.Attrs{
-		PublicIP: ips.IPv4, PublicIPv6: ips.IPv6, BackendType: l.Backend, BackendData: l.BackendData, BackendV6Data: l.BackendV6Data,
+		PublicIP: ips.IPv4, PublicIPv6: ips.IPv6,
+		BackendType: l.Backend, BackendData: l.BackendData, BackendV6Data: l.BackendV6Data,
 	}}
 }
 
@@ -217,7 +218,8 @@ func devices(objects []kernel.Object) []Device {
 func (v view) leaseStatus(l subnet.Lease) Lease {
 	a := l.Attrs
 	s := Lease{
-		Subnets: l.Each(), PublicIPs: a.PublicIPs(), Backend: a.BackendType, BackendData: a.BackendData, BackendV6Data: a.BackendV6Data,
+		Subnets: l.Each(), PublicIPs: a.PublicIPs(),
+		Backend: a.BackendType, BackendData: a.BackendData, BackendV6Data: a.BackendV6Data,
 		Expires: l.Expires, Own: v.own != nil && l.Subnets == v.own.Subnets, Problem: string(v.problems[l.Subnets]),
 	}
 	if at := v.Manager.State().Expires; s.Own && at.After(s.Expires) {

@@ -27,7 +27,7 @@ type Config struct {
 // Each returns the pools of the families that are on, IPv4 first.
 func (c *Config) Each() []Pool {
 	var on []Pool
-	for _, p := range []Pool{c.IPv4, c.IPv6} {
+	for _, p := range c.Pools().Each() {
 		if p.Enabled() {
 			on = append(on, p)
 		}

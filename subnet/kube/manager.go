@@ -19,6 +19,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/klog/v2"
 
+	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/retry"
 	"github.com/flanneld/flanneld/subnet"
@@ -476,8 +477,8 @@ func (m *Manager) Keep(ctx context.Context, lease subnet.Lease) error {
 // checkLease returns ErrLost when the Node has other podCIDRs than the lease, and ErrChanged when its annotations
 // overwrite other public addresses.
 func (m *Manager) checkLease(own *ownNode, lease subnet.Lease) error {
-	for _, f := range [][2]netip.Prefix{{lease.IPv4, own.subnets.IPv4}, {lease.IPv6, own.subnets.IPv6}} {
-		if f[0].IsValid() && f[0] != f[1] {
+	for _, f := range family.All {
+		if held := lease.Of(f); held.IsValid() && held != own.subnets.Of(f) {
 			m.log.Error(nil, "The podCIDRs of the Node have changed",
 				"node", m.name, "before", lease.Subnets, "podCIDRs", own.subnets)
 			return subnet.ErrLost

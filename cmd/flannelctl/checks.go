@@ -16,6 +16,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/flanneld/flanneld/backend"
 	"github.com/flanneld/flanneld/network"
 	"github.com/flanneld/flanneld/pkg/kernel"
 	"github.com/flanneld/flanneld/pkg/proc"
@@ -309,7 +310,7 @@ func portTaken(p *patient) []problem {
 	var seen []int                 // endpoints of both families have the same port
 	users, _ := kernel.PortUsers() // those that can be listed
 	for _, u := range users {
-		if !slices.Contains(p.devices(), u.Device) && p.blockedBy(u) {
+		if !backend.Device(u.Device) && p.blockedBy(u) {
 			found = append(found, problem{fmt.Sprintf("the %s device %s uses UDP port %d: no device of flanneld can use the port beside it", u.Type, u.Device, u.Port),
 				[]string{"ip link del " + u.Device + "    # or set another port in the network configuration, for all nodes"}})
 		}

@@ -80,10 +80,10 @@ func TestEnd(t *testing.T) {
 		"the cloud": {config: backend(`"Type": "aws-vpc"`), until: "aws-vpc",
 			env: []string{"AWS_EC2_METADATA_SERVICE_ENDPOINT=http://198.18.0.254:1",
 				"AWS_ENDPOINT_URL_EC2=http://198.18.0.254:1"}},
-		"nothing": {config: vxlanConfig, until: "Ready after"},
-		"etcd, that has gone": {config: vxlanConfig, until: "Ready after",
+		"nothing": {config: vxlanConfig, until: `"Ready" after=`},
+		"etcd, that has gone": {config: vxlanConfig, until: `"Ready" after=`,
 			after: etcd(func(ctx context.Context, e *lab.Etcd) error { return e.Cut(ctx) })},
-		"etcd, that has died": {config: vxlanConfig, until: "Ready after",
+		"etcd, that has died": {config: vxlanConfig, until: `"Ready" after=`,
 			after: etcd(func(_ context.Context, e *lab.Etcd) error { e.Kill(); return nil })},
 	} {
 		t.Run("waits for "+name, func(t *testing.T) {

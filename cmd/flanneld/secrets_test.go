@@ -63,7 +63,7 @@ func TestSecretsStayOut(t *testing.T) {
 			env: []string{"FLANNELD_ETCD_USERNAME=u", "FLANNELD_ETCD_PASSWORD=" + secret}, args: []string{"--etcd-endpoints=" + refuses.URL}},
 		{name: "a password for etcd, on the command line", until: "etcd", times: 4,
 			args: []string{"--etcd-username=u", "--etcd-password=" + secret, "--etcd-endpoints=" + refuses.URL}},
-		{name: "a password in a URL", until: "holds a user name", times: 1, args: []string{"--etcd-endpoints=http://u:" + secret + "@127.0.0.1:2379"}},
+		{name: "a password in a URL", until: "contains a user name", times: 1, args: []string{"--etcd-endpoints=http://u:" + secret + "@127.0.0.1:2379"}},
 		{name: "a token for the API server", until: "provide credentials", times: 2, args: kubeconfig("{token: " + secret + "}")},
 		{name: "a password for the API server", until: "provide credentials", times: 2, args: kubeconfig("{username: u, password: " + secret + "}")},
 		{name: "a malformed kubeconfig", until: "kubeconfig", times: 1, args: kubeconfig("{token: [" + secret + "]}")},

@@ -7,20 +7,19 @@ import (
 	"os"
 )
 
-// identity returns a text that tells this machine from others, and stays the
-// same when the daemon or the machine starts again. No one fact will do:
-// machines made from one disk image share the machine ID, containers their
-// host's product UUID, and VMs fresh from their template the host name. None is
-// published as it is, for machine-id(5) wants its ID kept confidential.
+// identity returns a text that identifies this machine, and stays the same when the daemon or the machine restarts. No
+// single fact is enough: machines made from one disk image share the machine ID, containers share the product UUID of
+// their host, and new VMs share the host name of their template. The text is a hash, because machine-id(5) requires
+// that the machine ID stays confidential.
 func identity() string {
 	sum := sha256.New()
 	for _, file := range []string{
 		"/etc/machine-id",                 // systemd; written at first boot
-		"/sys/class/dmi/id/product_uuid",  // firmware; for root's eyes
-		"/proc/device-tree/serial-number", // the same where there is no DMI
-		"/proc/sys/kernel/hostname",       // of this UTS namespace
+		"/sys/class/dmi/id/product_uuid",  // firmware; only root can read it
+		"/proc/device-tree/serial-number", // replaces the product UUID where there is no DMI
+		"/proc/sys/kernel/hostname",       // host name of this UTS namespace
 	} {
-		text, _ := os.ReadFile(file) // whatever is not there tells nothing
+		text, _ := os.ReadFile(file) // a missing file counts as empty
 		sum.Write(append(bytes.TrimSpace(text), 0))
 	}
 	return hex.EncodeToString(sum.Sum(nil)[:16])

@@ -11,7 +11,7 @@ import (
 	"github.com/flanneld/flanneld/subnet/kube"
 )
 
-// Network returns the options of the main loop.
+// Network returns the options of network.Run.
 func (o *Options) Network(m subnet.Manager) network.Options {
 	return network.Options{
 		Manager:      m,
@@ -29,8 +29,8 @@ func (o *Options) Network(m subnet.Manager) network.Options {
 	}
 }
 
-// managers are the subnet managers by their names, which are the Kind of their State. A manager's constructor takes
-// options of a type of its own: here they are filled in from the flags.
+// managers are the constructors of the subnet managers, by name (the Kind of the manager's State). Each constructor has
+// options of its own type: these functions fill them in from the flags.
 var managers = map[string]func(context.Context, *Options) (subnet.Manager, error){
 	"etcd": func(ctx context.Context, o *Options) (subnet.Manager, error) {
 		return etcd.New(ctx, etcd.Options{
@@ -62,7 +62,7 @@ func (o *Options) manager() string {
 	return "etcd"
 }
 
-// Manager returns the subnet manager that the options choose. It does not use its store yet.
+// Manager returns the subnet manager that the options choose. The manager does not use its store yet.
 func (o *Options) Manager(ctx context.Context) (subnet.Manager, error) {
 	return managers[o.manager()](ctx, o)
 }

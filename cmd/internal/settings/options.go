@@ -1,5 +1,5 @@
-// Package settings is what flanneld can be told by flags and the environment,
-// and what flannelctl must know of it to look for itself.
+// Package settings reads flanneld's settings from flags and the environment. flannelctl reads the same settings, to
+// check the node without the daemon.
 package settings
 
 import (
@@ -27,8 +27,8 @@ import (
 	"github.com/flanneld/flanneld/pkg/iface"
 )
 
-// Options are what the command line and the environment say, checked as far as
-// it goes without the network.
+// Options are the settings from the command line and the environment. Everything that can be checked without the
+// network has been checked.
 type Options struct {
 	SubnetFile       string
 	StatusSocket     string // "": off
@@ -60,14 +60,14 @@ type Options struct {
 	HealthzPort int // 0: off
 	Profile     bool
 
-	// Warnings are remarks on an environment that works, one line each.
+	// Warnings are about settings that are ignored, one line each.
 	Warnings []string
 
 	help, version bool
 	settings      []*setting
 }
 
-// secret is a text that does not get into a log by accident.
+// secret is a text that prints as <redacted>, so that no log shows it by accident.
 type secret string
 
 const redacted = "<redacted>"
@@ -75,26 +75,25 @@ const redacted = "<redacted>"
 func (secret) String() string   { return redacted }
 func (secret) GoString() string { return redacted }
 
-// ErrHelp and ErrVersion say that the command line asks for a text on standard
-// output, and for nothing else.
+// ErrHelp and ErrVersion mean that the command line requests a text on standard output, and nothing else.
 var (
-	ErrHelp    = errors.New("help is asked for")
-	ErrVersion = errors.New("the version is asked for")
+	ErrHelp    = errors.New("help is requested")
+	ErrVersion = errors.New("the version is requested")
 )
 
-// A setting is one flag, and as a pflag.Value also what was said of it.
+// A setting is one flag with its current value. It implements pflag.Value.
 type setting struct {
 	name string
-	arg  string // stands for the value in the help; empty: true or false
-	def  string // as one would type it
+	arg  string // the placeholder of the value in the help; empty: true or false
+	def  string // as an operator would type it
 	help string
 	set  func(text string) error // checks the text and puts it into the options
 
 	repeatable bool
 	hidden     bool // the value is a secret
 
-	texts []string // that were set, in order; one unless repeatable
-	from  string   // "--iface" or "FLANNELD_IFACE"; empty: nobody set it
+	texts []string // the values that were set, in order; one unless repeatable
+	from  string   // "--iface" or "FLANNELD_IFACE"; empty: not set
 }
 
 // A group is a section of the help.
@@ -103,40 +102,46 @@ type group struct {
 	settings []*setting
 }
 
-// flags is the table of all flags, which store into o. Its order is that of the
-// help and of the documentation.
+// flags returns the table of all flags, which store into o. Help and documentation list the flags in this order.
 func flags(o *Options) []group {
 	return []group{
 		{"General", []*setting{
 			{name: "subnet-file", arg: "PATH", def: "/run/flannel/subnet.env", set: into(&o.SubnetFile, path),
-				help: "where to tell CNI, Docker and scripts of this node's subnet"},
+				help: "file with this node's subnet, for CNI, Docker and scripts"},
 			{name: "status-socket", arg: "PATH", def: statusBeside, set: into(&o.StatusSocket, anything),
-				help: "where flannelctl asks: a unix socket for root alone; auto is flanneld.sock beside the subnet file, off is off"},
-			{name: "subnet-lease-renew-margin", arg: "MINUTES", def: "60", set: into(&o.LeaseRenewMargin, duration("minutes", time.Minute, 1, 1439)),
-				help: "renew the lease, which lasts a day, this long before it ends: 1 to 1439"},
+				help: "unix socket for flannelctl, for root only; auto: flanneld.sock beside the subnet file; off: none"},
+			{name: "subnet-lease-renew-margin", arg: "MINUTES", def: "60",
+				set:  into(&o.LeaseRenewMargin, duration("minutes", time.Minute, 1, 1439)),
+				help: "minutes before its end at which the one-day lease is renewed: 1 to 1439"},
 			{name: "version", def: "false", set: into(&o.version, boolean), help: "print the version and exit"},
 			{name: "help", def: "false", set: into(&o.help, boolean), help: "print this text and exit"},
 		}},
 		{"Leases in etcd", []*setting{
-			{name: "etcd-endpoints", arg: "URL[,URL...]", def: "http://127.0.0.1:4001,http://127.0.0.1:2379", set: into(&o.EtcdEndpoints, endpoints),
-				help: "etcd's addresses: http://, https:// or unix://"},
+			{name: "etcd-endpoints", arg: "URL[,URL...]", def: "http://127.0.0.1:4001,http://127.0.0.1:2379",
+				set: into(&o.EtcdEndpoints, endpoints), help: "URLs of etcd's endpoints: http://, https:// or unix://"},
 			{name: "etcd-prefix", arg: "KEY", def: "/coreos.com/network", set: into(&o.EtcdPrefix, etcdPrefix),
-				help: "the key under which the network configuration and the leases are"},
-			{name: "etcd-cafile", arg: "PATH", set: into(&o.EtcdCAFile, anything), help: "certificates of the authorities to trust etcd by"},
-			{name: "etcd-certfile", arg: "PATH", set: into(&o.EtcdCertFile, anything), help: "this client's certificate; needs --etcd-keyfile"},
-			{name: "etcd-keyfile", arg: "PATH", set: into(&o.EtcdKeyFile, anything), help: "this client's key; needs --etcd-certfile"},
-			{name: "etcd-username", arg: "NAME", set: into(&o.EtcdUsername, anything), help: "user to log in to etcd as; needs --etcd-password"},
+				help: "key in etcd under which the network configuration and the leases are stored"},
+			{name: "etcd-cafile", arg: "PATH", set: into(&o.EtcdCAFile, anything),
+				help: "certificates of the authorities that sign etcd's certificate"},
+			{name: "etcd-certfile", arg: "PATH", set: into(&o.EtcdCertFile, anything),
+				help: "client certificate for etcd; needs --etcd-keyfile"},
+			{name: "etcd-keyfile", arg: "PATH", set: into(&o.EtcdKeyFile, anything),
+				help: "private key of the client certificate; needs --etcd-certfile"},
+			{name: "etcd-username", arg: "NAME", set: into(&o.EtcdUsername, anything),
+				help: "user name for etcd; needs --etcd-password"},
 			{name: "etcd-password", arg: "PASSWORD", hidden: true, set: into(&o.EtcdPassword, password),
-				help: "that user's password; in the environment, other users of the host cannot see it"},
+				help: "password of that user; other users of the host cannot see the password if it is set in the environment"},
 		}},
 		{"Leases in Kubernetes", []*setting{
 			{name: "kube-subnet-mgr", def: "false", set: into(&o.KubeSubnetMgr, boolean),
-				help: "take the subnet from the Node's spec.podCIDRs rather than from etcd"},
+				help: "use the Node's spec.podCIDRs as the subnet, in place of a lease in etcd"},
 			{name: "kube-api-url", arg: "URL", set: into(&o.KubeAPIURL, optional(apiURL)),
-				help: "the API server; without it and --kubeconfig-file, the one of the cluster that the pod runs in"},
-			{name: "kubeconfig-file", arg: "PATH", set: into(&o.KubeconfigFile, anything), help: "the API server and credentials for it"},
-			{name: "kube-annotation-prefix", arg: "PREFIX", def: "flannel.alpha.coreos.com", set: into(&o.KubeAnnotationPrefix, annotationPrefix),
-				help: "what the names of the Node's annotations begin with"},
+				help: "URL of the API server. Without this flag and --kubeconfig-file: the API server of the pod's cluster"},
+			{name: "kubeconfig-file", arg: "PATH", set: into(&o.KubeconfigFile, anything),
+				help: "kubeconfig file with the API server and the credentials"},
+			{name: "kube-annotation-prefix", arg: "PREFIX", def: "flannel.alpha.coreos.com",
+				set:  into(&o.KubeAnnotationPrefix, annotationPrefix),
+				help: "prefix of the names of the Node's annotations"},
 			{name: "net-config-path", arg: "PATH", def: "/etc/kube-flannel/net-conf.json", set: into(&o.NetConfigPath, path),
 				help: "file with the network configuration"},
 			{name: "set-node-network-unavailable", def: "true", set: into(&o.SetNodeNetworkUnavailable, boolean),
@@ -144,49 +149,58 @@ func flags(o *Options) []group {
 		}},
 		{"Uplink (the interface that peers reach this node on)", []*setting{
 			{name: "iface", arg: "NAME|IP", repeatable: true, set: appendTo(&o.Uplink.Names, anything),
-				help: "the interface, or an address of it; the first that matches wins"},
+				help: "name or address of the interface; the first match is used"},
 			{name: "iface-regex", arg: "REGEX", repeatable: true, set: appendTo(&o.Uplink.Regexps, pattern),
-				help: "tried after --iface: matched with addresses first, then with names"},
+				help: "used if no --iface matches: regular expression, compared with addresses first, then with names"},
 			{name: "iface-can-reach", arg: "IP", set: into(&o.Uplink.CanReach, optional(address)),
-				help: "tried last: the interface on the way to this address; without the three, the default route's"},
+				help: "used last: the interface of the route to this address. Without any of the three flags: " +
+					"the interface of the default route"},
 			{name: "iface-node-address", def: "false", set: into(&o.IfaceNodeAddress, boolean),
-				help: "with --kube-subnet-mgr: the interface that holds the Node's InternalIP, in place of --iface"},
+				help: "with --kube-subnet-mgr: use the interface that has the Node's InternalIP, in place of --iface"},
 			{name: "public-ip", arg: "IP", set: into(&o.Uplink.PublicIP, optional(publicIP("IPv4", netip.Addr.Is4))),
-				help: "the address that peers use, if not the interface's own; without the three, its holder is the uplink"},
+				help: "address at which peers reach this node. Without any of the three flags: its interface is the uplink"},
 			{name: "public-ipv6", arg: "IP", set: into(&o.Uplink.PublicIPv6, optional(publicIP("IPv6", netip.Addr.Is6))),
-				help: "the same for IPv6"},
+				help: "the same as --public-ip, for IPv6"},
 		}},
 		{"Rules and routes", []*setting{
-			{name: "ip-masq", def: "false", set: into(&o.IPMasq, boolean), help: "masquerade traffic that leaves the overlay"},
+			{name: "ip-masq", def: "false", set: into(&o.IPMasq, boolean),
+				help: "masquerade traffic that leaves the overlay"},
 			{name: "ip-masq-fully-random-disable", def: "false", set: into(&o.IPMasqNotRandom, boolean),
-				help: "masquerade without --random-fully, so that source ports stay the same where they can"},
-			{name: "iptables-forward-rules", def: "true", set: into(&o.ForwardRules, boolean), help: "accept forwarding from and to the overlay"},
-			{name: "iptables-resync", arg: "SECONDS", def: "5", set: into(&o.RulesResync, duration("seconds", time.Second, 1, math.MaxInt32)),
-				help: "how often to check the rules: 1 or more"},
-			{name: "kernel-resync", arg: "SECONDS", def: "60", set: into(&o.KernelResync, duration("seconds", time.Second, 1, math.MaxInt32)),
-				help: "how often to check devices and routes, which are set right at once when the kernel tells of a change: 1 or more"},
+				help: "masquerade without --random-fully, so that the source port is kept where possible"},
+			{name: "iptables-forward-rules", def: "true", set: into(&o.ForwardRules, boolean),
+				help: "add rules that accept forwarded packets from and to the overlay"},
+			{name: "iptables-resync", arg: "SECONDS", def: "5",
+				set:  into(&o.RulesResync, duration("seconds", time.Second, 1, math.MaxInt32)),
+				help: "seconds between two checks of the firewall rules: 1 or more"},
+			{name: "kernel-resync", arg: "SECONDS", def: "60",
+				set: into(&o.KernelResync, duration("seconds", time.Second, 1, math.MaxInt32)),
+				help: "seconds between two checks of devices and routes, which are also restored at once " +
+					"when the kernel announces a change: 1 or more"},
 			{name: "ip-blackhole-route", def: "false", set: into(&o.BlackholeRoute, boolean),
-				help: "drop what is sent to pods that are gone: a blackhole route for the node's own subnet"},
+				help: "drop packets to pods that no longer exist, by a blackhole route for the node's own subnet"},
 		}},
 		{"Health", []*setting{
-			{name: "healthz-ip", arg: "IP", def: "0.0.0.0", set: into(&o.HealthzIP, address), help: "address to serve /healthz, /readyz and /metrics on"},
-			{name: "healthz-port", arg: "PORT", def: "0", set: into(&o.HealthzPort, port), help: "and the port; 0 is off"},
-			{name: "pprof", def: "false", set: into(&o.Profile, boolean), help: "serve /debug/pprof there too"},
+			{name: "healthz-ip", arg: "IP", def: "0.0.0.0", set: into(&o.HealthzIP, address),
+				help: "address on which /healthz, /readyz and /metrics are served"},
+			{name: "healthz-port", arg: "PORT", def: "0", set: into(&o.HealthzPort, port),
+				help: "port for --healthz-ip; 0 disables the health server"},
+			{name: "pprof", def: "false", set: into(&o.Profile, boolean), help: "also serve /debug/pprof on that port"},
 		}},
 		{"Logging (to standard error)", []*setting{
-			{name: "v", arg: "LEVEL", def: "0", set: logFlag("v", "a log level: 0 or more"), help: "how much to log; 4 is much"},
-			{name: "vmodule", arg: "FILE=LEVEL[,...]", set: logFlag("vmodule", "a list of files and log levels such as vxlan=4,kube*=2"),
-				help: "how much to log from source files of these names"},
-			{name: "log_backtrace_at", arg: "FILE:LINE", set: logFlag("log_backtrace_at", "a line of a source file such as main.go:42"),
-				help: "log a stack trace with what this line logs"},
+			{name: "v", arg: "LEVEL", def: "0", set: logFlag("v", "a log level: 0 or more"), help: "log level: 0 to 4"},
+			{name: "vmodule", arg: "FILE=LEVEL[,...]",
+				set:  logFlag("vmodule", "a list of files and log levels such as vxlan=4,kube*=2"),
+				help: "log levels for source files, by their names without .go"},
+			{name: "log_backtrace_at", arg: "FILE:LINE",
+				set:  logFlag("log_backtrace_at", "a line of a source file such as main.go:42"),
+				help: "log a stack trace with each message that this line of the source logs"},
 		}},
 	}
 }
 
-// Parse reads the command line, and for what it does not say the
-// environment, whose lines are as os.Environ has them. An error is one line for
-// the operator: what is wrong where, and what is allowed. ErrHelp and
-// ErrVersion come before any complaint about the environment.
+// Parse reads the command line, and takes all other settings from the environment, whose lines are as os.Environ
+// returns them. An error is one line for the operator: where a value is wrong, and what is allowed. ErrHelp and
+// ErrVersion win over errors in the environment.
 func Parse(args, env []string) (*Options, error) {
 	fs := pflag.NewFlagSet("flanneld", pflag.ContinueOnError)
 	o, err := Flags(fs)
@@ -207,8 +221,7 @@ func Parse(args, env []string) (*Options, error) {
 	return o, o.Complete(env)
 }
 
-// Flags adds the flags to a set that somebody else parses, who calls Complete
-// then.
+// Flags adds the flags to a flag set. The caller parses the flag set, and then calls Complete.
 func Flags(fs *pflag.FlagSet) (*Options, error) {
 	o := &Options{}
 	for _, g := range flags(o) {
@@ -228,8 +241,7 @@ func Flags(fs *pflag.FlagSet) (*Options, error) {
 	return o, nil
 }
 
-// Complete takes from the environment what the flags did not say, and checks
-// all that was said.
+// Complete takes the settings without a flag from the environment, and checks all settings.
 func (o *Options) Complete(env []string) error {
 	if err := o.environment(env); err != nil {
 		return err
@@ -243,14 +255,13 @@ func (o *Options) Complete(env []string) error {
 	return o.check()
 }
 
-// Values of --status-socket that are no path.
+// Values of --status-socket that are not paths.
 const (
 	statusBeside = "auto"
 	statusOff    = "off"
 )
 
-// doubleDashes writes -name as --name. Values, and what follows "--", are left
-// alone.
+// doubleDashes rewrites -name as --name. It does not change values, nor arguments after "--".
 func doubleDashes(fs *pflag.FlagSet, args []string) []string {
 	out := slices.Clone(args)
 	for i := 0; i < len(out) && out[i] != "--"; i++ {
@@ -271,7 +282,7 @@ func doubleDashes(fs *pflag.FlagSet, args []string) []string {
 	return out
 }
 
-// explain words pflag's errors for the operator.
+// explain rewrites pflag's errors for the operator.
 func (o *Options) explain(err error) error {
 	var unknown *pflag.NotExistError
 	var noValue *pflag.ValueRequiredError
@@ -297,19 +308,19 @@ func (o *Options) explain(err error) error {
 	return err
 }
 
-// unexpected is the error for a word that belongs to no flag. It may be the
-// rest of a password with spaces, and is then not shown.
+// unexpected returns the error for a word that belongs to no flag. The word is redacted if it may be the rest of a
+// password with spaces.
 func unexpected(word string, args []string) error {
-	shown := strconv.Quote(word)
+	quoted := strconv.Quote(word)
 	for _, arg := range slices.Backward(args[:slices.Index(args, word)]) {
 		if strings.HasPrefix(arg, "-") {
 			if strings.Contains(arg, "password") {
-				shown = redacted
+				quoted = redacted
 			}
 			break
 		}
 	}
-	return fmt.Errorf("%s belongs to no flag: give values as --name=value, and those with spaces in quotes", shown)
+	return fmt.Errorf("%s belongs to no flag: give values as --name=value, and values with spaces in quotes", quoted)
 }
 
 const envPrefix = "FLANNELD_"
@@ -319,19 +330,18 @@ func (s *setting) env() string {
 }
 
 var (
-	serviceLinkName  = regexp.MustCompile(`_SERVICE_HOST$|_SERVICE_PORT(_|$)|_PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$`)
+	serviceLinkName = regexp.MustCompile(
+		`_SERVICE_HOST$|_SERVICE_PORT(_|$)|_PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$`)
 	serviceLinkValue = regexp.MustCompile(`^(tcp|udp|sctp)://`)
 )
 
-// serviceLink tells whether a variable is one that Kubernetes sets in every
-// container of a namespace that has a service called flanneld, or
-// flanneld-something: FLANNELD_HEALTHZ_PORT=tcp://10.3.0.7:8080.
+// serviceLink reports whether a variable is a service link. Kubernetes sets service links in every container of a
+// namespace that has a service called flanneld, or flanneld-something: FLANNELD_HEALTHZ_PORT=tcp://10.3.0.7:8080.
 func serviceLink(name, value string) bool {
 	return serviceLinkName.MatchString(name) || strings.HasSuffix(name, "_PORT") && serviceLinkValue.MatchString(value)
 }
 
-// environment takes from env what the command line does not say. An empty
-// variable is one that is not set.
+// environment takes the settings that the command line does not have from env. An empty variable counts as not set.
 func (o *Options) environment(env []string) error {
 	vars := map[string]string{}
 	for _, line := range env {
@@ -343,7 +353,7 @@ func (o *Options) environment(env []string) error {
 		text := vars[s.env()]
 		delete(vars, s.env())
 		if s.name == "help" || s.name == "version" {
-			continue // commands rather than settings; an image may well say which FLANNELD_VERSION it holds
+			continue // commands rather than settings; an image may have its own version in FLANNELD_VERSION
 		}
 		if text == "" || s.from != "" || serviceLink(s.env(), text) {
 			continue
@@ -359,14 +369,15 @@ func (o *Options) environment(env []string) error {
 		}
 		hint := ""
 		if near := o.nearest(strings.ToLower(strings.ReplaceAll(strings.TrimPrefix(name, envPrefix), "_", "-"))); near != "" {
-			hint = fmt.Sprintf(": did you mean %s?", o.setting(near).env())
+			hint = fmt.Sprintf(", did you mean %s?", o.setting(near).env())
 		}
-		o.Warnings = append(o.Warnings, fmt.Sprintf("environment variable %s is ignored, as there is no such setting%s", name, hint))
+		o.Warnings = append(o.Warnings,
+			fmt.Sprintf("environment variable %s is ignored: there is no such setting%s", name, hint))
 	}
 	return nil
 }
 
-// check looks at what only settings together tell, and at the files they name.
+// check checks settings that depend on each other, and the files that settings name.
 func (o *Options) check() error {
 	together := func(a, b string) error {
 		x, y := o.setting(a), o.setting(b)
@@ -374,7 +385,7 @@ func (o *Options) check() error {
 			x, y = y, x
 		}
 		if x.value() != "" && y.value() == "" {
-			return fmt.Errorf("%s is given without --%s: set both, or neither", x.from, y.name)
+			return fmt.Errorf("%s is set without --%s: set both, or neither", x.from, y.name)
 		}
 		return nil
 	}
@@ -396,18 +407,18 @@ func (o *Options) check() error {
 	nodeAddress := o.setting("iface-node-address")
 	apart := func(name string) error {
 		if s := o.setting(name); o.IfaceNodeAddress && strings.Join(s.texts, "") != "" {
-			return fmt.Errorf("%s and %s each choose the uplink: give one of them alone", s.from, nodeAddress.from)
+			return fmt.Errorf("%s and %s both choose the uplink: give only one of them", s.from, nodeAddress.from)
 		}
 		return nil
 	}
 	if o.Profile && o.HealthzPort == 0 {
-		return fmt.Errorf("%s is served on --healthz-port, which is off: give that too", o.setting("pprof").from)
+		return fmt.Errorf("%s needs --healthz-port, which is 0 (disabled): set both", o.setting("pprof").from)
 	}
 	if o.KubeSubnetMgr {
 		return cmp.Or(apart("iface"), apart("iface-regex"), apart("iface-can-reach"), readable("kubeconfig-file"))
 	}
 	if o.IfaceNodeAddress {
-		return fmt.Errorf("%s is of use only with --kube-subnet-mgr: give --iface instead", nodeAddress.from)
+		return fmt.Errorf("%s works only with --kube-subnet-mgr: use --iface instead", nodeAddress.from)
 	}
 	for i, e := range o.EtcdEndpoints {
 		switch {
@@ -432,14 +443,18 @@ func (o *Options) setting(name string) *setting {
 	return o.settings[slices.IndexFunc(o.settings, func(s *setting) bool { return s.name == name })]
 }
 
-// redacted returns the flags that differ from their defaults, wherever they
-// were set, as one could type them; but for secrets.
+// Redacted returns the settings that differ from their defaults, as flags that an operator could type. A secret is
+// redacted; if it was set in the environment, its variable is returned, as the command line does not have it.
 func (o *Options) Redacted() []string {
 	var out []string
 	for _, s := range o.settings {
+		name := "--" + s.name
+		if s.hidden {
+			name = s.from
+		}
 		for _, text := range s.texts {
 			if text != s.def {
-				out = append(out, "--"+s.name+"="+text)
+				out = append(out, name+"="+text)
 			}
 		}
 	}
@@ -448,8 +463,7 @@ func (o *Options) Redacted() []string {
 
 func (o *Options) String() string { return strings.Join(o.Redacted(), " ") }
 
-// nearest returns the flag that name is probably meant to be, "" where none is
-// near.
+// nearest returns the flag whose name is most similar to name, "" if no flag's name is similar.
 func (o *Options) nearest(name string) string {
 	best, found := 1+len(name)/4, ""
 	for _, s := range o.settings {
@@ -460,7 +474,7 @@ func (o *Options) nearest(name string) string {
 	return found
 }
 
-// distance is Levenshtein's: how many letters to insert, delete or replace.
+// distance returns the Levenshtein distance: the number of letters to insert, delete or replace.
 func distance(a, b string) int {
 	row := make([]int, len(b)+1)
 	for j := range row {
@@ -481,8 +495,8 @@ func distance(a, b string) int {
 	return row[len(b)]
 }
 
-// Set makes a setting a pflag.Value. Where there is no default, an empty text is
-// as good as none: units have lines such as --iface=$IFACE.
+// Set implements pflag.Value. An empty text counts as not set where there is no default: units have lines such as
+// --iface=$IFACE.
 func (s *setting) Set(text string) error {
 	if err := s.set(text); err != nil {
 		return err
@@ -507,16 +521,16 @@ func (s *setting) value() string {
 func (s *setting) String() string { return s.value() }
 func (s *setting) Type() string   { return s.arg }
 
-// Help is the answer to --help.
+// Help returns the text for --help.
 func Help() string {
 	var b strings.Builder
 	b.WriteString(`Usage: flanneld [flags]
 
-flanneld leases a subnet for this node and keeps the way to the other nodes' subnets open.
+flanneld leases a subnet for this node, and connects the subnet with the subnets of the other nodes.
 
-Every flag can be set in the environment as well, by its name in upper case with _ for -
-and FLANNELD_ before it: FLANNELD_ETCD_ENDPOINTS for --etcd-endpoints. The command line wins.
-A flag that is true or false is made true by --name alone, and false by --name=false.
+Each flag can also be set in the environment. The variable is FLANNELD_ and the flag's name in upper case,
+with _ for -: FLANNELD_ETCD_ENDPOINTS for --etcd-endpoints. The command line wins over the environment.
+For flags without a value, --name means true, and --name=false means false.
 `)
 	for _, g := range flags(&Options{}) {
 		fmt.Fprintf(&b, "\n%s:\n", g.title)
@@ -537,7 +551,7 @@ A flag that is true or false is made true by --name alone, and false by --name=f
 	return b.String()
 }
 
-// into returns the set function of a flag whose parsed value goes to p.
+// into returns the set function of a flag whose parsed value is stored in p.
 func into[T any](p *T, parse func(string) (T, error)) func(string) error {
 	return func(text string) error {
 		v, err := parse(text)
@@ -548,7 +562,7 @@ func into[T any](p *T, parse func(string) (T, error)) func(string) error {
 	}
 }
 
-// appendTo is into for flags that may be repeated. Empty texts are skipped.
+// appendTo is like into, for flags that may be repeated. Empty texts are skipped.
 func appendTo[T any](p *[]T, parse func(string) (T, error)) func(string) error {
 	return func(text string) error {
 		if text == "" {
@@ -562,7 +576,7 @@ func appendTo[T any](p *[]T, parse func(string) (T, error)) func(string) error {
 	}
 }
 
-// optional makes an empty text the zero value.
+// optional returns a parser that parses an empty text as the zero value.
 func optional[T any](parse func(string) (T, error)) func(string) (T, error) {
 	return func(text string) (T, error) {
 		if text == "" {
@@ -579,14 +593,14 @@ func password(text string) (secret, error) { return secret(text), nil }
 func boolean(text string) (bool, error) {
 	v, err := strconv.ParseBool(text)
 	if err != nil {
-		return false, fmt.Errorf("%q is neither true nor false", text)
+		return false, fmt.Errorf("%q is not true or false", text)
 	}
 	return v, nil
 }
 
 func path(text string) (string, error) {
 	if text == "" {
-		return "", errors.New("the path of a file is missing")
+		return "", errors.New("the value must be the path of a file")
 	}
 	return text, nil
 }
@@ -595,7 +609,7 @@ func pattern(text string) (*regexp.Regexp, error) {
 	re, err := regexp.Compile(text)
 	var wrong *syntax.Error
 	if errors.As(err, &wrong) {
-		return nil, fmt.Errorf("%q is not a regular expression of RE2's syntax: %s", text, wrong.Code)
+		return nil, fmt.Errorf("%q is not a regular expression in RE2 syntax: %s", text, wrong.Code)
 	}
 	return re, err
 }
@@ -603,7 +617,7 @@ func pattern(text string) (*regexp.Regexp, error) {
 func port(text string) (int, error) {
 	n, err := strconv.ParseUint(text, 10, 16)
 	if err != nil {
-		return 0, fmt.Errorf("%q is not a port number: 0 (off) to 65535", text)
+		return 0, fmt.Errorf("%q is not a port number: 0 (disabled) to 65535", text)
 	}
 	return int(n), nil
 }
@@ -642,8 +656,8 @@ func publicIP(family string, is func(netip.Addr) bool) func(string) (netip.Addr,
 	}
 }
 
-// endpoints parses etcd's comma-separated addresses. HOST:PORT alone, which old
-// units have, is left without a scheme: check chooses it.
+// endpoints parses etcd's comma-separated URLs. Old units have HOST:PORT alone, which stays without a scheme here:
+// check chooses the scheme.
 func endpoints(text string) ([]string, error) {
 	var out []string
 	for part := range strings.SplitSeq(text, ",") {
@@ -653,24 +667,25 @@ func endpoints(text string) ([]string, error) {
 			bare, part = true, "http://"+part
 		}
 		u, err := url.Parse(part)
-		shown := strconv.Quote(withoutUser(part))
+		quoted := strconv.Quote(withoutUser(part))
 		switch {
 		case part == "":
-			return nil, fmt.Errorf("%q lacks a URL: one or more such as http://127.0.0.1:2379, separated by commas", withoutUser(text))
+			return nil, fmt.Errorf("%q has an empty URL: "+
+				"give one or more URLs such as http://127.0.0.1:2379, separated by commas", withoutUser(text))
 		case err == nil && u.Scheme == "unix" && u.Host+u.Path+u.Opaque != "":
 			out = append(out, part)
 			continue
 		case err != nil || u.Scheme != "http" && u.Scheme != "https":
-			return nil, fmt.Errorf("%s is not a URL: http://HOST:PORT, https://HOST:PORT or unix:///PATH", shown)
+			return nil, fmt.Errorf("%s is not a URL: http://HOST:PORT, https://HOST:PORT or unix:///PATH", quoted)
 		case u.User != nil:
-			return nil, fmt.Errorf("%s holds a user name: use --etcd-username and --etcd-password", shown)
+			return nil, fmt.Errorf("%s contains a user name: use --etcd-username and --etcd-password", quoted)
 		case u.Hostname() == "" || u.Port() == "":
-			return nil, fmt.Errorf("%s lacks a host or a port: %s://127.0.0.1:2379, for example", shown, u.Scheme)
+			return nil, fmt.Errorf("%s has no host or no port: %s://127.0.0.1:2379, for example", quoted, u.Scheme)
 		case strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.Fragment != "":
-			return nil, fmt.Errorf("%s goes on after the port: should it be %s://%s?", shown, u.Scheme, u.Host)
+			return nil, fmt.Errorf("%s has more after the port: did you mean %s://%s?", quoted, u.Scheme, u.Host)
 		}
 		if _, err := port(u.Port()); err != nil {
-			return nil, fmt.Errorf("%s has no valid port: 1 to 65535", shown)
+			return nil, fmt.Errorf("%s has no valid port: 1 to 65535", quoted)
 		}
 		if bare {
 			out = append(out, u.Host)
@@ -685,15 +700,14 @@ func apiURL(text string) (string, error) {
 	u, err := url.Parse(text)
 	switch {
 	case err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Hostname() == "":
-		return "", fmt.Errorf("%q is not a URL: https://HOST:PORT, or http", withoutUser(text))
+		return "", fmt.Errorf("%q is not a URL: https://HOST:PORT or http://HOST:PORT", withoutUser(text))
 	case u.User != nil:
-		return "", fmt.Errorf("%q holds a user name: credentials belong into --kubeconfig-file", withoutUser(text))
+		return "", fmt.Errorf("%q contains a user name: use --kubeconfig-file for credentials", withoutUser(text))
 	}
 	return text, nil
 }
 
-// withoutUser returns a URL, well-formed or not, without the user name and
-// password that it may hold.
+// withoutUser returns a URL, well-formed or not, without user name and password.
 func withoutUser(text string) string {
 	if i := strings.LastIndexByte(text, '@'); i >= 0 {
 		return "..." + text[i:]
@@ -701,7 +715,7 @@ func withoutUser(text string) string {
 	return text
 }
 
-// etcdPrefix returns the key with a slash before it and none after.
+// etcdPrefix returns the key with a leading slash and without a trailing slash.
 func etcdPrefix(text string) (string, error) {
 	key := strings.Trim(text, "/")
 	if key == "" {
@@ -710,10 +724,9 @@ func etcdPrefix(text string) (string, error) {
 	return "/" + key, nil
 }
 
-// Annotations are named as labels are: an optional DNS name and a slash, then
-// at most 63 letters, digits, '-', '_' and '.', which begin with a letter or
-// digit (k8s.io/apimachinery, IsQualifiedName). Longest of the words that
-// follow the prefix is "public-ipv6-overwrite".
+// The name of an annotation is an optional DNS name with a slash, then at most 63 letters, digits, '-', '_' and '.',
+// of which the first is a letter or digit (k8s.io/apimachinery, IsQualifiedName). The longest word that follows the
+// prefix is "public-ipv6-overwrite".
 var (
 	annotationDomain = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$`)
 	annotationName   = regexp.MustCompile(`^([A-Za-z0-9][-A-Za-z0-9_.]*)?$`)
@@ -724,8 +737,8 @@ const (
 	maxAnnotationName   = 63 - len("public-ipv6-overwrite")
 )
 
-// annotationPrefix completes the prefix as upstream does: with a slash where
-// there is none, else with a dash, unless it ends in one of the two.
+// annotationPrefix completes the prefix as upstream does: it appends a slash if the prefix has none, else a dash
+// unless the prefix ends in a slash or a dash.
 func annotationPrefix(text string) (string, error) {
 	prefix := text
 	switch {
@@ -737,12 +750,13 @@ func annotationPrefix(text string) (string, error) {
 	domain, name, _ := strings.Cut(prefix, "/")
 	if len(domain) > maxAnnotationDomain || !annotationDomain.MatchString(domain) ||
 		len(name) > maxAnnotationName || !annotationName.MatchString(name) {
-		return "", fmt.Errorf("%q is not a prefix of annotations: DOMAIN or DOMAIN/NAME, such as flannel.alpha.coreos.com or example.com/flannel", text)
+		return "", fmt.Errorf("%q is not a prefix of annotations: DOMAIN or DOMAIN/NAME, "+
+			"such as flannel.alpha.coreos.com or example.com/flannel", text)
 	}
 	return prefix, nil
 }
 
-// logFlag returns the set function of one of the flags that klog brings along.
+// logFlag returns the set function of one of klog's flags.
 func logFlag(name, want string) func(string) error {
 	fs := flag.NewFlagSet("klog", flag.ContinueOnError)
 	klog.InitFlags(fs)

@@ -58,81 +58,126 @@ func TestParseOptions(t *testing.T) {
 		want func(o *Options)
 	}{
 		{name: "nothing", want: func(*Options) {}},
-		{name: "double dash", args: []string{"--iface=eth0", "--ip-masq", "--public-ip", "198.18.0.1"}, want: func(o *Options) {
-			o.Uplink.Names, o.IPMasq, o.Uplink.PublicIP = []string{"eth0"}, true, ip("198.18.0.1")
-		}},
-		{name: "single dash", args: []string{"-iface=eth0", "-ip-masq", "-public-ip", "198.18.0.1", "-v=4"}, want: func(o *Options) {
-			o.Uplink.Names, o.IPMasq, o.Uplink.PublicIP = []string{"eth0"}, true, ip("198.18.0.1")
-		}},
-		{name: "a value that looks like a flag", args: []string{"-iface", "-eth0", "--iface-regex", "--x", "-etcd-prefix", "-h", "--etcd-username=-u", "-etcd-password", "--"}, want: func(o *Options) {
-			o.Uplink.Names, o.Uplink.Regexps, o.EtcdPrefix, o.EtcdUsername, o.EtcdPassword = []string{"-eth0"}, regexps("--x"), "/-h", "-u", "--"
+		{name: "double dash", args: []string{"--iface=eth0", "--ip-masq", "--public-ip", "198.18.0.1"},
+			want: func(o *Options) {
+				o.Uplink.Names, o.IPMasq, o.Uplink.PublicIP = []string{"eth0"}, true, ip("198.18.0.1")
+			}},
+		{name: "single dash", args: []string{"-iface=eth0", "-ip-masq", "-public-ip", "198.18.0.1", "-v=4"},
+			want: func(o *Options) {
+				o.Uplink.Names, o.IPMasq, o.Uplink.PublicIP = []string{"eth0"}, true, ip("198.18.0.1")
+			}},
+		{name: "a value that looks like a flag", args: []string{"-iface", "-eth0", "--iface-regex", "--x", "-etcd-prefix",
+			"-h", "--etcd-username=-u", "-etcd-password", "--"}, want: func(o *Options) {
+			o.Uplink.Names, o.Uplink.Regexps = []string{"-eth0"}, regexps("--x")
+			o.EtcdPrefix, o.EtcdUsername, o.EtcdPassword = "/-h", "-u", "--"
 		}},
 		{name: "the socket is beside the subnet file", args: []string{"--subnet-file=/a/b.env"}, want: func(o *Options) {
 			o.SubnetFile, o.StatusSocket = "/a/b.env", "/a/flanneld.sock"
 		}},
 		{name: "no socket", args: []string{"--status-socket="}, want: func(o *Options) { o.StatusSocket = "" }},
-		{name: "no socket, said in the environment", env: []string{"FLANNELD_STATUS_SOCKET=off"}, want: func(o *Options) { o.StatusSocket = "" }},
-		{name: "another socket", args: []string{"--status-socket=/x.sock"}, want: func(o *Options) { o.StatusSocket = "/x.sock" }},
+		{name: "no socket, by the environment", env: []string{"FLANNELD_STATUS_SOCKET=off"},
+			want: func(o *Options) { o.StatusSocket = "" }},
+		{name: "another socket", args: []string{"--status-socket=/x.sock"},
+			want: func(o *Options) { o.StatusSocket = "/x.sock" }},
 		{name: "end of flags", args: []string{"--ip-masq", "--"}, want: func(o *Options) { o.IPMasq = true }},
-		{name: "booleans", args: []string{"--ip-masq=T", "--ip-masq-fully-random-disable=1", "--iptables-forward-rules=false", "--set-node-network-unavailable=0", "--ip-blackhole-route=TRUE", "--kube-subnet-mgr"}, want: func(o *Options) {
-			o.IPMasq, o.IPMasqNotRandom, o.ForwardRules, o.SetNodeNetworkUnavailable, o.BlackholeRoute, o.KubeSubnetMgr = true, true, false, false, true, true
+		{name: "booleans", args: []string{"--ip-masq=T", "--ip-masq-fully-random-disable=1",
+			"--iptables-forward-rules=false", "--set-node-network-unavailable=0", "--ip-blackhole-route=TRUE",
+			"--kube-subnet-mgr"}, want: func(o *Options) {
+			o.IPMasq, o.IPMasqNotRandom, o.ForwardRules = true, true, false
+			o.SetNodeNetworkUnavailable, o.BlackholeRoute, o.KubeSubnetMgr = false, true, true
 		}},
-		{name: "the last one counts", args: []string{"--etcd-prefix=/a", "--etcd-prefix=/b", "--ip-masq", "--ip-masq=false"}, want: func(o *Options) { o.EtcdPrefix = "/b" }},
-		{name: "repeatable, and taken whole", args: []string{"--iface=eth0,eth1", "--iface=198.18.0.1", "--iface-regex=^10[.]{1,3}", "--iface-regex=b"}, want: func(o *Options) {
-			o.Uplink.Names, o.Uplink.Regexps = []string{"eth0,eth1", "198.18.0.1"}, regexps("^10[.]{1,3}", "b")
-		}},
-		{name: "empty is not set", args: []string{"--iface=", "--iface-regex=", "--iface-can-reach=", "--public-ip=", "--public-ipv6=", "--etcd-cafile=", "--kube-api-url=", "--vmodule="}, want: func(*Options) {}},
-		{name: "empty variables are not set", env: []string{"FLANNELD_IFACE=", "FLANNELD_ETCD_PREFIX=", "FLANNELD_HEALTHZ_PORT=", "FLANNELD_NONSENSE"}, want: func(o *Options) {
-			o.Warnings = []string{"environment variable FLANNELD_NONSENSE is ignored, as there is no such setting"}
-		}},
-		{name: "environment", env: []string{"FLANNELD_IFACE=eth0,eth1", "FLANNELD_ETCD_ENDPOINTS=https://e1:2379,https://e2:2379", "FLANNELD_IP_MASQ=true", "FLANNELD_PUBLIC_IPV6=2001:db8::1", "FLANNELD_LOG_BACKTRACE_AT=x.go:1", "PATH=/bin", "IFACE=eth9"}, want: func(o *Options) {
-			o.Uplink.Names, o.EtcdEndpoints, o.IPMasq, o.Uplink.PublicIPv6 = []string{"eth0,eth1"}, []string{"https://e1:2379", "https://e2:2379"}, true, ip("2001:db8::1")
-		}},
-		{name: "the command line wins", args: []string{"--iface=eth0", "--ip-masq=false", "--healthz-port=8080"}, env: []string{"FLANNELD_IFACE=eth1", "FLANNELD_IP_MASQ=true", "FLANNELD_HEALTHZ_PORT=nonsense"}, want: func(o *Options) {
-			o.Uplink.Names, o.HealthzPort = []string{"eth0"}, 8080
-		}},
-		{name: "unknown variables", env: []string{"FLANNELD_IFCE=eth0", "FLANNELD_ZZZ=secret", "FLANNELD_ETCD_PASWORD=secret", "FLANNELD_VERSION=v1", "FLANNELD_HEALTH_PORT=8080"}, want: func(o *Options) {
+		{name: "the last one counts", args: []string{"--etcd-prefix=/a", "--etcd-prefix=/b", "--ip-masq", "--ip-masq=false"},
+			want: func(o *Options) { o.EtcdPrefix = "/b" }},
+		{name: "repeatable, and taken whole",
+			args: []string{"--iface=eth0,eth1", "--iface=198.18.0.1", "--iface-regex=^10[.]{1,3}", "--iface-regex=b"},
+			want: func(o *Options) {
+				o.Uplink.Names, o.Uplink.Regexps = []string{"eth0,eth1", "198.18.0.1"}, regexps("^10[.]{1,3}", "b")
+			}},
+		{name: "empty is not set", args: []string{"--iface=", "--iface-regex=", "--iface-can-reach=", "--public-ip=",
+			"--public-ipv6=", "--etcd-cafile=", "--kube-api-url=", "--vmodule="}, want: func(*Options) {}},
+		{name: "empty variables are not set",
+			env: []string{"FLANNELD_IFACE=", "FLANNELD_ETCD_PREFIX=", "FLANNELD_HEALTHZ_PORT=", "FLANNELD_NONSENSE"},
+			want: func(o *Options) {
+				o.Warnings = []string{"environment variable FLANNELD_NONSENSE is ignored: there is no such setting"}
+			}},
+		{name: "environment", env: []string{"FLANNELD_IFACE=eth0,eth1",
+			"FLANNELD_ETCD_ENDPOINTS=https://e1:2379,https://e2:2379", "FLANNELD_IP_MASQ=true",
+			"FLANNELD_PUBLIC_IPV6=2001:db8::1", "FLANNELD_LOG_BACKTRACE_AT=x.go:1", "PATH=/bin", "IFACE=eth9"},
+			want: func(o *Options) {
+				o.Uplink.Names, o.IPMasq, o.Uplink.PublicIPv6 = []string{"eth0,eth1"}, true, ip("2001:db8::1")
+				o.EtcdEndpoints = []string{"https://e1:2379", "https://e2:2379"}
+			}},
+		{name: "the command line wins", args: []string{"--iface=eth0", "--ip-masq=false", "--healthz-port=8080"},
+			env: []string{"FLANNELD_IFACE=eth1", "FLANNELD_IP_MASQ=true", "FLANNELD_HEALTHZ_PORT=nonsense"},
+			want: func(o *Options) {
+				o.Uplink.Names, o.HealthzPort = []string{"eth0"}, 8080
+			}},
+		{name: "unknown variables", env: []string{"FLANNELD_IFCE=eth0", "FLANNELD_ZZZ=secret",
+			"FLANNELD_ETCD_PASWORD=secret", "FLANNELD_VERSION=v1", "FLANNELD_HEALTH_PORT=8080"}, want: func(o *Options) {
 			o.Warnings = []string{
-				"environment variable FLANNELD_ETCD_PASWORD is ignored, as there is no such setting: did you mean FLANNELD_ETCD_PASSWORD?",
-				"environment variable FLANNELD_HEALTH_PORT is ignored, as there is no such setting: did you mean FLANNELD_HEALTHZ_PORT?",
-				"environment variable FLANNELD_IFCE is ignored, as there is no such setting: did you mean FLANNELD_IFACE?",
-				"environment variable FLANNELD_ZZZ is ignored, as there is no such setting",
+				"environment variable FLANNELD_ETCD_PASWORD is ignored: there is no such setting, " +
+					"did you mean FLANNELD_ETCD_PASSWORD?",
+				"environment variable FLANNELD_HEALTH_PORT is ignored: there is no such setting, " +
+					"did you mean FLANNELD_HEALTHZ_PORT?",
+				"environment variable FLANNELD_IFCE is ignored: there is no such setting, did you mean FLANNELD_IFACE?",
+				"environment variable FLANNELD_ZZZ is ignored: there is no such setting",
 			}
 		}},
 		{name: "service links", env: []string{
-			"FLANNELD_SERVICE_HOST=10.3.0.7", "FLANNELD_SERVICE_PORT=8080", "FLANNELD_SERVICE_PORT_METRICS=8080", "FLANNELD_PORT=tcp://10.3.0.7:8080",
-			"FLANNELD_PORT_8285_UDP=udp://10.3.0.7:8285", "FLANNELD_PORT_8285_UDP_PROTO=udp", "FLANNELD_PORT_8285_UDP_PORT=8285", "FLANNELD_PORT_8285_UDP_ADDR=10.3.0.7",
-			"FLANNELD_HEALTHZ_SERVICE_HOST=10.3.0.8", "FLANNELD_HEALTHZ_PORT=tcp://10.3.0.8:8080", "FLANNELD_HEALTHZ_PORT_8080_TCP_ADDR=10.3.0.8",
+			"FLANNELD_SERVICE_HOST=10.3.0.7", "FLANNELD_SERVICE_PORT=8080", "FLANNELD_SERVICE_PORT_METRICS=8080",
+			"FLANNELD_PORT=tcp://10.3.0.7:8080",
+			"FLANNELD_PORT_8285_UDP=udp://10.3.0.7:8285", "FLANNELD_PORT_8285_UDP_PROTO=udp",
+			"FLANNELD_PORT_8285_UDP_PORT=8285", "FLANNELD_PORT_8285_UDP_ADDR=10.3.0.7",
+			"FLANNELD_HEALTHZ_SERVICE_HOST=10.3.0.8", "FLANNELD_HEALTHZ_PORT=tcp://10.3.0.8:8080",
+			"FLANNELD_HEALTHZ_PORT_8080_TCP_ADDR=10.3.0.8",
 		}, want: func(*Options) {}},
-		{name: "etcd", args: []string{"--etcd-endpoints=https://e1.example.com:2379/, http://[2001:db8::1]:2379,unix:///run/etcd.sock", "--etcd-prefix=a/b//", "--etcd-username=u", "--etcd-password=p=:@ w"}, want: func(o *Options) {
-			o.EtcdEndpoints = []string{"https://e1.example.com:2379", "http://[2001:db8::1]:2379", "unix:///run/etcd.sock"}
-			o.EtcdPrefix, o.EtcdUsername, o.EtcdPassword = "/a/b", "u", "p=:@ w"
-		}},
-		{name: "files", args: []string{"--etcd-cafile=" + file, "--etcd-keyfile", file}, env: []string{"FLANNELD_ETCD_CERTFILE=" + file}, want: func(o *Options) {
-			o.EtcdCAFile, o.EtcdKeyFile, o.EtcdCertFile = file, file, file
-		}},
-		{name: "endpoints without a scheme", args: []string{"--etcd-endpoints=127.0.0.1:2379,[2001:db8::1]:2379"}, want: func(o *Options) {
-			o.EtcdEndpoints = []string{"http://127.0.0.1:2379", "http://[2001:db8::1]:2379"}
-		}},
-		{name: "the same, with TLS", args: []string{"--etcd-endpoints=etcd.example.com:2379", "--etcd-cafile=" + file}, want: func(o *Options) {
-			o.EtcdEndpoints, o.EtcdCAFile = []string{"https://etcd.example.com:2379"}, file
-		}},
+		{name: "etcd",
+			args: []string{"--etcd-endpoints=https://e1.example.com:2379/, http://[2001:db8::1]:2379,unix:///run/etcd.sock",
+				"--etcd-prefix=a/b//", "--etcd-username=u", "--etcd-password=p=:@ w"}, want: func(o *Options) {
+				o.EtcdEndpoints = []string{"https://e1.example.com:2379", "http://[2001:db8::1]:2379", "unix:///run/etcd.sock"}
+				o.EtcdPrefix, o.EtcdUsername, o.EtcdPassword = "/a/b", "u", "p=:@ w"
+			}},
+		{name: "files", args: []string{"--etcd-cafile=" + file, "--etcd-keyfile", file},
+			env: []string{"FLANNELD_ETCD_CERTFILE=" + file},
+			want: func(o *Options) {
+				o.EtcdCAFile, o.EtcdKeyFile, o.EtcdCertFile = file, file, file
+			}},
+		{name: "endpoints without a scheme", args: []string{"--etcd-endpoints=127.0.0.1:2379,[2001:db8::1]:2379"},
+			want: func(o *Options) {
+				o.EtcdEndpoints = []string{"http://127.0.0.1:2379", "http://[2001:db8::1]:2379"}
+			}},
+		{name: "the same, with TLS", args: []string{"--etcd-endpoints=etcd.example.com:2379", "--etcd-cafile=" + file},
+			want: func(o *Options) {
+				o.EtcdEndpoints, o.EtcdCAFile = []string{"https://etcd.example.com:2379"}, file
+			}},
 		{name: "a CA alone", args: []string{"--etcd-cafile=" + file}, want: func(o *Options) { o.EtcdCAFile = file }},
-		{name: "what Kubernetes does not use is not looked at", args: []string{"--kube-subnet-mgr", "--etcd-cafile=/nowhere", "--etcd-username=u"}, want: func(o *Options) {
-			o.KubeSubnetMgr, o.EtcdCAFile, o.EtcdUsername = true, "/nowhere", "u"
+		{name: "what Kubernetes does not use is not checked",
+			args: []string{"--kube-subnet-mgr", "--etcd-cafile=/nowhere", "--etcd-username=u"},
+			want: func(o *Options) {
+				o.KubeSubnetMgr, o.EtcdCAFile, o.EtcdUsername = true, "/nowhere", "u"
+			}},
+		{name: "nor what etcd does not use", args: []string{"--kubeconfig-file=/nowhere"},
+			want: func(o *Options) { o.KubeconfigFile = "/nowhere" }},
+		{name: "Kubernetes", args: []string{"--kube-subnet-mgr", "--kube-api-url=https://api.example.com/k8s",
+			"--kubeconfig-file=" + file, "--net-config-path=/x", "--kube-annotation-prefix=example.com/flannel"},
+			want: func(o *Options) {
+				o.KubeSubnetMgr, o.KubeAPIURL, o.KubeconfigFile, o.NetConfigPath, o.KubeAnnotationPrefix = true,
+					"https://api.example.com/k8s", file, "/x", "example.com/flannel-"
+			}},
+		{name: "annotation prefix with a dash", args: []string{"--kube-annotation-prefix=example.com/flannel-"},
+			want: func(o *Options) { o.KubeAnnotationPrefix = "example.com/flannel-" }},
+		{name: "annotation prefix with a slash", args: []string{"--kube-annotation-prefix=example.com/"},
+			want: func(o *Options) { o.KubeAnnotationPrefix = "example.com/" }},
+		{name: "numbers", args: []string{"--subnet-lease-renew-margin=1439", "--iptables-resync=60", "--kernel-resync=7",
+			"--healthz-port=65535", "--healthz-ip=::"}, want: func(o *Options) {
+			o.LeaseRenewMargin, o.RulesResync, o.KernelResync, o.HealthzPort, o.HealthzIP = 1439*time.Minute, time.Minute,
+				7*time.Second, 65535, netip.IPv6Unspecified()
 		}},
-		{name: "nor what etcd does not use", args: []string{"--kubeconfig-file=/nowhere"}, want: func(o *Options) { o.KubeconfigFile = "/nowhere" }},
-		{name: "Kubernetes", args: []string{"--kube-subnet-mgr", "--kube-api-url=https://api.example.com/k8s", "--kubeconfig-file=" + file, "--net-config-path=/x", "--kube-annotation-prefix=example.com/flannel"}, want: func(o *Options) {
-			o.KubeSubnetMgr, o.KubeAPIURL, o.KubeconfigFile, o.NetConfigPath, o.KubeAnnotationPrefix = true, "https://api.example.com/k8s", file, "/x", "example.com/flannel-"
-		}},
-		{name: "annotation prefix with a dash", args: []string{"--kube-annotation-prefix=example.com/flannel-"}, want: func(o *Options) { o.KubeAnnotationPrefix = "example.com/flannel-" }},
-		{name: "annotation prefix with a slash", args: []string{"--kube-annotation-prefix=example.com/"}, want: func(o *Options) { o.KubeAnnotationPrefix = "example.com/" }},
-		{name: "numbers", args: []string{"--subnet-lease-renew-margin=1439", "--iptables-resync=60", "--kernel-resync=7", "--healthz-port=65535", "--healthz-ip=::"}, want: func(o *Options) {
-			o.LeaseRenewMargin, o.RulesResync, o.KernelResync, o.HealthzPort, o.HealthzIP = 1439*time.Minute, time.Minute, 7*time.Second, 65535, netip.IPv6Unspecified()
-		}},
-		{name: "addresses", args: []string{"--public-ip=198.18.0.1", "--public-ipv6=2001:DB8::0001", "--iface-can-reach=2001:db8::2"}, want: func(o *Options) {
-			o.Uplink.PublicIP, o.Uplink.PublicIPv6, o.Uplink.CanReach = ip("198.18.0.1"), ip("2001:db8::1"), ip("2001:db8::2")
-		}},
+		{name: "addresses",
+			args: []string{"--public-ip=198.18.0.1", "--public-ipv6=2001:DB8::0001", "--iface-can-reach=2001:db8::2"},
+			want: func(o *Options) {
+				o.Uplink.PublicIP, o.Uplink.PublicIPv6, o.Uplink.CanReach = ip("198.18.0.1"), ip("2001:db8::1"), ip("2001:db8::2")
+			}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			got, err := Parse(c.args, c.env)
@@ -154,7 +199,11 @@ func TestParseOptionsError(t *testing.T) {
 	if err := os.WriteFile(file, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	const lists = " --help lists the flags"
+	const (
+		giveURLs      = ": give one or more URLs such as http://127.0.0.1:2379, separated by commas"
+		lists         = " --help lists the flags"
+		ofAnnotations = " of annotations: DOMAIN or DOMAIN/NAME, such as flannel.alpha.coreos.com or example.com/flannel"
+	)
 	for _, c := range []struct{ args, env, want string }{ // args and env are split at |
 		{args: "--ifce=eth0", want: "unknown flag --ifce: did you mean --iface?" + lists},
 		{args: "-ip_masq", want: "unknown flag --ip_masq: did you mean --ip-masq?" + lists},
@@ -164,66 +213,99 @@ func TestParseOptionsError(t *testing.T) {
 		{args: "---etcd-password=hunter2", want: "---etcd-password is not a flag:" + lists},
 		{args: "--iface", want: "--iface needs a value: --iface=NAME|IP"},
 		{args: "-iface", want: "--iface needs a value: --iface=NAME|IP"},
-		{args: "eth0", want: `"eth0" belongs to no flag: give values as --name=value, and those with spaces in quotes`},
-		{args: "--ip-masq|false", want: `"false" belongs to no flag: give values as --name=value, and those with spaces in quotes`},
-		{args: "--ip-masq|--|--iface=eth0", want: `"--iface=eth0" belongs to no flag: give values as --name=value, and those with spaces in quotes`},
-		{args: "--etcd-password=my|hunter2", want: `<redacted> belongs to no flag: give values as --name=value, and those with spaces in quotes`},
-		{args: "-etcd-password|my|own|hunter2", want: `<redacted> belongs to no flag: give values as --name=value, and those with spaces in quotes`},
-		{args: "--ip-masq=yes", want: `--ip-masq: "yes" is neither true nor false`},
-		{env: "FLANNELD_IP_MASQ=yes", want: `FLANNELD_IP_MASQ: "yes" is neither true nor false`},
-		{args: "--healthz-port=abc", want: `--healthz-port: "abc" is not a port number: 0 (off) to 65535`},
-		{args: "-healthz-port=65536", want: `--healthz-port: "65536" is not a port number: 0 (off) to 65535`},
-		{args: "--healthz-port=-1", want: `--healthz-port: "-1" is not a port number: 0 (off) to 65535`},
-		{args: "--healthz-port=", want: `--healthz-port: "" is not a port number: 0 (off) to 65535`},
-		{env: "FLANNELD_HEALTHZ_PORT=abc", want: `FLANNELD_HEALTHZ_PORT: "abc" is not a port number: 0 (off) to 65535`},
-		{args: "--healthz-ip=localhost", want: `--healthz-ip: "localhost" is not an IP address such as 192.0.2.7 or 2001:db8::7`},
-		{args: "--subnet-lease-renew-margin=0", want: `--subnet-lease-renew-margin: "0" is not a number of minutes: 1 to 1439`},
-		{args: "--subnet-lease-renew-margin=1440", want: `--subnet-lease-renew-margin: "1440" is not a number of minutes: 1 to 1439`},
-		{args: "--subnet-lease-renew-margin=60m", want: `--subnet-lease-renew-margin: "60m" is not a number of minutes: 1 to 1439`},
+		{args: "eth0", want: `"eth0" belongs to no flag: give values as --name=value, and values with spaces in quotes`},
+		{args: "--ip-masq|false",
+			want: `"false" belongs to no flag: give values as --name=value, and values with spaces in quotes`},
+		{args: "--ip-masq|--|--iface=eth0",
+			want: `"--iface=eth0" belongs to no flag: give values as --name=value, and values with spaces in quotes`},
+		{args: "--etcd-password=my|hunter2",
+			want: `<redacted> belongs to no flag: give values as --name=value, and values with spaces in quotes`},
+		{args: "-etcd-password|my|own|hunter2",
+			want: `<redacted> belongs to no flag: give values as --name=value, and values with spaces in quotes`},
+		{args: "--ip-masq=yes", want: `--ip-masq: "yes" is not true or false`},
+		{env: "FLANNELD_IP_MASQ=yes", want: `FLANNELD_IP_MASQ: "yes" is not true or false`},
+		{args: "--healthz-port=abc", want: `--healthz-port: "abc" is not a port number: 0 (disabled) to 65535`},
+		{args: "-healthz-port=65536", want: `--healthz-port: "65536" is not a port number: 0 (disabled) to 65535`},
+		{args: "--healthz-port=-1", want: `--healthz-port: "-1" is not a port number: 0 (disabled) to 65535`},
+		{args: "--healthz-port=", want: `--healthz-port: "" is not a port number: 0 (disabled) to 65535`},
+		{env: "FLANNELD_HEALTHZ_PORT=abc", want: `FLANNELD_HEALTHZ_PORT: "abc" is not a port number: 0 (disabled) to 65535`},
+		{args: "--healthz-ip=localhost",
+			want: `--healthz-ip: "localhost" is not an IP address such as 192.0.2.7 or 2001:db8::7`},
+		{args: "--subnet-lease-renew-margin=0",
+			want: `--subnet-lease-renew-margin: "0" is not a number of minutes: 1 to 1439`},
+		{args: "--subnet-lease-renew-margin=1440",
+			want: `--subnet-lease-renew-margin: "1440" is not a number of minutes: 1 to 1439`},
+		{args: "--subnet-lease-renew-margin=60m",
+			want: `--subnet-lease-renew-margin: "60m" is not a number of minutes: 1 to 1439`},
 		{args: "--iptables-resync=0", want: `--iptables-resync: "0" is not a number of seconds: 1 or more`},
 		{args: "--kernel-resync=0", want: `--kernel-resync: "0" is not a number of seconds: 1 or more`},
-		{args: "--iptables-resync=99999999999", want: `--iptables-resync: "99999999999" is not a number of seconds: 1 or more`},
+		{args: "--iptables-resync=99999999999",
+			want: `--iptables-resync: "99999999999" is not a number of seconds: 1 or more`},
 		{args: "--public-ip=2001:db8::1", want: `--public-ip: "2001:db8::1" is not an IPv4 address`},
 		{args: "--public-ip=0.0.0.0", want: `--public-ip: "0.0.0.0" is not an address that peers can reach this node at`},
 		{args: "--public-ipv6=198.18.0.1", want: `--public-ipv6: "198.18.0.1" is not an IPv6 address`},
 		{args: "--public-ipv6=::ffff:198.18.0.1", want: `--public-ipv6: "::ffff:198.18.0.1" is not an IPv6 address`},
 		{args: "--public-ipv6=fe80::1", want: `--public-ipv6: "fe80::1" is not an address that peers can reach this node at`},
-		{args: "--iface-can-reach=example.com", want: `--iface-can-reach: "example.com" is not an IP address such as 192.0.2.7 or 2001:db8::7`},
-		{args: "--iface-regex=eth[0", want: `--iface-regex: "eth[0" is not a regular expression of RE2's syntax: missing closing ]`},
-		{env: "FLANNELD_IFACE_REGEX=(?!x)", want: `FLANNELD_IFACE_REGEX: "(?!x)" is not a regular expression of RE2's syntax: invalid or unsupported Perl syntax`},
-		{args: "--etcd-endpoints=localhost", want: `--etcd-endpoints: "localhost" is not a URL: http://HOST:PORT, https://HOST:PORT or unix:///PATH`},
-		{args: "--etcd-endpoints=ftp://h:1", want: `--etcd-endpoints: "ftp://h:1" is not a URL: http://HOST:PORT, https://HOST:PORT or unix:///PATH`},
-		{args: "--etcd-endpoints=", want: `--etcd-endpoints: "" lacks a URL: one or more such as http://127.0.0.1:2379, separated by commas`},
-		{args: "--etcd-endpoints=http://a:1,", want: `--etcd-endpoints: "http://a:1," lacks a URL: one or more such as http://127.0.0.1:2379, separated by commas`},
-		{args: "--etcd-endpoints=http://a:1,https://etcd", want: `--etcd-endpoints: "https://etcd" lacks a host or a port: https://127.0.0.1:2379, for example`},
+		{args: "--iface-can-reach=example.com",
+			want: `--iface-can-reach: "example.com" is not an IP address such as 192.0.2.7 or 2001:db8::7`},
+		{args: "--iface-regex=eth[0",
+			want: `--iface-regex: "eth[0" is not a regular expression in RE2 syntax: missing closing ]`},
+		{env: "FLANNELD_IFACE_REGEX=(?!x)",
+			want: `FLANNELD_IFACE_REGEX: "(?!x)" is not a regular expression in RE2 syntax: invalid or unsupported Perl syntax`},
+		{args: "--etcd-endpoints=localhost",
+			want: `--etcd-endpoints: "localhost" is not a URL: http://HOST:PORT, https://HOST:PORT or unix:///PATH`},
+		{args: "--etcd-endpoints=ftp://h:1",
+			want: `--etcd-endpoints: "ftp://h:1" is not a URL: http://HOST:PORT, https://HOST:PORT or unix:///PATH`},
+		{args: "--etcd-endpoints=",
+			want: `--etcd-endpoints: "" has an empty URL` + giveURLs},
+		{args: "--etcd-endpoints=http://a:1,",
+			want: `--etcd-endpoints: "http://a:1," has an empty URL` + giveURLs},
+		{args: "--etcd-endpoints=http://a:1,https://etcd",
+			want: `--etcd-endpoints: "https://etcd" has no host or no port: https://127.0.0.1:2379, for example`},
 		{args: "--etcd-endpoints=http://a:70000", want: `--etcd-endpoints: "http://a:70000" has no valid port: 1 to 65535`},
-		{args: "--etcd-endpoints=http://a:1/v2", want: `--etcd-endpoints: "http://a:1/v2" goes on after the port: should it be http://a:1?`},
-		{args: "--etcd-endpoints=http://u:hunter2@a:1", want: `--etcd-endpoints: "...@a:1" holds a user name: use --etcd-username and --etcd-password`},
-		{args: "--etcd-endpoints=http://u:hunter2%zz@a:1", want: `--etcd-endpoints: "...@a:1" is not a URL: http://HOST:PORT, https://HOST:PORT or unix:///PATH`},
+		{args: "--etcd-endpoints=http://a:1/v2",
+			want: `--etcd-endpoints: "http://a:1/v2" has more after the port: did you mean http://a:1?`},
+		{args: "--etcd-endpoints=http://u:hunter2@a:1",
+			want: `--etcd-endpoints: "...@a:1" contains a user name: use --etcd-username and --etcd-password`},
+		{args: "--etcd-endpoints=http://u:hunter2%zz@a:1",
+			want: `--etcd-endpoints: "...@a:1" is not a URL: http://HOST:PORT, https://HOST:PORT or unix:///PATH`},
 		{args: "--etcd-prefix=/", want: `--etcd-prefix: "/" is not a key: /coreos.com/network, for example`},
 		{args: "--etcd-prefix=", want: `--etcd-prefix: "" is not a key: /coreos.com/network, for example`},
-		{args: "--etcd-keyfile=" + file, want: "--etcd-keyfile is given without --etcd-certfile: set both, or neither"},
-		{env: "FLANNELD_ETCD_CERTFILE=" + file, want: "FLANNELD_ETCD_CERTFILE is given without --etcd-keyfile: set both, or neither"},
-		{args: "--etcd-username=u", want: "--etcd-username is given without --etcd-password: set both, or neither"},
-		{env: "FLANNELD_ETCD_PASSWORD=hunter2", want: "FLANNELD_ETCD_PASSWORD is given without --etcd-username: set both, or neither"},
-		{args: "--etcd-cafile=/nowhere/ca.pem", want: "--etcd-cafile: cannot read the file: open /nowhere/ca.pem: no such file or directory"},
-		{args: "--etcd-certfile=/nowhere/c.pem|--etcd-keyfile=" + file, want: "--etcd-certfile: cannot read the file: open /nowhere/c.pem: no such file or directory"},
-		{args: "--etcd-keyfile=/nowhere/k.pem|--etcd-certfile=" + file, want: "--etcd-keyfile: cannot read the file: open /nowhere/k.pem: no such file or directory"},
+		{args: "--etcd-keyfile=" + file, want: "--etcd-keyfile is set without --etcd-certfile: set both, or neither"},
+		{env: "FLANNELD_ETCD_CERTFILE=" + file,
+			want: "FLANNELD_ETCD_CERTFILE is set without --etcd-keyfile: set both, or neither"},
+		{args: "--etcd-username=u", want: "--etcd-username is set without --etcd-password: set both, or neither"},
+		{env: "FLANNELD_ETCD_PASSWORD=hunter2",
+			want: "FLANNELD_ETCD_PASSWORD is set without --etcd-username: set both, or neither"},
+		{args: "--etcd-cafile=/nowhere/ca.pem",
+			want: "--etcd-cafile: cannot read the file: open /nowhere/ca.pem: no such file or directory"},
+		{args: "--etcd-certfile=/nowhere/c.pem|--etcd-keyfile=" + file,
+			want: "--etcd-certfile: cannot read the file: open /nowhere/c.pem: no such file or directory"},
+		{args: "--etcd-keyfile=/nowhere/k.pem|--etcd-certfile=" + file,
+			want: "--etcd-keyfile: cannot read the file: open /nowhere/k.pem: no such file or directory"},
 		{env: "FLANNELD_ETCD_CAFILE=/", want: "FLANNELD_ETCD_CAFILE: / is a directory, not a file"},
-		{args: "--kube-subnet-mgr|--kubeconfig-file=/nowhere/k", want: "--kubeconfig-file: cannot read the file: open /nowhere/k: no such file or directory"},
-		{args: "--pprof", want: `--pprof is served on --healthz-port, which is off: give that too`},
-		{args: "--iface-node-address", want: `--iface-node-address is of use only with --kube-subnet-mgr: give --iface instead`},
-		{args: "--kube-subnet-mgr|--iface-node-address|--iface=eth0", want: `--iface and --iface-node-address each choose the uplink: give one of them alone`},
-		{args: "--kube-subnet-mgr|--iface-node-address", env: "FLANNELD_IFACE_REGEX=^eth", want: `FLANNELD_IFACE_REGEX and --iface-node-address each choose the uplink: give one of them alone`},
-		{args: "--kube-subnet-mgr|--iface-can-reach=192.0.2.1", env: "FLANNELD_IFACE_NODE_ADDRESS=true", want: `--iface-can-reach and FLANNELD_IFACE_NODE_ADDRESS each choose the uplink: give one of them alone`},
-		{args: "--kube-api-url=api.example.com", want: `--kube-api-url: "api.example.com" is not a URL: https://HOST:PORT, or http`},
-		{args: "--kube-api-url=https://u:hunter2@api", want: `--kube-api-url: "...@api" holds a user name: credentials belong into --kubeconfig-file`},
-		{args: "--kube-annotation-prefix=a/b/c", want: `--kube-annotation-prefix: "a/b/c" is not a prefix of annotations: DOMAIN or DOMAIN/NAME, such as flannel.alpha.coreos.com or example.com/flannel`},
-		{args: "--kube-annotation-prefix=/x", want: `--kube-annotation-prefix: "/x" is not a prefix of annotations: DOMAIN or DOMAIN/NAME, such as flannel.alpha.coreos.com or example.com/flannel`},
-		{args: "--kube-annotation-prefix=Example.com", want: `--kube-annotation-prefix: "Example.com" is not a prefix of annotations: DOMAIN or DOMAIN/NAME, such as flannel.alpha.coreos.com or example.com/flannel`},
-		{args: "--kube-annotation-prefix=a/" + strings.Repeat("x", 43), want: `--kube-annotation-prefix: "a/` + strings.Repeat("x", 43) + `" is not a prefix of annotations: DOMAIN or DOMAIN/NAME, such as flannel.alpha.coreos.com or example.com/flannel`},
-		{args: "--subnet-file=", want: "--subnet-file: the path of a file is missing"},
-		{args: "--net-config-path=", want: "--net-config-path: the path of a file is missing"},
+		{args: "--kube-subnet-mgr|--kubeconfig-file=/nowhere/k",
+			want: "--kubeconfig-file: cannot read the file: open /nowhere/k: no such file or directory"},
+		{args: "--pprof", want: `--pprof needs --healthz-port, which is 0 (disabled): set both`},
+		{args: "--iface-node-address", want: `--iface-node-address works only with --kube-subnet-mgr: use --iface instead`},
+		{args: "--kube-subnet-mgr|--iface-node-address|--iface=eth0",
+			want: `--iface and --iface-node-address both choose the uplink: give only one of them`},
+		{args: "--kube-subnet-mgr|--iface-node-address", env: "FLANNELD_IFACE_REGEX=^eth",
+			want: `FLANNELD_IFACE_REGEX and --iface-node-address both choose the uplink: give only one of them`},
+		{args: "--kube-subnet-mgr|--iface-can-reach=192.0.2.1", env: "FLANNELD_IFACE_NODE_ADDRESS=true",
+			want: `--iface-can-reach and FLANNELD_IFACE_NODE_ADDRESS both choose the uplink: give only one of them`},
+		{args: "--kube-api-url=api.example.com",
+			want: `--kube-api-url: "api.example.com" is not a URL: https://HOST:PORT or http://HOST:PORT`},
+		{args: "--kube-api-url=https://u:hunter2@api",
+			want: `--kube-api-url: "...@api" contains a user name: use --kubeconfig-file for credentials`},
+		{args: "--kube-annotation-prefix=a/b/c", want: `--kube-annotation-prefix: "a/b/c" is not a prefix` + ofAnnotations},
+		{args: "--kube-annotation-prefix=/x", want: `--kube-annotation-prefix: "/x" is not a prefix` + ofAnnotations},
+		{args: "--kube-annotation-prefix=Example.com",
+			want: `--kube-annotation-prefix: "Example.com" is not a prefix` + ofAnnotations},
+		{args: "--kube-annotation-prefix=a/" + strings.Repeat("x", 43),
+			want: `--kube-annotation-prefix: "a/` + strings.Repeat("x", 43) + `" is not a prefix` + ofAnnotations},
+		{args: "--subnet-file=", want: "--subnet-file: the value must be the path of a file"},
+		{args: "--net-config-path=", want: "--net-config-path: the value must be the path of a file"},
 		{args: "-v=abc", want: `--v: "abc" is not a log level: 0 or more`},
 		{args: "-v=-1", want: `--v: "-1" is not a log level: 0 or more`},
 		{args: "--vmodule=x", want: `--vmodule: "x" is not a list of files and log levels such as vxlan=4,kube*=2`},
@@ -253,7 +335,8 @@ func TestHelpAndVersion(t *testing.T) {
 		args string
 		want error
 	}{
-		{"--help", ErrHelp}, {"-help", ErrHelp}, {"-h", ErrHelp}, {"--ip-masq -h", ErrHelp}, {"--help --version", ErrHelp}, {"help --help", ErrHelp},
+		{"--help", ErrHelp}, {"-help", ErrHelp}, {"-h", ErrHelp}, {"--ip-masq -h", ErrHelp}, {"--help --version", ErrHelp},
+		{"help --help", ErrHelp},
 		{"--version", ErrVersion}, {"-version", ErrVersion}, {"--version=true", ErrVersion}, {"--version=false", nil},
 	} {
 		// A broken environment must not be in the way.
@@ -288,14 +371,23 @@ func TestHelpText(t *testing.T) {
 
 func TestRedacted(t *testing.T) {
 	o, err := Parse(
-		[]string{"--iface=eth0", "--iface=eth1", "-ip-masq", "--healthz-port=0", "--etcd-username=u", "--etcd-prefix=/c", "--etcd-prefix=/a", "--iface-regex="},
+		[]string{"--iface=eth0", "--iface=eth1", "-ip-masq", "--healthz-port=0", "--etcd-username=u", "--etcd-prefix=/c",
+			"--etcd-prefix=/a", "--iface-regex="},
 		[]string{"FLANNELD_ETCD_PASSWORD=hunter2", "FLANNELD_IPTABLES_RESYNC=60", "FLANNELD_ETCD_PREFIX=/b"})
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := []string{"--etcd-prefix=/a", "--etcd-username=u", "--etcd-password=<redacted>", "--iface=eth0", "--iface=eth1", "--ip-masq=true", "--iptables-resync=60"}
+	want := []string{"--etcd-prefix=/a", "--etcd-username=u", "FLANNELD_ETCD_PASSWORD=<redacted>", "--iface=eth0",
+		"--iface=eth1", "--ip-masq=true", "--iptables-resync=60"}
 	if got := o.Redacted(); !slices.Equal(got, want) {
 		t.Errorf("got  %q\nwant %q", got, want)
+	}
+	o2, err := Parse([]string{"--etcd-username=u", "--etcd-password=hunter2"}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := o2.Redacted(); !slices.Equal(got, []string{"--etcd-username=u", "--etcd-password=<redacted>"}) {
+		t.Errorf("with a password on the command line: %q", got)
 	}
 	if o.EtcdPassword != "hunter2" {
 		t.Error("the password itself is lost")

@@ -8,8 +8,7 @@ import (
 	"github.com/flanneld/flanneld/pkg/pagetest"
 )
 
-// reference is the part of the documentation that tells of the flags, from
-// their table.
+// reference returns the part of the documentation that lists the flags, made from their table.
 func reference() string {
 	var b strings.Builder
 	for _, g := range flags(&Options{}) {
@@ -33,7 +32,7 @@ func reference() string {
 	return b.String()
 }
 
-// The documentation lists the flags as they are.
+// TestReference checks that the documentation lists all flags.
 func TestReference(t *testing.T) {
 	pagetest.Part(t, "../../../Documentation/configuration.md", "flags", reference(), *update)
 }

@@ -8,7 +8,7 @@ import (
 	"testing"
 )
 
-// TestMain makes the test's program the daemon itself, where a test asks for it.
+// TestMain runs the daemon in place of the tests if TEST_IS_FLANNELD is set, as start does.
 func TestMain(m *testing.M) {
 	if os.Getenv("TEST_IS_FLANNELD") == "" {
 		os.Exit(m.Run())
@@ -16,8 +16,7 @@ func TestMain(m *testing.M) {
 	main()
 }
 
-// start starts flanneld, which is killed when ctx ends, and returns what it says,
-// line by line.
+// start starts flanneld, which is killed when ctx ends, and returns a scanner of the lines that flanneld logs.
 func start(ctx context.Context, t *testing.T, env []string, args ...string) (*exec.Cmd, *bufio.Scanner) {
 	t.Helper()
 	cmd := exec.CommandContext(ctx, os.Args[0], args...)

@@ -1,8 +1,7 @@
-// The processors are counted once, not again each second.
+// Without this setting, the Go runtime counts the processors again each second.
 //go:debug updatemaxprocs=0
 
-// Command flanneld leases a subnet for this node and keeps the way to the other
-// nodes' subnets open.
+// Command flanneld leases a subnet for this node, and connects the subnet with the subnets of the other nodes.
 package main
 
 import (
@@ -13,7 +12,6 @@ import (
 	"os/signal"
 	"runtime"
 	"runtime/debug"
-	"strings"
 	"syscall"
 
 	"k8s.io/klog/v2"
@@ -31,7 +29,7 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
 	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(50) // the node's memory is the pods'; collecting costs little where little changes
+		debug.SetGCPercent(50) // less memory, which is for pods; collecting costs little because little changes
 	}
 	o, err := settings.Parse(os.Args[1:], os.Environ())
 	switch {
@@ -47,12 +45,12 @@ func main() {
 	}
 	err = run(ctx, o)
 	if ctx.Err() != nil {
-		err = nil // whatever was under way has failed because it was to end
+		err = nil // the error follows from the signal
 	}
 	if err != nil {
-		klog.Errorf("flanneld cannot go on: %v", err)
+		klog.ErrorS(err, "flanneld cannot continue")
 	} else {
-		klog.Info("flanneld ends; the network stays as it is")
+		klog.InfoS("flanneld ends; the network stays as it is")
 	}
 	klog.Flush()
 	if err != nil {
@@ -61,9 +59,9 @@ func main() {
 }
 
 func run(ctx context.Context, o *settings.Options) error {
-	klog.Infof("flanneld %s, %s, %s", version, runtime.Version(), strings.Join(o.Redacted(), " "))
+	klog.InfoS("flanneld starts", "version", version, "go", runtime.Version(), "settings", o.String())
 	for _, w := range o.Warnings {
-		klog.Warning(w)
+		klog.ErrorS(nil, "Setting ignored", "reason", w)
 	}
 	manager, err := o.Manager(ctx)
 	if err != nil {

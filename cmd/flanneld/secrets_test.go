@@ -12,30 +12,30 @@ import (
 	"time"
 )
 
-// daemon runs flanneld at the highest log level until it
-// ends, or has said a text so often, and returns all that it said.
+// daemon runs flanneld at the highest log level until flanneld ends, or has logged a text so many times. daemon returns
+// the whole log.
 func daemon(t *testing.T, until string, times int, env []string, args ...string) string {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
 	cmd, lines := start(ctx, t, env, append(args, "-v=10")...)
-	var said strings.Builder
+	var logged strings.Builder
 	for lines.Scan() {
-		said.WriteString(lines.Text() + "\n")
+		logged.WriteString(lines.Text() + "\n")
 		if strings.Contains(lines.Text(), until) {
 			if times--; times == 0 {
 				cancel()
 			}
 		}
 	}
-	cmd.Wait() // killed, or ended as it should
+	cmd.Wait() // flanneld was killed, or has ended
 	if times > 0 {
-		t.Errorf("flanneld has not said %q:\n%s", until, &said)
+		t.Errorf("flanneld has not logged %q:\n%s", until, &logged)
 	}
-	return said.String()
+	return logged.String()
 }
 
-// Whatever goes wrong, and however much is logged, secrets are left out.
+// TestSecretsStayOut: no secret is logged, at any log level and with any error.
 func TestSecretsStayOut(t *testing.T) {
 	const secret = "hunter2" // aHVudGVyMg== in base64, and dTpodW50ZXIy with the user's name
 	refuses := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -51,7 +51,9 @@ func TestSecretsStayOut(t *testing.T) {
 	}
 	network := file("net-conf.json", `{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan"}}`)
 	kubeconfig := func(user string) []string {
-		text := fmt.Sprintf("apiVersion: v1\nkind: Config\nclusters: [{name: c, cluster: {server: %q}}]\nusers: [{name: u, user: %s}]\ncontexts: [{name: x, context: {cluster: c, user: u}}]\ncurrent-context: x\n", refuses.URL, user)
+		text := fmt.Sprintf("apiVersion: v1\nkind: Config\nclusters: [{name: c, cluster: {server: %q}}]\n"+
+			"users: [{name: u, user: %s}]\ncontexts: [{name: x, context: {cluster: c, user: u}}]\ncurrent-context: x\n",
+			refuses.URL, user)
 		return []string{"--kube-subnet-mgr", "--net-config-path=" + network, "--kubeconfig-file=" + file("kubeconfig", text)}
 	}
 	for _, c := range []struct {
@@ -60,19 +62,27 @@ func TestSecretsStayOut(t *testing.T) {
 		env, args   []string
 	}{
 		{name: "a password for etcd, in the environment", until: "etcd", times: 4,
-			env: []string{"FLANNELD_ETCD_USERNAME=u", "FLANNELD_ETCD_PASSWORD=" + secret}, args: []string{"--etcd-endpoints=" + refuses.URL}},
+			env:  []string{"FLANNELD_ETCD_USERNAME=u", "FLANNELD_ETCD_PASSWORD=" + secret},
+			args: []string{"--etcd-endpoints=" + refuses.URL}},
 		{name: "a password for etcd, on the command line", until: "etcd", times: 4,
 			args: []string{"--etcd-username=u", "--etcd-password=" + secret, "--etcd-endpoints=" + refuses.URL}},
-		{name: "a password in a URL", until: "contains a user name", times: 1, args: []string{"--etcd-endpoints=http://u:" + secret + "@127.0.0.1:2379"}},
-		{name: "a token for the API server", until: "provide credentials", times: 2, args: kubeconfig("{token: " + secret + "}")},
-		{name: "a password for the API server", until: "provide credentials", times: 2, args: kubeconfig("{username: u, password: " + secret + "}")},
+		{name: "a password in a URL", until: "contains a user name", times: 1,
+			args: []string{"--etcd-endpoints=http://u:" + secret + "@127.0.0.1:2379"}},
+		{name: "a token for the API server", until: "provide credentials", times: 2,
+			args: kubeconfig("{token: " + secret + "}")},
+		{name: "a password for the API server", until: "provide credentials", times: 2,
+			args: kubeconfig("{username: u, password: " + secret + "}")},
 		{name: "a malformed kubeconfig", until: "kubeconfig", times: 1, args: kubeconfig("{token: [" + secret + "]}")},
-		{name: "a key that is none", until: "flanneld", times: 1, args: kubeconfig("{client-certificate-data: aHVudGVyMg==, client-key-data: aHVudGVyMg==}")},
+		{name: "a malformed private key", until: "flanneld", times: 1,
+			args: kubeconfig("{client-certificate-data: aHVudGVyMg==, client-key-data: aHVudGVyMg==}")},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			env := append(c.env, "NODE_NAME=n1")
-			if said := daemon(t, c.until, c.times, env, c.args...); strings.Contains(said, secret) || strings.Contains(said, "aHVudGVyMg") || strings.Contains(said, "dTpodW50ZXIy") {
-				t.Errorf("flanneld gives away a secret:\n%s", said)
+			log := daemon(t, c.until, c.times, env, c.args...)
+			for _, text := range []string{secret, "aHVudGVyMg", "dTpodW50ZXIy"} {
+				if strings.Contains(log, text) {
+					t.Errorf("flanneld logs the secret, as %s:\n%s", text, log)
+				}
 			}
 		})
 	}

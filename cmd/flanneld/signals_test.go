@@ -12,8 +12,8 @@ import (
 	"time"
 )
 
-// silent returns the address of a server that accepts connections and never
-// answers, and a channel that is closed at the first of them.
+// silent returns the address of a server that accepts connections and sends nothing, and a channel that is closed when
+// the server accepts its first connection.
 func silent(t *testing.T) (address string, accepted <-chan struct{}) {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -40,7 +40,7 @@ func silent(t *testing.T) (address string, accepted <-chan struct{}) {
 	return l.Addr().String(), first
 }
 
-// refusing returns an address that nobody listens on.
+// refusing returns an address that no program listens on.
 func refusing(t *testing.T) string {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -51,11 +51,12 @@ func refusing(t *testing.T) string {
 	return l.Addr().String()
 }
 
-// An operator who ends flanneld while it starts is not told of an error. test/e2e has the
-// points that take a real store or a network namespace.
+// TestEndWhileStarting: flanneld logs no error if a signal ends it while it starts. test/e2e has the same for the steps
+// that need a real store or a network namespace.
 func TestEndWhileStarting(t *testing.T) {
 	network := filepath.Join(t.TempDir(), "net-conf.json")
-	if err := os.WriteFile(network, []byte(`{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan"}}`), 0o644); err != nil {
+	if err := os.WriteFile(network, []byte(`{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan"}}`),
+		0o644); err != nil {
 		t.Fatal(err)
 	}
 	kube := func(address string) []string {
@@ -66,15 +67,17 @@ func TestEndWhileStarting(t *testing.T) {
 		name   string
 		env    []string
 		store  func(address string) []string
-		silent bool   // it accepts connections; otherwise nobody is there
+		silent bool   // the server accepts connections; otherwise connections are refused
 		until  string // what is logged before the signal; empty: a connection is accepted
 	}{
-		{name: "nobody is where etcd should be", store: etcd, until: "read the network's configuration"},
-		{name: "etcd never answers", store: etcd, silent: true},
-		{name: "etcd never answers, with a password", store: etcd, silent: true, env: []string{"FLANNELD_ETCD_USERNAME=u", "FLANNELD_ETCD_PASSWORD=p"}},
-		{name: "nobody is where the API server should be", env: []string{"NODE_NAME=n1"}, store: kube, until: "API server"},
-		{name: "the API server never answers", env: []string{"NODE_NAME=n1"}, store: kube, silent: true},
-		{name: "the API server never says which Node the pod is on", env: []string{"POD_NAME=p", "POD_NAMESPACE=n"}, store: kube, silent: true},
+		{name: "etcd refuses connections", store: etcd, until: "read the network's configuration"},
+		{name: "etcd is silent", store: etcd, silent: true},
+		{name: "etcd is silent, with a password", store: etcd, silent: true,
+			env: []string{"FLANNELD_ETCD_USERNAME=u", "FLANNELD_ETCD_PASSWORD=p"}},
+		{name: "the API server refuses connections", env: []string{"NODE_NAME=n1"}, store: kube, until: "API server"},
+		{name: "the API server is silent", env: []string{"NODE_NAME=n1"}, store: kube, silent: true},
+		{name: "the API server is silent about the pod's Node", env: []string{"POD_NAME=p", "POD_NAMESPACE=n"},
+			store: kube, silent: true},
 	} {
 		for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGINT} {
 			t.Run(fmt.Sprintf("%s, %v", c.name, sig), func(t *testing.T) {
@@ -95,9 +98,9 @@ func TestEndWhileStarting(t *testing.T) {
 						}
 					}()
 				}
-				var said strings.Builder
+				var logged strings.Builder
 				for lines.Scan() {
-					said.WriteString(lines.Text() + "\n")
+					logged.WriteString(lines.Text() + "\n")
 					if c.until != "" && strings.Contains(lines.Text(), c.until) {
 						cmd.Process.Signal(sig)
 					}
@@ -105,52 +108,54 @@ func TestEndWhileStarting(t *testing.T) {
 				if err := cmd.Wait(); err != nil {
 					t.Errorf("flanneld: %v", err)
 				}
-				// After the signal nothing is an error; that nobody is there was one.
-				_, ending, _ := strings.Cut(said.String(), c.until)
+				// Errors before the signal are expected, as the store cannot be reached.
+				_, ending, _ := strings.Cut(logged.String(), c.until)
 				for line := range strings.Lines(ending) {
-					if strings.HasPrefix(line, "E") || strings.Contains(line, "cannot go on") {
-						t.Errorf("flanneld said: %s", line)
+					if strings.HasPrefix(line, "E") || strings.Contains(line, "cannot continue") {
+						t.Errorf("flanneld logged: %s", line)
 					}
 				}
 				if t.Failed() || !strings.Contains(ending, "flanneld ends") {
-					t.Errorf("all that it said:\n%s", &said)
+					t.Errorf("the whole log:\n%s", &logged)
 				}
 			})
 		}
 	}
 }
 
-// Before flanneld has come so far as to wait for signals, one of them ends it as
-// it does any program. There is no third way.
+// TestEndAtOnce: until flanneld handles signals, a signal ends it as any other program. Later, flanneld ends by itself.
 func TestEndAtOnce(t *testing.T) {
-	for _, pause := range []time.Duration{0, time.Millisecond, 5 * time.Millisecond, 20 * time.Millisecond, 50 * time.Millisecond} {
+	for _, ms := range []time.Duration{0, 1, 5, 20, 50} {
+		pause := ms * time.Millisecond
 		t.Run(pause.String(), func(t *testing.T) {
 			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 			defer cancel()
-			cmd, lines := start(ctx, t, nil, "--etcd-endpoints=http://"+refusing(t), "--subnet-file="+filepath.Join(t.TempDir(), "subnet.env"))
-			time.Sleep(pause) // what it has come to by then differs: any of it will do
+			cmd, lines := start(ctx, t, nil, "--etcd-endpoints=http://"+refusing(t),
+				"--subnet-file="+filepath.Join(t.TempDir(), "subnet.env"))
+			time.Sleep(pause) // flanneld may be at any step by then
 			cmd.Process.Signal(syscall.SIGTERM)
-			said := ""
+			logged := ""
 			for lines.Scan() {
-				said += lines.Text() + "\n"
+				logged += lines.Text() + "\n"
 			}
 			err := cmd.Wait()
 			status := cmd.ProcessState.Sys().(syscall.WaitStatus)
-			if by := status.Signaled() && status.Signal() == syscall.SIGTERM; err != nil && !by || strings.Contains(said, "cannot go on") {
-				t.Errorf("flanneld: %v\n%s", err, said)
+			bySignal := status.Signaled() && status.Signal() == syscall.SIGTERM
+			if err != nil && !bySignal || strings.Contains(logged, "cannot continue") {
+				t.Errorf("flanneld: %v\n%s", err, logged)
 			}
 			t.Logf("%v", cmd.ProcessState)
 		})
 	}
 }
 
-// SIGHUP asks for nothing that flanneld could do, and ends it as it does any
-// program.
+// TestHangUp: flanneld does not handle SIGHUP, which ends it as any other program.
 func TestHangUp(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	address, accepted := silent(t)
-	cmd, lines := start(ctx, t, nil, "--etcd-endpoints=http://"+address, "--subnet-file="+filepath.Join(t.TempDir(), "subnet.env"))
+	cmd, lines := start(ctx, t, nil, "--etcd-endpoints=http://"+address,
+		"--subnet-file="+filepath.Join(t.TempDir(), "subnet.env"))
 	go func() {
 		select {
 		case <-accepted:

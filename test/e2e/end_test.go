@@ -33,7 +33,7 @@ func endsWell(ctx context.Context, t *testing.T, n *lab.Node) {
 	labtest.Do(t, n.Stop(ctx))
 	ending := n.Log()[before:]
 	for line := range strings.Lines(ending) {
-		if strings.HasPrefix(line, "E") || strings.Contains(line, "cannot go on") {
+		if strings.HasPrefix(line, "E") || strings.Contains(line, "cannot continue") {
 			t.Errorf("%s has logged: %s", n.Hostname, line)
 		}
 	}

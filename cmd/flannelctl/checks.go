@@ -22,98 +22,104 @@ import (
 	"github.com/flanneld/flanneld/pkg/proc"
 )
 
-// showLog is where the daemon says more.
+// showLog is the command that shows the daemon's log.
 var showLog = []string{"journalctl -u flanneld -n 50    # in Kubernetes: kubectl -n kube-flannel logs ds/kube-flannel-ds"}
 
-func daemonDown(p *patient) []problem {
+func daemonDown(d *diagnosis) []problem {
 	pids := proc.Find("flanneld")
 	switch {
-	case p.daemonless == nil || p.direct && len(pids) > 0:
+	case d.daemonErr == nil || d.direct && len(pids) > 0:
 		return nil
 	case len(pids) == 0:
-		return []problem{{"flanneld does not run on this node: what changes, here or on other nodes, is not followed",
+		return []problem{{"flanneld does not run on this node: changes on this node and on other nodes have no effect",
 			[]string{"systemctl restart flanneld    # in Kubernetes: kubectl -n kube-flannel get pods -o wide"}}}
 	case proc.State(pids[0]) == 'T':
-		return []problem{{fmt.Sprintf("flanneld, process %d, is stopped by a signal", pids[0]), []string{fmt.Sprintf("kill -CONT %d", pids[0])}}}
-	case p.options.StatusSocket == "":
+		return []problem{{fmt.Sprintf("flanneld, process %d, is stopped by a signal", pids[0]),
+			[]string{fmt.Sprintf("kill -CONT %d", pids[0])}}}
+	case d.options.StatusSocket == "":
 		return nil
 	}
-	return []problem{{fmt.Sprintf("flanneld runs, process %d, but does not answer: %v", pids[0], p.daemonless), []string{"systemctl restart flanneld"}}}
+	return []problem{{fmt.Sprintf("flanneld runs, process %d, but does not reply: %v", pids[0], d.daemonErr),
+		[]string{"systemctl restart flanneld"}}}
 }
 
-func daemonWaiting(p *patient) []problem {
-	if !p.status.Daemon || p.status.Ready {
+func daemonWaiting(d *diagnosis) []problem {
+	if !d.status.Daemon || d.status.Ready {
 		return nil
 	}
-	return []problem{{"flanneld is not ready, it waits for " + p.status.Waiting, showLog}}
+	return []problem{{"flanneld is not ready: it waits for " + d.status.Waiting, showLog}}
 }
 
-func daemonError(p *patient) []problem {
+func daemonError(d *diagnosis) []problem {
 	var found []problem
-	for _, duty := range slices.Sorted(maps.Keys(p.status.Errors)) {
-		found = append(found, problem{duty + ": " + p.status.Errors[duty], showLog})
+	for _, duty := range slices.Sorted(maps.Keys(d.status.Errors)) {
+		found = append(found, problem{duty + ": " + d.status.Errors[duty], showLog})
 	}
-	if p.status.Daemon && p.status.Ready && !p.status.Rules.InPlace {
-		found = append(found, problem{"the rules of " + p.status.Rules.Mode + " cannot be set: the log says why", showLog})
+	if d.status.Daemon && d.status.Ready && !d.status.Rules.InPlace {
+		found = append(found, problem{"the rules of " + d.status.Rules.Mode + " cannot be set: the log has the reason",
+			showLog})
 	}
 	return found
 }
 
-func storeUnreachable(p *patient) []problem {
-	s := p.status.Store
+func storeUnreachable(d *diagnosis) []problem {
+	s := d.status.Store
 	if s.Trouble == "" {
 		return nil
 	}
-	return []problem{{s.Name + " cannot be used: " + s.Trouble + ". Pods go on talking; changes are not followed, and the lease may end", []string{s.Check}}}
+	return []problem{{s.Name + " cannot be used: " + s.Trouble + ". Pods still communicate, but changes have no effect, " +
+		"and the lease may end", []string{s.Check}}}
 }
 
-func leaseMissing(p *patient) []problem {
-	s := p.status
+func leaseMissing(d *diagnosis) []problem {
+	s := d.status
 	switch {
-	case s.Lease != nil || s.Store.Trouble != "" || s.Daemon: // which waits for it, or has an error
+	case s.Lease != nil || s.Store.Trouble != "" || s.Daemon: // daemon-waiting and daemon-error cover the daemon
 		return nil
 	case s.Uplink == nil:
-		return []problem{{"whether this node has a lease cannot be told: waiting for " + s.Waiting, nil}}
+		return []problem{{"it is unknown whether this node has a lease: waiting for " + s.Waiting, nil}}
 	}
-	return []problem{{"this node has no lease: its subnet may be given to another", []string{"systemctl restart flanneld"}}}
+	return []problem{{"this node has no lease: another node may get its subnet", []string{"systemctl restart flanneld"}}}
 }
 
-func leaseExpired(p *patient) []problem {
-	l := p.status.Lease
+func leaseExpired(d *diagnosis) []problem {
+	l := d.status.Lease
 	if l == nil || l.Expires.IsZero() || time.Until(l.Expires) > 0 {
 		return nil
 	}
-	return []problem{{fmt.Sprintf("the lease of %s has expired, %s ago: another node may get the subnet", join(l.Subnets), ago(l.Expires)), []string{"systemctl restart flanneld"}}}
+	return []problem{{fmt.Sprintf("the lease of %s expired %s ago: another node may get the subnet", join(l.Subnets),
+		ago(l.Expires)), []string{"systemctl restart flanneld"}}}
 }
 
-func peerLeftOut(p *patient) []problem {
+func peerLeftOut(d *diagnosis) []problem {
 	var found []problem
-	for _, l := range p.status.LeftOut {
-		found = append(found, problem{fmt.Sprintf("%s at %s: %s", join(l.Subnets), join(l.PublicIPs), l.Problem), []string{"flannelctl leases"}})
+	for _, l := range d.status.LeftOut {
+		found = append(found, problem{fmt.Sprintf("%s at %s: %s", join(l.Subnets), join(l.PublicIPs), l.Problem),
+			[]string{"flannelctl leases"}})
 	}
 	return found
 }
 
-func outOfSync(p *patient) []problem {
-	if p.status.Lease == nil {
+func outOfSync(d *diagnosis) []problem {
+	if d.status.Lease == nil {
 		return nil
 	}
-	commands, err := p.source.Diff(p.ctx)
-	if len(commands) > 0 && p.status.Daemon {
-		// It mends that now.
+	commands, err := d.source.Diff(d.ctx)
+	if len(commands) > 0 && d.status.Daemon {
+		// The daemon may be repairing the difference now.
 		select {
 		case <-time.After(time.Second):
-		case <-p.ctx.Done():
+		case <-d.ctx.Done():
 		}
-		commands, err = p.source.Diff(p.ctx)
+		commands, err = d.source.Diff(d.ctx)
 	}
 	switch {
 	case err != nil:
-		return []problem{{fmt.Sprintf("what the host lacks cannot be told: %v", err), showLog}}
+		return []problem{{fmt.Sprintf("actual and desired state cannot be compared: %v", err), showLog}}
 	case len(commands) == 0:
 		return nil
 	}
-	text := fmt.Sprintf("%d things differ from what is wanted", len(commands))
+	text := fmt.Sprintf("the actual state differs from the desired state: %d commands repair it", len(commands))
 	const few = 10
 	if len(commands) > few {
 		commands = append(commands[:few:few], "flannelctl diff    # shows all")
@@ -121,18 +127,18 @@ func outOfSync(p *patient) []problem {
 	return []problem{{text, commands}}
 }
 
-func subnetFile(p *patient) []problem {
-	if p.status.Lease == nil || p.status.SubnetFile.Written {
+func subnetFile(d *diagnosis) []problem {
+	if d.status.Lease == nil || d.status.SubnetFile.Written {
 		return nil
 	}
-	text := p.status.SubnetFile.Path + " does not say what it should"
-	if p.envErr != nil {
-		text = p.envErr.Error()
+	text := d.status.SubnetFile.Path + " has wrong contents"
+	if d.envErr != nil {
+		text = d.envErr.Error()
 	}
 	return []problem{{text + ": new pods get no address, or a wrong MTU", []string{"systemctl restart flanneld"}}}
 }
 
-// setting returns a file below /proc/sys, "" where there is none.
+// setting returns the contents of a file below /proc/sys, "" if there is no such file.
 func setting(name string) string {
 	text, err := os.ReadFile("/proc/sys/" + name)
 	if err != nil {
@@ -141,11 +147,11 @@ func setting(name string) string {
 	return strings.TrimSpace(string(text))
 }
 
-func (p *patient) has(family func(netip.Addr) bool) bool {
-	return slices.ContainsFunc(p.status.Network, func(n netip.Prefix) bool { return family(n.Addr()) })
+func (d *diagnosis) has(family func(netip.Addr) bool) bool {
+	return slices.ContainsFunc(d.status.Network, func(n netip.Prefix) bool { return family(n.Addr()) })
 }
 
-func ipForward(p *patient) []problem {
+func ipForward(d *diagnosis) []problem {
 	var found []problem
 	for _, f := range []struct {
 		family        string
@@ -155,15 +161,16 @@ func ipForward(p *patient) []problem {
 		{"IPv4", netip.Addr.Is4, "net/ipv4/ip_forward", "net.ipv4.ip_forward"},
 		{"IPv6", netip.Addr.Is6, "net/ipv6/conf/all/forwarding", "net.ipv6.conf.all.forwarding"},
 	} {
-		if p.has(f.is) && setting(f.file) != "1" {
-			found = append(found, problem{fmt.Sprintf("this host does not forward %s: pods reach nothing but their node", f.family), []string{"sysctl -w " + f.setting + "=1"}})
+		if d.has(f.is) && setting(f.file) != "1" {
+			found = append(found, problem{fmt.Sprintf("this host does not forward %s: pods reach only their own node",
+				f.family), []string{"sysctl -w " + f.setting + "=1"}})
 		}
 	}
 	return found
 }
 
-func brNetfilter(p *patient) []problem {
-	if p.status.Rules.Mode != "iptables" {
+func brNetfilter(d *diagnosis) []problem {
+	if d.status.Rules.Mode != "iptables" {
 		return nil
 	}
 	var fix []string
@@ -174,48 +181,52 @@ func brNetfilter(p *patient) []problem {
 		is   func(netip.Addr) bool
 		name string
 	}{{netip.Addr.Is4, "iptables"}, {netip.Addr.Is6, "ip6tables"}} {
-		if p.has(f.is) && setting("net/bridge/bridge-nf-call-"+f.name) != "1" {
+		if d.has(f.is) && setting("net/bridge/bridge-nf-call-"+f.name) != "1" {
 			fix = append(fix, "sysctl -w net.bridge.bridge-nf-call-"+f.name+"=1")
 		}
 	}
 	if fix == nil {
 		return nil
 	}
-	return []problem{{"iptables does not see what pods of this node send each other: services do not work among them", fix}}
+	return []problem{{"iptables does not see packets between pods of this node: services do not work between these pods",
+		fix}}
 }
 
-func rpFilter(p *patient) []problem {
-	if !p.has(netip.Addr.Is4) || p.status.Uplink == nil {
+func rpFilter(d *diagnosis) []problem {
+	if !d.has(netip.Addr.Is4) || d.status.Uplink == nil {
 		return nil
 	}
-	devices := []string{p.status.Uplink.Name}
-	for _, d := range p.status.Devices {
-		if slices.ContainsFunc(d.Addresses, func(a netip.Prefix) bool { return a.Addr().Is4() }) { // others carry no IPv4
-			devices = append(devices, d.Name)
+	devices := []string{d.status.Uplink.Name}
+	for _, dev := range d.status.Devices {
+		if slices.ContainsFunc(dev.Addresses,
+			func(a netip.Prefix) bool { return a.Addr().Is4() }) { // other devices carry no IPv4
+			devices = append(devices, dev.Name)
 		}
 	}
 	var found []problem
-	for _, d := range devices {
-		own := setting("net/ipv4/conf/" + d + "/rp_filter")
+	for _, dev := range devices {
+		own := setting("net/ipv4/conf/" + dev + "/rp_filter")
 		if own == "" || max(own, setting("net/ipv4/conf/all/rp_filter")) != "1" {
-			continue // 2 is loose, and the higher one counts
+			continue // 2 is loose mode, and the kernel uses the higher of the two values
 		}
-		found = append(found, problem{fmt.Sprintf("strict filtering of source addresses (rp_filter) on %s drops what comes in by another way than answers go out", d),
-			[]string{fmt.Sprintf("sysctl -w net/ipv4/conf/%s/rp_filter=2", d)}})
+		found = append(found,
+			problem{fmt.Sprintf("strict reverse path filtering (rp_filter) on %s drops packets that arrive by another device than the route back",
+				dev),
+				[]string{fmt.Sprintf("sysctl -w net/ipv4/conf/%s/rp_filter=2", dev)}})
 	}
 	return found
 }
 
-// bridge returns the device that holds this node's end of the subnet, as
-// subnet.env says; nil if there is none yet.
-func (p *patient) bridge() netlink.Link {
+// bridge returns the device with the first address of this node's subnet, which subnet.env names; nil if there is no
+// such device yet.
+func (d *diagnosis) bridge() netlink.Link {
 	addrs, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
-	if err != nil || p.envErr != nil {
+	if err != nil || d.envErr != nil {
 		return nil
 	}
 	for _, a := range addrs {
 		ip, _ := netip.AddrFromSlice(a.IP)
-		for _, s := range p.env.Subnets.Each() {
+		for _, s := range d.env.Subnets.Each() {
 			if s.Addr().Next() == ip.Unmap() {
 				if l, err := netlink.LinkByIndex(a.LinkIndex); err == nil {
 					return l
@@ -226,24 +237,24 @@ func (p *patient) bridge() netlink.Link {
 	return nil
 }
 
-func forwardDrop(p *patient) []problem {
-	if p.status.Lease == nil {
+func forwardDrop(d *diagnosis) []problem {
+	if d.status.Lease == nil {
 		return nil
 	}
-	inner, outer := "cni0", p.status.Uplink.Name
-	if l := p.bridge(); l != nil {
+	inner, outer := "cni0", d.status.Uplink.Name
+	if l := d.bridge(); l != nil {
 		inner = l.Attrs().Name
 	}
-	if len(p.status.Devices) > 0 {
-		outer = p.status.Devices[0].Name
+	if len(d.status.Devices) > 0 {
+		outer = d.status.Devices[0].Name
 	}
 	var found []problem
-	for _, s := range p.status.Lease.Subnets {
-		i := slices.IndexFunc(p.status.Network, func(n netip.Prefix) bool { return n.Contains(s.Addr()) })
+	for _, s := range d.status.Lease.Subnets {
+		i := slices.IndexFunc(d.status.Network, func(n netip.Prefix) bool { return n.Contains(s.Addr()) })
 		if i < 0 {
 			continue
 		}
-		network := p.status.Network[i]
+		network := d.status.Network[i]
 		here, there := s.Addr().Next(), network.Addr().Next()
 		out := packet{proto: "tcp", port: 40000, in: inner, out: outer, src: here, dst: there}
 		in := packet{proto: "tcp", port: 40000, in: outer, out: inner, src: there, dst: here}
@@ -251,32 +262,33 @@ func forwardDrop(p *patient) []problem {
 		if network.Addr().Is6() {
 			ip = "ip6"
 		}
-		for _, r := range p.rulesets {
+		for _, r := range d.rulesets {
 			if !r.filters(network.Addr()) || r.passes("forward", in) && r.passes("forward", out) {
 				continue
 			}
-			found = append(found, problem{fmt.Sprintf("%s drops what is forwarded from and to %s", r, network), []string{
-				r.insertAccept("forward", "-s "+network.String(), ip+" saddr "+network.String()),
-				r.insertAccept("forward", "-d "+network.String(), ip+" daddr "+network.String()),
-			}})
+			found = append(found, problem{fmt.Sprintf("%s drops packets that are forwarded from and to %s", r, network),
+				[]string{
+					r.insertAccept("forward", "-s "+network.String(), ip+" saddr "+network.String()),
+					r.insertAccept("forward", "-d "+network.String(), ip+" daddr "+network.String()),
+				}})
 		}
 	}
 	return found
 }
 
-func portBlocked(p *patient) []problem {
+func portBlocked(d *diagnosis) []problem {
 	var found []problem
-	for _, e := range p.status.Endpoints {
+	for _, e := range d.status.Endpoints {
 		what, iptables, nft := "IP protocol "+e.Protocol, "-p "+e.Protocol, "meta l4proto "+e.Protocol
 		if e.Port != 0 {
 			what = fmt.Sprintf("UDP port %d", e.Port)
 			iptables += fmt.Sprintf(" --dport %d", e.Port)
 			nft = fmt.Sprintf("udp dport %d", e.Port)
 		}
-		first := packet{proto: e.Protocol, port: e.Port, in: p.status.Uplink.Name, src: p.somePeer(e.Address), dst: e.Address}
-		for _, r := range p.rulesets {
+		first := packet{proto: e.Protocol, port: e.Port, in: d.status.Uplink.Name, src: d.somePeer(e.Address), dst: e.Address}
+		for _, r := range d.rulesets {
 			if r.filters(e.Address) && !r.passes("input", first) {
-				found = append(found, problem{fmt.Sprintf("%s drops what peers send to %s by %s", r, e.Address, what),
+				found = append(found, problem{fmt.Sprintf("%s drops packets of peers to %s, %s", r, e.Address, what),
 					[]string{r.insertAccept("input", iptables, nft)}})
 			}
 		}
@@ -284,9 +296,9 @@ func portBlocked(p *patient) []problem {
 	return found
 }
 
-// somePeer returns the address of a peer, or one that could be a peer's.
-func (p *patient) somePeer(like netip.Addr) netip.Addr {
-	for _, ip := range p.peers() {
+// somePeer returns the address of a peer, or an example if there is no peer.
+func (d *diagnosis) somePeer(like netip.Addr) netip.Addr {
+	for _, ip := range d.peers() {
 		if ip.Is4() == like.Is4() {
 			return ip
 		}
@@ -295,9 +307,9 @@ func (p *patient) somePeer(like netip.Addr) netip.Addr {
 }
 
 // peers returns the public addresses of all peers.
-func (p *patient) peers() []netip.Addr {
+func (d *diagnosis) peers() []netip.Addr {
 	var ips []netip.Addr
-	for _, l := range p.leases {
+	for _, l := range d.leases {
 		if !l.Own {
 			ips = append(ips, l.PublicIPs...)
 		}
@@ -305,17 +317,18 @@ func (p *patient) peers() []netip.Addr {
 	return ips
 }
 
-func portTaken(p *patient) []problem {
+func portTaken(d *diagnosis) []problem {
 	var found []problem
-	var seen []int                 // endpoints of both families have the same port
-	users, _ := kernel.PortUsers() // those that can be listed
+	var seen []int                 // the endpoints of IPv4 and IPv6 have the same port
+	users, _ := kernel.PortUsers() // on errors, the list is incomplete
 	for _, u := range users {
-		if !backend.Device(u.Device) && p.blockedBy(u) {
-			found = append(found, problem{fmt.Sprintf("the %s device %s uses UDP port %d: no device of flanneld can use the port beside it", u.Type, u.Device, u.Port),
-				[]string{"ip link del " + u.Device + "    # or set another port in the network configuration, for all nodes"}})
+		if !backend.Device(u.Device) && d.blockedBy(u) {
+			found = append(found, problem{fmt.Sprintf("the %s device %s uses UDP port %d, which flanneld's device needs",
+				u.Type, u.Device, u.Port),
+				[]string{"ip link del " + u.Device + "    # or set another Port in the network configuration, for all nodes"}})
 		}
 	}
-	for _, e := range p.status.Endpoints {
+	for _, e := range d.status.Endpoints {
 		if e.Port == 0 || slices.Contains(seen, e.Port) {
 			continue
 		}
@@ -325,40 +338,42 @@ func portTaken(p *patient) []problem {
 			if owner.name == "flanneld" || e.Program != "" && strings.HasPrefix(owner.name, e.Program) {
 				continue
 			}
-			found = append(found, problem{fmt.Sprintf("the program %s, process %d, listens on UDP port %d", owner.name, owner.pid, port),
+			found = append(found, problem{fmt.Sprintf("the program %s, process %d, listens on UDP port %d", owner.name,
+				owner.pid, port),
 				[]string{fmt.Sprintf("kill %d    # or set another Port in the network configuration, for all nodes", owner.pid)}})
 		}
 	}
 	return found
 }
 
-// blockedBy reports whether a device of the kernel takes a port from flanneld. Vxlan
-// devices share a port, as long as their VNIs differ.
-func (p *patient) blockedBy(u kernel.PortUser) bool {
-	for _, d := range p.status.Devices {
-		if d.VNI != 0 && u.Type == "vxlan" && d.Port == u.Port {
-			return u.VNI == 0 || u.VNI == d.VNI
+// blockedBy reports whether a device of another program uses a port that flanneld needs. Vxlan devices can share a port
+// if their VNIs differ.
+func (d *diagnosis) blockedBy(u kernel.PortUser) bool {
+	for _, dev := range d.status.Devices {
+		if dev.VNI != 0 && u.Type == "vxlan" && dev.Port == u.Port {
+			return u.VNI == 0 || u.VNI == dev.VNI
 		}
 	}
-	return slices.ContainsFunc(p.status.Endpoints, func(e network.Endpoint) bool { return e.Port != 0 && e.Port == u.Port })
+	return slices.ContainsFunc(d.status.Endpoints,
+		func(e network.Endpoint) bool { return e.Port != 0 && e.Port == u.Port })
 }
 
-func (p *patient) devices() []string {
+func (d *diagnosis) devices() []string {
 	var names []string
-	for _, d := range p.status.Devices {
-		names = append(names, d.Name)
+	for _, dev := range d.status.Devices {
+		names = append(names, dev.Name)
 	}
 	return names
 }
 
-// An owner is a process that has a socket.
+// An owner is a process that has a socket open.
 type owner struct {
 	pid  int
 	name string
 }
 
-// owners returns the processes that listen on a UDP port. Sockets of the kernel,
-// as a VXLAN device has, are nobody's.
+// owners returns the processes that listen on a UDP port. Sockets of the kernel, such as those of VXLAN devices, have no
+// process.
 func owners(port int) []owner {
 	sockets := map[string]bool{}
 	for _, file := range []string{"/proc/self/net/udp", "/proc/self/net/udp6"} {
@@ -391,45 +406,49 @@ func owners(port int) []owner {
 	return found
 }
 
-func mtuUplink(p *patient) []problem {
-	u := p.status.Uplink
+func mtuUplink(d *diagnosis) []problem {
+	u := d.status.Uplink
 	if u == nil {
 		return nil
 	}
-	most := p.status.MTU + p.status.Overhead
-	if most <= u.MTU {
+	needed := d.status.MTU + d.status.Overhead
+	if needed <= u.MTU {
 		return nil
 	}
-	text := fmt.Sprintf("pods may send packets of %d bytes", p.status.MTU)
-	if p.status.Overhead > 0 {
-		text += fmt.Sprintf(", %d with what is put around them", most)
+	text := fmt.Sprintf("pods may send packets of %d bytes", d.status.MTU)
+	if d.status.Overhead > 0 {
+		text += fmt.Sprintf(" (%d with encapsulation)", needed)
 	}
-	return []problem{{fmt.Sprintf("%s, and the uplink %s carries %d", text, u.Name, u.MTU),
-		[]string{fmt.Sprintf("ip link set %s mtu %d    # or set a smaller MTU in the Backend of the network configuration", u.Name, most)}}}
+	return []problem{{fmt.Sprintf("%s, but the MTU of the uplink %s is %d", text, u.Name, u.MTU),
+		[]string{fmt.Sprintf("ip link set %s mtu %d    # or set a smaller MTU in the Backend of the network configuration",
+			u.Name, needed)}}}
 }
 
-func mtuBridge(p *patient) []problem {
+func mtuBridge(d *diagnosis) []problem {
 	var found []problem
-	s := p.status
-	if p.envErr == nil && s.MTU > 0 && p.env.MTU > s.MTU {
-		found = append(found, problem{fmt.Sprintf("%s gives pods an MTU of %d, and the backend carries %d", p.options.SubnetFile, p.env.MTU, s.MTU), []string{"systemctl restart flanneld"}})
+	s := d.status
+	if d.envErr == nil && s.MTU > 0 && d.env.MTU > s.MTU {
+		found = append(found, problem{fmt.Sprintf("%s gives pods an MTU of %d, but the backend carries at most %d",
+			d.options.SubnetFile, d.env.MTU, s.MTU), []string{"systemctl restart flanneld"}})
 	}
-	l := p.bridge()
+	l := d.bridge()
 	if l == nil || s.MTU == 0 || l.Attrs().MTU <= s.MTU {
 		return found
 	}
 	name := l.Attrs().Name
-	return append(found, problem{fmt.Sprintf("the MTU of %s is %d, and %d is the most that reaches other nodes: large packets vanish", name, l.Attrs().MTU, s.MTU),
-		[]string{fmt.Sprintf("ip link set %s mtu %d    # and make the pods on it anew", name, s.MTU)}})
+	return append(found,
+		problem{fmt.Sprintf("the MTU of %s is %d, but the backend carries at most %d: large packets are lost", name,
+			l.Attrs().MTU, s.MTU),
+			[]string{fmt.Sprintf("ip link set %s mtu %d    # then recreate the pods on this node", name, s.MTU)}})
 }
 
-// mended are the releases, of each series that was still kept, from which on a
-// checksum of zero survives masquerading; all series after the last have it.
-var mended = [][3]int{{4, 14, 181}, {4, 19, 123}, {5, 4, 41}, {5, 6, 13}}
+// fixedIn are the first releases of each maintained series of Linux with the fix for checksums of zero in masqueraded
+// packets. All later series have the fix.
+var fixedIn = [][3]int{{4, 14, 181}, {4, 19, 123}, {5, 4, 41}, {5, 6, 13}}
 
-// garbles tells whether a kernel of that release gets the outer checksum of
-// masqueraded VXLAN packets wrong where the device computes it.
-func garbles(release string) bool {
+// miscomputesChecksums reports whether the kernel release has the bug that the outer checksum of masqueraded VXLAN
+// packets is wrong if the device computes the checksum.
+func miscomputesChecksums(release string) bool {
 	var v [3]int
 	for i, part := range strings.SplitN(release, ".", 3) {
 		digits := strings.IndexFunc(part, func(r rune) bool { return r < '0' || r > '9' })
@@ -438,64 +457,69 @@ func garbles(release string) bool {
 		}
 		v[i], _ = strconv.Atoi(part)
 	}
-	for _, m := range mended {
+	for _, m := range fixedIn {
 		if v[0] == m[0] && v[1] == m[1] {
 			return v[2] < m[2]
 		}
 	}
-	last := mended[len(mended)-1]
+	last := fixedIn[len(fixedIn)-1]
 	return slices.Compare(v[:2], last[:2]) < 0
 }
 
-func checksumOffload(p *patient) []problem {
+func checksumOffload(d *diagnosis) []problem {
 	var name unix.Utsname
 	if unix.Uname(&name) != nil {
 		return nil
 	}
 	release := unix.ByteSliceToString(name.Release[:])
-	if !garbles(release) {
+	if !miscomputesChecksums(release) {
 		return nil
 	}
 	var found []problem
-	for _, d := range p.status.Devices {
-		if d.VNI == 0 {
+	for _, dev := range d.status.Devices {
+		if dev.VNI == 0 {
 			continue
 		}
-		if on, err := kernel.ComputesTXChecksums(d.Name); err == nil && on {
-			found = append(found, problem{fmt.Sprintf("Linux %s gets checksums of masqueraded packets in %s wrong: services time out from other nodes", release, d.Name),
-				[]string{fmt.Sprintf("ethtool -K %s tx-checksum-ip-generic off    # Linux 5.6.13, 5.4.41, 4.19.123 and 4.14.181 have it right", d.Name)}})
+		if on, err := kernel.ComputesTXChecksums(dev.Name); err == nil && on {
+			found = append(found,
+				problem{fmt.Sprintf("Linux %s computes wrong checksums of masqueraded packets in %s: services time out from other nodes",
+					release, dev.Name),
+					[]string{fmt.Sprintf("ethtool -K %s tx-checksum-ip-generic off    # fixed in Linux 5.6.13, 5.4.41, 4.19.123 and 4.14.181",
+						dev.Name)}})
 		}
 	}
 	return found
 }
 
-// clockTolerance is how far clocks may be apart. Certificates and tokens, which
-// is what clocks matter for, are made with some minutes to spare.
+// clockTolerance is the allowed difference between two clocks. Clocks matter for certificates and tokens, which allow
+// for some minutes.
 const clockTolerance = 30 * time.Second
 
-func clockSkew(p *patient) []problem {
-	ctx, cancel := context.WithTimeout(p.ctx, daemonPatience)
+func clockSkew(d *diagnosis) []problem {
+	ctx, cancel := context.WithTimeout(d.ctx, daemonTimeout)
 	defer cancel()
-	d, err := p.source.Skew(ctx)
-	if err != nil || d.Abs() < clockTolerance {
-		return nil // that the store is away is another check's
+	skew, err := d.source.Skew(ctx)
+	if err != nil || skew.Abs() < clockTolerance {
+		return nil // store-unreachable reports an unreachable store
 	}
 	way := "ahead of"
-	if d < 0 {
+	if skew < 0 {
 		way = "behind"
 	}
-	return []problem{{fmt.Sprintf("this host's clock is %v %s that of %s: certificates and tokens may count as expired", d.Abs().Round(time.Second), way, p.status.Store.Name),
+	return []problem{{fmt.Sprintf("this host's clock is %v %s that of %s: certificates and tokens may count as expired",
+		skew.Abs().Round(time.Second), way, d.status.Store.Name),
 		[]string{"timedatectl set-ntp true"}}}
 }
 
-func peerUnreachable(p *patient) []problem {
+func peerUnreachable(d *diagnosis) []problem {
 	var found []problem
-	for _, r := range reach(p.ctx, sample(p.peers())) {
+	for _, r := range reach(d.ctx, samplePeers(d.peers())) {
 		if r.err != nil {
-			found = append(found, problem{fmt.Sprintf("the host of a peer, %s, cannot be reached: %v", r.ip, r.err), []string{fmt.Sprintf("ip route get %s && ping -c 3 %s", r.ip, r.ip)}})
+			found = append(found, problem{fmt.Sprintf("the host of a peer, %s, cannot be reached: %v", r.ip, r.err),
+				[]string{fmt.Sprintf("ip route get %s && ping -c 3 %s", r.ip, r.ip)}})
 		}
 	}
 	return found
 }
 
-var errSilent = errors.New("it does not answer to ping, as others do")
+var errSilent = errors.New("no reply to ping, although other peers reply")

@@ -21,7 +21,7 @@ import (
 	"github.com/flanneld/flanneld/subnet"
 )
 
-// A cleanup removes what flanneld, ours or upstream's, has left on this node.
+// A cleanup removes everything that flanneld, ours or upstream's, has left on this node.
 type cleanup struct {
 	*tool
 	yes, dryRun, cni bool
@@ -33,17 +33,20 @@ func (t *tool) cleanupCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "cleanup",
 		Short: "Remove every trace of flanneld from this node",
-		Long: `cleanup removes what flanneld has left on this node, whichever backend it had: devices, routes, nexthops, IPsec policies,
-firewall rules, the charon that it started, what SubnetAddCommand has added, its files, and among them the private key of WireGuard: if the node comes
-back, peers learn of a new one. It prints the commands that would do the same, and asks before it does. What is for others to remove it names. The
-lease stays where it is, and ends by itself.`,
+		Long: `cleanup removes everything that flanneld has left on this node, with any backend: devices, routes, nexthops, IPsec
+policies, firewall rules, the charon that flanneld started, peers that SubnetAddCommand added, and flanneld's files. The
+private key of WireGuard is among the files: if the node comes back, it has a new key. cleanup prints the commands that
+would do the same, and waits for your confirmation. It also lists what you must remove by hand. The lease stays in the
+store, and expires by itself.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return c.run(cmd.Context()) },
 	}
-	cmd.Flags().BoolVarP(&c.yes, "yes", "y", false, "do not ask")
-	cmd.Flags().BoolVarP(&c.dryRun, "dry-run", "n", false, "print the commands, and do nothing")
-	cmd.Flags().BoolVar(&c.cni, "cni", false, "remove what the CNI plugin keeps, too: pods that still run can then not be detached")
-	cmd.Flags().StringVar(&c.cniDir, "cni-data-dir", "/var/lib/cni/flannel", "where the CNI plugin keeps it (dataDir)")
+	cmd.Flags().BoolVarP(&c.yes, "yes", "y", false, "do not wait for confirmation")
+	cmd.Flags().BoolVarP(&c.dryRun, "dry-run", "n", false, "print the commands, and change nothing")
+	cmd.Flags().BoolVar(&c.cni, "cni", false,
+		"also remove the records of the CNI plugin: running pods can then not be detached")
+	cmd.Flags().StringVar(&c.cniDir, "cni-data-dir", "/var/lib/cni/flannel",
+		"directory of the CNI plugin's records (dataDir)")
 	return cmd
 }
 
@@ -53,67 +56,28 @@ func (c *cleanup) run(ctx context.Context) error {
 	}
 	if !c.dryRun {
 		if !c.yes && !isTerminal(os.Stdin) {
-			return errors.New("nothing was removed: there is no terminal to ask on, give --yes, or --dry-run to see what would be")
+			return errors.New("nothing was removed, as there is no terminal for the confirmation: " +
+				"use --yes, or --dry-run to print the commands")
 		}
 		if err := c.stopped(ctx); err != nil {
 			return err
 		}
 	}
-	r, err := kernel.New(klog.FromContext(ctx))
+	r, err := c.plan(ctx)
 	if err != nil {
 		return err
 	}
-	defer r.Close()
-	// One that wants nothing. Where the network is not known, routes that upstream's
-	// daemon made on others' devices, and IPsec's policies, are not known for what
-	// they are.
-	cfg := c.config(ctx)
-	env, err := subnet.ReadEnv(c.options.SubnetFile)
-	if err != nil && cfg != nil {
-		env.Networks = cfg.Networks()
+	defer r.kernel.Close()
+	if len(r.commands) == 0 {
+		fmt.Fprintln(c.out, "Nothing of flanneld is on this node.")
 	}
-	r.Networks = env.Networks.Each()
-	r.Devices = backend.Device
-	left, err := backend.CleanupAll(ctx, cfg, env)
-	if err != nil {
-		return err
-	}
-	var commands []string
-	for _, s := range left.Steps {
-		commands = append(commands, s.Command)
-	}
-	more, err := r.Diff()
-	if err != nil {
-		return err
-	}
-	commands = append(commands, more...)
-	rules, err := firewall.New(ctx, false)
-	if err != nil {
-		if rules, err = firewall.New(ctx, true); err != nil {
-			rules = nil // nobody can have written any
-		}
-	}
-	if rules != nil {
-		more, err := rules.Plan(ctx, firewall.Desired{})
-		if err != nil {
-			return err
-		}
-		commands = append(commands, more...)
-	}
-	files := c.files(left.Files, left.Dirs)
-	for _, f := range files {
-		commands = append(commands, "rm -rf "+f)
-	}
-	if len(commands) == 0 {
-		fmt.Fprintln(c.out, "There is nothing of flanneld's on this node.")
-	}
-	for _, line := range commands {
+	for _, line := range r.commands {
 		fmt.Fprintln(c.out, line)
 	}
-	for _, note := range append(left.Notes, installed()...) {
-		fmt.Fprintf(c.out, "%s %s\n", c.warn("left to you:"), note)
+	for _, note := range r.notes {
+		fmt.Fprintf(c.out, "%s %s\n", c.warn("to remove by hand:"), note)
 	}
-	if c.dryRun || len(commands) == 0 {
+	if c.dryRun || len(r.commands) == 0 {
 		return nil
 	}
 	if !c.yes {
@@ -121,31 +85,102 @@ func (c *cleanup) run(ctx context.Context) error {
 			return err
 		}
 	}
-	var errs []error
-	for _, s := range left.Steps {
-		errs = append(errs, s.Do(ctx))
-	}
-	errs = append(errs, r.Reconcile())
-	if rules != nil {
-		errs = append(errs, rules.Apply(ctx, firewall.Desired{}))
-	}
-	for _, f := range files {
-		errs = append(errs, os.RemoveAll(f))
-	}
-	if err := errors.Join(errs...); err != nil {
+	if err := r.execute(ctx); err != nil {
 		return err
-	}
-	if left, err := r.Diff(); err != nil || len(left) > 0 {
-		return errors.Join(err, fmt.Errorf("not all is gone, something makes it anew: %s", strings.Join(left, "; ")))
 	}
 	fmt.Fprintln(c.out, c.ok("Done."))
 	return nil
 }
 
-// config returns the network's configuration, for what it says of things that
-// are not on the node; nil where it cannot be had.
+// A removal is what a cleanup removes, and the commands that would do the same.
+type removal struct {
+	steps    []backend.CleanupStep
+	kernel   *kernel.Reconciler // its desired state is empty
+	rules    *firewall.Driver   // nil: this node has no firewall program
+	files    []string
+	notes    []string // on what the operator must remove
+	commands []string
+}
+
+// plan finds everything that flanneld has left on this node.
+func (c *cleanup) plan(ctx context.Context) (_ *removal, err error) {
+	r := &removal{}
+	if r.kernel, err = kernel.New(klog.FromContext(ctx)); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			r.kernel.Close()
+		}
+	}()
+	// Without the network, cleanup cannot recognise IPsec's policies, and routes of upstream's daemon on devices that
+	// are not flannel's.
+	cfg := c.config(ctx)
+	env, envErr := subnet.ReadEnv(c.options.SubnetFile)
+	if envErr != nil && cfg != nil {
+		env.Networks = cfg.Networks()
+	}
+	r.kernel.Networks = env.Networks.Each()
+	r.kernel.Devices = backend.Device
+	left, err := backend.CleanupAll(ctx, cfg, env)
+	if err != nil {
+		return nil, err
+	}
+	r.steps, r.notes = left.Steps, append(left.Notes, installed()...)
+	for _, s := range r.steps {
+		r.commands = append(r.commands, s.Command)
+	}
+	commands, err := r.kernel.Diff()
+	if err != nil {
+		return nil, err
+	}
+	r.commands = append(r.commands, commands...)
+	for _, nftables := range []bool{false, true} {
+		rules, err := firewall.New(ctx, nftables)
+		if err != nil {
+			continue // without the program, nothing can have written rules
+		}
+		commands, err := rules.Plan(ctx, firewall.Desired{})
+		if err != nil {
+			return nil, err
+		}
+		r.rules, r.commands = rules, append(r.commands, commands...)
+		break
+	}
+	r.files = c.files(left.Files, left.Dirs)
+	for _, f := range r.files {
+		r.commands = append(r.commands, "rm -rf "+f)
+	}
+	return r, nil
+}
+
+// execute removes all of the plan. An error does not keep the rest from being removed.
+func (r *removal) execute(ctx context.Context) error {
+	var errs []error
+	for _, s := range r.steps {
+		errs = append(errs, s.Do(ctx))
+	}
+	errs = append(errs, r.kernel.Reconcile())
+	if r.rules != nil {
+		errs = append(errs, r.rules.Apply(ctx, firewall.Desired{}))
+	}
+	for _, f := range r.files {
+		errs = append(errs, os.RemoveAll(f))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	if left, err := r.kernel.Diff(); err != nil || len(left) > 0 {
+		return errors.Join(err, fmt.Errorf("some things are still there, another program restores them: %s",
+			strings.Join(left, "; ")))
+	}
+	return nil
+}
+
+// config returns the network's configuration from the store, nil if it cannot be read. The backends need it for what
+// is not on the node.
 func (c *cleanup) config(ctx context.Context) *subnet.Config {
-	ctx, cancel := context.WithTimeout(ctx, storePatience)
+	ctx, cancel := context.WithTimeout(ctx, storeTimeout)
 	defer cancel()
 	m, err := c.options.Manager(ctx)
 	if err != nil {
@@ -159,8 +194,7 @@ func (c *cleanup) config(ctx context.Context) *subnet.Config {
 	return cfg
 }
 
-// files returns those that are there, and the directories that flanneld makes for
-// them if they hold nothing else.
+// files returns the files that exist, and the directories that flanneld creates for them if these contain nothing else.
 func (c *cleanup) files(patterns, dirs []string) []string {
 	patterns = append([]string{c.options.SubnetFile, c.options.StatusSocket}, patterns...)
 	if c.cni {
@@ -184,26 +218,30 @@ func (c *cleanup) files(patterns, dirs []string) []string {
 	return files
 }
 
-// mounted tells whether something is mounted on a directory, as containers have
-// the host's. Linux before 5.8 does not tell.
+// mounted reports whether a directory is a mount point, as directories of the host are in containers. Before Linux 5.8,
+// mounted always returns false.
 func mounted(dir string) bool {
 	var s unix.Statx_t
 	err := unix.Statx(unix.AT_FDCWD, dir, 0, unix.STATX_BASIC_STATS, &s)
 	return err == nil && s.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0
 }
 
-// installed tells of what others have put there for flanneld: systemd's units,
-// what containers get it by.
+// installed returns notes on files that the administrator or a package installed for flanneld.
 func installed() []string {
 	var notes []string
 	for _, f := range []struct{ path, what, remove string }{
-		{"/etc/systemd/system/flanneld.service", "the unit", "systemctl disable flanneld; rm %s; systemctl daemon-reload"},
-		{"/usr/local/lib/systemd/system/flanneld.service", "the unit", "systemctl disable flanneld; rm %s; systemctl daemon-reload"},
-		{"/usr/lib/systemd/system/flanneld.service", "the unit", "systemctl disable flanneld    # and remove the package that has %s"},
-		{"/etc/systemd/system/docker.service.d/flannel.conf", "what has Docker use its subnet", "rm %s; systemctl daemon-reload; systemctl restart docker"},
-		{"/etc/default/flanneld", "its settings", "rm %s"},
-		{"/etc/cni/net.d/10-flannel.conflist", "what has pods use it", "rm %s    # new pods then have no network, until there is another"},
-		{"/opt/cni/bin/flannel", "the CNI plugin", "rm %s    # once no pod is left that it has attached"},
+		{"/etc/systemd/system/flanneld.service", "the unit",
+			"systemctl disable flanneld; rm %s; systemctl daemon-reload"},
+		{"/usr/local/lib/systemd/system/flanneld.service", "the unit",
+			"systemctl disable flanneld; rm %s; systemctl daemon-reload"},
+		{"/usr/lib/systemd/system/flanneld.service", "the unit",
+			"systemctl disable flanneld    # and remove the package that contains %s"},
+		{"/etc/systemd/system/docker.service.d/flannel.conf", "the drop-in for Docker",
+			"rm %s; systemctl daemon-reload; systemctl restart docker"},
+		{"/etc/default/flanneld", "the settings", "rm %s"},
+		{"/etc/cni/net.d/10-flannel.conflist", "the CNI configuration",
+			"rm %s    # new pods then have no network until there is another CNI configuration"},
+		{"/opt/cni/bin/flannel", "the CNI plugin", "rm %s    # when no pod is left that the plugin attached"},
 	} {
 		if _, err := os.Stat(f.path); err == nil {
 			notes = append(notes, f.what+": "+fmt.Sprintf(f.remove, f.path))
@@ -212,23 +250,24 @@ func installed() []string {
 	return notes
 }
 
-// stopped returns nil if no daemon runs here.
+// stopped returns nil if flanneld does not run on this node.
 func (c *cleanup) stopped(ctx context.Context) error {
 	pids := proc.Find("flanneld")
 	if len(pids) > 0 {
-		return fmt.Errorf("flanneld runs on this node (process %d): stop it first, with systemctl stop flanneld or by taking the node out of the DaemonSet", pids[0])
+		return fmt.Errorf("flanneld runs on this node (process %d): stop flanneld first, "+
+			"with systemctl stop flanneld, or exclude the node from the DaemonSet", pids[0])
 	}
-	if c.askable(ctx) == nil {
-		return fmt.Errorf("flanneld runs on this node (it answers at %s): stop it first", c.options.StatusSocket)
+	if c.checkDaemon(ctx) == nil {
+		return fmt.Errorf("flanneld runs on this node (it replies at %s): stop flanneld first", c.options.StatusSocket)
 	}
 	return nil
 }
 
-// confirm asks on the terminal.
+// confirm waits for a confirmation on the terminal.
 func confirm() error {
-	fmt.Fprint(os.Stderr, "Do all of this? [y/N] ")
-	answer, _ := bufio.NewReader(os.Stdin).ReadString('\n')
-	if a := strings.ToLower(strings.TrimSpace(answer)); a != "y" && a != "yes" {
+	fmt.Fprint(os.Stderr, "Run these commands? [y/N] ")
+	line, _ := bufio.NewReader(os.Stdin).ReadString('\n')
+	if a := strings.ToLower(strings.TrimSpace(line)); a != "y" && a != "yes" {
 		return errors.New("nothing was removed")
 	}
 	return nil

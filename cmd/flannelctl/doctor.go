@@ -13,15 +13,14 @@ import (
 	"github.com/flanneld/flanneld/subnet"
 )
 
-// A check looks for one kind of fault. Its name is what the documentation calls
-// it (Documentation/troubleshooting.md).
+// A check finds one kind of problem. Documentation/troubleshooting.md describes the checks by their names.
 type check struct {
 	name  string
-	about string // what is looked for
-	look  func(*patient) []problem
+	about string // what is true if there is no problem
+	run   func(*diagnosis) []problem
 }
 
-// A problem is what a check has found.
+// A problem is a result of a check.
 type problem struct {
 	text string
 	fix  []string // commands
@@ -35,43 +34,42 @@ type finding struct {
 }
 
 var checks = []check{
-	{"daemon-down", "flanneld runs, and answers", daemonDown},
+	{"daemon-down", "flanneld runs, and replies", daemonDown},
 	{"daemon-waiting", "flanneld is ready", daemonWaiting},
-	{"daemon-error", "flanneld can do all that it wants to", daemonError},
-	{"store-unreachable", "etcd, or the API server, answers", storeUnreachable},
+	{"daemon-error", "flanneld has no errors", daemonError},
+	{"store-unreachable", "etcd, or the API server, can be used", storeUnreachable},
 	{"lease-missing", "this node has a lease", leaseMissing},
 	{"lease-expired", "the lease is renewed", leaseExpired},
-	{"peer-left-out", "all leases are those of peers that can be reached", peerLeftOut},
-	{"out-of-sync", "the host has the devices, routes and rules that it should", outOfSync},
-	{"subnet-file", "subnet.env is there and says what it should", subnetFile},
+	{"peer-left-out", "this node uses the leases of all peers", peerLeftOut},
+	{"out-of-sync", "devices, routes and rules are in the desired state", outOfSync},
+	{"subnet-file", "the subnet file is right", subnetFile},
 	{"ip-forward", "the kernel forwards", ipForward},
-	{"br-netfilter", "iptables sees what crosses a bridge", brNetfilter},
-	{"rp-filter", "the kernel does not drop what comes in by another way than it would send", rpFilter},
-	{"forward-drop", "the firewall forwards pods' packets", forwardDrop},
-	{"port-blocked", "the firewall lets peers' packets in", portBlocked},
-	{"port-taken", "nobody else uses the UDP port", portTaken},
-	{"mtu-uplink", "the uplink carries what pods send", mtuUplink},
-	{"mtu-bridge", "pods' devices send no more than that", mtuBridge},
-	{"checksum-offload", "the kernel gets checksums in tunnels right", checksumOffload},
+	{"br-netfilter", "iptables sees bridged packets", brNetfilter},
+	{"rp-filter", "no strict reverse path filter drops packets", rpFilter},
+	{"forward-drop", "the firewall forwards packets of pods", forwardDrop},
+	{"port-blocked", "the firewall accepts packets of peers", portBlocked},
+	{"port-taken", "no other program uses the UDP port", portTaken},
+	{"mtu-uplink", "the uplink carries the largest packets of pods", mtuUplink},
+	{"mtu-bridge", "the MTU of the pods' devices is not too large", mtuBridge},
+	{"checksum-offload", "the kernel computes checksums in tunnels correctly", checksumOffload},
 	{"clock-skew", "this host's clock is right", clockSkew},
-	{"peer-unreachable", "peers' hosts can be reached", peerUnreachable},
+	{"peer-unreachable", "the hosts of peers can be reached", peerUnreachable},
 }
 
-// A patient is the node, and what is known of it.
-type patient struct {
+// A diagnosis is the state of the node, as the checks need it.
+type diagnosis struct {
 	*tool
-	ctx        context.Context
-	source     source
-	daemonless error // why the daemon was not asked; nil: it was
-	status     network.Status
-	env        subnet.Env // what subnet.env says
-	envErr     error
-	leases     []network.Lease
-	rulesets   []ruleset
+	ctx       context.Context
+	source    source
+	daemonErr error // why the daemon is not the source; nil: it is
+	status    network.Status
+	env       subnet.Env // contents of subnet.env
+	envErr    error
+	leases    []network.Lease
+	rulesets  []ruleset
 }
 
-// checksOf returns the checks of a node with a backend, the backend's own among
-// them; of all backends, for "".
+// checksOf returns the general checks and those of the backend type; for "", those of all backends.
 func checksOf(backendType string) []check {
 	all := slices.Clone(checks)
 	for _, t := range backend.Types() {
@@ -79,25 +77,26 @@ func checksOf(backendType string) []check {
 			continue
 		}
 		for _, c := range t.Checks {
-			all = append(all, check{c.Name, c.About + ", with the " + t.Name + " backend", func(p *patient) []problem { return p.run(c) }})
+			about := c.About + ", with the " + t.Name + " backend"
+			all = append(all, check{c.Name, about, func(d *diagnosis) []problem { return d.runBackendCheck(c) }})
 		}
 	}
 	return all
 }
 
-// run runs a backend's check.
-func (p *patient) run(c backend.Check) []problem {
-	if p.status.Lease == nil {
+// runBackendCheck runs a check of the backend.
+func (d *diagnosis) runBackendCheck(c backend.Check) []problem {
+	if d.status.Lease == nil {
 		return nil
 	}
-	n := backend.Node{Networks: p.env.Networks, Devices: p.devices()}
-	for _, l := range p.leases {
+	n := backend.Node{Networks: d.env.Networks, Devices: d.devices()}
+	for _, l := range d.leases {
 		if !l.Own && l.Problem == "" {
 			n.Peers = append(n.Peers, l.Lease())
 		}
 	}
 	var found []problem
-	for _, f := range c.Run(p.ctx, n) {
+	for _, f := range c.Run(d.ctx, n) {
 		found = append(found, problem{f.Text, f.Fix})
 	}
 	return found
@@ -107,9 +106,9 @@ func (t *tool) doctorCommand() *cobra.Command {
 	list := false
 	cmd := t.outputFlag(&cobra.Command{
 		Use:   "doctor",
-		Short: "Look for what is wrong, and say how to mend it",
-		Long: `doctor looks for what keeps pods from talking, and prints what it finds with the commands that mend it. It changes nothing.
-Exit status 1 says that something was found. Documentation/troubleshooting.md tells more of each finding.`,
+		Short: "Find problems, and show how to fix them",
+		Long: `doctor finds reasons why pods cannot communicate, and prints each problem with the commands that fix it. It changes
+nothing. Exit status 1: problems were found. Documentation/troubleshooting.md explains each finding.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if list {
@@ -123,27 +122,27 @@ Exit status 1 says that something was found. Documentation/troubleshooting.md te
 			return t.doctor(cmd.Context())
 		},
 	})
-	cmd.Flags().BoolVar(&list, "list", false, "list the checks, and do nothing")
+	cmd.Flags().BoolVar(&list, "list", false, "list the checks, and exit")
 	return cmd
 }
 
 func (t *tool) doctor(ctx context.Context) error {
-	src, daemonless, err := t.open(ctx)
+	src, daemonErr, err := t.open(ctx)
 	if err != nil {
 		return err
 	}
 	defer src.Close()
-	p := &patient{tool: t, ctx: ctx, source: src, daemonless: daemonless}
-	if p.status, err = src.Status(ctx); err != nil {
+	d := &diagnosis{tool: t, ctx: ctx, source: src, daemonErr: daemonErr}
+	if d.status, err = src.Status(ctx); err != nil {
 		return err
 	}
-	p.env, p.envErr = subnet.ReadEnv(t.options.SubnetFile)
-	p.leases, _ = src.Leases(ctx) // none: other checks say why
-	p.rulesets = rulesets(ctx)
+	d.env, d.envErr = subnet.ReadEnv(t.options.SubnetFile)
+	d.leases, _ = src.Leases(ctx) // on errors, other checks report the reason
+	d.rulesets = rulesets(ctx)
 	found := []finding{}
-	all := checksOf(p.status.Backend)
+	all := checksOf(d.status.Backend)
 	for _, c := range all {
-		for _, f := range c.look(p) {
+		for _, f := range c.run(d) {
 			found = append(found, finding{c.name, f.text, f.fix})
 		}
 	}
@@ -158,10 +157,10 @@ func (t *tool) doctor(ctx context.Context) error {
 	return err
 }
 
-// findings prints them for people.
+// findings prints the findings as text.
 func (t *tool) findings(found []finding, checks int) {
 	if len(found) == 0 {
-		fmt.Fprintln(t.out, t.ok(fmt.Sprintf("All is well: %d checks found nothing.", checks)))
+		fmt.Fprintln(t.out, t.ok(fmt.Sprintf("No problems found: %d checks passed.", checks)))
 		return
 	}
 	for _, f := range found {

@@ -1,5 +1,4 @@
-// Command flannelctl shows what flanneld does on a node, finds what is wrong and
-// says how to mend it.
+// Command flannelctl shows what flanneld does on a node, finds problems, and shows how to fix them.
 package main
 
 import (
@@ -21,15 +20,15 @@ var version = "unknown"
 
 // Exit statuses, as diff(1) has them.
 const (
-	exitFound   = 1 // there are differences, findings, errors in a file
-	exitTrouble = 2 // it could not be found out
+	exitFound   = 1 // there are differences, findings, or errors in a file
+	exitTrouble = 2 // the command failed
 )
 
-// errFound ends a command that has said what it found.
-var errFound = errors.New("something was found")
+// errFound ends a command that has printed its findings.
+var errFound = errors.New("there are findings")
 
 func main() {
-	// What the daemon's parts log is for its log; here, what they find is shown.
+	// The daemon's packages log. flannelctl shows their results and errors instead.
 	klog.LogToStderr(false)
 	klog.SetOutput(io.Discard)
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)

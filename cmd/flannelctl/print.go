@@ -10,7 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A printer writes to standard output, with colours where a person reads it.
+// A printer writes to standard output, with colours on a terminal.
 type printer struct {
 	out      io.Writer
 	coloured bool
@@ -20,7 +20,7 @@ func newPrinter() printer {
 	return printer{os.Stdout, os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb" && isTerminal(os.Stdout)}
 }
 
-// isTerminal tells whether a person is at the other end.
+// isTerminal reports whether the file is a terminal.
 func isTerminal(f *os.File) bool {
 	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
 	return err == nil
@@ -38,14 +38,13 @@ func (p printer) warn(text string) string { return p.colour("33", text) }
 func (p printer) bad(text string) string  { return p.colour("31", text) }
 func (p printer) bold(text string) string { return p.colour("1", text) }
 
-// A cell is a text in a table, maybe coloured, which takes no room.
+// A cell is a text in a table. Its colour does not count for the width.
 type cell struct {
-	text  string
-	shown func(string) string // nil: as it is
+	text   string
+	colour func(string) string // nil: none
 }
 
-// table prints rows with their columns aligned. Columns that are empty
-// throughout, but for the heading, are left out.
+// table prints rows with aligned columns. Columns that are empty, except for the heading, are left out.
 func (p printer) table(heading []string, rows [][]cell) {
 	if heading != nil {
 		first := make([]cell, len(heading))
@@ -75,8 +74,8 @@ func (p printer) table(heading []string, rows [][]cell) {
 				b.WriteString("  ")
 			}
 			text := c.text
-			if c.shown != nil {
-				text = c.shown(text)
+			if c.colour != nil {
+				text = c.colour(text)
 			}
 			b.WriteString(text)
 			b.WriteString(strings.Repeat(" ", widths[i]-utf8.RuneCountInString(c.text)))

@@ -13,48 +13,46 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
-// samples is how many peers are pinged at most.
-const samples = 64
+// maxPinged is the largest number of peers that are pinged.
+const maxPinged = 64
 
-// sample returns that many of the addresses, from all over.
-func sample(ips []netip.Addr) []netip.Addr {
-	if len(ips) <= samples {
+// samplePeers returns at most maxPinged of the addresses, spread over all.
+func samplePeers(ips []netip.Addr) []netip.Addr {
+	if len(ips) <= maxPinged {
 		return ips
 	}
 	var some []netip.Addr
-	for i := range samples {
-		some = append(some, ips[i*len(ips)/samples])
+	for i := range maxPinged {
+		some = append(some, ips[i*len(ips)/maxPinged])
 	}
 	return some
 }
 
-// A reached is what came of trying to reach an address: nil, if it answers or
-// nothing speaks against it.
-type reached struct {
+// A reachability is the result for an address. err is nil if the address replies, or if there is no sign of a problem.
+type reachability struct {
 	ip  netip.Addr
 	err error
 }
 
-// reach pings addresses, all at once, and looks at what the kernel knows of the
-// way to those that do not answer. Firewalls often drop pings: silence alone
-// counts only where others answer.
-func reach(ctx context.Context, ips []netip.Addr) []reached {
-	answered := ping(ctx, ips)
-	all := make([]reached, len(ips))
+// reach pings all addresses at once, and checks the kernel's route and neighbour for each address without a reply.
+// Firewalls often drop pings: a missing reply alone counts only if other addresses reply.
+func reach(ctx context.Context, ips []netip.Addr) []reachability {
+	replied := ping(ctx, ips)
+	all := make([]reachability, len(ips))
 	for i, ip := range ips {
 		all[i].ip = ip
-		if answered[ip] {
+		if replied[ip] {
 			continue
 		}
-		if all[i].err = way(ip); all[i].err == nil && len(answered) > 0 {
+		if all[i].err = checkRoute(ip); all[i].err == nil && len(replied) > 0 {
 			all[i].err = errSilent
 		}
 	}
 	return all
 }
 
-// way tells what is wrong with the way to an address, as the kernel knows it.
-func way(ip netip.Addr) error {
+// checkRoute returns an error if the kernel has no route to the address, or no neighbour for the next hop.
+func checkRoute(ip netip.Addr) error {
 	routes, err := netlink.RouteGet(ip.AsSlice())
 	if err != nil || len(routes) == 0 {
 		return fmt.Errorf("there is no route (%w)", errors.Join(err))
@@ -70,7 +68,7 @@ func way(ip netip.Addr) error {
 	for _, n := range neighbours {
 		at, _ := netip.AddrFromSlice(n.IP)
 		if at.Unmap() == next && n.State&(netlink.NUD_FAILED|netlink.NUD_INCOMPLETE) != 0 {
-			return fmt.Errorf("nobody on the link answers for %s", next)
+			return fmt.Errorf("no host on the link replies for %s", next)
 		}
 	}
 	return nil
@@ -81,13 +79,13 @@ const (
 	pingWait = time.Second
 )
 
-// ping sends echo requests (RFC 792, RFC 4443) and returns who answers.
+// ping sends echo requests (RFC 792, RFC 4443) and returns the addresses that reply.
 func ping(ctx context.Context, ips []netip.Addr) map[netip.Addr]bool {
-	answered := map[netip.Addr]bool{}
-	answers := make(chan netip.Addr)
+	replied := map[netip.Addr]bool{}
+	replies := make(chan netip.Addr)
 	ctx, cancel := context.WithTimeout(ctx, pings*pingWait)
 	defer cancel()
-	conns := map[bool]*net.IPConn{} // by whether it is for IPv4
+	conns := map[bool]*net.IPConn{} // key: IPv4
 	id := uint16(os.Getpid())
 	for _, f := range []struct {
 		four           bool
@@ -96,7 +94,7 @@ func ping(ctx context.Context, ips []netip.Addr) map[netip.Addr]bool {
 	}{{true, "ip4:icmp", 8, 0}, {false, "ip6:ipv6-icmp", 128, 129}} {
 		c, err := net.ListenIP(f.network, nil)
 		if err != nil {
-			continue // no such family, or no right to
+			continue // the host does not have the family, or the user is not root
 		}
 		defer c.Close()
 		conns[f.four] = c
@@ -112,7 +110,7 @@ func ping(ctx context.Context, ips []netip.Addr) map[netip.Addr]bool {
 				}
 				ip, _ := netip.AddrFromSlice(from.IP)
 				select {
-				case answers <- ip.Unmap():
+				case replies <- ip.Unmap():
 				case <-ctx.Done():
 					return
 				}
@@ -122,30 +120,30 @@ func ping(ctx context.Context, ips []netip.Addr) map[netip.Addr]bool {
 	for round := range uint16(pings) {
 		for _, ip := range ips {
 			c := conns[ip.Is4()]
-			if c == nil || answered[ip] {
+			if c == nil || replied[ip] {
 				continue
 			}
-			_, _ = c.WriteTo(echo(ip.Is4(), id, round), &net.IPAddr{IP: ip.AsSlice()}) // what fails is not answered
+			_, _ = c.WriteTo(echo(ip.Is4(), id, round), &net.IPAddr{IP: ip.AsSlice()}) // on errors, there is no reply
 		}
 		wait := time.After(pingWait)
 		for waiting := true; waiting; {
-			if len(answered) == len(ips) {
-				return answered
+			if len(replied) == len(ips) {
+				return replied
 			}
 			select {
-			case ip := <-answers:
-				answered[ip] = true
+			case ip := <-replies:
+				replied[ip] = true
 			case <-wait:
 				waiting = false
 			case <-ctx.Done():
-				return answered
+				return replied
 			}
 		}
 	}
-	return answered
+	return replied
 }
 
-// echo makes an echo request. The kernel computes the checksum of ICMPv6.
+// echo returns an echo request. The kernel computes the checksum of ICMPv6.
 func echo(four bool, id, seq uint16) []byte {
 	b := make([]byte, 16)
 	b[0] = 128

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 
@@ -19,17 +20,17 @@ import (
 	"github.com/flanneld/flanneld/subnet"
 )
 
-// A tool is what the commands share.
+// A tool is the state that the commands share: flags and output.
 type tool struct {
 	options *settings.Options
 	envFile string
-	direct  bool   // without asking the daemon
+	direct  bool   // do not use the daemon
 	output  string // "": text
 	flags   *pflag.FlagSet
 	printer
 }
 
-// A source tells of a node: its daemon, or we ourselves in its place.
+// A source returns the state of a node: the daemon, or an inspection without the daemon.
 type source interface {
 	Status(context.Context) (network.Status, error)
 	Leases(context.Context) ([]network.Lease, error)
@@ -38,38 +39,41 @@ type source interface {
 	Close()
 }
 
-// shown are the flags of flanneld that the help lists. It takes all the others
-// that choose the leases and the uplink as well.
-var shown = []string{"subnet-file", "status-socket", "etcd-endpoints", "etcd-prefix", "kube-subnet-mgr", "kubeconfig-file"}
-
-// noUse are flags of flanneld that mean nothing here.
-var noUse = []string{"help", "version", "v", "vmodule", "log_backtrace_at", "healthz-ip", "healthz-port"}
+var (
+	// listedFlags are the flags of flanneld that the help lists. flannelctl accepts all others but unusedFlags too.
+	listedFlags = []string{"subnet-file", "status-socket", "etcd-endpoints", "etcd-prefix", "kube-subnet-mgr",
+		"kubeconfig-file"}
+	// unusedFlags are the flags of flanneld that flannelctl has no use for.
+	unusedFlags = []string{"help", "version", "v", "vmodule", "log_backtrace_at", "healthz-ip", "healthz-port"}
+)
 
 func newRoot() *cobra.Command {
 	t := &tool{}
 	root := &cobra.Command{
 		Use:   "flannelctl",
-		Short: "What flanneld does on this node, what is wrong, and how to mend it",
-		Long: `flannelctl shows what flanneld does on this node, finds what is wrong and says how to mend it.
+		Short: "Show what flanneld does on this node, find problems, and show how to fix them",
+		Long: `flannelctl shows what flanneld does on this node, finds problems, and shows how to fix them.
 
-It asks the daemon by its socket, as root. Where there is none that answers, it looks for itself: it takes the
-flags of flanneld that choose leases, uplink and rules, the variables FLANNELD_..., and what /etc/default/flanneld says.
+It gets the state from the daemon's socket, which only root can use. If the daemon does not reply, flannelctl checks
+the node itself. For this, it reads flanneld's settings from flags, variables FLANNELD_... and /etc/default/flanneld.
 
-Exit status: 0 all is well, 1 something was found, 2 it could not be found out.`,
+Exit status: 0 no problem, 1 problems or differences were found, 2 the command failed.`,
 		Version:           version,
 		SilenceErrors:     true,
 		SilenceUsage:      true,
 		PersistentPreRunE: t.prepare,
 	}
-	// No template of cobra's is set: with text/template, which calls methods by
-	// name, the linker would have to keep a third more.
+	// Templates of cobra are not used: text/template calls methods by name, so that the linker cannot drop unused
+	// methods, and the program would be a third larger.
 	flags := root.PersistentFlags()
 	t.flags = flags
 	flags.SortFlags = false
 	t.addSettings(flags)
-	flags.StringVar(&t.envFile, "env-file", "/etc/default/flanneld", "file with the daemon's variables, FLANNELD_NAME=VALUE, if there is one")
-	flags.BoolVar(&t.direct, "direct", false, "do not ask the daemon: look for yourself")
-	root.AddCommand(t.statusCommand(), t.leasesCommand(), t.diffCommand(), t.doctorCommand(), t.cleanupCommand(), t.validateCommand())
+	flags.StringVar(&t.envFile, "env-file", "/etc/default/flanneld",
+		"file with the daemon's variables, FLANNELD_NAME=VALUE; may be missing")
+	flags.BoolVar(&t.direct, "direct", false, "check the node without the daemon")
+	root.AddCommand(t.statusCommand(), t.leasesCommand(), t.diffCommand(), t.doctorCommand(), t.cleanupCommand(),
+		t.validateCommand())
 	return root
 }
 
@@ -78,19 +82,14 @@ func (t *tool) addSettings(flags *pflag.FlagSet) {
 	all := pflag.NewFlagSet("flanneld", pflag.ContinueOnError)
 	o, err := settings.Flags(all)
 	if err != nil {
-		panic(err) // a default that is not allowed
+		panic(err) // a default is not valid
 	}
 	t.options = o
-	for _, name := range shown {
+	for _, name := range listedFlags {
 		flags.AddFlag(all.Lookup(name))
 	}
 	all.VisitAll(func(f *pflag.Flag) {
-		for _, name := range noUse {
-			if f.Name == name {
-				return
-			}
-		}
-		if flags.Lookup(f.Name) == nil {
+		if flags.Lookup(f.Name) == nil && !slices.Contains(unusedFlags, f.Name) {
 			f.Hidden = true
 			flags.AddFlag(f)
 		}
@@ -100,13 +99,13 @@ func (t *tool) addSettings(flags *pflag.FlagSet) {
 func (t *tool) prepare(*cobra.Command, []string) error {
 	t.printer = newPrinter()
 	if t.output != "" && t.output != "json" {
-		return fmt.Errorf("--output %q is not known: json, or leave it out", t.output)
+		return fmt.Errorf("--output %q is not known: the only format is json", t.output)
 	}
 	return nil
 }
 
-// complete adds to the flags what the environment says. The daemon's variables
-// that are no flags, such as WIREGUARD_KEY_FILE, are for the backends.
+// complete reads the settings that flags do not have from the environment and the environment file. It also sets the
+// file's other variables, such as WIREGUARD_KEY_FILE, for the backends.
 func (t *tool) complete() error {
 	env := os.Environ()
 	file, err := environmentFile(t.envFile)
@@ -121,11 +120,10 @@ func (t *tool) complete() error {
 			}
 		}
 	}
-	return t.options.Complete(append(file, env...)) // of two lines the latter counts
+	return t.options.Complete(append(file, env...)) // the later line wins
 }
 
-// environmentFile reads a file as systemd's EnvironmentFile= does, but for what
-// nobody needs here.
+// environmentFile reads a file as systemd's EnvironmentFile= does, without escapes and continuation lines.
 func environmentFile(path string) ([]string, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -150,50 +148,50 @@ func environmentFile(path string) ([]string, error) {
 var variableName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
 
 const (
-	// The daemon answers at once, unless it stands still.
-	daemonPatience = 5 * time.Second
-	// storePatience is how long the store may take.
-	storePatience = 6 * time.Second
+	// The daemon replies at once, unless it hangs.
+	daemonTimeout = 5 * time.Second
+	// storeTimeout is the limit for requests to the store.
+	storeTimeout = 6 * time.Second
 )
 
-// open returns the daemon, or else what we find out without it; the error then
-// says why not the daemon.
-func (t *tool) open(ctx context.Context) (s source, daemonless error, err error) {
+// open returns the daemon as the source, or else an inspection without the daemon. daemonErr is then the reason why the
+// daemon is not used.
+func (t *tool) open(ctx context.Context) (s source, daemonErr error, err error) {
 	if err := t.complete(); err != nil {
 		return nil, nil, err
 	}
-	if daemonless = t.askable(ctx); daemonless == nil {
+	if daemonErr = t.checkDaemon(ctx); daemonErr == nil {
 		return network.NewClient(t.options.StatusSocket), nil, nil
 	}
 	s, err = t.inspect(ctx)
-	return s, daemonless, err
+	return s, daemonErr, err
 }
 
-// askable returns nil if the daemon answers.
-func (t *tool) askable(ctx context.Context) error {
+// checkDaemon returns nil if the daemon replies.
+func (t *tool) checkDaemon(ctx context.Context) error {
 	switch {
 	case t.direct:
-		return errors.New("it was not asked (--direct)")
+		return errors.New("--direct is set")
 	case t.options.StatusSocket == "":
 		return errors.New("--status-socket is off")
 	}
-	ctx, cancel := context.WithTimeout(ctx, daemonPatience)
+	ctx, cancel := context.WithTimeout(ctx, daemonTimeout)
 	defer cancel()
 	_, err := network.NewClient(t.options.StatusSocket).Status(ctx)
 	switch {
 	case errors.Is(err, os.ErrNotExist):
 		return fmt.Errorf("there is no socket %s", t.options.StatusSocket)
 	case errors.Is(err, os.ErrPermission):
-		return fmt.Errorf("the socket %s is for root alone", t.options.StatusSocket)
+		return fmt.Errorf("the socket %s is for root only", t.options.StatusSocket)
 	case errors.Is(err, context.DeadlineExceeded):
-		return fmt.Errorf("nobody answers at %s within %v", t.options.StatusSocket, daemonPatience)
+		return fmt.Errorf("no reply at %s within %v", t.options.StatusSocket, daemonTimeout)
 	case err != nil:
-		return fmt.Errorf("nobody answers at %s", t.options.StatusSocket)
+		return fmt.Errorf("no reply at %s", t.options.StatusSocket)
 	}
 	return nil
 }
 
-// inspection closes the manager as well.
+// An inspection is a source without the daemon. It also closes the manager.
 type inspection struct {
 	*network.Inspection
 	manager subnet.Manager
@@ -204,7 +202,7 @@ func (i inspection) Close() {
 	i.manager.Close()
 }
 
-// inspect looks without the daemon.
+// inspect reads the state of the node from the host and the store, without the daemon.
 func (t *tool) inspect(ctx context.Context) (source, error) {
 	if os.Getenv("NODE_NAME") == "" {
 		if name, err := os.Hostname(); err == nil {
@@ -215,7 +213,7 @@ func (t *tool) inspect(ctx context.Context) (source, error) {
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, storePatience)
+	ctx, cancel := context.WithTimeout(ctx, storeTimeout)
 	defer cancel()
 	i, err := network.Inspect(ctx, t.options.Network(m))
 	if err != nil {
@@ -225,10 +223,10 @@ func (t *tool) inspect(ctx context.Context) (source, error) {
 	return inspection{i, m}, nil
 }
 
-// remark says, on standard error, why the daemon was not asked.
-func (t *tool) remark(daemonless error) {
-	if daemonless != nil && !t.direct {
-		fmt.Fprintf(os.Stderr, "%s flanneld does not answer, so this is what flannelctl finds: %v\n", t.warn("note:"), daemonless)
+// noteInspection prints on standard error why the daemon is not used.
+func (t *tool) noteInspection(daemonErr error) {
+	if daemonErr != nil && !t.direct {
+		fmt.Fprintf(os.Stderr, "%s flannelctl checks the node without flanneld: %v\n", t.warn("note:"), daemonErr)
 	}
 }
 
@@ -242,7 +240,7 @@ func printJSON(v any) error {
 
 // outputFlag gives a command the flag -o.
 func (t *tool) outputFlag(cmd *cobra.Command) *cobra.Command {
-	cmd.Flags().StringVarP(&t.output, "output", "o", "", "json: for programs")
+	cmd.Flags().StringVarP(&t.output, "output", "o", "", "output format: json; default: text")
 	cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"json"}, cobra.ShellCompDirectiveNoFileComp))
 	return cmd
 }

@@ -33,7 +33,8 @@ func TestPublishedManifest(t *testing.T) {
 		t.Fatal(err)
 	}
 	file := filepath.Join(t.TempDir(), "wrong.yml")
-	if err := os.WriteFile(file, bytes.Replace(text, []byte(`"10.244.0.0/16"`), []byte(`"10.244.0.0"`), 1), 0o644); err != nil {
+	if err := os.WriteFile(file, bytes.Replace(text, []byte(`"10.244.0.0/16"`), []byte(`"10.244.0.0"`), 1),
+		0o644); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := run("validate", file); !errors.Is(err, errFound) {
@@ -71,7 +72,8 @@ func TestEnvironmentFile(t *testing.T) {
 		t.Fatal(err)
 	}
 	got, err := environmentFile(file)
-	if want := []string{"FLANNELD_IFACE=eth0", "FLANNELD_ETCD_PREFIX=/a b", "FLANNELD_B=c", "WIREGUARD_KEY_FILE=/k"}; err != nil || !slices.Equal(got, want) {
+	if want := []string{"FLANNELD_IFACE=eth0", "FLANNELD_ETCD_PREFIX=/a b", "FLANNELD_B=c",
+		"WIREGUARD_KEY_FILE=/k"}; err != nil || !slices.Equal(got, want) {
 		t.Errorf("%q, %v", got, err)
 	}
 }

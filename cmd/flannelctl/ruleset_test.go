@@ -136,7 +136,8 @@ func TestPassesProtocols(t *testing.T) {
 		}
 	}
 	for _, right := range []string{`"ipencap"`, `4`, `{"set": ["tcp", 4]}`} {
-		for _, left := range []string{`{"payload": {"protocol": "ip", "field": "protocol"}}`, `{"meta": {"key": "l4proto"}}`} {
+		for _, left := range []string{`{"payload": {"protocol": "ip", "field": "protocol"}}`,
+			`{"meta": {"key": "l4proto"}}`} {
 			all := parseNFT([]byte(`{"nftables": [
 				{"chain": {"family": "inet", "table": "fw", "name": "in", "hook": "input", "policy": "drop"}},
 				{"rule": {"family": "inet", "table": "fw", "chain": "in", "expr": [

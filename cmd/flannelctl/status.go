@@ -15,35 +15,35 @@ import (
 	"github.com/flanneld/flanneld/subnet"
 )
 
-// An answer is what a command has found out.
-type answer struct {
+// A result is the output of a command.
+type result struct {
 	value any    // for programs
-	print func() // the same for people
-	found bool   // something that is not as it should be
+	print func() // prints the value as text
+	found bool   // there is a problem or a difference
 }
 
-// ask returns a command's work: to put a question to the daemon, or else to
-// what we find out without it, and to print the answer.
-func (t *tool) ask(question func(context.Context, source) (answer, error)) func(*cobra.Command, []string) error {
+// withSource returns the function of a command, which opens the source, collects the result from it, and prints the
+// result.
+func (t *tool) withSource(collect func(context.Context, source) (result, error)) func(*cobra.Command, []string) error {
 	return func(cmd *cobra.Command, _ []string) error {
-		src, daemonless, err := t.open(cmd.Context())
+		src, daemonErr, err := t.open(cmd.Context())
 		if err != nil {
 			return err
 		}
 		defer src.Close()
-		a, err := question(cmd.Context(), src)
+		r, err := collect(cmd.Context(), src)
 		if err != nil {
 			return err
 		}
 		if t.output == "json" {
-			if err := printJSON(a.value); err != nil {
+			if err := printJSON(r.value); err != nil {
 				return err
 			}
 		} else {
-			t.remark(daemonless)
-			a.print()
+			t.noteInspection(daemonErr)
+			r.print()
 		}
-		if a.found {
+		if r.found {
 			return errFound
 		}
 		return nil
@@ -53,28 +53,28 @@ func (t *tool) ask(question func(context.Context, source) (answer, error)) func(
 func (t *tool) statusCommand() *cobra.Command {
 	return t.outputFlag(&cobra.Command{
 		Use:   "status",
-		Short: "What this node's network is, and how it does",
+		Short: "Show the state of this node's network",
 		Args:  cobra.NoArgs,
-		RunE: t.ask(func(ctx context.Context, src source) (answer, error) {
+		RunE: t.withSource(func(ctx context.Context, src source) (result, error) {
 			s, err := src.Status(ctx)
-			return answer{s, func() { t.status(s) }, !s.Ready && !t.direct || len(s.Errors) > 0}, err
+			return result{s, func() { t.status(s) }, !s.Ready && !t.direct || len(s.Errors) > 0}, err
 		}),
 	})
 }
 
-// status prints it for people.
+// status prints the status as text.
 func (t *tool) status(s network.Status) {
 	var rows [][]cell
-	line := func(key, text string, shown func(string) string) {
+	line := func(key, text string, colour func(string) string) {
 		if text != "" {
-			rows = append(rows, []cell{{key, t.bold}, {text, shown}})
+			rows = append(rows, []cell{{key, t.bold}, {text, colour}})
 		}
 	}
 	switch {
 	case !s.Daemon && t.direct:
-		line("flanneld", "was not asked", nil)
+		line("flanneld", "not used (--direct)", nil)
 	case !s.Daemon:
-		line("flanneld", "does not answer", t.bad)
+		line("flanneld", "does not reply", t.bad)
 	case s.Ready:
 		line("flanneld", fmt.Sprintf("ready, %s, running for %s", s.Version, ago(s.Started)), t.ok)
 	default:
@@ -118,14 +118,14 @@ func (t *tool) status(s network.Status) {
 		return no, t.warn
 	}
 	if s.Rules.Mode != "" {
-		text, shown := state(s.Rules.InPlace, s.Rules.Mode+", in place", s.Rules.Mode+", not in place")
-		line("rules", text, shown)
+		text, colour := state(s.Rules.InPlace, s.Rules.Mode+", in place", s.Rules.Mode+", not in place")
+		line("rules", text, colour)
 	}
-	text, shown := state(s.SubnetFile.Written, s.SubnetFile.Path, s.SubnetFile.Path+", not as it should be")
-	line("subnet file", text, shown)
+	text, colour := state(s.SubnetFile.Written, s.SubnetFile.Path, s.SubnetFile.Path+", missing or wrong")
+	line("subnet file", text, colour)
 	if s.Store.Name != "" {
-		text, shown := state(s.Store.Trouble == "", s.Store.Name, s.Store.Name+": "+s.Store.Trouble)
-		line("leases from", text, shown)
+		text, colour := state(s.Store.Trouble == "", s.Store.Name, s.Store.Name+": "+s.Store.Trouble)
+		line("leases from", text, colour)
 	}
 	for _, duty := range slices.Sorted(maps.Keys(s.Errors)) {
 		line("error", duty+": "+s.Errors[duty], t.bad)
@@ -143,7 +143,7 @@ func join[T fmt.Stringer](all []T) string {
 
 func ago(at time.Time) string { return time.Since(at).Round(time.Second).String() }
 
-// expiry words when a lease ends.
+// expiry returns a text for the end of a lease.
 func expiry(at time.Time) string {
 	switch left := time.Until(at).Round(time.Second); {
 	case at.IsZero():
@@ -158,33 +158,34 @@ func expiry(at time.Time) string {
 func (t *tool) leasesCommand() *cobra.Command {
 	return t.outputFlag(&cobra.Command{
 		Use:   "leases",
-		Short: "All nodes' leases",
+		Short: "List the leases of all nodes",
 		Args:  cobra.NoArgs,
-		RunE: t.ask(func(ctx context.Context, src source) (answer, error) {
+		RunE: t.withSource(func(ctx context.Context, src source) (result, error) {
 			leases, err := src.Leases(ctx)
 			if err != nil {
-				return answer{}, fmt.Errorf("no leases: waiting for %w", err)
+				return result{}, fmt.Errorf("no leases: waiting for %w", err)
 			}
-			return answer{leases, func() { t.leases(leases) }, false}, nil
+			return result{leases, func() { t.leases(leases) }, false}, nil
 		}),
 	})
 }
 
-// leases prints them for people: a column for each family that is there.
+// leases prints the leases as a table, with columns for each family in use.
 func (t *tool) leases(leases []network.Lease) {
 	var rows [][]cell
 	for _, l := range leases {
-		var shown func(string) string
+		var colour func(string) string
 		note := l.Problem
 		if l.Own {
-			shown, note = t.ok, "this node"
+			colour, note = t.ok, "this node"
 		}
 		expires := ""
 		if !l.Expires.IsZero() {
 			expires = time.Until(l.Expires).Round(time.Second).String()
 		}
 		rows = append(rows, []cell{
-			{of(l.Subnets, netip.Prefix.Addr, netip.Addr.Is4), shown}, {of(l.Subnets, netip.Prefix.Addr, netip.Addr.Is6), shown},
+			{of(l.Subnets, netip.Prefix.Addr, netip.Addr.Is4), colour}, {of(l.Subnets, netip.Prefix.Addr, netip.Addr.Is6),
+				colour},
 			{of(l.PublicIPs, itself, netip.Addr.Is4), nil}, {of(l.PublicIPs, itself, netip.Addr.Is6), nil},
 			{l.Backend, nil}, {expires, nil}, {note, t.warnUnless(l.Own)},
 		})
@@ -201,7 +202,7 @@ func (t *tool) warnUnless(fine bool) func(string) string {
 
 func itself(a netip.Addr) netip.Addr { return a }
 
-// of returns the first of a family as text.
+// of returns the first value of a family as text.
 func of[T fmt.Stringer](all []T, addr func(T) netip.Addr, family func(netip.Addr) bool) string {
 	for _, v := range all {
 		if family(addr(v)) {
@@ -214,18 +215,19 @@ func of[T fmt.Stringer](all []T, addr func(T) netip.Addr, family func(netip.Addr
 func (t *tool) diffCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "diff",
-		Short: "What the host lacks, or has too much, as the commands that would mend it",
-		Long: `diff compares the host with what is wanted, and prints the commands that would make it so: of ip, bridge, iptables-restore
-and nft. It changes nothing; a daemon that runs mends what it finds in the course of it. Exit status 1 says that there are differences.`,
+		Short: "Show the difference between actual and desired state, as commands that repair it",
+		Long: `diff compares the actual state of the host with the desired state, and prints the commands that repair the
+differences: ip, bridge, iptables-restore and nft. It changes nothing by itself, but a running daemon repairs a
+difference as soon as it learns of the difference. Exit status 1: there are differences.`,
 		Args: cobra.NoArgs,
-		RunE: t.ask(func(ctx context.Context, src source) (answer, error) {
+		RunE: t.withSource(func(ctx context.Context, src source) (result, error) {
 			commands, err := src.Diff(ctx)
 			list := func() {
 				for _, c := range commands {
 					fmt.Fprintln(t.out, c)
 				}
 			}
-			return answer{commands, list, len(commands) > 0}, err
+			return result{commands, list, len(commands) > 0}, err
 		}),
 	}
 }

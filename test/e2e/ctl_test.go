@@ -308,7 +308,7 @@ func TestDoctor(t *testing.T) {
 		}
 	}
 	out, status, err := c.Ctl(ctx, "doctor")
-	if err != nil || status != 0 || !strings.HasPrefix(out, "All is well: ") || strings.Count(out, "\n") != 1 {
+	if err != nil || status != 0 || !strings.HasPrefix(out, "No problems found: ") || strings.Count(out, "\n") != 1 {
 		t.Fatalf("of a healthy node: %v, status %d\n%s", err, status, out)
 	}
 	list := strings.Fields(firsts(labtest.Must(first(c.Ctl(ctx, "doctor", "--list")))(t)))
@@ -481,7 +481,7 @@ func testCleanup(t *testing.T, c cleanupCase) {
 	labtest.Do(t, joinAll(ctx, s))
 	before := beforeDaemon(ctx, t, n)
 	if out, _, err := n.Ctl(ctx, "cleanup", "--yes"); err != nil ||
-		out != "There is nothing of flanneld's on this node.\n" {
+		out != "Nothing of flanneld is on this node.\n" {
 		t.Fatalf("of a node without: %v\n%s", err, out)
 	}
 
@@ -609,7 +609,7 @@ func TestCleanupCharon(t *testing.T) {
 		t.Error("charon has ended")
 	}
 	if out, _, err := n.Ctl(ctx, "cleanup", "--yes"); err != nil ||
-		out != "There is nothing of flanneld's on this node.\n" {
+		out != "Nothing of flanneld is on this node.\n" {
 		t.Errorf("once more: %v\n%s", err, out)
 	}
 }
@@ -629,10 +629,11 @@ func TestCleanupNotes(t *testing.T) {
 	labtest.Do(t, os.WriteFile(n.SubnetFile(), []byte(env), 0o644))
 	out := labtest.Must(first(n.Ctl(ctx, "cleanup", "--dry-run")))(t)
 	for _, want := range []string{
-		"left to you: the route to 10.5.7.0/24 in the VPC, until the instance is gone: aws ec2 delete-route --route-table-id rtb-0a --destination-cidr-block 10.5.7.0/24\n",
+		"to remove by hand: the route to 10.5.7.0/24 in the VPC, until the instance is gone: " +
+			"aws ec2 delete-route --route-table-id rtb-0a --destination-cidr-block 10.5.7.0/24\n",
 		" --destination-ipv6-cidr-block fd00:5:0:7::/64\n",
-		"left to you: the unit: systemctl disable flanneld; rm /etc/systemd/system/flanneld.service; systemctl daemon-reload\n",
-		"left to you: what has Docker use its subnet: rm /etc/systemd/system/docker.service.d/flannel.conf;",
+		"to remove by hand: the unit: systemctl disable flanneld; rm /etc/systemd/system/flanneld.service; systemctl daemon-reload\n",
+		"to remove by hand: the drop-in for Docker: rm /etc/systemd/system/docker.service.d/flannel.conf;",
 	} {
 		if !strings.Contains(out, want) {
 			t.Errorf("%q is not in\n%s", want, out)

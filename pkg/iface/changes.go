@@ -14,12 +14,10 @@ import (
 	"github.com/flanneld/flanneld/pkg/rtnl"
 )
 
-// Changes signals when a link, an address or a default route of the calling
-// thread's network namespace changes so that Find may now answer otherwise.
-// Signals that nobody took are merged into one; the first ones may be about
-// nothing. It listens before it returns: what is found afterwards can only be
-// outdated by a change that will be signalled. The channel is closed when ctx
-// ends.
+// Changes signals when a link, an address or a default route of the calling thread's network namespace has changed,
+// so that Find may return another result. Signals that are not received at once are merged into one. The first
+// signals may come without a change. Changes subscribes before it returns: every change after that is signalled.
+// The channel is closed when ctx ends.
 func Changes(ctx context.Context) (<-chan struct{}, error) {
 	l, err := listen()
 	if err != nil {
@@ -28,8 +26,9 @@ func Changes(ctx context.Context) (<-chan struct{}, error) {
 	return follow(ctx, l), nil
 }
 
-// follow signals the news that l has, and closes it when ctx ends.
+// follow signals the changes that l receives, and closes l when ctx ends.
 func follow(ctx context.Context, l *rtnl.Listener) <-chan struct{} {
+	log := klog.FromContext(ctx)
 	changes := make(chan struct{}, 1)
 	stop := context.AfterFunc(ctx, func() { l.Close() })
 	go func() {
@@ -38,42 +37,41 @@ func follow(ctx context.Context, l *rtnl.Listener) <-chan struct{} {
 		r := reader{l, seen{}}
 		buf := make([]byte, 1<<16)
 		for {
-			_, news, err := r.next(buf)
+			_, changed, err := r.next(buf)
 			if err != nil {
 				if ctx.Err() == nil {
-					klog.Errorf("Changes of interfaces go unnoticed from now on: netlink: %v", err)
+					log.Error(err, "Cannot read netlink notifications; changes of interfaces are not noticed any more",
+						"fix", "restart flanneld")
 					<-ctx.Done()
 				}
 				return
 			}
-			if !news {
+			if !changed {
 				continue
 			}
 			select {
 			case changes <- struct{}{}:
-			default: // there is one already
+			default: // a signal is pending already
 			}
 		}
 	}()
 	return changes
 }
 
-// listen asks for notifications of links and addresses, and of default routes
-// alone.
+// listen subscribes to notifications of links, addresses and default routes.
 func listen() (*rtnl.Listener, error) {
 	return rtnl.Listen(onlyDefaultRoutes(), unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR,
 		unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE)
 }
 
-// onlyDefaultRoutes returns a classic BPF program that drops the messages of
-// all other routes: they come by the thousand, not least our own, and would
-// wake us each time.
+// onlyDefaultRoutes returns a classic BPF program that drops the messages of all other routes. A node has thousands of
+// other routes, most of them flanneld's own, and each message would wake flanneld.
 func onlyDefaultRoutes() []unix.SockFilter {
 	const (
 		kind   = uint32(unsafe.Offsetof(unix.NlMsghdr{}.Type))
 		dstLen = unix.NLMSG_HDRLEN + uint32(unsafe.Offsetof(unix.RtMsg{}.Dst_len))
 	)
-	loaded := func(v uint16) uint32 { // as a big-endian load sees a native value
+	loaded := func(v uint16) uint32 { // the result of a big-endian load of a native value
 		return uint32(binary.BigEndian.Uint16(binary.NativeEndian.AppendUint16(nil, v)))
 	}
 	return []unix.SockFilter{
@@ -87,50 +85,50 @@ func onlyDefaultRoutes() []unix.SockFilter {
 	}
 }
 
-// A reader tells what is news of what the kernel says.
+// A reader reads notifications and reports which of them are changes.
 type reader struct {
 	*rtnl.Listener
 	seen seen
 }
 
-// next waits for a datagram, reads it into buf, and tells whether it says
-// something new. A loss is news, of no datagram: anything may have changed, and
-// nothing that is said afterwards is known already.
-func (r *reader) next(buf []byte) (datagram []byte, news bool, err error) {
+// next waits for a datagram, reads it into buf, and reports whether the datagram has a change. When notifications were
+// lost, next reports a change without a datagram, and forgets all state: anything may have changed.
+func (r *reader) next(buf []byte) (datagram []byte, changed bool, err error) {
 	datagram, err = r.Next(buf)
 	if errors.Is(err, rtnl.ErrLost) {
 		r.seen = seen{}
 		return nil, true, nil
 	}
-	return datagram, err == nil && r.seen.news(datagram), err
+	return datagram, err == nil && r.seen.update(datagram), err
 }
 
-// seen holds what was last said of a link or address, as far as Find looks at
-// it. The kernel repeats itself: with every router advertisement, for one, it
-// tells of an address anew because its lifetime has changed.
-type seen map[subject]string
+// seen holds the last state of each link and address, as far as Find uses the state. The kernel also sends
+// notifications without such a change: with every router advertisement, for example, it sends one for each address,
+// because the lifetime of the address has changed.
+type seen map[object]string
 
-type subject struct {
-	index uint32
+// An object is a link, or an address on a link.
+type object struct {
+	index uint32 // of the link
 	addr  string // prefix length and addresses; empty: the link itself
 }
 
-// news tells whether a datagram says something new.
-func (s seen) news(datagram []byte) bool {
+// update records the state in a datagram, and reports whether any state has changed.
+func (s seen) update(datagram []byte) bool {
 	messages, err := syscall.ParseNetlinkMessage(datagram)
 	if err != nil {
 		return true
 	}
-	news := false
+	changed := false
 	for _, m := range messages {
-		if s.message(m) {
-			news = true
+		if s.updateMessage(m) {
+			changed = true
 		}
 	}
-	return news
+	return changed
 }
 
-func (s seen) message(m syscall.NetlinkMessage) bool {
+func (s seen) updateMessage(m syscall.NetlinkMessage) bool {
 	attrs, err := syscall.ParseNetlinkRouteAttr(&m)
 	if err != nil {
 		return true
@@ -138,47 +136,48 @@ func (s seen) message(m syscall.NetlinkMessage) bool {
 	switch m.Header.Type {
 	case unix.RTM_NEWLINK, unix.RTM_DELLINK:
 		if m.Data[0] == unix.AF_BRIDGE {
-			return false // about a bridge's port; a DELLINK of this kind leaves the link where it is
+			return false // the state of a bridge's port; such a DELLINK does not mean that the link was deleted
 		}
-		who := subject{index: binary.NativeEndian.Uint32(m.Data[unsafe.Offsetof(unix.IfInfomsg{}.Index):])}
+		link := object{index: binary.NativeEndian.Uint32(m.Data[unsafe.Offsetof(unix.IfInfomsg{}.Index):])}
 		if m.Header.Type == unix.RTM_DELLINK {
 			for other := range s {
-				if other.index == who.index {
+				if other.index == link.index {
 					delete(s, other)
 				}
 			}
 			return true
 		}
 		if pick(attrs, unix.IFLA_MTU) == "" {
-			return false // a driver's event (IFLA_WIRELESS), not the link's state
+			return false // an event of a driver (IFLA_WIRELESS), not the state of the link
 		}
 		flags := binary.NativeEndian.Uint32(m.Data[unsafe.Offsetof(unix.IfInfomsg{}.Flags):])
-		return s.say(who, fmt.Sprint(flags&unix.IFF_UP)+pick(attrs, unix.IFLA_IFNAME, unix.IFLA_ADDRESS, unix.IFLA_MTU, unix.IFLA_PROP_LIST))
+		return s.record(link, fmt.Sprint(flags&unix.IFF_UP)+
+			pick(attrs, unix.IFLA_IFNAME, unix.IFLA_ADDRESS, unix.IFLA_MTU, unix.IFLA_PROP_LIST))
 	case unix.RTM_NEWADDR, unix.RTM_DELADDR:
-		who := subject{
+		address := object{
 			index: binary.NativeEndian.Uint32(m.Data[unsafe.Offsetof(unix.IfAddrmsg{}.Index):]),
 			addr:  string(m.Data[:2]) + pick(attrs, unix.IFA_ADDRESS, unix.IFA_LOCAL), // family, prefix length
 		}
 		if m.Header.Type == unix.RTM_DELADDR {
-			delete(s, who)
+			delete(s, address)
 			return true
 		}
-		return s.say(who, string(m.Data[2:4])+pick(attrs, unix.IFA_FLAGS)) // flags, scope
+		return s.record(address, string(m.Data[2:4])+pick(attrs, unix.IFA_FLAGS)) // flags, scope
 	}
-	// Routes: some go unsaid with their link, so that none can be taken for known.
+	// A route: the kernel deletes some routes with their link without a notification, so no state is kept.
 	return true
 }
 
-// say notes what is said, and tells whether it is new.
-func (s seen) say(who subject, what string) bool {
-	if s[who] == what {
+// record records the state of an object, and reports whether the state has changed.
+func (s seen) record(o object, state string) bool {
+	if s[o] == state {
 		return false
 	}
-	s[who] = what
+	s[o] = state
 	return true
 }
 
-// pick returns the attributes of the given types as they are.
+// pick returns the attributes of the given types, unparsed.
 func pick(attrs []syscall.NetlinkRouteAttr, types ...uint16) string {
 	var out []byte
 	for _, a := range attrs {

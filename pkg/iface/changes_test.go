@@ -65,8 +65,8 @@ func newReader(t *testing.T) *reader {
 
 // until reads up to the notification of an MTU, set as a mark, and returns how
 // many messages of routes and addresses came before it, and how many messages
-// of any kind were news.
-func (r *reader) until(t *testing.T, dev string, mtu int) (routes, addrs, news int) {
+// of any kind were changes.
+func (r *reader) until(t *testing.T, dev string, mtu int) (routes, addrs, changed int) {
 	t.Helper()
 	nstest.Run(t, fmt.Sprintf("ip link set %s mtu %d", dev, mtu))
 	mark := string(binary.NativeEndian.AppendUint32(binary.NativeEndian.AppendUint16(nil, unix.IFLA_MTU), uint32(mtu)))
@@ -75,7 +75,7 @@ func (r *reader) until(t *testing.T, dev string, mtu int) (routes, addrs, news i
 		if err := r.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
 			t.Fatal(err)
 		}
-		datagram, isNews, err := r.next(buf)
+		datagram, isChange, err := r.next(buf)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -95,12 +95,12 @@ func (r *reader) until(t *testing.T, dev string, mtu int) (routes, addrs, news i
 				addrs++
 			case unix.RTM_NEWLINK:
 				if pick(attrs, unix.IFLA_MTU) == mark {
-					return routes, addrs, news
+					return routes, addrs, changed
 				}
 			}
 		}
-		if isNews {
-			news++
+		if isChange {
+			changed++
 		}
 	}
 }
@@ -115,7 +115,7 @@ const quiet = `
 	link set eth0 up
 `
 
-func TestOtherRoutesWakeNobody(t *testing.T) {
+func TestOtherRoutesAreFiltered(t *testing.T) {
 	setup(t, quiet+`
 		addr add 198.18.0.1/24 dev eth0
 		addr add 2001:db8::1/64 dev eth0 nodad`)
@@ -136,15 +136,15 @@ func TestOtherRoutesWakeNobody(t *testing.T) {
 		"ip -6 route del default",
 	} {
 		nstest.Run(t, line)
-		if routes, _, news := r.until(t, "eth0", 1402+i); routes == 0 || news < routes {
-			t.Errorf("%s: %d messages, %d signals", line, routes, news)
+		if routes, _, changed := r.until(t, "eth0", 1402+i); routes == 0 || changed < routes {
+			t.Errorf("%s: %d messages, %d signals", line, routes, changed)
 		}
 	}
 }
 
-// The kernel tells of an address with every router advertisement, and of a
-// bridge's port with every change of its state.
-func TestRepetitionsAreNoNews(t *testing.T) {
+// The kernel sends a notification for an address with every router advertisement, and for a port of a bridge with every
+// change of the port's state. These are no changes of the uplink.
+func TestRepetitionsAreNoChanges(t *testing.T) {
 	nstest.Need(t, "bridge")
 	setup(t, quiet+`
 		link add br0 address 02:00:00:00:00:b0 type bridge
@@ -154,15 +154,15 @@ func TestRepetitionsAreNoNews(t *testing.T) {
 		addr add 198.18.0.1/24 dev eth0`)
 	r := newReader(t)
 	mtu := 1400
-	for _, dev := range []string{"far0", "far1", "port", "br0"} { // so that a late word of its carrier is no news
+	for _, dev := range []string{"far0", "far1", "port", "br0"} { // so that a late notification of the carrier is no change
 		r.until(t, dev, mtu)
 		mtu++
 	}
 	for _, c := range []struct {
-		line string
-		news bool
+		line    string
+		changed bool
 	}{
-		{"ip addr change 2001:db8::1/64 dev eth0 valid_lft 1000 preferred_lft 500", true}, // we had not heard of it
+		{"ip addr change 2001:db8::1/64 dev eth0 valid_lft 1000 preferred_lft 500", true}, // the address was unknown
 		{"ip addr change 2001:db8::1/64 dev eth0 valid_lft 1001 preferred_lft 500", false},
 		{"ip addr change 198.18.0.1/24 dev eth0 valid_lft 1000 preferred_lft 500", true},
 		{"ip addr change 198.18.0.1/24 dev eth0 valid_lft 1001 preferred_lft 500", false},
@@ -182,53 +182,53 @@ func TestRepetitionsAreNoNews(t *testing.T) {
 		r.until(t, "eth0", mtu) // whatever was on the way
 		nstest.Run(t, c.line)
 		mtu++
-		_, addrs, news := r.until(t, "eth0", mtu)
+		_, addrs, changed := r.until(t, "eth0", mtu)
 		mtu++
 		if strings.Contains(c.line, " addr ") && addrs == 0 {
-			t.Errorf("%s: the kernel said nothing: this tests nothing", c.line)
+			t.Errorf("%s: the kernel sent no notification: this tests nothing", c.line)
 		}
-		if news > 0 != c.news {
-			t.Errorf("%s: %d signals", c.line, news)
+		if changed > 0 != c.changed {
+			t.Errorf("%s: %d signals", c.line, changed)
 		}
 	}
-	// A link that goes is forgotten, and its addresses with it.
+	// A link that is deleted is forgotten with its addresses.
 	eth0, err := netlink.LinkByName("eth0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	index := uint32(eth0.Attrs().Index)
-	if _, known := r.seen[subject{index: index}]; !known {
+	if _, known := r.seen[object{index: index}]; !known {
 		t.Error("eth0 is unknown")
 	}
 	nstest.Run(t, "ip link del eth0")
 	r.until(t, "br0", 1234)
-	for who := range r.seen {
-		if who.index == index {
-			t.Errorf("%v is still remembered", who)
+	for o := range r.seen {
+		if o.index == index {
+			t.Errorf("%v is still remembered", o)
 		}
 	}
 }
 
-// After a loss nothing is known any more: what the kernel says then is news, also
-// if it is what was said before the loss, and undoes what was lost.
-func TestLossIsNews(t *testing.T) {
+// After a loss, the reader knows no state: the next notification is a change, even with the state from before the loss,
+// because the lost notifications may have been about another state.
+func TestLossIsChange(t *testing.T) {
 	setup(t, quiet)
 	r := newReader(t)
 	r.until(t, "eth0", 1300)
 	nstest.Overflow(t, r, "eth0") // another MTU
 	buf := make([]byte, 1<<16)
 	for lost := false; !lost; {
-		datagram, news, err := r.next(buf)
+		datagram, changed, err := r.next(buf)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if lost = datagram == nil; lost && !news {
-			t.Error("the loss is no news")
+		if lost = datagram == nil; lost && !changed {
+			t.Error("the loss is no change")
 		}
 	}
 	nstest.Run(t, "ip link set eth0 mtu 1300")
-	if _, news, err := r.next(buf); err != nil || !news {
-		t.Errorf("the MTU of before the loss: news %v, error %v", news, err)
+	if _, changed, err := r.next(buf); err != nil || !changed {
+		t.Errorf("the MTU of before the loss: changed %v, error %v", changed, err)
 	}
 }
 

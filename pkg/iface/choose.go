@@ -12,31 +12,32 @@ import (
 	"github.com/flanneld/flanneld/pkg/family"
 )
 
-// A candidate is a link that the selector points to.
+// A candidate is a link that the selector matches.
 type candidate struct {
 	*link
-	asked string       // what points to it, as typed: "--iface=eth0"
-	by    []netip.Addr // its addresses that made it one: the first of a family becomes the node's own
-	exact netip.Addr   // the one of them that was asked for by itself
+	selectedBy string       // the flag and its value: "--iface=eth0"
+	matched    []netip.Addr // the addresses that the selector matched: the first of a family becomes the node's own
+	exact      netip.Addr   // the address that the selector names, if it names one
 }
 
-// inner are interfaces that lead to what runs on the host rather than to other
-// hosts, by the names that container and virtual machine tools give them. They
-// hold addresses that a pattern may well match, so they come after all others.
-var inner = regexp.MustCompile(`^lo$|^(cni|cbr|docker|podman|virbr)[0-9]+$|^br-[0-9a-f]{12}$|^(kube-ipvs0|nodelocaldns)$`)
+// hostInternal matches the interfaces that connect the host with its containers and virtual machines, not with other
+// hosts, by the names that the usual tools give these interfaces. A pattern may match their addresses, so they come
+// after all other interfaces.
+var hostInternal = regexp.MustCompile(
+	`^lo$|^(cni|cbr|docker|podman|virbr)[0-9]+$|^br-[0-9a-f]{12}$|^(kube-ipvs0|nodelocaldns)$`)
 
-// overlay reports whether the device is one of the overlay network's own.
+// overlay reports whether a device belongs to the overlay network.
 func (s Selector) overlay(device string) bool { return s.Overlay != nil && s.Overlay(device) }
 
-// byDefault tells whether the selector leaves the interface open.
+// byDefault reports whether the selector does not restrict the interface.
 func (s Selector) byDefault() bool {
 	return len(s.Names) == 0 && len(s.Regexps) == 0 && !s.CanReach.IsValid()
 }
 
-// choose is Find on what look saw.
+// choose returns the uplink that Find returns, from the state of the host.
 func (h host) choose(sel Selector, ipv4, ipv6 bool) (Uplink, error) {
 	slices.SortStableFunc(h.links, func(a, b link) int {
-		switch x, y := inner.MatchString(a.name), inner.MatchString(b.name); {
+		switch x, y := hostInternal.MatchString(a.name), hostInternal.MatchString(b.name); {
 		case x == y:
 			return cmp.Compare(a.index, b.index)
 		case x:
@@ -46,36 +47,36 @@ func (h host) choose(sel Selector, ipv4, ipv6 bool) (Uplink, error) {
 	})
 	on := func(ip netip.Addr) bool { return ip.Is4() && ipv4 || ip.Is6() && ipv6 }
 	found, missed := h.candidates(sel, on, ipv4)
-	var faults []string
+	var reasons []string
 	for _, c := range found {
 		u, err := c.uplink(sel, ipv4, ipv6)
 		if err == nil {
 			return u, nil
 		}
-		if !slices.Contains(faults, err.Error()) {
-			faults = append(faults, err.Error())
+		if !slices.Contains(reasons, err.Error()) {
+			reasons = append(reasons, err.Error())
 		}
 	}
-	const enough = 3 // a pattern may match an interface for every pod
-	if n := len(faults) - enough; n > 1 {
-		faults = append(faults[:enough], fmt.Sprintf("nor will %d more interfaces do", n))
+	const most = 3 // a pattern may match an interface for every pod
+	if n := len(reasons) - most; n > 1 {
+		reasons = append(reasons[:most], fmt.Sprintf("%d more interfaces cannot be used either", n))
 	}
 	if len(missed) > 0 {
-		faults = append(faults, fmt.Sprintf("%s: this host has %s; give --iface the name or an address of the one to use", strings.Join(missed, ", "), h))
+		reasons = append(reasons, fmt.Sprintf("%s: this host has %s; set --iface to the name or an address of one of them",
+			strings.Join(missed, ", "), h))
 	}
-	return Uplink{}, errors.New(strings.Join(faults, "; "))
+	return Uplink{}, errors.New(strings.Join(reasons, "; "))
 }
 
-// candidates returns the links that sel points to, best first, and what it
-// asks for in vain.
+// candidates returns the links that sel matches, the best first, and a description of each selector that matches none.
 func (h host) candidates(sel Selector, on func(netip.Addr) bool, ipv4 bool) (found []candidate, missed []string) {
 	var unmatched []string
-	match := func(asked string, links []candidate) {
+	match := func(selector string, links []candidate) {
 		if len(links) == 0 {
-			unmatched = append(unmatched, asked)
+			unmatched = append(unmatched, selector)
 		}
 		for _, c := range links {
-			c.asked = asked
+			c.selectedBy = selector
 			found = append(found, c)
 		}
 	}
@@ -86,16 +87,16 @@ func (h host) candidates(sel Selector, on func(netip.Addr) bool, ipv4 bool) (fou
 		match("--iface-regex="+re.String(), h.matching(sel, re, on))
 	}
 	if to := sel.CanReach; to.IsValid() {
-		asked := "--iface-can-reach=" + to.String()
+		selector := "--iface-can-reach=" + to.String()
 		switch l := h.at(h.reach.index); {
 		case h.reach.err != nil:
-			missed = append(missed, fmt.Sprintf("no route for %s (%v)", asked, h.reach.err))
-		case h.reach.local: // the route is lo's, while the others reach us on the address's own interface
-			match(asked, h.holding(to))
+			missed = append(missed, fmt.Sprintf("no route for %s (%v)", selector, h.reach.err))
+		case h.reach.local: // the route leads to lo; peers reach the address on the interface that has it
+			match(selector, h.holding(to))
 		case l == nil || sel.overlay(l.name):
-			missed = append(missed, fmt.Sprintf("no route for %s but over the overlay itself", asked))
+			missed = append(missed, fmt.Sprintf("the only route for %s is in the overlay network itself", selector))
 		default:
-			match(asked, []candidate{{link: l, by: []netip.Addr{h.reach.src}}})
+			match(selector, []candidate{{link: l, matched: []netip.Addr{h.reach.src}}})
 		}
 	}
 	if len(unmatched) > 0 {
@@ -109,10 +110,9 @@ func (h host) candidates(sel Selector, on func(netip.Addr) bool, ipv4 bool) (fou
 			continue
 		}
 		for _, c := range h.holding(public) {
-			// A router's address may sit on lo; peers then come in by the
-			// interface of the default route.
-			if !inner.MatchString(c.name) {
-				c.asked = PublicIPFlags.Of(f) + "=" + public.String()
+			// A router may have its address on lo. Peers then reach the address on the interface of the default route.
+			if !hostInternal.MatchString(c.name) {
+				c.selectedBy = PublicIPFlags.Of(f) + "=" + public.String()
 				return []candidate{c}, nil
 			}
 		}
@@ -122,12 +122,12 @@ func (h host) candidates(sel Selector, on func(netip.Addr) bool, ipv4 bool) (fou
 		f = family.IPv4
 	}
 	if l := h.at(h.gateway); l != nil {
-		return []candidate{{link: l, asked: fmt.Sprintf("the %s default route", f)}}, nil
+		return []candidate{{link: l, selectedBy: fmt.Sprintf("the %s default route", f)}}, nil
 	}
 	return nil, []string{fmt.Sprintf("there is no %s default route", f)}
 }
 
-// named returns the links that --iface may mean.
+// named returns the links that a value of --iface names.
 func (h host) named(name string) []candidate {
 	for i, l := range h.links {
 		if l.name == name || slices.Contains(l.altNames, name) {
@@ -146,14 +146,13 @@ func (h host) holding(ip netip.Addr) []candidate {
 	var out []candidate
 	for i, l := range h.links {
 		if l.find(ip) != nil {
-			out = append(out, candidate{link: &h.links[i], by: []netip.Addr{ip}, exact: ip})
+			out = append(out, candidate{link: &h.links[i], matched: []netip.Addr{ip}, exact: ip})
 		}
 	}
 	return out
 }
 
-// matching returns the links with a usable address that matches, and after them
-// those whose name does.
+// matching returns the links that have a usable address that matches, and after them the links whose name matches.
 func (h host) matching(sel Selector, re *regexp.Regexp, on func(netip.Addr) bool) []candidate {
 	var byAddr, byName []candidate
 	for i, l := range h.links {
@@ -163,10 +162,10 @@ func (h host) matching(sel Selector, re *regexp.Regexp, on func(netip.Addr) bool
 		c := candidate{link: &h.links[i]}
 		for _, a := range l.usable(on) {
 			if re.MatchString(a.ip.String()) {
-				c.by = append(c.by, a.ip)
+				c.matched = append(c.matched, a.ip)
 			}
 		}
-		if len(c.by) > 0 {
+		if len(c.matched) > 0 {
 			byAddr = append(byAddr, c)
 		} else if re.MatchString(l.name) {
 			byName = append(byName, c)
@@ -175,13 +174,14 @@ func (h host) matching(sel Selector, re *regexp.Regexp, on func(netip.Addr) bool
 	return append(byAddr, byName...)
 }
 
-// uplink returns the candidate as the uplink, or why it cannot be that.
+// uplink returns the candidate as the uplink, or an error that says why the candidate cannot be the uplink.
 func (c candidate) uplink(sel Selector, ipv4, ipv6 bool) (Uplink, error) {
 	if !c.up {
-		return Uplink{}, fmt.Errorf("%s (%s) is down: ip link set %s up", c.name, c.asked, c.name)
+		return Uplink{}, fmt.Errorf("%s (%s) is down: ip link set %s up", c.name, c.selectedBy, c.name)
 	}
-	if a := c.find(c.exact); a != nil && a.defect(true) != "" {
-		return Uplink{}, fmt.Errorf("%s (%s) cannot be reached at %s: the address is %s", c.name, c.asked, c.exact, a.defect(true))
+	if a := c.find(c.exact); a != nil && a.unusable(true) != "" {
+		return Uplink{}, fmt.Errorf("%s (%s) cannot be reached at %s: the address is %s",
+			c.name, c.selectedBy, c.exact, a.unusable(true))
 	}
 	u := Uplink{Name: c.name, Index: c.index, MTU: c.mtu, MAC: c.mac}
 	var own, public family.Pair[netip.Addr]
@@ -189,17 +189,18 @@ func (c candidate) uplink(sel Selector, ipv4, ipv6 bool) (Uplink, error) {
 		if !on {
 			continue
 		}
-		usable, asked := c.usable(f.Has), sel.publicIPs().Of(f)
-		ip := c.ownAddr(f.Has, usable, asked, sel.Prefer)
+		usable, flag := c.usable(f.Has), sel.publicIPs().Of(f)
+		ip := c.ownAddr(f.Has, usable, flag, sel.Prefer)
 		if !ip.IsValid() {
-			return Uplink{}, fmt.Errorf("%s (%s) has no usable %s address%s: give it one, or set Enable%s to false in the network configuration",
-				c.name, c.asked, f, c.defects(f.Has), f)
+			return Uplink{}, fmt.Errorf("%s (%s) has no usable %s address%s: "+
+				"add an address, or set Enable%s to false in the network configuration",
+				c.name, c.selectedBy, f, c.unusables(f.Has), f)
 		}
-		*own.At(f), *public.At(f) = ip, cmp.Or(asked, ip)
+		*own.At(f), *public.At(f) = ip, cmp.Or(flag, ip)
 		for _, a := range usable {
 			u.Prefixes = append(u.Prefixes, a.onLink)
 		}
-		if a := c.find(ip); a.defect(false) != "" { // asked for by name
+		if a := c.find(ip); a.unusable(false) != "" { // named by --iface
 			u.Prefixes = append(u.Prefixes, a.onLink)
 		}
 	}
@@ -209,18 +210,18 @@ func (c candidate) uplink(sel Selector, ipv4, ipv6 bool) (Uplink, error) {
 	return u, nil
 }
 
-// ownAddr picks the node's own address of a family: the one that the link was
-// chosen by, the public one, one that is in use already, the first.
+// ownAddr returns the node's own address of a family: the address that the selector matched, else the public address,
+// else an address that is in use already, else the first usable address.
 func (c candidate) ownAddr(is func(netip.Addr) bool, usable []addr, public netip.Addr, prefer []netip.Addr) netip.Addr {
 	has := func(ip netip.Addr) bool {
 		return slices.ContainsFunc(usable, func(a addr) bool { return a.ip == ip })
 	}
-	for _, ip := range c.by {
+	for _, ip := range c.matched {
 		if is(ip) && (ip == c.exact || has(ip)) {
 			return ip
 		}
 	}
-	if a := c.find(public); a != nil && a.defect(true) == "" {
+	if a := c.find(public); a != nil && a.unusable(true) == "" {
 		return public
 	}
 	for _, ip := range prefer {
@@ -234,13 +235,12 @@ func (c candidate) ownAddr(is func(netip.Addr) bool, usable []addr, public netip
 	return netip.Addr{}
 }
 
-// defects lists the addresses of a family that will not do: " (fe80::1/64 is
-// link-local)".
-func (c candidate) defects(is func(netip.Addr) bool) string {
+// unusables lists the addresses of a family that cannot be used: " (fe80::1/64 is link-local)".
+func (c candidate) unusables(is func(netip.Addr) bool) string {
 	var out []string
 	for _, a := range c.addrs {
 		if is(a.ip) {
-			out = append(out, fmt.Sprintf("%s is %s", a, a.defect(false)))
+			out = append(out, fmt.Sprintf("%s is %s", a, a.unusable(false)))
 		}
 	}
 	if len(out) == 0 {

@@ -163,7 +163,7 @@ lo 127.0.0.1/8,host
 eth0 198.18.0.1/24 fe80::1/64,link 2001:db8::1/64
 eth1 down 198.18.5.1/24
 eth2 fe80::2/64,link 2001:db8:2::1/64,tentative`
-	const has = "this host has eth0 (198.18.0.1/24, 2001:db8::1/64), eth1 (198.18.5.1/24, down), eth2 (2001:db8:2::1/64), lo (127.0.0.1/8); give --iface the name or an address of the one to use"
+	const has = "this host has eth0 (198.18.0.1/24, 2001:db8::1/64), eth1 (198.18.5.1/24, down), eth2 (2001:db8:2::1/64), lo (127.0.0.1/8); set --iface to the name or an address of one of them"
 	for _, c := range []struct {
 		name   string
 		host   string
@@ -179,9 +179,9 @@ eth2 fe80::2/64,link 2001:db8:2::1/64,tentative`
 		{name: "one is down, one is not there", host: node, sel: Selector{Names: []string{"eth9", "eth1"}}, v4: true,
 			want: "eth1 (--iface=eth1) is down: ip link set eth1 up; no interface matches --iface=eth9: " + has},
 		{name: "no address of a family", host: node, sel: Selector{Names: []string{"eth2"}}, v4: true, v6: true,
-			want: "eth2 (--iface=eth2) has no usable IPv4 address: give it one, or set EnableIPv4 to false in the network configuration"},
+			want: "eth2 (--iface=eth2) has no usable IPv4 address: add an address, or set EnableIPv4 to false in the network configuration"},
 		{name: "none that is usable", host: node, sel: Selector{Names: []string{"eth2"}}, v6: true,
-			want: "eth2 (--iface=eth2) has no usable IPv6 address (fe80::2/64 is link-local, 2001:db8:2::1/64 is tentative): give it one, or set EnableIPv6 to false in the network configuration"},
+			want: "eth2 (--iface=eth2) has no usable IPv6 address (fe80::2/64 is link-local, 2001:db8:2::1/64 is tentative): add an address, or set EnableIPv6 to false in the network configuration"},
 		{name: "a tentative address", host: node, sel: Selector{Names: []string{"2001:db8:2::1"}}, v6: true,
 			want: "eth2 (--iface=2001:db8:2::1) cannot be reached at 2001:db8:2::1: the address is tentative"},
 		{name: "loopback", host: node, sel: Selector{Names: []string{"127.0.0.1"}}, v4: true, want: "lo (--iface=127.0.0.1) cannot be reached at 127.0.0.1: the address is loopback"},
@@ -192,13 +192,13 @@ eth2 fe80::2/64,link 2001:db8:2::1/64,tentative`
 		{name: "can reach a loopback address", host: node, sel: Selector{CanReach: ip("127.0.0.2")}, reach: route{index: 1, local: true}, v4: true,
 			want: "no interface matches --iface-can-reach=127.0.0.2: " + has},
 		{name: "over the overlay", host: "flannel.1 198.18.1.0/32", sel: Selector{CanReach: ip("198.18.2.1")}, reach: route{index: 1}, v4: true,
-			want: "no route for --iface-can-reach=198.18.2.1 but over the overlay itself: this host has flannel.1 (198.18.1.0/32); give --iface the name or an address of the one to use"},
+			want: "the only route for --iface-can-reach=198.18.2.1 is in the overlay network itself: this host has flannel.1 (198.18.1.0/32); set --iface to the name or an address of one of them"},
 		{name: "many", host: "v1\nv2\nv3\nv4\nv5 down\nv6\nv7", sel: Selector{Names: []string{"eth0"}, Regexps: regexps("^v")}, v4: true,
-			want: "v1 (--iface-regex=^v) has no usable IPv4 address: give it one, or set EnableIPv4 to false in the network configuration; " +
-				"v2 (--iface-regex=^v) has no usable IPv4 address: give it one, or set EnableIPv4 to false in the network configuration; " +
-				"v3 (--iface-regex=^v) has no usable IPv4 address: give it one, or set EnableIPv4 to false in the network configuration; " +
-				"nor will 4 more interfaces do; no interface matches --iface=eth0: this host has v1 (no address), v2 (no address), v3 (no address), v4 (no address), 3 more without an address; " +
-				"give --iface the name or an address of the one to use"},
+			want: "v1 (--iface-regex=^v) has no usable IPv4 address: add an address, or set EnableIPv4 to false in the network configuration; " +
+				"v2 (--iface-regex=^v) has no usable IPv4 address: add an address, or set EnableIPv4 to false in the network configuration; " +
+				"v3 (--iface-regex=^v) has no usable IPv4 address: add an address, or set EnableIPv4 to false in the network configuration; " +
+				"4 more interfaces cannot be used either; no interface matches --iface=eth0: this host has v1 (no address), v2 (no address), v3 (no address), v4 (no address), 3 more without an address; " +
+				"set --iface to the name or an address of one of them"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			h := parseHost(t, c.host)

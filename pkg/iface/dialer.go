@@ -15,47 +15,43 @@ import (
 	"github.com/flanneld/flanneld/pkg/rtnl"
 )
 
-// settleFor is how long a Dialer lets notifications come in before it looks at
-// what they are about: a burst of them costs one look, and a route that is
-// replaced in two steps has not moved. It also lets the kernel finish: it
-// announces that a route is deleted before it deletes it.
+// settleFor is how long a Dialer waits after a notification before it checks its connections. A burst of notifications
+// costs one check, and a route that is replaced in two steps counts as unchanged. The kernel also needs time: it sends
+// the notification of a deleted route before it deletes the route.
 const settleFor = 100 * time.Millisecond
 
-// routing are the groups of notifications of what decides about the way to an
-// address.
+// routing are the groups of notifications of everything that affects the route to an address.
 var routing = []int{
 	unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR,
 	unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE,
 }
 
-// A Dialer makes connections that end when the node has left the address or the
-// uplink that they come from. TCP does not notice that by itself: it would send
-// from there until it gives up, much later.
+// A Dialer makes connections, and closes a connection when its local address has become unusable: when no interface
+// has the address any more, or when the kernel reaches the remote address through another link and from another
+// address. TCP does not notice this by itself: it would send from the old address until it gives up, much later.
 //
-// An address is left when no interface has it any more. An uplink is left when
-// the kernel now reaches the remote end through another link and from another
-// address; a connection whose address goes with it to another link, as one on
-// lo does, has lost nothing. Where there is no route at all, the old one may
-// come back.
+// A connection stays open when its local address is used on the new link too, like an address of lo, and when there is
+// no route at all, because the old route may come back.
 type Dialer struct {
 	net.Dialer
+	log klog.Logger
 
 	mu     sync.Mutex
 	kernel *netlink.Handle // nil once ctx has ended
 	conns  map[*conn]struct{}
 }
 
-// conn is a connection that its Dialer looks after.
+// conn is a connection that its Dialer watches.
 type conn struct {
 	net.Conn
 	dialer   *Dialer
 	from, to netip.Addr
-	held     bool // from is an interface's address: it may be one by a route of type local
-	via      int  // index of the link that leads to to; 0: more than routes decides about from
+	held     bool // an interface had from when the connection was made; else a route of type local makes from an address
+	via      int  // index of the link on the route to to; 0: the route does not determine from
 }
 
-// NewDialer returns a Dialer for the calling thread's network namespace. It
-// looks after its connections until ctx ends.
+// NewDialer returns a Dialer for the calling thread's network namespace. The Dialer watches its connections until ctx
+// ends.
 func NewDialer(ctx context.Context) (*Dialer, error) {
 	changes, err := rtnl.Signals(ctx, routing...)
 	if err != nil {
@@ -65,9 +61,9 @@ func NewDialer(ctx context.Context) (*Dialer, error) {
 	if err != nil {
 		return nil, fmt.Errorf("netlink: %w", err)
 	}
-	d := &Dialer{kernel: kernel, conns: map[*conn]struct{}{}}
+	d := &Dialer{log: klog.FromContext(ctx), kernel: kernel, conns: map[*conn]struct{}{}}
 	go func() {
-		eachBurst(ctx, changes, d.look)
+		eachBurst(ctx, changes, d.checkAll)
 		d.mu.Lock()
 		defer d.mu.Unlock()
 		kernel.Close()
@@ -76,8 +72,8 @@ func NewDialer(ctx context.Context) (*Dialer, error) {
 	return d, nil
 }
 
-// eachBurst calls look after each burst of signals, until ctx ends.
-func eachBurst(ctx context.Context, signals <-chan struct{}, look func()) {
+// eachBurst calls check after each burst of signals, until ctx ends.
+func eachBurst(ctx context.Context, signals <-chan struct{}, check func()) {
 	for {
 		select {
 		case <-signals:
@@ -90,14 +86,14 @@ func eachBurst(ctx context.Context, signals <-chan struct{}, look func()) {
 			return
 		}
 		select {
-		case <-signals: // it is of the same burst
+		case <-signals: // belongs to the same burst
 		default:
 		}
-		look()
+		check()
 	}
 }
 
-// DialContext is net.Dialer's.
+// DialContext connects as net.Dialer does, and watches the connection unless the remote address is a loopback address.
 func (d *Dialer) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
 	nc, err := d.Dialer.DialContext(ctx, network, address)
 	if err != nil {
@@ -108,18 +104,21 @@ func (d *Dialer) DialContext(ctx context.Context, network, address string) (net.
 	if !ok || !known || remote.IP.IsLoopback() {
 		return nc, nil
 	}
-	c := &conn{Conn: nc, dialer: d, from: local.AddrPort().Addr().Unmap().WithZone(""), to: remote.AddrPort().Addr().Unmap()}
+	c := &conn{
+		Conn: nc, dialer: d,
+		from: local.AddrPort().Addr().Unmap().WithZone(""), to: remote.AddrPort().Addr().Unmap(),
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	held, err := d.local()
 	if err != nil {
-		return nc, nil // it is in doubt
+		return nc, nil // without the addresses, the connection cannot be checked later
 	}
 	c.held = held[c.from]
-	// Where it would be another source, the connection was bound to its own, or
-	// goes by a rule for more than its destination.
-	if way := d.way(c.to); way.err == nil && way.src == c.from {
-		c.via = way.index
+	// If the kernel chooses another source address, the connection was bound to its address, or a rule that matches
+	// more than the destination applies.
+	if r := d.routeTo(c.to); r.err == nil && r.src == c.from {
+		c.via = r.index
 	}
 	d.conns[c] = struct{}{}
 	return c, nil
@@ -132,8 +131,8 @@ func (c *conn) Close() error {
 	return c.Conn.Close()
 }
 
-// look closes the connections from what the node has left.
-func (d *Dialer) look() {
+// checkAll closes the connections whose local address has become unusable.
+func (d *Dialer) checkAll() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if len(d.conns) == 0 {
@@ -141,27 +140,28 @@ func (d *Dialer) look() {
 	}
 	local, err := d.local()
 	if err != nil {
-		return // it is in doubt
+		return // the next change checks again
 	}
 	for c := range d.conns {
-		why := fmt.Sprintf("no interface has %s any more", c.from)
+		reason := fmt.Sprintf("no interface has %s any more", c.from)
 		if !c.held || local[c.from] {
-			way := d.way(c.to)
-			if c.via == 0 || way.err != nil || !way.src.IsValid() || way.src == c.from || way.index == c.via {
+			r := d.routeTo(c.to)
+			if c.via == 0 || r.err != nil || !r.src.IsValid() || r.src == c.from || r.index == c.via {
 				continue
 			}
-			why = fmt.Sprintf("%s is now reached from %s", c.to, way.src)
+			reason = fmt.Sprintf("%s is now reached from %s", c.to, r.src)
 		}
-		klog.Infof("Closing the connection from %s to %s, to be made again: %s", c.from, c.Conn.RemoteAddr(), why)
+		d.log.Info("Closing a connection; the client connects again", "from", c.from, "to", c.Conn.RemoteAddr(),
+			"reason", reason)
 		delete(d.conns, c)
 		c.Conn.Close()
 	}
 }
 
-// way asks the kernel which way it sends to an address now.
-func (d *Dialer) way(to netip.Addr) route {
+// routeTo returns the route by which the kernel sends to an address now.
+func (d *Dialer) routeTo(to netip.Addr) route {
 	if to.Zone() != "" {
-		return route{err: unix.ENETUNREACH} // the zone is the way
+		return route{err: unix.ENETUNREACH} // the zone determines the link, no route does
 	}
 	return newRoute(d.kernel.RouteGet(to.AsSlice()))
 }

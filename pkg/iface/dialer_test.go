@@ -20,8 +20,7 @@ import (
 	"github.com/flanneld/flanneld/pkg/rtnl"
 )
 
-// awaitLocal waits until an IPv6 address is of use, which it is once the kernel's
-// workqueue has made its route.
+// awaitLocal waits until an IPv6 address can be used: the kernel's workqueue must have made its route.
 func awaitLocal(t *testing.T, ip string) {
 	t.Helper()
 	for until := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
@@ -43,7 +42,7 @@ func awaitClosed(t *testing.T, c net.Conn) {
 	}
 }
 
-// A connection ends with its address, and with no other.
+// A connection is closed when its own address is removed, and stays open when another address is removed.
 func TestDialer(t *testing.T) {
 	nstest.New(t)
 	nstest.Run(t, "ip link set lo up")
@@ -75,7 +74,8 @@ func TestDialer(t *testing.T) {
 		t.Cleanup(func() { peer.Close() })
 		return c
 	}
-	stays, goes, six, lo := dial("tcp4", "198.18.0.1"), dial("tcp4", "198.18.0.2"), dial("tcp6", "fd18::1"), dial("tcp4", "127.0.0.7")
+	stays, goes := dial("tcp4", "198.18.0.1"), dial("tcp4", "198.18.0.2")
+	six, lo := dial("tcp6", "fd18::1"), dial("tcp4", "127.0.0.7")
 	closed := dial("tcp4", "198.18.0.1")
 	closed.Close()
 	nstest.Run(t, "ip addr del 198.18.0.2/24 dev lo")
@@ -92,7 +92,7 @@ func TestDialer(t *testing.T) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if len(d.conns) != 1 {
-		t.Errorf("%d connections are looked after", len(d.conns))
+		t.Errorf("%d connections are watched, want 1", len(d.conns))
 	}
 }
 
@@ -129,7 +129,7 @@ func twoUplinks(t *testing.T) net.Listener {
 		t.Fatal(err)
 	}
 	for _, line := range []string{
-		"link set eth0 addrgenmode none", "link set eth1 addrgenmode none", // their addresses take a second to be announced
+		"link set eth0 addrgenmode none", "link set eth1 addrgenmode none", // link-local addresses would take a second
 		"link set eth0 up", "link set eth1 up",
 		"addr add 198.18.77.1/32 dev lo", "addr add 198.18.88.1/32 dev lo",
 		"addr add 198.18.0.1/24 dev eth0", "addr add 198.18.1.1/24 dev eth1",
@@ -164,8 +164,8 @@ func dialPair(t *testing.T, d *Dialer, l net.Listener, from, to string) net.Conn
 	return c
 }
 
-// awaitSilence waits until a Dialer that follows the kernel by now has looked for
-// the last time.
+// awaitSilence waits until a Dialer that exists already has made its last check, because the kernel sends no more
+// notifications.
 func awaitSilence(t *testing.T) {
 	t.Helper()
 	signals, err := rtnl.Signals(t.Context(), routing...)
@@ -182,18 +182,18 @@ func awaitSilence(t *testing.T) {
 	t.Fatal("the kernel is never silent")
 }
 
-// A connection ends when the node has left the uplink that it goes by, and only
-// then.
+// A connection is closed when the node has left the uplink of the connection, and only then.
 func TestDialerUplink(t *testing.T) {
 	const four, six = "203.0.113.1", "2001:db8:f::1"
 	for _, c := range []struct {
 		name, to     string
-		before, from string // what is done before it is made, and where it is bound to
-		change       string // what leaves it as it is
-		close        string // what closes it afterwards; empty: nothing
+		before, from string // commands before the connection is made; the address that it is bound to
+		change       string // commands that leave the connection open
+		close        string // a command after these that closes the connection; empty: none
 	}{
 		{name: "the default route moves", to: four, close: "route replace default via 198.18.1.254 metric 100"},
-		{name: "the default route moves, IPv6", to: six, before: "route add default via fd18:1::fe metric 200", close: "route del default via fd18::fe"},
+		{name: "the default route moves, IPv6", to: six,
+			before: "route add default via fd18:1::fe metric 200", close: "route del default via fd18::fe"},
 		{name: "a better default route appears", to: four, close: "route add default via 198.18.1.254 metric 50"},
 		{name: "the uplink goes down, the next takes over", to: four,
 			before: "route add default via 198.18.1.254 metric 200", close: "link set eth0 down"},
@@ -211,7 +211,8 @@ func TestDialerUplink(t *testing.T) {
 		{name: "the address goes along", to: four,
 			before: "route replace default via 198.18.0.254 metric 100 src 198.18.77.1",
 			change: "route replace default via 198.18.1.254 metric 100 src 198.18.77.1"},
-		{name: "bound to another address", to: four, from: "198.18.77.1", change: "route replace default via 198.18.1.254 metric 100"},
+		{name: "bound to another address", to: four, from: "198.18.77.1",
+			change: "route replace default via 198.18.1.254 metric 100"},
 		{name: "a new address is preferred, the old one stays valid", to: six,
 			change: "addr add fd18::2/64 dev eth0 nodad\naddr change fd18::1/64 dev eth0 preferred_lft 0 valid_lft 3600",
 			close:  "addr del fd18::1/64 dev eth0"},
@@ -231,7 +232,7 @@ func TestDialerUplink(t *testing.T) {
 			}
 			conn := dialPair(t, d, l, c.from, c.to)
 			if c.change != "" {
-				// What was before the end of this one has been looked at when it ends.
+				// When this connection is closed, the Dialer has checked all changes before its address was removed.
 				own, err := net.Listen("tcp", "198.18.88.1:7")
 				if err != nil {
 					t.Fatal(err)
@@ -249,7 +250,7 @@ func TestDialerUplink(t *testing.T) {
 				}
 			}
 			if c.close != "" {
-				awaitSilence(t) // what closes it is noticed by itself
+				awaitSilence(t) // so that no earlier change causes the check
 				ip(c.close)
 				awaitClosed(t, conn)
 			}
@@ -257,7 +258,7 @@ func TestDialerUplink(t *testing.T) {
 	}
 }
 
-// Who connects to the node itself is not looked after.
+// A connection to the node itself is not watched.
 func TestDialerLoopback(t *testing.T) {
 	nstest.New(t)
 	d, err := NewDialer(t.Context())
@@ -271,11 +272,11 @@ func TestDialerLoopback(t *testing.T) {
 	defer l.Close()
 	dialPair(t, d, l, "", "127.0.0.1")
 	if len(d.conns) != 0 {
-		t.Error("it is")
+		t.Error("the connection is watched")
 	}
 }
 
-// However many routes change, they cost few looks.
+// Many changes of routes cost few checks.
 func TestDialerBurst(t *testing.T) {
 	nstest.New(t)
 	const changes = 5000
@@ -294,7 +295,7 @@ func TestDialerBurst(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	looks := 0
+	checks := 0
 	done := make(chan struct{})
 	kernel, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
@@ -304,7 +305,7 @@ func TestDialerBurst(t *testing.T) {
 	go func() {
 		defer close(done)
 		eachBurst(ctx, signals, func() {
-			looks++
+			checks++
 			if _, err := kernel.LinkByName("last"); err == nil {
 				cancel()
 			}
@@ -314,10 +315,10 @@ func TestDialerBurst(t *testing.T) {
 	select {
 	case <-done:
 	case <-time.After(time.Minute):
-		t.Fatal("nobody looks")
+		t.Fatal("no check")
 	}
-	t.Logf("%d looks", looks)
-	if looks > changes/10 {
-		t.Errorf("%d looks for %d changes", looks, changes)
+	t.Logf("%d checks", checks)
+	if checks > changes/10 {
+		t.Errorf("%d checks for %d changes", checks, changes)
 	}
 }

@@ -86,7 +86,7 @@ func TestFind(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	want := "no interface matches --iface=eth9: this host has eth0 (198.18.0.1/24, 198.18.0.9/24, 2001:db8::2/64, 2001:db8::1/64), " +
-		"eth1 (198.18.6.1/24, 198.18.5.1/24, down), lo (127.0.0.1/8, ::1/128), far0 (no address), far1 (no address); give --iface the name or an address of the one to use"
+		"eth1 (198.18.6.1/24, 198.18.5.1/24, down), lo (127.0.0.1/8, ::1/128), far0 (no address), far1 (no address); set --iface to the name or an address of one of them"
 	// The module of ipip and its like, which another test may load at any time, put a
 	// device into each namespace that is made.
 	fallback := regexp.MustCompile(`, (tunl0|sit0|ip6tnl0|gre0|gretap0|erspan0|ip_vti0|ip6_vti0) \(no address, down\)`)

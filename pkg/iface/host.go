@@ -11,11 +11,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// host is what the uplink is chosen from.
+// host is the state of the host from which the uplink is chosen.
 type host struct {
 	links   []link
-	gateway int   // index of the link of the default route; 0: there is none, or nobody asked
-	reach   route // to Selector.CanReach
+	gateway int   // index of the link of the default route; 0: there is none, or the selector does not need it
+	reach   route // the route to Selector.CanReach
 }
 
 type link struct {
@@ -23,14 +23,14 @@ type link struct {
 	name       string
 	altNames   []string
 	mac        string
-	up         bool // administratively: a cable may be out for a moment
+	up         bool // administratively; the link may have no carrier
 	addrs      []addr
 }
 
 type addr struct {
-	ip     netip.Addr   // our end, also on a point-to-point link
-	bits   int          // the length that belongs to ip
-	onLink netip.Prefix // what the kernel takes to be on the link
+	ip     netip.Addr   // the local address, also on a point-to-point link
+	bits   int          // the prefix length of ip
+	onLink netip.Prefix // the addresses that are on the link
 	scope  int          // RT_SCOPE_*
 	flags  int          // IFA_F_*
 }
@@ -43,8 +43,8 @@ type route struct {
 	err   error
 }
 
-// look reads what choosing by sel takes.
-func look(sel Selector, ipv4 bool) (host, error) {
+// readHost reads the state that sel needs.
+func readHost(sel Selector, ipv4 bool) (host, error) {
 	var h host
 	links, err := dump(netlink.LinkList)
 	if err != nil {
@@ -77,7 +77,7 @@ func look(sel Selector, ipv4 bool) (host, error) {
 	return h, nil
 }
 
-// at returns the link with an index, nil where there is none.
+// at returns the link with an index, nil if there is none.
 func (h host) at(index int) *link {
 	if i := slices.IndexFunc(h.links, func(l link) bool { return l.index == index }); i >= 0 {
 		return &h.links[i]
@@ -85,8 +85,7 @@ func (h host) at(index int) *link {
 	return nil
 }
 
-// dump lists until the kernel's tables did not change meanwhile, which for
-// tables of this size happens soon.
+// dump retries list until the kernel's table did not change while it was read.
 func dump[T any](list func() ([]T, error)) (got []T, err error) {
 	for range 10 {
 		if got, err = list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
@@ -108,7 +107,7 @@ func newAddr(a netlink.Addr) addr {
 	return addr{ip: ip.Unmap(), bits: bits, onLink: onLink.Masked(), scope: a.Scope, flags: a.Flags}
 }
 
-// routeTo asks the kernel which way it would send to ip.
+// routeTo returns the route by which the kernel would send to ip.
 func routeTo(ip netip.Addr) route { return newRoute(netlink.RouteGet(ip.AsSlice())) }
 
 func newRoute(routes []netlink.Route, err error) route {
@@ -122,14 +121,14 @@ func newRoute(routes []netlink.Route, err error) route {
 	return route{index: routes[0].LinkIndex, src: src.Unmap(), local: routes[0].Type == unix.RTN_LOCAL}
 }
 
-// defaultRoute returns the index of the link of the main table's best default
-// route: the one of the lowest metric, and the first of its next hops.
+// defaultRoute returns the index of the link of the main table's best default route: the route with the lowest metric,
+// and the first of its next hops.
 func defaultRoute(ipv4 bool) (int, error) {
 	family := netlink.FAMILY_V6
 	if ipv4 {
 		family = netlink.FAMILY_V4
 	}
-	// One at a time: a node has a route to each peer.
+	// The routes are read one at a time, because a node has a route to each peer.
 	routes, err := dump(func() (found []netlink.Route, err error) {
 		err = netlink.RouteListFilteredIter(family, &netlink.Route{}, 0, func(r netlink.Route) bool {
 			if ones, _ := r.Dst.Mask.Size(); ones == 0 && r.Type == unix.RTN_UNICAST {
@@ -155,7 +154,7 @@ func defaultRoute(ipv4 bool) (int, error) {
 	return index, nil
 }
 
-// find returns the link's address ip, nil where it has no such address.
+// find returns the link's address ip, nil if the link has no such address.
 func (l link) find(ip netip.Addr) *addr {
 	if i := slices.IndexFunc(l.addrs, func(a addr) bool { return a.ip == ip }); i >= 0 {
 		return &l.addrs[i]
@@ -163,21 +162,20 @@ func (l link) find(ip netip.Addr) *addr {
 	return nil
 }
 
-// usable returns the link's addresses of a family that any node could go by, in
-// the kernel's order.
+// usable returns the link's addresses of a family that can be a node's own, in the kernel's order.
 func (l link) usable(family func(netip.Addr) bool) []addr {
 	var out []addr
 	for _, a := range l.addrs {
-		if family(a.ip) && a.defect(false) == "" {
+		if family(a.ip) && a.unusable(false) == "" {
 			out = append(out, a)
 		}
 	}
 	return out
 }
 
-// defect says why an address cannot be this node's, "" where it can. One that
-// was asked for needs to work and no more.
-func (a addr) defect(asked bool) string {
+// unusable returns the reason why an address cannot be this node's own, "" if it can be. An address that the operator
+// has named may be of a kind that is never chosen by itself.
+func (a addr) unusable(named bool) string {
 	switch {
 	case a.flags&unix.IFA_F_DADFAILED != 0:
 		return "duplicate"
@@ -187,7 +185,7 @@ func (a addr) defect(asked bool) string {
 		return "loopback"
 	case a.ip.Is6() && a.ip.IsLinkLocalUnicast():
 		return "link-local"
-	case asked:
+	case named:
 		return ""
 	case a.ip.IsLinkLocalUnicast():
 		return "link-local"
@@ -203,13 +201,12 @@ func (a addr) defect(asked bool) string {
 
 func (a addr) String() string { return fmt.Sprintf("%s/%d", a.ip, a.bits) }
 
-// maxBare is how many interfaces without an address a message lists by name: a
-// node has one or two of them, and one more for each of its pods.
+// maxBare is how many interfaces without an address a message lists by name. A node has one or two such interfaces,
+// and one more for each pod.
 const maxBare = 4
 
-// String lists the interfaces by name: "eth0 (198.18.0.1/24), eth1
-// (10.0.2.15/24, down), lo (127.0.0.1/8)". The link-local addresses that every
-// interface has are left out.
+// String lists the interfaces by name: "eth0 (198.18.0.1/24), eth1 (10.0.2.15/24, down), lo (127.0.0.1/8)". It leaves
+// out IPv6 link-local addresses, because every interface has one.
 func (h host) String() string {
 	links := slices.SortedFunc(slices.Values(h.links), func(a, b link) int { return strings.Compare(a.name, b.name) })
 	var out, bare []string

@@ -1,5 +1,5 @@
-// Package iface finds the interface, and its addresses, that peers reach this
-// node on, and tells when that may have changed.
+// Package iface finds the interface and the addresses on which peers reach this node, and signals when they may have
+// changed.
 package iface
 
 import (
@@ -12,28 +12,24 @@ import (
 	"github.com/flanneld/flanneld/pkg/family"
 )
 
-// A Selector says how the operator wants the uplink chosen. Names are tried
-// first, in their order, then Regexps, then CanReach: the first interface that
-// matches and can serve is taken. With none of the three it is the interface
-// that holds PublicIP (PublicIPv6 where IPv4 is off), else the one of the
-// default route.
+// A Selector holds the operator's criteria for the uplink. Find tries Names first, in their order, then Regexps, then
+// CanReach, and takes the first interface that matches and can be used. Without these three, Find takes the interface
+// that has PublicIP (PublicIPv6 if IPv4 is off), else the interface of the default route.
 type Selector struct {
 	Names    []string         // --iface: names of interfaces, or addresses they hold
 	Regexps  []*regexp.Regexp // --iface-regex: each matched with addresses, then with names
 	CanReach netip.Addr       // --iface-can-reach: the interface of the route to it
 
-	// PublicIP and PublicIPv6 (--public-ip, --public-ipv6) are what peers are
-	// to use in place of the interface's own addresses.
+	// PublicIP and PublicIPv6 (--public-ip, --public-ipv6) are the addresses that peers use instead of the interface's
+	// own addresses.
 	PublicIP, PublicIPv6 netip.Addr
 
-	// Prefer are addresses to stay with where an interface has several that
-	// would do: those of the Uplink in use. The kernel lists a new IPv6 address
-	// before the older ones, which is no reason for a node to move.
+	// Prefer are the addresses of the Uplink in use. If an interface has several usable addresses, Find takes one of
+	// these: the kernel lists a new IPv6 address before the older ones, and a new address should not change the node's.
 	Prefer []netip.Addr
 
-	// Overlay reports whether a device is one of the overlay network's own; nil:
-	// none is. A pattern or a route never selects such a device, since an overlay
-	// cannot run over itself.
+	// Overlay reports whether a device belongs to the overlay network; nil: none does. A pattern or a route never selects
+	// such a device, since an overlay cannot run over itself.
 	Overlay func(device string) bool
 }
 
@@ -44,17 +40,16 @@ func (s Selector) publicIPs() family.Pair[netip.Addr] {
 	return family.Pair[netip.Addr]{IPv4: s.PublicIP, IPv6: s.PublicIPv6}
 }
 
-// An Uplink is the interface that peers reach this node on. Addresses are zero
-// where the family is off.
+// An Uplink is the interface on which peers reach this node. The addresses of a family that is off are zero.
 type Uplink struct {
 	Name  string
 	Index int
 	MTU   int    // bytes
-	MAC   string // "0e:aa:bb:cc:dd:ee"; empty where the device has none, as wg0
+	MAC   string // "0e:aa:bb:cc:dd:ee"; empty if the device has none, such as wg0
 
-	IPv4, IPv6           netip.Addr     // the interface's own
-	PublicIP, PublicIPv6 netip.Addr     // what peers use: as asked for, else the above
-	Prefixes             []netip.Prefix // that are on the link, both families, sorted
+	IPv4, IPv6           netip.Addr     // the interface's own addresses
+	PublicIP, PublicIPv6 netip.Addr     // the addresses that peers use: those of the Selector, else IPv4 and IPv6
+	Prefixes             []netip.Prefix // the prefixes on the link, of both families, sorted
 }
 
 // Addrs returns the interface's own addresses.
@@ -67,32 +62,30 @@ func (u Uplink) PublicIPs() family.Pair[netip.Addr] {
 	return family.Pair[netip.Addr]{IPv4: u.PublicIP, IPv6: u.PublicIPv6}
 }
 
-// CheckPublicIPs returns an error where peers cannot use the node's public
-// addresses since they are not the interface's own, as behind NAT.
+// CheckPublicIPs returns an error if the node's public addresses are not the interface's own, as behind NAT.
 func (u Uplink) CheckPublicIPs() error {
 	for f, own := range u.Addrs().Each() {
 		if public := u.PublicIPs().Of(f); own != public {
-			return fmt.Errorf("%s, which is not an address of %s (that is %s): leave out %s", public, u.Name, own, PublicIPFlags.Of(f))
+			return fmt.Errorf("%s, which is not an address of %s (that is %s): leave out %s",
+				public, u.Name, own, PublicIPFlags.Of(f))
 		}
 	}
 	return nil
 }
 
-// Equal tells whether nothing differs.
+// Equal reports whether u and v have the same values.
 func (u Uplink) Equal(v Uplink) bool {
 	return u.Name == v.Name && u.Index == v.Index && u.MTU == v.MTU && u.MAC == v.MAC &&
 		u.IPv4 == v.IPv4 && u.IPv6 == v.IPv6 && u.PublicIP == v.PublicIP && u.PublicIPv6 == v.PublicIPv6 &&
 		slices.Equal(u.Prefixes, v.Prefixes)
 }
 
-// OnLink tells whether a peer's address is on the uplink's own link, so that no
-// gateway lies between.
+// OnLink reports whether a peer's address is on the uplink's own link, so that packets need no gateway.
 func (u Uplink) OnLink(peer netip.Addr) bool {
 	return slices.ContainsFunc(u.Prefixes, func(p netip.Prefix) bool { return p.Contains(peer) })
 }
 
-// String is for the log: "eth0 198.18.0.1, 2001:db8::1 (known to peers as
-// 203.0.113.7), mtu 1500".
+// String returns a text for the log: "eth0 198.18.0.1 (known to peers as 203.0.113.7), 2001:db8::1, mtu 1500".
 func (u Uplink) String() string {
 	var parts []string
 	for f, own := range u.Addrs().Each() {
@@ -107,18 +100,16 @@ func (u Uplink) String() string {
 	return fmt.Sprintf("%s %s, mtu %d", u.Name, strings.Join(parts, ", "), u.MTU)
 }
 
-// Find looks for the uplink in the calling thread's network namespace. It must
-// be up and have a usable address of each family that is on: of global scope,
-// and neither link-local, temporary, deprecated, tentative nor a duplicate. An
-// address that the operator names may be temporary, deprecated or of a smaller
-// scope.
+// Find returns the uplink in the calling thread's network namespace. The uplink must be up and have a usable address of
+// each family that is on: of global scope, and neither link-local, temporary, deprecated, tentative nor a duplicate. An
+// address that the operator names may be temporary, deprecated or of a smaller scope.
 //
-// An error is one line that says what was asked for and what there is; Find
-// may succeed later, when Changes has signalled.
+// An error is one line that names the criteria and the interfaces of the host. Find may succeed later, when Changes has
+// signalled.
 func Find(sel Selector, ipv4, ipv6 bool) (Uplink, error) {
-	h, err := look(sel, ipv4)
+	h, err := readHost(sel, ipv4)
 	if err != nil {
-		return Uplink{}, fmt.Errorf("looking for the uplink: %w", err)
+		return Uplink{}, fmt.Errorf("reading the interfaces: %w", err)
 	}
 	return h.choose(sel, ipv4, ipv6)
 }

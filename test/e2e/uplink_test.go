@@ -140,7 +140,7 @@ func TestUplinkTakenOver(t *testing.T) {
 	down := time.Now()
 	waitTraces(ctx, t, peer, []trace{{"bridge fdb show dev flannel.1", "dst " + spare.String() + " "}}, true)
 	t.Logf("the peer knows of it after %v", time.Since(down).Round(time.Millisecond))
-	if want := "Closing the connection from " + mover.IPv4.String() + " to "; !strings.Contains(mover.Log(), want) {
+	if want := fmt.Sprintf("Closing a connection; the client connects again\" from=%q", mover.IPv4); !strings.Contains(mover.Log(), want) {
 		t.Errorf("the daemon has not closed the connection by itself, but waited for its end")
 	}
 	labtest.Do(t, pods[0].WaitPing(ctx, pods[1].IPv4))

@@ -28,8 +28,9 @@ func (n *node) setRulesState(s firewall.State) {
 	n.fight = s.Fight
 	message := ""
 	if n.fight != "" {
-		message = fmt.Sprintf("Another program changes flannel's rules in %s, again and again. "+
-			"`nft monitor` shows each change; mostly it is another firewall manager on the host: configure it to leave flannel's chains alone", n.fight)
+		message = fmt.Sprintf("Another program changes flannel's rules in %s again and again. "+
+			"`nft monitor` shows each change. The program is usually another firewall manager on the host: "+
+			"configure it to leave flannel's chains alone", n.fight)
 	}
 	n.recordEvent("rules", "FirewallFight", message)
 }
@@ -38,8 +39,9 @@ func (n *node) setRulesState(s firewall.State) {
 func (n *node) recordKernelFight(object kernel.Object) {
 	message := ""
 	if object != nil {
-		message = fmt.Sprintf("Another program undoes what flanneld sets, again and again: %s. "+
-			"`ip monitor all` shows each change; mostly it is another network manager on the host: configure it to leave this alone", object)
+		message = fmt.Sprintf("Another program undoes flanneld's changes again and again: %s. "+
+			"`ip monitor all` shows each change. The program is usually another network manager on the host: "+
+			"configure it to leave this object alone", object)
 	}
 	n.recordEvent("kernel", "KernelFight", message)
 }

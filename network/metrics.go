@@ -20,9 +20,8 @@ import (
 	"github.com/flanneld/flanneld/subnet"
 )
 
-// metrics are what Prometheus is told. They are set by those who know, and read
-// at any time: nobody waits for a scrape. What is said of each here is what
-// Documentation/metrics.md says: make docs writes it there.
+// metrics holds the metrics for Prometheus. They are set when something changes, and a scrape reads them without a lock
+// on the main loop. make docs writes the help texts into Documentation/metrics.md.
 type metrics struct {
 	registry *prometheus.Registry
 
@@ -34,15 +33,16 @@ type metrics struct {
 	manager subnet.Manager
 	rules   atomic.Pointer[firewall.Reconciler]
 	kernel  atomic.Pointer[kernel.Stats]
-	backend atomic.Pointer[backend.StatsReporter] // nil: it counts nothing
+	backend atomic.Pointer[backend.StatsReporter] // nil: the backend counts nothing
 }
 
-// operation is the label of a duty, named as the log does.
+// operation returns the label of a duty, from the name of the duty in the log.
 func operation(duty string) string { return strings.ReplaceAll(strings.ToLower(duty), " ", "_") }
 
 func newMetrics(m subnet.Manager, version string) *metrics {
 	s := &metrics{registry: prometheus.NewRegistry(), manager: m}
-	s.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), s)
+	s.registry.MustRegister(s, collectors.NewGoCollector(),
+		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	gauge := func(name, help string) prometheus.Gauge {
 		g := prometheus.NewGauge(prometheus.GaugeOpts{Name: name, Help: help})
 		s.registry.MustRegister(g)
@@ -57,25 +57,30 @@ func newMetrics(m subnet.Manager, version string) *metrics {
 		return v
 	}
 	info := prometheus.NewGauge(prometheus.GaugeOpts{
-		Name: "flannel_build_info", Help: "always 1; the labels tell which build runs",
+		Name: "flannel_build_info", Help: "always 1; the labels name the build that runs",
 		ConstLabels: prometheus.Labels{"version": version, "goversion": runtime.Version()},
 	})
 	info.Set(1)
 	s.registry.MustRegister(info)
 
-	s.ready = gauge("flannel_ready", "1 once the node's network has been set up and `/readyz` answers 200; it stays so while the daemon runs")
+	s.ready = gauge("flannel_ready",
+		"1 as soon as the node's network is set up and `/readyz` answers 200; it stays 1 while the daemon runs")
 	s.peers = gauge("flannel_peers", "leases of other nodes")
-	s.faulty = gauge("flannel_peers_faulty", "leases of other nodes that are left out, wholly or in part; the log says why")
+	s.faulty = gauge("flannel_peers_faulty",
+		"leases of other nodes that are left out, wholly or in part; the log gives the reason")
 	s.leaseEvents = vector("flannel_lease_events_total",
-		"news of leases: `snapshot`, all were read (once, and after each gap); `set`, one came or changed; `removed`, one went",
+		"lease events: `snapshot`, all leases were read (once, and after each gap); `set`, a lease was added or changed; "+
+			"`removed`, a lease was removed",
 		"event", "snapshot", "set", "removed")
 	s.leaseDuration = prometheus.NewHistogram(prometheus.HistogramOpts{
-		Name: "flannel_lease_event_duration_seconds", Help: "from when the watch delivered news of one lease until the kernel holds what it calls for",
+		Name:    "flannel_lease_event_duration_seconds",
+		Help:    "from when the watch delivered the event of one lease until the kernel has the lease's objects",
 		Buckets: []float64{.001, .005, .01, .05, .1, .5, 1, 5, 30},
 	})
 	s.registry.MustRegister(s.leaseDuration)
 	s.errors = vector("flannel_errors_total",
-		"attempts that failed, each of which is made again: `uplink`, `configuration`, `publishing`, `kernel`, `rules`, `subnet_file` and `watching_the_subnet_file`, as the log names them",
+		"attempts that failed and are retried, by operation as in the log: `uplink`, `configuration`, `publishing`, "+
+			"`kernel`, `rules`, `subnet_file` and `watching_the_subnet_file`",
 		"operation", "uplink", "configuration", "publishing", "kernel", "rules", "subnet_file")
 	return s
 }
@@ -83,7 +88,7 @@ func newMetrics(m subnet.Manager, version string) *metrics {
 // failed counts an error of a duty.
 func (s *metrics) failed(duty string) { s.errors.WithLabelValues(operation(duty)).Inc() }
 
-// setBackend has the counters of a backend told, if it has any.
+// setBackend sets the backend whose counters are reported, if it has any.
 func (s *metrics) setBackend(b backend.Backend) {
 	if r, ok := b.(backend.StatsReporter); ok {
 		s.backend.Store(&r)
@@ -92,43 +97,52 @@ func (s *metrics) setBackend(b backend.Backend) {
 	}
 }
 
-// What is asked for at a scrape.
+// These metrics are computed at each scrape.
 var (
 	descConnected = prometheus.NewDesc("flannel_manager_connected",
-		"1 while etcd, or the API server, does what it is asked; an outage shows within some 20 s", nil, nil)
+		"1 while etcd or the API server answers requests; an outage shows within about 20 s", nil, nil)
 	descExpiry = prometheus.NewDesc("flannel_lease_expiry_timestamp_seconds",
-		"when the node's lease ends unless it is renewed, as Unix time. Absent without a lease, for one that does not end, and with Kubernetes", nil, nil)
+		"when the node's lease ends unless it is renewed, as Unix time. Absent without a lease, for a lease that does "+
+			"not end, and with Kubernetes", nil, nil)
 	descObjectsWanted = prometheus.NewDesc("flannel_kernel_objects_wanted",
-		"objects that the kernel is wanted to hold: `link`, `address`, `neighbor`, `fdb`, `route`, `policy` (IPsec's)", []string{"kind"}, nil)
+		"desired objects, which the kernel should hold: `link`, `address`, `neighbor`, `fdb`, `route`, `policy` (IPsec's)",
+		[]string{"kind"}, nil)
 	descObjectsHeld = prometheus.NewDesc("flannel_kernel_objects_held",
-		"wanted objects that the kernel holds as they should be", []string{"kind"}, nil)
+		"desired objects that the kernel holds", []string{"kind"}, nil)
 	descRepairs = prometheus.NewDesc("flannel_kernel_repairs_total",
-		"objects set right after somebody else's change: `missing`, it was removed; `changed`, it was changed or replaced; "+
-			"`left_over`, it was there and nobody wanted it; `fight`, any of these time and again. At the start, what an earlier daemon left counts too",
+		"objects restored after another program's change: `missing`, the object was removed; `changed`, it was changed "+
+			"or replaced; `left_over`, it was there and not desired; `fight`, any of these again and again. At the start, "+
+			"objects that an earlier daemon left count too",
 		[]string{"kind", "cause"}, nil)
 	descFights = prometheus.NewDesc("flannel_kernel_fights",
-		"objects that somebody undoes again and again, and that are therefore set once a second", nil, nil)
+		"objects that another program undoes again and again; each is restored at most once a second", nil, nil)
 	descRulesChecks = prometheus.NewDesc("flannel_rules_checks_total",
 		"checks of the firewall rules: every `--iptables-resync`, and when the kernel notifies of a change", nil, nil)
 	descRulesWrites  = prometheus.NewDesc("flannel_rules_writes_total", "times that the firewall rules were set", nil, nil)
 	descRulesRepairs = prometheus.NewDesc("flannel_rules_repairs_total",
 		"times that the firewall rules were restored, because another program had changed them", nil, nil)
-	descRulesInPlace = prometheus.NewDesc("flannel_rules_in_place", "1 if the firewall rules were in place after the last check", nil, nil)
+	descRulesInPlace = prometheus.NewDesc("flannel_rules_in_place",
+		"1 if the firewall rules were in place after the last check", nil, nil)
 	descRulesChecked = prometheus.NewDesc("flannel_rules_last_check_timestamp_seconds",
 		"when the firewall rules were checked last, as Unix time", nil, nil)
 	descPackets = prometheus.NewDesc("flannel_backend_packets_total",
-		"packets that the backend moved itself (udp does): `sent` to peers, `received` from them", []string{"direction", "queue"}, nil)
+		"packets that the backend moved itself (as udp does): `sent` to peers, `received` from peers",
+		[]string{"direction", "queue"}, nil)
 	descOctets = prometheus.NewDesc("flannel_backend_bytes_total",
 		"bytes of the packets that the backend moved itself", []string{"direction", "queue"}, nil)
 	descDrops = prometheus.NewDesc("flannel_backend_dropped_packets_total",
-		"packets that the backend dropped: `malformed`, `not_from_peer`, `not_ours`, `no_route`, `on_link` (multicast and the like, which is normal), "+
-			"`ttl_expired`, `not_sent`, `not_received`", []string{"direction", "queue", "reason"}, nil)
+		"packets that the backend dropped: `malformed`, `not_from_peer`, `not_ours`, `no_route`, `on_link` (such as "+
+			"multicast, which is normal), `ttl_expired`, `not_sent`, `not_received`",
+		[]string{"direction", "queue", "reason"}, nil)
 )
 
 // Describe implements prometheus.Collector.
 func (s *metrics) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{descConnected, descExpiry, descObjectsWanted, descObjectsHeld, descRepairs, descFights,
-		descRulesChecks, descRulesWrites, descRulesRepairs, descRulesInPlace, descRulesChecked, descPackets, descOctets, descDrops} {
+	for _, d := range []*prometheus.Desc{
+		descConnected, descExpiry, descObjectsWanted, descObjectsHeld, descRepairs, descFights,
+		descRulesChecks, descRulesWrites, descRulesRepairs, descRulesInPlace, descRulesChecked,
+		descPackets, descOctets, descDrops,
+	} {
 		ch <- d
 	}
 }
@@ -193,7 +207,7 @@ func truth(b bool) float64 {
 }
 
 // ServeHTTP answers a scrape, in Prometheus' text format.
-func (s *metrics) ServeHTTP(w http.ResponseWriter, _ *http.Request) {
+func (s *metrics) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	var out bytes.Buffer
 	families, err := s.registry.Gather()
 	for _, f := range families {
@@ -202,7 +216,7 @@ func (s *metrics) ServeHTTP(w http.ResponseWriter, _ *http.Request) {
 		}
 	}
 	if err != nil {
-		klog.V(1).Infof("/metrics: %v", err)
+		klog.FromContext(r.Context()).V(1).Info("Cannot answer a scrape of /metrics", "err", err)
 		http.Error(w, err.Error(), http.StatusInternalServerError)
 		return
 	}
@@ -230,12 +244,12 @@ func (n *node) updateMetrics() {
 		}
 	}
 	if len(n.unapplied) == 0 {
-		n.unapplied = nil // frees the memory of a burst
+		n.unapplied = nil // frees the memory that a burst has taken
 	}
 }
 
-// countUpdate counts an update of leases, and starts the clock that runs until the
-// kernel holds what the update calls for.
+// countUpdate counts an update of leases, and records its time, so that updateMetrics can observe how long it takes
+// until the kernel has the objects of the leases.
 func (n *node) countUpdate(u subnet.Update) {
 	if u.Snapshot {
 		n.metrics.leaseEvents.WithLabelValues("snapshot").Inc()

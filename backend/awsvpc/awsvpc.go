@@ -1,5 +1,5 @@
-// Package awsvpc has an Amazon VPC route pods' packets as they are: each node
-// puts a route to its own subnet into the VPC's route tables. See README.md.
+// Package awsvpc lets an Amazon VPC route pods' packets unchanged: each node adds a route to its own subnet to the
+// route tables of the VPC. See README.md.
 package awsvpc
 
 import (
@@ -23,7 +23,7 @@ func init() {
 	backend.Register(backend.Type{Name: Type, New: New, Cleanup: cleanup})
 }
 
-// tableIDs are route tables, written as one text or as a list of them.
+// tableIDs are the IDs of route tables, in JSON one string or a list of strings.
 type tableIDs []string
 
 var tableIDForm = regexp.MustCompile(`^rtb-[0-9a-f]+$`)
@@ -36,7 +36,7 @@ func (t *tableIDs) UnmarshalJSON(data []byte) error {
 			all = []string{one}
 		}
 	} else if json.Unmarshal(data, &all) != nil {
-		return errors.New(`RouteTableID: want a text such as "rtb-0a1b2c3d4e5f60718", or a list of these`)
+		return errors.New(`RouteTableID: want a string such as "rtb-0a1b2c3d4e5f60718", or a list of such strings`)
 	}
 	for _, id := range all {
 		if !tableIDForm.MatchString(id) {
@@ -49,7 +49,7 @@ func (t *tableIDs) UnmarshalJSON(data []byte) error {
 }
 
 type vpc struct {
-	tables   tableIDs // empty: those that the uplink's subnet uses
+	tables   tableIDs // empty: the table that the uplink's subnet uses
 	uplink   iface.Uplink
 	networks subnet.Subnets
 }
@@ -59,13 +59,11 @@ var (
 	_ backend.Differ = (*vpc)(nil)
 )
 
-// options are the backend's keys in the configuration. What is said of them here
-// is what README.md says: make docs writes it there.
+// options are the backend's keys in the configuration. make docs writes the comments of the fields into README.md.
 type options struct {
-	// the route table, or a list of them: `["rtb-0a1b2c3d4e5f60718",
-	// "rtb-0f1e2d3c4b5a69780"]`. Without it, the one that the interface's subnet
-	// is associated with, or else the VPC's main one. Where nodes' subnets use
-	// different tables, list all
+	// ID of the route table, or a list of IDs: `["rtb-0a1b2c3d4e5f60718", "rtb-0f1e2d3c4b5a69780"]`. Without this key,
+	// flanneld uses the route table of the interface's subnet, else the main route table of the VPC. If the subnets of
+	// nodes use different route tables, list all of them
 	RouteTableID tableIDs `default:"found"`
 }
 
@@ -86,18 +84,16 @@ func (v *vpc) Attrs(context.Context, subnet.Attrs) (subnet.Attrs, error) {
 
 func (v *vpc) Local(subnet.Lease) []kernel.Object { return nil }
 
-// Peer returns no objects: the default route leads to the VPC's router, which has
-// the routes.
+// Peer returns no objects: the default route leads to the VPC's router, which has the routes.
 func (v *vpc) Peer(subnet.Lease, subnet.Lease) ([]kernel.Object, error) { return nil, nil }
 
-// cleanup notes the node's routes in the VPC. Other nodes delete these once the
-// instance and its lease are gone.
+// cleanup notes the node's routes in the VPC. Other nodes delete these routes when the instance and its lease are gone.
 func cleanup(_ context.Context, cfg *subnet.Config, env subnet.Env) (backend.Cleanup, error) {
 	if cfg == nil || cfg.BackendType != Type {
 		return backend.Cleanup{}, nil
 	}
 	var o options
-	_ = backend.Options(cfg, &o) // one that cannot be read names no table
+	_ = backend.Options(cfg, &o) // a configuration that cannot be read names no table
 	tables := o.RouteTableID
 	if len(tables) == 0 {
 		tables = tableIDs{"rtb-…"}
@@ -109,7 +105,8 @@ func cleanup(_ context.Context, cfg *subnet.Config, env subnet.Env) (backend.Cle
 			if s.Addr().Is6() {
 				key = "destination-ipv6-cidr-block"
 			}
-			c.Notes = append(c.Notes, fmt.Sprintf("the route to %s in the VPC, until the instance is gone: aws ec2 delete-route --route-table-id %s --%s %s", s, table, key, s))
+			c.Notes = append(c.Notes, fmt.Sprintf("the route to %s in the VPC, until the instance is gone: "+
+				"aws ec2 delete-route --route-table-id %s --%s %s", s, table, key, s))
 		}
 	}
 	return c, nil

@@ -1,5 +1,4 @@
-// Package extension has commands of the operator's make the way to peers. See
-// README.md.
+// Package extension runs the operator's commands, which connect the node with its peers. See README.md.
 package extension
 
 import (
@@ -23,46 +22,41 @@ import (
 const Type = "extension"
 
 const (
-	// A command that takes longer hangs, and is ended.
+	// A command that takes longer is killed.
 	timeLimit = time.Minute
-	// Once flanneld ends, or the lease changes, a command is given this long.
+	// When flanneld stops, or the lease changes, a running command has this much time left.
 	graceLimit = 5 * time.Second
 
-	// A peer that is gone is forgotten when its removal has failed so often: it
-	// may well be that there was nothing left to remove.
+	// A peer that is gone is forgotten when its removal has failed this many times: there may be nothing left to remove.
 	removeTries = 5
 )
 
-// stateDir is where it is recorded what has to be removed again. Like the
-// kernel's state, it does not outlive a reboot.
+// stateDir has the records of what must be removed later. Like the kernel's state, it is lost in a reboot.
 const stateDir = "/run/flannel"
 
 func init() {
 	backend.Register(backend.Type{Name: Type, New: New, Cleanup: cleanup})
 }
 
-// options are the backend's keys in the configuration. What is said of them here
-// is what README.md says: make docs writes it there.
+// options are the backend's keys in the configuration. make docs writes the comments of the fields into README.md.
 type options struct {
-	// run before the subnet is leased. What it prints on standard output is this
-	// node's data, which its peers' commands get
+	// command that runs before the subnet is leased. Its standard output is this node's data, which the commands of peers
+	// get
 	PreStartupCommand string
 
-	// run when the subnet is leased, before any peer is added
+	// command that runs when the subnet is leased, before any peer is added
 	PostStartupCommand string
 
-	// run for each peer when flanneld starts, for a new one when it comes, for
-	// one that has changed
+	// command that runs for each peer when flanneld starts, for each new peer, and for each peer that has changed
 	SubnetAddCommand string
 
-	// run for a peer that is gone, and before one that has changed is added as
-	// it is now
+	// command that runs for each peer that is gone, and for each peer that has changed, before `SubnetAddCommand`
 	SubnetRemoveCommand string
 
-	// run when flanneld ends
+	// command that runs when flanneld stops
 	ShutdownCommand string
 
-	// the largest packet that pods may send
+	// MTU of pods
 	MTU int `default:"the uplink's"`
 }
 
@@ -91,7 +85,8 @@ func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
 		x.options.MTU = uplink.MTU
 	}
 	if least := family.IPv4.MinMTU(); x.options.MTU < least || x.options.MTU > 65535 {
-		return nil, fmt.Errorf("MTU %d is not allowed: %d to 65535, or 0 for the uplink's, %d", x.options.MTU, least, uplink.MTU)
+		return nil, fmt.Errorf("MTU %d is not allowed: %d to 65535, or 0 for the uplink's, %d",
+			x.options.MTU, least, uplink.MTU)
 	}
 	return x, nil
 }
@@ -99,7 +94,7 @@ func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
 // Info implements backend.Backend: the commands make the routes.
 func (x *extension) Info() backend.Info { return backend.Info{MTU: x.MTU, ForeignRoutes: true} }
 
-// Attrs runs PreStartupCommand: what it prints is what peers get.
+// Attrs runs PreStartupCommand, and returns its output as the data for peers.
 func (x *extension) Attrs(ctx context.Context, _ subnet.Attrs) (subnet.Attrs, error) {
 	attrs := subnet.Attrs{BackendType: Type}
 	if x.PreStartupCommand == "" {
@@ -141,8 +136,8 @@ func dataOf(peer subnet.Lease) (string, error) {
 	return text, nil
 }
 
-// variables returns what commands find in their environment of a lease. What
-// does not apply is empty, whatever flanneld's own environment has.
+// variables returns the environment variables that describe a lease. A variable that does not apply is empty, even if
+// flanneld's own environment has it.
 func variables(l subnet.Lease) [4]string {
 	return [4]string{
 		"SUBNET=" + prefix(l.IPv4),

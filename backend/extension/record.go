@@ -83,7 +83,8 @@ func cleanup(ctx context.Context, cfg *subnet.Config, _ subnet.Env) (backend.Cle
 	files, err := filepath.Glob(pattern)
 	for _, file := range files {
 		r := readRecord(klog.FromContext(ctx), file)
-		for _, s := range slices.SortedFunc(maps.Keys(r), func(a, b subnet.Subnets) int { return strings.Compare(a.Key(), b.Key()) }) {
+		byKey := func(a, b subnet.Subnets) int { return strings.Compare(a.Key(), b.Key()) }
+		for _, s := range slices.SortedFunc(maps.Keys(r), byKey) {
 			c.Steps = append(c.Steps, r[s].removal(s))
 		}
 	}
@@ -105,7 +106,8 @@ func (c call) removal(s subnet.Subnets) backend.CleanupStep {
 		command += " " + quote(v)
 	}
 	return backend.CleanupStep{Command: command + " sh -c " + quote(c.Remove), Do: func(ctx context.Context) error {
-		_, err := runner{timeLimit, graceLimit}.run(ctx, "SubnetRemoveCommand for "+s.String(), c.Remove, c.Variables[:], c.Data)
+		r := runner{timeLimit, graceLimit}
+		_, err := r.run(ctx, "SubnetRemoveCommand for "+s.String(), c.Remove, c.Variables[:], c.Data)
 		return err
 	}}
 }

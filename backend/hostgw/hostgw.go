@@ -1,5 +1,5 @@
-// Package hostgw routes pods' packets as they are, with the peer as gateway.
-// It needs all nodes on one link. See README.md.
+// Package hostgw routes pods' packets unchanged, with the peer as the gateway. All nodes must be on one link. See
+// README.md.
 package hostgw
 
 import (
@@ -51,18 +51,17 @@ func (h *hostgw) Peer(own, peer subnet.Lease) ([]kernel.Object, error) {
 			continue
 		}
 		objects = append(objects, s.Direct(h.uplink))
-		// The kernel decides whether the gateway can be used: some clouds give
-		// hosts a /32 and a route to the others.
+		// Some clouds give hosts a /32 and a route to the others. Then the kernel decides whether the gateway can be used.
 		if !h.uplink.OnLink(s.PublicIP) && !h.hostAddrsOnly(f) {
 			errs = append(errs, fmt.Errorf("its address %s is not on the link of %s (%v): host-gw needs all nodes on one link; "+
-				"the vxlan backend does not, and with DirectRouting it does the same where it can", s.PublicIP, h.uplink.Name, h.uplink.Prefixes))
+				"the vxlan backend does not, and with DirectRouting it does the same where it can",
+				s.PublicIP, h.uplink.Name, h.uplink.Prefixes))
 		}
 	}
 	return objects, errors.Join(errs...)
 }
 
-// hostAddrsOnly reports whether all addresses of a family that the uplink has are
-// single addresses (/32, /128).
+// hostAddrsOnly reports whether all prefixes of a family on the uplink are single addresses (/32, /128).
 func (h *hostgw) hostAddrsOnly(f family.Family) bool {
 	for _, p := range h.uplink.Prefixes {
 		if f.Has(p.Addr()) && !p.IsSingleIP() {

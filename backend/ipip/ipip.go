@@ -1,6 +1,5 @@
-// Package ipip carries pods' IPv4 packets inside IPv4 packets, in the kernel (RFC
-// 2003). The node has one device, and for each peer a route on it whose gateway
-// is the peer's own address. See README.md.
+// Package ipip carries pods' IPv4 packets inside IPv4 packets, in the kernel (RFC 2003). The node has one device, and
+// for each peer a route on the device, with the peer's own address as the gateway. See README.md.
 package ipip
 
 import (
@@ -24,10 +23,9 @@ func init() {
 	backend.Register(backend.Type{Name: Type, New: New, Devices: regexp.QuoteMeta(device)})
 }
 
-// options are the backend's keys in the configuration. What is said of them here
-// is what README.md says: make docs writes it there.
+// options are the backend's keys in the configuration. make docs writes the comments of the fields into README.md.
 type options struct {
-	// a peer on the uplink's own link is routed to without a second header
+	// packets to a peer on the uplink's link are sent without the outer header
 	DirectRouting bool
 }
 
@@ -44,7 +42,8 @@ func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
 		return nil, err
 	}
 	if cfg.IPv6.Enabled() {
-		return nil, errors.New("it carries IPv4 only: set EnableIPv6 to false, or use the vxlan backend, which carries both")
+		return nil, errors.New("only IPv4 is supported: set EnableIPv6 to false, " +
+			"or use the vxlan backend, which carries both families")
 	}
 	var err error
 	_, b.info, err = backend.PodMTU(cfg, uplink, 0, family.Family.HeaderLen) // the outer IP header

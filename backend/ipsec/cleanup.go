@@ -22,9 +22,8 @@ import (
 	"github.com/flanneld/flanneld/subnet"
 )
 
-// cleanup finds the charon that flanneld has started, or else what flanneld has
-// given another one; and the security associations, which a charon that was killed
-// leaves. Policies are among the kernel's objects.
+// cleanup finds the charon that flanneld has started, or else what flanneld has loaded into another charon. It also
+// finds the security associations, which remain when charon is killed. Policies are among the kernel's objects.
 func cleanup(ctx context.Context, _ *subnet.Config, env subnet.Env) (backend.Cleanup, error) {
 	c, err := cleanupCharon(ctx)
 	if err != nil {
@@ -35,8 +34,7 @@ func cleanup(ctx context.Context, _ *subnet.Config, env subnet.Env) (backend.Cle
 	return c, err
 }
 
-// associationSteps returns the steps that delete the security associations of our
-// policies.
+// associationSteps returns the steps that delete the security associations of flanneld's policies.
 func associationSteps(networks []netip.Prefix) (steps []backend.CleanupStep, err error) {
 	states, err := associations(networks)
 	for _, s := range states {
@@ -53,8 +51,8 @@ func associationSteps(networks []netip.Prefix) (steps []backend.CleanupStep, err
 	return steps, err
 }
 
-// associations returns the security associations of tunnels whose policies are ours:
-// those with PolicyID between subnets of the networks.
+// associations returns the security associations of tunnels with flanneld's policies: the policies with PolicyID
+// between subnets of the networks.
 func associations(networks []netip.Prefix) ([]netlink.XfrmState, error) {
 	inside := func(n *net.IPNet) bool {
 		if n == nil {
@@ -107,10 +105,11 @@ func cleanupCharon(ctx context.Context) (backend.Cleanup, error) {
 	}
 	names, keys, err := loaded(ctx)
 	if err != nil {
-		c.Notes = append(c.Notes, fmt.Sprintf("the connections in charon, which does not answer (%v): swanctl --load-all --clear", err))
+		c.Notes = append(c.Notes,
+			fmt.Sprintf("the connections in charon, which does not answer (%v): swanctl --load-all --clear", err))
 	}
 	if len(names)+len(keys) > 0 {
-		commands := []string{"swanctl --load-all --clear"} // unloads what is not in its files
+		commands := []string{"swanctl --load-all --clear"} // unloads everything that is not in the files of swanctl
 		for _, name := range names {
 			commands = append(commands, "swanctl --terminate --force --ike "+name)
 		}
@@ -122,7 +121,7 @@ func cleanupCharon(ctx context.Context) (backend.Cleanup, error) {
 	return c, nil
 }
 
-// dead reports whether there was a charon, which has ended.
+// dead reports whether there was a charon that has ended.
 func dead() bool {
 	c, err := net.Dial("unix", charonSocket)
 	if err == nil {

@@ -1,5 +1,5 @@
-// Package ipsec carries pods' packets in ESP tunnels of the kernel, whose keys
-// strongSwan's charon agrees on with the peers. See README.md.
+// Package ipsec carries pods' packets in ESP tunnels of the kernel. charon, of strongSwan, negotiates the keys of the
+// tunnels with the peers. See README.md.
 package ipsec
 
 import (
@@ -20,8 +20,8 @@ const Type = "ipsec"
 
 const leastPSK = 96 // characters
 
-// What ESP adds at most (RFC 4303): header 8, IV 16, padding 15, trailer 2, ICV
-// 16, and the outer IP header. With UDPEncap there is a UDP header, too.
+// ESP adds at most (RFC 4303): header 8, IV 16, padding 15, trailer 2, ICV 16, and the outer IP header. UDPEncap adds a
+// UDP header.
 const (
 	overhead  = 8 + 16 + 15 + 2 + 16
 	udpHeader = 8
@@ -31,16 +31,15 @@ func init() {
 	backend.Register(backend.Type{Name: Type, New: New, Checks: checks, Cleanup: cleanup})
 }
 
-// options are the backend's keys in the configuration. What is said of them here
-// is what README.md says: make docs writes it there.
+// options are the backend's keys in the configuration. make docs writes the comments of the fields into README.md.
 type options struct {
-	// the key that all nodes share, at least 96 characters: `openssl rand -hex 48`
+	// pre-shared key of all nodes, at least 96 characters, for example of `openssl rand -hex 48`
 	PSK secret
 
-	// ESP inside UDP port 4500, where the network does not let ESP through
+	// send ESP inside UDP port 4500, for networks that do not let ESP through
 	UDPEncap bool
 
-	// the algorithms of the tunnels, as in swanctl.conf
+	// algorithms of the tunnels, in the format of swanctl.conf
 	ESPProposal string
 }
 
@@ -57,7 +56,7 @@ type ipsec struct {
 	uplink iface.Uplink
 	info   backend.Info
 	socket string        // charon's
-	check  time.Duration // between looks at what charon has
+	check  time.Duration // interval of the checks of charon's state
 }
 
 var (
@@ -72,7 +71,8 @@ func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
 		return nil, err
 	}
 	if n := len(b.PSK); n < leastPSK {
-		return nil, fmt.Errorf("PSK has %d characters: it must have at least %d, the same on all nodes, for example of: openssl rand -hex 48", n, leastPSK)
+		return nil, fmt.Errorf("PSK has %d characters: it must have at least %d, the same on all nodes, for example of: "+
+			"openssl rand -hex 48", n, leastPSK)
 	}
 	if err := uplink.CheckPublicIPs(); err != nil {
 		return nil, fmt.Errorf("peers cannot have a tunnel with %w, or use the wireguard backend across NAT", err)
@@ -82,12 +82,12 @@ func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
 		around += udpHeader
 	}
 	var err error
-	if _, b.info, err = backend.PodMTU(cfg, uplink, 0, func(f family.Family) int { return f.HeaderLen() + around }); err != nil {
+	headers := func(f family.Family) int { return f.HeaderLen() + around }
+	if _, b.info, err = backend.PodMTU(cfg, uplink, 0, headers); err != nil {
 		return nil, err
 	}
 	for _, ip := range family.Valid(uplink.Addrs()) {
-		// charon's ports (RFC 7296, section 2.23), and unless they are in UDP the
-		// packets themselves.
+		// The ports of charon (RFC 7296, section 2.23) and, without UDPEncap, the ESP packets.
 		b.info.Endpoints = append(b.info.Endpoints,
 			backend.Endpoint{Addr: ip, Protocol: "udp", Port: 500, Program: "charon"},
 			backend.Endpoint{Addr: ip, Protocol: "udp", Port: 4500, Program: "charon"})
@@ -120,13 +120,13 @@ func (b *ipsec) Peer(own, peer subnet.Lease) ([]kernel.Object, error) {
 	return objects, nil
 }
 
-// A tunnel is what pods' packets between two nodes take.
+// A tunnel carries the packets of one family between the pods of two nodes.
 type tunnel struct {
 	own, peer netip.Prefix
 	from, to  netip.Addr
 }
 
-// tunnels returns those to a peer, one for each family that both nodes have.
+// tunnels returns the tunnels to a peer, one for each family that both nodes have.
 func (b *ipsec) tunnels(own, peer subnet.Lease) []tunnel {
 	var all []tunnel
 	for f, s := range backend.Sides(own, peer).Each() {

@@ -1,6 +1,6 @@
-// Package vxlan carries pods' packets in the kernel's VXLAN (RFC 7348). Each
-// node has one VTEP, and holds for each peer a route, a neighbour and an FDB
-// entry, so that nothing is ever looked up, learned or flooded. See README.md.
+// Package vxlan carries pods' packets in the kernel's VXLAN (RFC 7348). Each node has one VTEP for each family, and for
+// each peer a route, a neighbour and an FDB entry, so that the kernel resolves, learns and floods nothing. See
+// README.md.
 package vxlan
 
 import (
@@ -25,8 +25,8 @@ const (
 	maxVNI      = 1<<24 - 1 // RFC 7348, section 5
 	defaultPort = 8472      // the kernel's (udp_port, drivers/net/vxlan); IANA's 4789 came later
 
-	// overhead is what surrounds a packet inside the outer IP packet: the outer
-	// UDP header, the VXLAN header, the inner Ethernet header.
+	// overhead is the size of the headers between the outer IP header and the pod's packet: the outer UDP header, the
+	// VXLAN header, the inner Ethernet header.
 	overhead = 8 + 8 + 14
 )
 
@@ -34,37 +34,34 @@ func init() {
 	backend.Register(backend.Type{Name: Type, New: New, Devices: `flannel(-v6)?\.[0-9]+`})
 }
 
-// options are the backend's keys in the configuration. What is said of them here
-// is what README.md says: make docs writes it there.
+// options are the backend's keys in the configuration. make docs writes the comments of the fields into README.md.
 type options struct {
-	// the VXLAN network's number, 1 to 16777215; the device is called
-	// `flannel.<VNI>`, for IPv6 `flannel-v6.<VNI>`
+	// number of the VXLAN network, 1 to 16777215; the device has the name `flannel.<VNI>`, for IPv6 `flannel-v6.<VNI>`
 	VNI int
 
 	// UDP port to send to and listen on; 0 is the kernel's default, 8472
 	Port int
 
-	// a peer on the uplink's own link is routed to without VXLAN
+	// packets to a peer on the uplink's link are sent without VXLAN
 	DirectRouting bool
 
-	// of the network between the nodes, where that is not the uplink's; pods
-	// get 50 bytes less, 70 with IPv6
+	// MTU of the network between the nodes, if it is smaller than the uplink's; the MTU of pods is 50 bytes smaller, 70
+	// with IPv6
 	MTU int `default:"the uplink's"`
 
-	// the group based policy extension, which carries packet marks
+	// use the group based policy extension, which carries packet marks
 	GBP bool
 
-	// the device also learns from what peers send
+	// the device also learns addresses from packets of peers
 	Learning bool
 
-	// the kernel computes pods' checksums itself, rather than leave them to the
-	// uplink; flanneld's own, upstream does not know it
+	// the kernel computes the checksums of pods' packets instead of the uplink; flannel does not have this key
 	DisableTxChecksumOffload bool
 }
 
 var defaults = options{VNI: 1}
 
-// data is what a VTEP tells its peers, in its lease.
+// data is what a node publishes about a VTEP in its lease.
 type data struct {
 	VNI     int
 	VtepMAC kernel.MAC
@@ -79,7 +76,7 @@ type vxlan struct {
 
 // vtep is this node's end of one family's tunnels.
 type vtep struct {
-	dev   string     // empty where the family is off
+	dev   string     // empty if the family is off
 	local netip.Addr // outer source address
 	mtu   int
 }
@@ -128,8 +125,8 @@ func (v *vxlan) Attrs(_ context.Context, previous subnet.Attrs) (subnet.Attrs, e
 	return attrs, nil
 }
 
-// data returns what to publish of a VTEP. The VTEP keeps the MAC that peers know,
-// if there is one, so that peers need not change anything.
+// data returns what to publish about a VTEP. The VTEP keeps the MAC that was published before, if there is one, so that
+// peers need not change anything.
 func (v *vxlan) data(previous json.RawMessage) json.RawMessage {
 	d, err := parse(previous)
 	if err != nil {
@@ -141,7 +138,7 @@ func (v *vxlan) data(previous json.RawMessage) json.RawMessage {
 	return text
 }
 
-// parse reads what a VTEP published.
+// parse parses what a node has published about a VTEP.
 func parse(text json.RawMessage) (data, error) {
 	var d data
 	if len(text) == 0 {

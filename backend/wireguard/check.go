@@ -15,10 +15,14 @@ import (
 )
 
 var checks = []backend.Check{
-	{Name: "no-tunnel", About: "WireGuard has had a handshake with each peer that packets were sent to", Run: checkHandshakes},
+	{
+		Name:  "no-tunnel",
+		About: "WireGuard has had a handshake with each peer that packets were sent to",
+		Run:   checkHandshakes,
+	},
 }
 
-// checkHandshakes finds peers that were sent something and have never answered.
+// checkHandshakes finds peers to which packets were sent and which have never answered.
 func checkHandshakes(_ context.Context, n backend.Node) []backend.Problem {
 	c, err := wgctrl.New()
 	if err != nil {
@@ -50,8 +54,7 @@ func checkHandshakes(_ context.Context, n backend.Node) []backend.Problem {
 	return found
 }
 
-// Diff implements backend.Differ: it compares what the devices hold of peers with
-// the peers' leases.
+// Diff implements backend.Differ: it compares the peers of the devices with the leases.
 func (w *wireguard) Diff(_ context.Context, own subnet.Lease, peers []subnet.Lease) ([]string, error) {
 	key, err := readKey(keyFile())
 	if err != nil {

@@ -1,6 +1,5 @@
-// Package wireguard carries pods' packets encrypted, in WireGuard
-// (wireguard.com/protocol): the kernel's or, where it has none, one in this
-// process. See README.md.
+// Package wireguard carries pods' packets encrypted, in WireGuard (wireguard.com/protocol): with the kernel's WireGuard
+// or, if the kernel has none, with wireguard-go in this process. See README.md.
 package wireguard
 
 import (
@@ -24,14 +23,14 @@ import (
 // Type is the backend's name in configurations and leases.
 const Type = "wireguard"
 
-// overhead is what is left for WireGuard of a packet on the underlay: the outer
-// IP header, IPv6's 40, UDP 8, type 4, receiver 4, counter 8, tag 16.
+// overhead is how much WireGuard adds to a packet: the outer IP header (40 for IPv6), UDP 8, type 4, receiver 4,
+// counter 8, tag 16.
 const overhead = 40 + 8 + 4 + 4 + 8 + 16
 
-// Modes say which addresses of the underlay carry what.
+// The modes determine which addresses of the underlay carry the packets of each family.
 const (
-	separate = "separate" // each family has a device, and goes over its own
-	auto     = "auto"     // one device, over whichever is likely to get through
+	separate = "separate" // each family has a device, over the same family
+	auto     = "auto"     // one device, over the family that is more likely to get through
 	overIPv4 = "ipv4"     // one device, over IPv4
 	overIPv6 = "ipv6"     // one device, over IPv6
 )
@@ -42,39 +41,36 @@ func init() {
 	backend.Register(backend.Type{Name: Type, New: New, Devices: "flannel-wg(-v6)?", Checks: checks, Cleanup: cleanup})
 }
 
-// options are the backend's keys in the configuration. What is said of them here
-// is what README.md says: make docs writes it there.
+// options are the backend's keys in the configuration. make docs writes the comments of the fields into README.md.
 type options struct {
 	// UDP port
 	ListenPort int
 
-	// UDP port of IPv6's device, with `Mode` `separate`
+	// UDP port of the device for IPv6, with `Mode` `separate`
 	ListenPortV6 int
 
-	// `separate`: each family has a device, and goes over its own. `ipv4`,
-	// `ipv6`: one device for both, over that one. `auto`: one device, over IPv4,
-	// or over IPv6 where IPv4 is behind NAT and IPv6 is not
+	// `separate`: each family has its own device, and its packets are sent over the same family. `ipv4`, `ipv6`: both
+	// families share one device, and all packets are sent over that family. `auto`: both families share one device, and
+	// all packets are sent over IPv4, or over IPv6 if IPv4 is behind NAT and IPv6 is not
 	Mode string
 
-	// a secret that all nodes have besides their keys, as `wg genpsk` prints
-	// one: whoever records packets today cannot read them with a quantum
-	// computer later
+	// pre-shared key of all nodes, in addition to the nodes' own keys, made with `wg genpsk`; it protects packets that
+	// are recorded today from being decrypted by a quantum computer later
 	PSK secret
 
-	// seconds between packets to a silent peer, 1 to 65535, so that NAT does not
-	// forget; 0: none
+	// seconds between packets to a silent peer, 1 to 65535, so that NAT keeps the connection; 0 sends no such packets
 	PersistentKeepaliveInterval int
 
-	// of the network between nodes; pods get 80 less
+	// MTU of the network between the nodes, if it is smaller than the uplink's; the MTU of pods is 80 bytes smaller
 	MTU int `default:"the uplink's"`
 }
 
 var defaults = options{ListenPort: 51820, ListenPortV6: 51821, Mode: separate}
 
-// data is what a node tells its peers, in its lease.
+// data is what a node publishes in its lease.
 type data struct {
 	PublicKey wgtypes.Key
-	Port      int // 0, as upstream has it: the same as our own
+	Port      int // 0, as flannel publishes it: the port of this node
 }
 
 type wireguard struct {
@@ -90,7 +86,7 @@ type wireguard struct {
 type tunnel struct {
 	dev      string
 	port     int
-	families [2]bool // whose packets go through
+	families [2]bool // whose packets the device carries
 }
 
 var (
@@ -98,8 +94,7 @@ var (
 	_ backend.Differ = (*wireguard)(nil)
 )
 
-// userSpace is the variable by which wireguard-go is told to do its work although
-// the kernel could: it is heeded here too.
+// userSpace is an environment variable of wireguard-go. With the value 1, flanneld encrypts although the kernel could.
 const userSpace = "WG_I_PREFER_BUGGY_USERSPACE_TO_POLISHED_KMOD"
 
 // New makes the backend.
@@ -132,11 +127,12 @@ func newBackend(cfg *subnet.Config, uplink iface.Uplink, hasWireGuard func() boo
 	case !slices.Contains(modes, w.Mode):
 		return nil, fmt.Errorf("Mode %q is not known: known are %s", w.Mode, strings.Join(modes, ", "))
 	case w.Mode == overIPv4 && !on[0]:
-		return nil, errors.New("Mode ipv4 needs IPv4: set EnableIPv4, or take another Mode")
+		return nil, errors.New("Mode ipv4 needs IPv4: set EnableIPv4, or use another Mode")
 	case w.Mode == overIPv6 && !on[1]:
-		return nil, errors.New("Mode ipv6 needs IPv6: set EnableIPv6, or take another Mode")
+		return nil, errors.New("Mode ipv6 needs IPv6: set EnableIPv6, or use another Mode")
 	case w.Mode == separate && on[0] && on[1] && w.ListenPort == w.ListenPortV6:
-		return nil, fmt.Errorf("ListenPort and ListenPortV6 are both %d: in Mode separate, each device needs a port of its own", w.ListenPort)
+		return nil, fmt.Errorf("ListenPort and ListenPortV6 are both %d: in Mode separate, each device needs its own port",
+			w.ListenPort)
 	}
 	var err error
 	if _, w.info, err = backend.PodMTU(cfg, uplink, w.MTU, func(family.Family) int { return overhead }); err != nil {
@@ -171,7 +167,7 @@ func (w *wireguard) Attrs(context.Context, subnet.Attrs) (subnet.Attrs, error) {
 	}
 	attrs := subnet.Attrs{BackendType: Type}
 	for _, t := range w.tunnels {
-		text, _ := json.Marshal(data{key.public(), t.port}) // has nothing that could fail
+		text, _ := json.Marshal(data{key.public(), t.port}) // cannot fail
 		for _, f := range family.All {
 			if t.families[f] {
 				attrs.SetData(f, text)
@@ -198,8 +194,7 @@ func (w *wireguard) Local(own subnet.Lease) []kernel.Object {
 	return objects
 }
 
-// Peer returns no objects: Work configures the devices' peers. The error says what
-// is wrong with the peer's lease.
+// Peer returns no objects: Work configures the devices' peers. The error says what is wrong with the peer's lease.
 func (w *wireguard) Peer(own, peer subnet.Lease) ([]kernel.Object, error) {
 	var all []string
 	for _, t := range w.tunnels {

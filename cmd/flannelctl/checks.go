@@ -23,7 +23,9 @@ import (
 )
 
 // showLog is the command that shows the daemon's log.
-var showLog = []string{"journalctl -u flanneld -n 50    # in Kubernetes: kubectl -n kube-flannel logs ds/kube-flannel-ds"}
+var showLog = []string{
+	"journalctl -u flanneld -n 50    # in Kubernetes: kubectl -n kube-flannel logs ds/kube-flannel-ds",
+}
 
 func daemonDown(d *diagnosis) []problem {
 	pids := proc.Find("flanneld")
@@ -210,7 +212,8 @@ func rpFilter(d *diagnosis) []problem {
 			continue // 2 is loose mode, and the kernel uses the higher of the two values
 		}
 		found = append(found,
-			problem{fmt.Sprintf("strict reverse path filtering (rp_filter) on %s drops packets that arrive by another device than the route back",
+			problem{fmt.Sprintf("strict reverse path filtering (rp_filter) on %s "+
+				"drops packets that arrive by another device than the route back",
 				dev),
 				[]string{fmt.Sprintf("sysctl -w net/ipv4/conf/%s/rp_filter=2", dev)}})
 	}
@@ -372,8 +375,7 @@ type owner struct {
 	name string
 }
 
-// owners returns the processes that listen on a UDP port. Sockets of the kernel, such as those of VXLAN devices, have no
-// process.
+// owners returns the processes that listen on a UDP port. Sockets of the kernel (of VXLAN devices) have no process.
 func owners(port int) []owner {
 	sockets := map[string]bool{}
 	for _, file := range []string{"/proc/self/net/udp", "/proc/self/net/udp6"} {
@@ -482,9 +484,11 @@ func checksumOffload(d *diagnosis) []problem {
 		}
 		if on, err := kernel.ComputesTXChecksums(dev.Name); err == nil && on {
 			found = append(found,
-				problem{fmt.Sprintf("Linux %s computes wrong checksums of masqueraded packets in %s: services time out from other nodes",
+				problem{fmt.Sprintf("Linux %s computes wrong checksums of masqueraded packets in %s: "+
+					"services time out from other nodes",
 					release, dev.Name),
-					[]string{fmt.Sprintf("ethtool -K %s tx-checksum-ip-generic off    # fixed in Linux 5.6.13, 5.4.41, 4.19.123 and 4.14.181",
+					[]string{fmt.Sprintf("ethtool -K %s tx-checksum-ip-generic off    "+
+						"# fixed in Linux 5.6.13, 5.4.41, 4.19.123 and 4.14.181",
 						dev.Name)}})
 		}
 	}

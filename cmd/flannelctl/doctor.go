@@ -107,8 +107,8 @@ func (t *tool) doctorCommand() *cobra.Command {
 	cmd := t.outputFlag(&cobra.Command{
 		Use:   "doctor",
 		Short: "Find problems, and show how to fix them",
-		Long: `doctor finds reasons why pods cannot communicate, and prints each problem with the commands that fix it. It changes
-nothing. Exit status 1: problems were found. Documentation/troubleshooting.md explains each finding.`,
+		Long: `doctor finds reasons why pods cannot communicate, and prints each problem with the commands that fix it.
+It changes nothing. Exit status 1: problems were found. Documentation/troubleshooting.md explains each finding.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if list {

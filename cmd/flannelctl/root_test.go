@@ -67,7 +67,8 @@ func TestCompletion(t *testing.T) {
 
 func TestEnvironmentFile(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "flanneld")
-	text := "# FLANNELD_A=1\n\nFLANNELD_IFACE=eth0\n FLANNELD_ETCD_PREFIX=\"/a b\"\nFLANNELD_B='c'\nWIREGUARD_KEY_FILE=/k\n;D=1\nnonsense\n"
+	text := "# FLANNELD_A=1\n\nFLANNELD_IFACE=eth0\n FLANNELD_ETCD_PREFIX=\"/a b\"\n" +
+		"FLANNELD_B='c'\nWIREGUARD_KEY_FILE=/k\n;D=1\nnonsense\n"
 	if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
 		t.Fatal(err)
 	}

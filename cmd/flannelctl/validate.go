@@ -21,8 +21,7 @@ import (
 	"github.com/flanneld/flanneld/subnet"
 )
 
-// Keys of a ConfigMap: the network's configuration, and what the CNI plugin is
-// told.
+// Keys of a ConfigMap: the network configuration, and the configuration of the CNI plugin.
 const (
 	configKey   = "net-conf.json"
 	conflistKey = "cni-conf.json"
@@ -32,8 +31,9 @@ func (t *tool) validateCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "validate FILE",
 		Short: "Check a network configuration before it is used",
-		Long: `validate checks a network configuration: a file such as net-conf.json, or a manifest for Kubernetes with a ConfigMap
-that holds one. "-" is standard input. All that is wrong is said, each with its line in the file; exit status 1 says that something is.`,
+		Long: `validate checks a network configuration: a file such as net-conf.json, or a manifest for
+Kubernetes with a ConfigMap that contains one. "-" is standard input. It prints all errors and warnings with their lines
+in the file. Exit status 1: there are errors.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error {
 			text, err := readFile(args[0])
@@ -44,9 +44,9 @@ that holds one. "-" is standard input. All that is wrong is said, each with its 
 			if name == "-" {
 				name = "standard input"
 			}
-			remarks := validate(text)
+			issues := validate(text)
 			wrong := false
-			for _, r := range remarks {
+			for _, r := range issues {
 				word := t.warn("warning:")
 				if !r.warning {
 					word, wrong = t.bad("error:"), true
@@ -69,30 +69,30 @@ func readFile(name string) ([]byte, error) {
 	return os.ReadFile(name)
 }
 
-// A remark is what there is to say of a line.
-type remark struct {
+// An issue is an error or a warning about a line.
+type issue struct {
 	line    int
 	warning bool
 	text    string
 }
 
-// validate returns all there is to say of a file, by its lines.
-func validate(text []byte) []remark {
-	remarks := read(text)
-	slices.SortStableFunc(remarks, func(a, b remark) int { return a.line - b.line })
-	return remarks
+// validate returns the issues of a file, sorted by line.
+func validate(text []byte) []issue {
+	issues := read(text)
+	slices.SortStableFunc(issues, func(a, b issue) int { return a.line - b.line })
+	return issues
 }
 
-func read(text []byte) []remark {
+func read(text []byte) []issue {
 	if trimmed := bytes.TrimSpace(text); bytes.HasPrefix(trimmed, []byte("{")) && !isManifest(trimmed) {
 		return validateConfig(text, linesOf(text), true)
 	}
-	var remarks []remark
+	var issues []issue
 	found := false
 	for _, document := range documents(text) {
 		var node yaml.Node
 		if err := yaml.Unmarshal(document, &node); err != nil {
-			remarks, found = append(remarks, yamlError(err)), true // it may have been there
+			issues, found = append(issues, yamlError(err)), true // the configuration may be in this document
 			continue
 		}
 		if len(node.Content) == 0 {
@@ -100,35 +100,38 @@ func read(text []byte) []remark {
 		}
 		root := node.Content[0]
 		if value(root, "kind") == nil && value(root, "Network") != nil {
-			return append(remarks, remark{line: root.Line, text: "a network configuration is JSON, not YAML: {\"Network\": …}"})
+			return append(issues,
+				issue{line: root.Line, text: "a network configuration is JSON, not YAML: {\"Network\": …}"})
 		}
 		for _, data := range configMaps(root) {
 			if config := value(data, configKey); config != nil {
 				found = true
-				remarks = append(remarks, validateText(document, config, func(text []byte, at lines) []remark { return validateConfig(text, at, false) })...)
+				check := func(text []byte, at lines) []issue { return validateConfig(text, at, false) }
+				issues = append(issues, validateText(document, config, check)...)
 			}
 			if conflist := value(data, conflistKey); conflist != nil {
-				remarks = append(remarks, validateText(document, conflist, validateSyntax)...)
+				issues = append(issues, validateText(document, conflist, validateSyntax)...)
 			}
 		}
 	}
 	if !found {
-		remarks = append(remarks, remark{line: 1, text: "there is no network configuration: neither a JSON object, nor a ConfigMap with " + configKey})
+		issues = append(issues, issue{line: 1,
+			text: "there is no network configuration: neither a JSON object, nor a ConfigMap with " + configKey})
 	}
-	return remarks
+	return issues
 }
 
-// validateText checks a text that a ConfigMap holds.
-func validateText(file []byte, n *yaml.Node, check func([]byte, lines) []remark) []remark {
+// validateText checks a text in a ConfigMap.
+func validateText(file []byte, n *yaml.Node, check func([]byte, lines) []issue) []issue {
 	if n.Kind != yaml.ScalarNode {
-		return []remark{{line: n.Line, text: "a ConfigMap holds texts: put | before this, on the line of the key"}}
+		return []issue{{line: n.Line, text: "a ConfigMap contains texts: put | after the key, on the same line"}}
 	}
 	return check([]byte(n.Value), linesIn(file, n))
 }
 
-// documents returns the documents of a YAML stream, each on its own: what is wrong
-// with one does not keep the others from being read. Empty lines take the place of
-// those before it, so that lines count as in the file.
+// documents returns the documents of a YAML stream as separate texts, so that an error in one document does not affect
+// the others. Each text begins with as many empty lines as the file has lines before the document: this keeps line
+// numbers right.
 func documents(text []byte) [][]byte {
 	var all [][]byte
 	document, begun := []byte(nil), false
@@ -141,12 +144,12 @@ func documents(text []byte) [][]byte {
 		number++
 		document = append(document, line...)
 		first := bytes.TrimSpace(line)
-		begun = begun || len(first) > 0 && first[0] != '#' && first[0] != '%' // a directive belongs to what follows
+		begun = begun || len(first) > 0 && first[0] != '#' && first[0] != '%' // a directive belongs to the next document
 	}
 	return append(all, document)
 }
 
-// configMaps returns the data of those that an object is, or has in a List.
+// configMaps returns the data of the ConfigMaps in an object, which is a ConfigMap or a List.
 func configMaps(object *yaml.Node) []*yaml.Node {
 	kind := value(object, "kind")
 	switch {
@@ -165,19 +168,19 @@ func configMaps(object *yaml.Node) []*yaml.Node {
 	return nil
 }
 
-// isManifest tells whether a JSON object is one of Kubernetes'.
+// isManifest reports whether a JSON object is an object of Kubernetes.
 func isManifest(text []byte) bool {
 	var object struct{ APIVersion, Kind string }
 	return json.Unmarshal(text, &object) == nil && object.APIVersion != "" && object.Kind != ""
 }
 
-// ofParser matches errors whose lines the library counts from zero.
+// ofParser matches the errors of the YAML library whose line numbers begin with zero.
 var ofParser = regexp.MustCompile(`^did not find expected (node content|',' or|'-' indicator|key|<)`)
 
 var yamlLine = regexp.MustCompile(`line (\d+): (.*)`)
 
-func yamlError(err error) remark {
-	r := remark{line: 1, text: "this is neither JSON nor YAML: " + err.Error()}
+func yamlError(err error) issue {
+	r := issue{line: 1, text: "this is neither JSON nor YAML: " + err.Error()}
 	if m := yamlLine.FindStringSubmatch(err.Error()); m != nil {
 		fmt.Sscan(m[1], &r.line)
 		if ofParser.MatchString(m[2]) {
@@ -188,7 +191,7 @@ func yamlError(err error) remark {
 	return r
 }
 
-// value returns the value of a mapping's key, nil where there is none.
+// value returns the value of a mapping's key, nil if the key is missing.
 func value(n *yaml.Node, key string) *yaml.Node {
 	if n == nil || n.Kind != yaml.MappingNode {
 		return nil
@@ -201,10 +204,10 @@ func value(n *yaml.Node, key string) *yaml.Node {
 	return nil
 }
 
-// lines are the lines of a file that the bytes of a text are on.
+// lines has the line in the file for each byte of a text.
 type lines []int
 
-// at returns the line of what ends at an offset.
+// at returns the line of the text that ends at the offset.
 func (l lines) at(offset int64) int {
 	if len(l) == 0 {
 		return 1
@@ -212,7 +215,7 @@ func (l lines) at(offset int64) int {
 	return l[max(0, min(int(offset), len(l))-1)]
 }
 
-// linesOf returns the lines of a text that is a file.
+// linesOf returns the lines of a text that is the whole file.
 func linesOf(text []byte) lines {
 	all := make(lines, len(text))
 	line := 1
@@ -225,9 +228,8 @@ func linesOf(text []byte) lines {
 	return all
 }
 
-// linesIn returns the lines of a text in a YAML file. However it is written there,
-// as a block or in quotes, folded or with escapes, its characters follow one
-// another in the file as in the text, but for white space.
+// linesIn returns the lines of a text in a YAML file. In all notations (block, quoted, folded, with escapes), the file
+// has the characters in the same order as the text, except for white space.
 func linesIn(file []byte, n *yaml.Node) lines {
 	all := make(lines, len(n.Value))
 	line, at := 1, 0
@@ -255,7 +257,7 @@ func linesIn(file []byte, n *yaml.Node) lines {
 	return all
 }
 
-// exampleUplink is one that any backend can use.
+// exampleUplink is an uplink that all backends accept.
 var exampleUplink = iface.Uplink{
 	Name: "eth0", Index: 2, MTU: 1500, MAC: "02:00:00:00:00:01",
 	IPv4: netip.MustParseAddr("192.0.2.1"), PublicIP: netip.MustParseAddr("192.0.2.1"),
@@ -264,71 +266,70 @@ var exampleUplink = iface.Uplink{
 }
 
 // validateSyntax checks that a text is JSON.
-func validateSyntax(text []byte, at lines) []remark {
+func validateSyntax(text []byte, at lines) []issue {
 	var syntax *json.SyntaxError
 	if err := json.Unmarshal(text, new(any)); errors.As(err, &syntax) {
-		return []remark{{line: at.at(syntax.Offset), text: "not valid JSON: " + syntax.Error()}}
+		return []issue{{line: at.at(syntax.Offset), text: "not valid JSON: " + syntax.Error()}}
 	}
 	return nil
 }
 
-// validateConfig checks a configuration. divided tells that it may be for etcd,
-// where flanneld divides the network itself.
-func validateConfig(text []byte, at lines, divided bool) []remark {
+// validateConfig checks a configuration. divided is set if the configuration may be for etcd: flanneld then divides the
+// network into subnets.
+func validateConfig(text []byte, at lines, divided bool) []issue {
 	if wrong := validateSyntax(text, at); wrong != nil {
 		return wrong
 	}
-	keys, remarks := scan(text, at)
-	said, mended := map[string]bool{}, map[key]bool{}
-	say := func(what string, warning bool) (fresh bool) {
-		if said[what] {
+	keys, issues := scan(text, at)
+	reported, repaired := map[string]bool{}, map[key]bool{}
+	report := func(what string, warning bool) (fresh bool) {
+		if reported[what] {
 			return false
 		}
-		said[what] = true
-		remarks = append(remarks, remark{keys.find(what).line, warning, what})
+		reported[what] = true
+		issues = append(issues, issue{keys.find(what).line, warning, what})
 		return true
 	}
-	// Whoever reads a configuration stops at the first error. It is put right, so
-	// that the next one shows.
+	// The parser stops at the first error. The draft is repaired, so that the parser finds the next error.
 	for d := newDraft(text); ; {
 		warnings, err := d.check(divided)
 		for _, w := range warnings {
-			say(w, true)
+			report(w, true)
 		}
 		if err == nil {
 			break
 		}
 		wrong := keys.find(err.Error())
-		if wrong.backend && mended[wrong] { // it is wrong now that it is missing
+		if wrong.backend && repaired[wrong] { // the error is that repair deleted the key
 			wrong = key{name: "Backend"}
-		} else if !say(err.Error(), false) {
+		} else if !report(err.Error(), false) {
 			break
 		}
-		if !d.mend(wrong) {
+		if !d.repair(wrong) {
 			break
 		}
-		mended[wrong] = true
+		repaired[wrong] = true
 	}
-	return remarks
+	return issues
 }
 
-// A draft is a configuration that is put right step by step.
+// A draft is a configuration that is repaired step by step.
 type draft struct {
-	text    []byte // where it is no object
+	text    []byte // used if the text is not an object
 	keys    map[string]json.RawMessage
-	backend map[string]json.RawMessage // nil: none, or it is no object
+	backend map[string]json.RawMessage // nil: missing, or not an object
 
-	unknown [2]bool // what IPv4's and IPv6's network is: how it is divided cannot be judged
+	unknown [2]bool // the network of IPv4, of IPv6 is not known: its division into subnets is not checked
 }
 
 func newDraft(text []byte) *draft {
 	d := &draft{text: text}
-	_ = json.Unmarshal(text, &d.keys) // no object: check says so
+	_ = json.Unmarshal(text, &d.keys) // if the text is not an object, check reports the error
 	_ = json.Unmarshal(d.keys[d.name("Backend")], &d.backend)
 	return d
 }
 
-// name returns a key as it is written there.
+// name returns a key as the configuration spells it.
 func (d *draft) name(key string) string { return written(d.keys, key) }
 
 func written(keys map[string]json.RawMessage, key string) string {
@@ -340,11 +341,11 @@ func written(keys map[string]json.RawMessage, key string) string {
 	return key
 }
 
-// check returns what the configuration's readers say of it.
+// check returns the warnings of the parser, and the first error of parser and backend.
 func (d *draft) check(divided bool) (warnings []string, err error) {
 	text := d.text
 	if d.keys != nil {
-		text, _ = json.Marshal(d.keys) // which was JSON before
+		text, _ = json.Marshal(d.keys) // cannot fail: it was JSON before
 	}
 	cfg, err := subnet.ParseConfig(text)
 	if err != nil {
@@ -373,9 +374,9 @@ func (d *draft) check(divided bool) (warnings []string, err error) {
 	return cfg.Warnings, err
 }
 
-// mend puts something in place of a key that is wrong of which nothing more can be
-// wrong. It returns false where it does not know what.
-func (d *draft) mend(k key) bool {
+// repair replaces the value of a wrong key by a value that causes no further errors. It returns false if it knows no
+// such value.
+func (d *draft) repair(k key) bool {
 	set := func(name, text string) {
 		maps.DeleteFunc(d.keys, func(n string, _ json.RawMessage) bool { return strings.EqualFold(n, name) })
 		if text != "" {
@@ -388,10 +389,10 @@ func (d *draft) mend(k key) bool {
 		return false
 	case k.backend && name != "type" && d.backend != nil:
 		maps.DeleteFunc(d.backend, func(n string, _ json.RawMessage) bool { return strings.EqualFold(n, name) })
-		text, _ := json.Marshal(d.backend) // which was JSON before
+		text, _ := json.Marshal(d.backend) // cannot fail: it was JSON before
 		set("Backend", string(text))
 	case k.backend || name == "backend":
-		set("Backend", `{"Type": "alloc"}`) // which takes anything
+		set("Backend", `{"Type": "alloc"}`) // accepts any network
 	case name == "network":
 		set("Network", `"10.0.0.0/8"`)
 		d.unknown[0] = true
@@ -400,11 +401,10 @@ func (d *draft) mend(k key) bool {
 		d.unknown[1] = true
 	case name == "enableipv4" && !has("Network"):
 		set("EnableIPv4", "")
-		return d.mend(key{name: "Network"})
+		return d.repair(key{name: "Network"})
 	case name == "enableipv6" && has("IPv6Network"):
 		set("EnableIPv6", "true")
-	// With the longest subnets, what is said of SubnetMin and SubnetMax is wrong
-	// with any.
+	// With the longest subnets, errors of SubnetMin and SubnetMax are errors with any length.
 	case name == "subnetlen":
 		set("SubnetLen", "30")
 	case name == "ipv6subnetlen":
@@ -417,21 +417,21 @@ func (d *draft) mend(k key) bool {
 	return true
 }
 
-// A key is one of the configuration's.
+// A key is a key of the configuration.
 type key struct {
 	name    string
 	backend bool // in Backend
 	line    int
 }
 
-// keys are those of a configuration, and the line that it begins on.
+// keys are the keys of a configuration, and its first line.
 type keys struct {
 	all   []key
 	first int
 }
 
-// find returns the key that a text is about: the first that it names, of Backend's
-// where it says so. It may be one that is missing.
+// find returns the key that an error is about: the first key that the error names, which may be missing in the
+// configuration. Only keys in Backend are considered if the error is about Backend.
 func (k keys) find(text string) key {
 	for _, name := range []string{"Network", "IPv6Network"} {
 		if strings.HasPrefix(text, name+" is missing") {
@@ -442,7 +442,7 @@ func (k keys) find(text string) key {
 	best, at := key{line: k.first}, len(text)
 	for _, key := range k.all {
 		if !key.backend && strings.EqualFold(key.name, "Backend") {
-			if inBackend && at == len(text) { // where no key of its own is named
+			if inBackend && at == len(text) { // if the error names no key in Backend
 				best = key
 			}
 			continue
@@ -450,21 +450,23 @@ func (k keys) find(text string) key {
 		if key.backend != inBackend {
 			continue
 		}
-		// As it is written or, whatever that is, as it should be: with a capital
-		// letter, unlike what are no keys.
-		word := regexp.MustCompile(`(^|[^A-Za-z0-9])(` + regexp.QuoteMeta(key.name) + `|[A-Z](?i:` + regexp.QuoteMeta(key.name[min(1, len(key.name)):]) + `))($|[^A-Za-z0-9])`)
+		// The error has the key as the configuration spells it, or in its right spelling, with a capital letter.
+		rest := regexp.QuoteMeta(key.name[min(1, len(key.name)):])
+		word := regexp.MustCompile(`(^|[^A-Za-z0-9])(` + regexp.QuoteMeta(key.name) + `|[A-Z](?i:` + rest + `))` +
+			`($|[^A-Za-z0-9])`)
 		m := word.FindStringSubmatchIndex(text)
-		if m != nil && strings.EqualFold(text[m[4]:m[5]], key.name) && m[0] <= at { // of two keys of one name the latter counts
+		// Of two keys with the same name, the later one is found.
+		if m != nil && strings.EqualFold(text[m[4]:m[5]], key.name) && m[0] <= at {
 			best, at = key, m[0]
 		}
 	}
 	return best
 }
 
-// scan finds the lines of all keys, and those that are there twice.
-func scan(text []byte, at lines) (keys, []remark) {
+// scan returns all keys with their lines, and issues for duplicate keys.
+func scan(text []byte, at lines) (keys, []issue) {
 	found := keys{first: at.at(0)}
-	var remarks []remark
+	var issues []issue
 	d := json.NewDecoder(bytes.NewReader(text))
 	var walk func(depth int, backend bool)
 	walk = func(depth int, backend bool) {
@@ -486,7 +488,8 @@ func scan(text []byte, at lines) (keys, []remark) {
 				}
 				line := at.at(d.InputOffset())
 				if before := seen[strings.ToLower(name)]; before != 0 {
-					remarks = append(remarks, remark{line, true, fmt.Sprintf("key %q is there twice, on line %d as well: the last one counts", name, before)})
+					text := fmt.Sprintf("key %q is a duplicate of line %d: the last one is used", name, before)
+					issues = append(issues, issue{line, true, text})
 				}
 				seen[strings.ToLower(name)] = line
 				if depth == 0 || backend && depth == 1 {
@@ -503,5 +506,5 @@ func scan(text []byte, at lines) (keys, []remark) {
 		}
 	}
 	walk(0, false)
-	return found, remarks
+	return found, issues
 }

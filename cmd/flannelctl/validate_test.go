@@ -11,7 +11,7 @@ import (
 
 var update = flag.Bool("update", false, "write testdata")
 
-// TestValidate: the remarks on testdata/FILE are testdata/FILE.golden.
+// TestValidate: the issues of testdata/FILE are testdata/FILE.golden.
 func TestValidate(t *testing.T) {
 	files, err := filepath.Glob("testdata/*")
 	if err != nil {

@@ -51,9 +51,8 @@ func PodMTU(cfg *subnet.Config, uplink iface.Uplink, configured int, overhead fu
 		}
 		around := overhead(f)
 		m := min(underlay, maxPacket) - around
-		if m < f.MinMTU() {
-			return mtu, info, fmt.Errorf("MTU %d %s leaves %d for pods: it must be at least %d",
-				underlay, whose, m, f.MinMTU()+around)
+		if least := f.MinMTU() + around; underlay < least { // of two families, IPv6 needs more
+			err = fmt.Errorf("MTU %d %s leaves %d for pods: it must be at least %d", underlay, whose, m, least)
 		}
 		*mtu.At(f) = m
 		if info.MTU == 0 || m < info.MTU {
@@ -61,7 +60,7 @@ func PodMTU(cfg *subnet.Config, uplink iface.Uplink, configured int, overhead fu
 		}
 		info.Overhead = max(info.Overhead, around)
 	}
-	return mtu, info, nil
+	return mtu, info, err
 }
 
 // HostAddr returns the first address of a subnet as an address of this node's

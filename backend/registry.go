@@ -5,10 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net/netip"
 	"regexp"
 	"slices"
 	"strings"
 
+	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/subnet"
 )
@@ -43,10 +45,19 @@ func (t Type) make(cfg *subnet.Config, uplink iface.Uplink) (Backend, error) {
 	return b, nil
 }
 
-var types = map[string]Type{}
+var (
+	types   = map[string]Type{}
+	devices = map[string]*regexp.Regexp{} // by name of the type
+)
 
 // Register makes a type of backend known. It is called from init.
-func Register(t Type) { types[t.Name] = t }
+func Register(t Type) {
+	types[t.Name] = t
+	delete(devices, t.Name)
+	if t.Devices != "" {
+		devices[t.Name] = regexp.MustCompile("^(" + t.Devices + ")$")
+	}
+}
 
 func typeOf(name string) (Type, error) {
 	t, ok := types[name]
@@ -65,8 +76,8 @@ func Types() []Type {
 // Device reports whether a device has a name that some type of backend gives to
 // its devices.
 func Device(name string) bool {
-	for _, t := range types {
-		if t.Devices != "" && regexp.MustCompile("^("+t.Devices+")$").MatchString(name) {
+	for _, pattern := range devices {
+		if pattern.MatchString(name) {
 			return true
 		}
 	}
@@ -82,7 +93,7 @@ type Check struct {
 
 // A Node is what a Check is told of the node.
 type Node struct {
-	Networks subnet.Subnets
+	Networks family.Pair[netip.Prefix]
 	Devices  []string       // that the backend has made
 	Peers    []subnet.Lease // of nodes that are peers
 }

@@ -43,7 +43,8 @@ func (d desired) diff(ctx context.Context) ([]string, error) {
 	if b, ok := d.backend.(backend.Differ); ok {
 		var err error
 		if more, err = b.Diff(ctx, d.own, d.peers); err != nil {
-			return nil, err
+			// The other differences must be seen all the same.
+			more = append(more, "# what the backend holds cannot be compared: "+err.Error())
 		}
 	}
 	rules, err := d.plan.diffRules(ctx)
@@ -116,11 +117,9 @@ func (i *Inspection) inspect(ctx context.Context) (err error) {
 		ips := strings.Trim(fmt.Sprint(family.Valid(i.uplink.PublicIPs())), "[]")
 		return fmt.Errorf("a lease: none is this node's, which has %s", ips)
 	}
-	ends, err := i.Manager.Expiries(ctx, own.Subnets)
-	if err != nil {
-		return err
+	if ends, err := i.Manager.Expiries(ctx, own.Subnets); err == nil { // else the end is not known
+		own.Expires = ends[own.Subnets]
 	}
-	own.Expires = ends[own.Subnets]
 	i.own = own
 	p := i.planNode(i.Options)
 	i.kernel.Networks = p.networks

@@ -353,8 +353,12 @@ func (n *node) apply(ctx context.Context) {
 }
 
 func (n *node) applyPeers(p peersPlan) {
-	for owner, objects := range p.objects {
-		n.kernel.Set(owner, objects)
+	for _, drop := range []bool{true, false} { // first what is dropped: two owners must not claim one object
+		for owner, objects := range p.objects {
+			if (len(objects) == 0) == drop {
+				n.kernel.Set(owner, objects)
+			}
+		}
 	}
 	for _, problem := range p.problems {
 		l := problem.lease

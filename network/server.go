@@ -74,7 +74,10 @@ func (n *node) serveStatus(ctx context.Context) {
 				return nil, err
 			}
 		default: // the main loop does not run yet
-			s = view{Options: n.Options, waiting: n.health.waitingFor()}.statusOfStore()
+			s = view{
+				Options: Options{Manager: n.Manager, Version: n.Version, SubnetFile: n.SubnetFile}, // which never change
+				waiting: n.health.waitingFor(),
+			}.statusOfStore()
 		}
 		s.Daemon = true
 		return s, nil

@@ -9,7 +9,9 @@ import (
 	"github.com/flanneld/flanneld/subnet"
 )
 
-// Diff implements backend.Differ: it compares the VPC's route tables with the leases.
+// Diff implements backend.Differ: it compares the VPC's route tables with this node's
+// lease. The routes of other nodes that are gone are no difference: any node removes
+// them, within some minutes.
 func (v *vpc) Diff(ctx context.Context, own subnet.Lease, peers []subnet.Lease) ([]string, error) {
 	r := &router{vpc: v, own: own.Each(), peers: map[subnet.Subnets]subnet.Lease{}}
 	for _, p := range peers {
@@ -36,7 +38,9 @@ func (v *vpc) Diff(ctx context.Context, own subnet.Lease, peers []subnet.Lease) 
 		}
 		steps, _ := plan(*tables[id], r.desired())
 		for _, s := range steps {
-			commands = append(commands, s.String())
+			if s.verb != deleteRoute {
+				commands = append(commands, s.String())
+			}
 		}
 	}
 	return commands, nil

@@ -77,7 +77,7 @@ func (b *ipsec) Diff(ctx context.Context, own subnet.Lease, peers []subnet.Lease
 	}
 	var commands []string
 	for _, name := range have {
-		if !missing[name] {
+		if !missing[name] && b.ours(name) {
 			commands = append(commands, "swanctl --terminate --ike "+name+"    # and flanneld unloads the connection")
 		}
 		delete(missing, name)

@@ -40,15 +40,23 @@ func associationSteps(networks []netip.Prefix) (steps []backend.CleanupStep, err
 	for _, s := range states {
 		steps = append(steps, backend.CleanupStep{
 			Command: fmt.Sprintf("ip xfrm state delete src %s dst %s proto esp spi %#x", s.Src, s.Dst, uint32(s.Spi)),
-			Do: func(context.Context) error {
-				if err := netlink.XfrmStateDel(&s); err != nil && !errors.Is(err, unix.ESRCH) {
-					return fmt.Errorf("the security association from %s to %s: %w", s.Src, s.Dst, err)
-				}
-				return nil
-			},
+			Do:      func(context.Context) error { return deleteAssociations(networks) },
 		})
 	}
 	return steps, err
+}
+
+// deleteAssociations deletes the associations that there are now: charon may have
+// agreed on others since the steps were shown.
+func deleteAssociations(networks []netip.Prefix) error {
+	states, err := associations(networks)
+	errs := []error{err}
+	for _, s := range states {
+		if err := netlink.XfrmStateDel(&s); err != nil && !errors.Is(err, unix.ESRCH) {
+			errs = append(errs, fmt.Errorf("the security association from %s to %s: %w", s.Src, s.Dst, err))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // associations returns the security associations of tunnels with flanneld's policies: the policies with PolicyID

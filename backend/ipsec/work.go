@@ -13,6 +13,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/pkg/retry"
 	"github.com/flanneld/flanneld/subnet"
 )
@@ -179,9 +180,9 @@ const keyPrefix = "flannel-"
 func keyName(ip netip.Addr) string { return keyPrefix + ip.String() }
 
 // ours reports whether a connection is of this node. An earlier process may have made it, for another lease.
-func (c *charonSync) ours(name string) bool {
-	for _, ip := range []netip.Addr{c.uplink.IPv4, c.uplink.IPv6} {
-		if ip.IsValid() && strings.HasPrefix(name, ip.String()+"-") && strings.Count(name, "-") == 3 {
+func (b *ipsec) ours(name string) bool {
+	for _, ip := range family.Valid(b.uplink.Addrs()) {
+		if strings.HasPrefix(name, ip.String()+"-") && strings.Count(name, "-") == 3 {
 			return true
 		}
 	}

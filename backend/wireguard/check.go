@@ -56,10 +56,6 @@ func checkHandshakes(_ context.Context, n backend.Node) []backend.Problem {
 
 // Diff implements backend.Differ: it compares the peers of the devices with the leases.
 func (w *wireguard) Diff(_ context.Context, own subnet.Lease, peers []subnet.Lease) ([]string, error) {
-	key, err := readKey(keyFile())
-	if err != nil {
-		return nil, err
-	}
 	c, err := wgctrl.New()
 	if err != nil {
 		return nil, fmt.Errorf("generic netlink: %w", err)
@@ -77,6 +73,13 @@ func (w *wireguard) Diff(_ context.Context, own subnet.Lease, peers []subnet.Lea
 		}
 		if err != nil {
 			return nil, fmt.Errorf("reading %s: %w", t.dev, err)
+		}
+		key, err := readKey(keyFile())
+		switch {
+		case errors.Is(err, fs.ErrNotExist), errors.Is(err, errEmpty):
+			key = secret(have.PrivateKey) // the daemon has the key in memory
+		case err != nil:
+			return nil, err
 		}
 		steps, _ := changes(t.dev, have, w.config(t, key, own, leases), nil, false, time.Now())
 		for _, s := range steps {

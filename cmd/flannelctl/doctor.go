@@ -10,6 +10,7 @@ import (
 
 	"github.com/flanneld/flanneld/backend"
 	"github.com/flanneld/flanneld/network"
+	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -89,7 +90,10 @@ func (d *diagnosis) runBackendCheck(c backend.Check) []problem {
 	if d.status.Lease == nil {
 		return nil
 	}
-	n := backend.Node{Networks: d.env.Networks, Devices: d.devices()}
+	n := backend.Node{Devices: d.devices()}
+	for _, network := range d.status.Network {
+		*n.Networks.At(family.Of(network.Addr())) = network
+	}
 	for _, l := range d.leases {
 		if !l.Own && l.Problem == "" {
 			n.Peers = append(n.Peers, l.Lease())

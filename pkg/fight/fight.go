@@ -3,6 +3,7 @@
 package fight
 
 import (
+	"slices"
 	"time"
 
 	"k8s.io/klog/v2"
@@ -124,6 +125,7 @@ func (d *Detector[K, T]) calm(r *record[T], now time.Time) bool {
 func (d *Detector[K, T]) drop(k K) (ended int) {
 	r := d.records[k]
 	delete(d.records, k)
+	d.fresh = slices.DeleteFunc(d.fresh, func(f *record[T]) bool { return f == r })
 	if r == nil || r.times < d.Times {
 		return 0
 	}

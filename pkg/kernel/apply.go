@@ -113,6 +113,7 @@ func (r *Reconciler) applyKind(k Kind, todo []*entry, add bool, log *changes) {
 	if err == nil && add && d.evict {
 		err = r.evict(d, batch, requests, results)
 	}
+	var removed []Object
 	for i, e := range batch {
 		if err != nil {
 			r.done(e, err, log)
@@ -125,8 +126,16 @@ func (r *Reconciler) applyKind(k Kind, todo []*entry, add bool, log *changes) {
 		}
 		if results[i] == nil {
 			e.via = via[i]
+			if !add {
+				removed = append(removed, e.have)
+			}
 		}
 		r.done(e, results[i], log)
+	}
+	if d.removed != nil { // after the whole batch, since it may drop other entries of the batch
+		for _, o := range removed {
+			d.removed(r, o)
+		}
 	}
 }
 
@@ -194,12 +203,8 @@ func (r *Reconciler) done(e *entry, err error, log *changes) {
 		log.add(e)
 	}
 	r.count(e, fought)
-	removed := e.have
 	if e.want == nil {
 		delete(r.entries, e.key())
 	}
 	e.have, e.drift = e.want, false
-	if e.want == nil && d.removed != nil {
-		d.removed(r, removed)
-	}
 }

@@ -9,14 +9,16 @@ import (
 // Diff reads the kernel's tables and returns the ip and bridge commands that lead from what the kernel holds to what
 // is desired, in an order in which they work. It changes nothing: what it has learned is for the next Reconcile.
 func (r *Reconciler) Diff() ([]string, error) {
+	defer func() {
+		if r.pending() || r.waiting() {
+			r.signal()
+		}
+	}()
 	if err := r.compare(); err != nil {
 		return nil, fmt.Errorf("reading the kernel's tables: %w", err)
 	}
 	if r.mustCompare {
 		return nil, fmt.Errorf("reading the kernel's tables: %w", errors.New("they change all the time: try again"))
-	}
-	if r.pending() {
-		r.signal()
 	}
 	var adds, removes [kinds][]string
 	for k, e := range r.entries {

@@ -165,6 +165,7 @@ func (r *Reconciler) open(protocol int) error {
 		return err
 	}
 	var groups []int
+	var supported [kinds]bool
 	for k := range kindTable {
 		d := &kindTable[k]
 		if d.protocol != protocol {
@@ -176,13 +177,16 @@ func (r *Reconciler) open(protocol int) error {
 				continue
 			}
 		}
-		r.supported[k] = true
+		supported[k] = true
 		groups = append(groups, d.groups...)
 	}
 	raw, err := rtnl.ListenTo(protocol, ignore(sock.pid), groups...)
 	if err != nil {
 		sock.close()
 		return err
+	}
+	for k, ok := range supported {
+		r.supported[k] = r.supported[k] || ok
 	}
 	l := &listener{raw, protocol, make(chan struct{}, 1)}
 	r.sockets[protocol], r.listeners = sock, append(r.listeners, l)
@@ -242,6 +246,7 @@ func (r *Reconciler) Reconcile() error {
 	switch {
 	case !r.pending() && !r.waiting():
 		r.backoff.Reset()
+		r.retryAt = time.Time{}
 	case r.retryAt.IsZero():
 		pause := r.backoff.Next()
 		r.retryAt = time.Now().Add(pause)
@@ -463,7 +468,7 @@ func (r *Reconciler) refused(lostAnswers bool) error {
 	for _, f := range r.failed {
 		// A device takes its objects with it: the notification that the device is gone will come, and queues the
 		// entry.
-		if errors.Is(f.err, unix.ENODEV) {
+		if f.state != failed || errors.Is(f.err, unix.ENODEV) {
 			continue
 		}
 		if count++; count <= most {

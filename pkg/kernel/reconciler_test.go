@@ -5,8 +5,12 @@ import (
 	"flag"
 	"fmt"
 	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -470,6 +474,58 @@ func TestAddressChanges(t *testing.T) {
 		got := nstest.Run(t, "ip addr show dev flannel.1") + nstest.Run(t, "ip route show dev flannel.1")
 		return !strings.Contains(got, "inet 10.5.44.0") && strings.Contains(got, "10.5.2.0/24 via 10.5.2.0")
 	})
+}
+
+// Several addresses of a device that are removed at once: each removal takes note of the other objects on the device.
+func TestSeveralAddressesChange(t *testing.T) {
+	host(t)
+	r := start(t)
+	addrs := func(third string) []Object {
+		return append(node(), Addr{"flannel.1", prefix("10.5." + third + ".1/32")}, Addr{"flannel.1", prefix("10.5." + third + ".2/32")})
+	}
+	for _, third := range []string{"50", "60"} {
+		r.Set("node", addrs(third))
+		settle(t, r, "the addresses of "+third, func() bool {
+			got := nstest.Run(t, "ip addr show dev flannel.1")
+			return strings.Contains(got, "10.5."+third+".1/32") && strings.Contains(got, "10.5."+third+".2/32") && !r.pending()
+		})
+	}
+	got := nstest.Run(t, "ip addr show dev flannel.1") + nstest.Run(t, "ip route show dev flannel.1")
+	if strings.Contains(got, "10.5.50.") || !strings.Contains(got, "10.5.2.0/24 via 10.5.2.0") {
+		t.Errorf("got\n%s", got)
+	}
+}
+
+// A process without privileges can read what there is, whichever tables of the kernel it may listen to.
+func TestWithoutPrivileges(t *testing.T) {
+	const child = "KERNEL_TEST_WITHOUT_PRIVILEGES"
+	if os.Getenv(child) != "" {
+		r, err := New(klog.Background())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer r.Close()
+		if _, err := r.Diff(); err != nil {
+			t.Error(err)
+		}
+		return
+	}
+	nstest.NeedRoot(t)
+	program := filepath.Join("/tmp", fmt.Sprintf("kernel-test-%d", os.Getpid()))
+	text, err := os.ReadFile("/proc/self/exe")
+	if err == nil {
+		err = os.WriteFile(program, text, 0o755)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.Remove(program)
+	cmd := exec.Command(program, "-test.run=^TestWithoutPrivileges$")
+	cmd.Dir, cmd.Env = "/", append(os.Environ(), child+"=1")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Errorf("%v\n%s", err, out)
+	}
 }
 
 // An IPv4 uplink that goes down takes its routes along without a word, and no

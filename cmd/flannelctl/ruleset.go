@@ -47,7 +47,7 @@ type packet struct {
 }
 
 // passes reports whether the chains of a hook let the packet pass. Where a rule has conditions that are unknown here,
-// the answer errs on one side alone: the packet passes.
+// the result is that the packet passes.
 func (r ruleset) passes(hook string, p packet) bool {
 	for _, c := range r.chains {
 		if c.hook != hook {

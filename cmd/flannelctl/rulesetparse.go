@@ -38,7 +38,7 @@ func parseIPTables(save string) (ruleset, bool) {
 // iptablesOption matches an option and its values, which may be quoted: "! -s 10.0.0.0/8", "--comment "two words"".
 var iptablesOption = regexp.MustCompile(`(! )?(--?[a-z][\w-]*)((?: (?:"(?:\\.|[^"\\])*"|[^-" ]\S*))*)`)
 
-// iptablesFields are the fields that options ask for; "": none.
+// iptablesFields are the fields that options match; "": none.
 var iptablesFields = map[string]string{
 	"-p": "protocol", "--dport": "port", "--dports": "port", "-s": "source", "-d": "destination", "-i": "in", "-o": "out",
 	"--ctstate": "state", "--state": "state", "--comment": "", "--reject-with": "",
@@ -138,7 +138,7 @@ func parseNFTRule(statements []map[string]json.RawMessage) rule {
 	return r
 }
 
-// nftFields are the fields that matches of nft ask for.
+// nftFields are the fields that matches of nft compare.
 var nftFields = map[string]string{
 	"udp dport": "port", "tcp dport": "port",
 	"ip protocol": "protocol", "ip6 nexthdr": "protocol", "meta l4proto": "protocol",
@@ -146,7 +146,7 @@ var nftFields = map[string]string{
 	"meta iifname": "in", "meta iif": "in", "meta oifname": "out", "meta oif": "out", "ct state": "state",
 }
 
-// parseNFTMatch returns the conditions of a match; a field of TCP asks for the protocol TCP as well.
+// parseNFTMatch returns the conditions of a match; a field of TCP also matches the protocol TCP.
 func parseNFTMatch(body json.RawMessage) []condition {
 	var m struct {
 		Op   string

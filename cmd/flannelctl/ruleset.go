@@ -46,8 +46,8 @@ type packet struct {
 	src, dst netip.Addr
 }
 
-// passes reports whether the chains of a hook let the packet pass. Where a rule has conditions that are unknown here,
-// the result is that the packet passes.
+// passes reports whether the chains of a hook let the packet pass. If the result depends on a condition that
+// is unknown here, the packet passes.
 func (r ruleset) passes(hook string, p packet) bool {
 	for _, c := range r.chains {
 		if c.hook != hook {

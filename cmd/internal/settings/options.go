@@ -103,7 +103,9 @@ type group struct {
 }
 
 // flags returns the table of all flags, which store into o. Help and documentation list the flags in this order.
-func flags(o *Options) []group {
+func flags(o *Options) []group { return append(leaseFlags(o), hostFlags(o)...) }
+
+func leaseFlags(o *Options) []group {
 	return []group{
 		{"General", []*setting{
 			{name: "subnet-file", arg: "PATH", def: "/run/flannel/subnet.env", set: into(&o.SubnetFile, path),
@@ -147,6 +149,11 @@ func flags(o *Options) []group {
 			{name: "set-node-network-unavailable", def: "true", set: into(&o.SetNodeNetworkUnavailable, boolean),
 				help: "set the Node's condition NetworkUnavailable to False once the network is up"},
 		}},
+	}
+}
+
+func hostFlags(o *Options) []group {
+	return []group{
 		{"Uplink (the interface that peers reach this node on)", []*setting{
 			{name: "iface", arg: "NAME|IP", repeatable: true, set: appendTo(&o.Uplink.Names, anything),
 				help: "name or address of the interface; the first match is used"},

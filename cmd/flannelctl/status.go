@@ -95,7 +95,7 @@ func (t *tool) status(s network.Status) {
 	if l := s.Lease; l != nil {
 		line("lease", join(l.Subnets)+", "+expiry(l.Expires), nil)
 	} else if env, err := subnet.ReadEnv(s.SubnetFile.Path); err == nil {
-		line("lease", env.Subnets.String()+", as the subnet file says", t.warn)
+		line("lease", env.Subnets.String()+", from the subnet file", t.warn)
 	} else if s.Network != nil {
 		line("lease", "none", t.warn)
 	}

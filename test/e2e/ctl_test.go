@@ -699,7 +699,7 @@ func TestStatus(t *testing.T) {
 	}
 	l.Etcd.Kill()
 	text := labtest.Must(first(n.Ctl(ctx, "status")))(t)
-	if !strings.Contains(text, env.Subnets.String()+", as the subnet file says") ||
+	if !strings.Contains(text, env.Subnets.String()+", from the subnet file") ||
 		!strings.Contains(text, "connection refused") {
 		t.Errorf("without daemon and etcd:\n%s", text)
 	}

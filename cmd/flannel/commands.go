@@ -12,8 +12,8 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 )
 
-// add attaches a container. The record is written before the delegate runs: a
-// crash in between leaves a record too many, not an address that nobody frees.
+// add attaches a container. The record is written before the delegate runs: a crash in between then leaves a record
+// without an address, which is harmless, and not an address without a record, which would never be freed.
 func add(args *skel.CmdArgs) error {
 	r, err := parse(args.StdinData)
 	if err != nil {
@@ -41,14 +41,12 @@ func add(args *skel.CmdArgs) error {
 	}
 	var undo error
 	if formerErr == nil {
-		// What a DEL would remove now may be the work of the former ADD: leave
-		// it to the runtime's, which finds the record as it was.
+		// A DEL now might remove what the former ADD has set up. Restore the record for the DEL of the runtime.
 		undo = dir.write(path, a, former)
 	} else {
 		undo = detach(r.call(conf), args.Netns)
-		// The same words twice: there is no such delegate, or it refuses its
-		// configuration, and every DEL by this record would end like this,
-		// even after a correction.
+		// The same error twice means that the delegate does not exist or rejects its configuration. Every DEL with
+		// this record would then fail in the same way, even after the configuration has been corrected.
 		if undo == nil || undo.Error() == err.Error() {
 			undo = remove(path)
 		}
@@ -59,7 +57,7 @@ func add(args *skel.CmdArgs) error {
 	return err
 }
 
-// del detaches a container. No record means that there is nothing to undo.
+// del detaches a container. Without a record, there is nothing to detach.
 func del(args *skel.CmdArgs) error {
 	r, err := parse(args.StdinData)
 	if err != nil {
@@ -70,9 +68,9 @@ func del(args *skel.CmdArgs) error {
 	case errors.Is(err, fs.ErrNotExist):
 		return nil
 	case errors.Is(err, errBroken):
-		// A crash while upstream's plugin wrote it. Nothing can be done with
-		// it, now or later, and the container must be able to go.
-		fmt.Fprintf(os.Stderr, "flannel: %v: removing it; the container's address may stay taken\n", err)
+		// The record was cut off by a crash of flannel's plugin. It can never be used, and the runtime must be able to
+		// remove the container.
+		fmt.Fprintf(os.Stderr, "flannel: %v: removing the record; the container's address may stay allocated\n", err)
 		return remove(path)
 	case err != nil:
 		return types.NewError(types.ErrIOFailure, fmt.Sprintf("dataDir: %v", err), "")
@@ -83,13 +81,12 @@ func del(args *skel.CmdArgs) error {
 	return remove(path)
 }
 
-// detach runs the delegate's DEL. That what it should remove is gone already is
-// no error.
+// detach runs the delegate's DEL. It is no error if the interface or the namespace is gone already.
 func detach(conf object, netns string, environ ...string) error {
 	_, err := run("DEL", conf, environ...)
 	if err != nil && netns != "" {
 		if _, gone := os.Stat(netns); errors.Is(gone, fs.ErrNotExist) {
-			_, err = run("DEL", conf, append(environ, "CNI_NETNS=")...) // which says so
+			_, err = run("DEL", conf, append(environ, "CNI_NETNS=")...) // empty: the namespace is gone
 		}
 	}
 	if err != nil && code(err) == types.ErrUnknownContainer {
@@ -98,7 +95,7 @@ func detach(conf object, netns string, environ ...string) error {
 	return err
 }
 
-// check compares a container with what ADD made.
+// check compares a container with the result of its ADD.
 func check(args *skel.CmdArgs) error {
 	r, err := parse(args.StdinData)
 	if err != nil {
@@ -107,7 +104,8 @@ func check(args *skel.CmdArgs) error {
 	_, conf, err := records(r.DataDir).find(attachment{args.ContainerID, args.IfName})
 	if errors.Is(err, fs.ErrNotExist) {
 		return types.NewError(types.ErrUnknownContainer,
-			fmt.Sprintf("dataDir %s has no record of %s of container %s: it was never attached, or was detached; attach it anew", r.DataDir, args.IfName, args.ContainerID), "")
+			fmt.Sprintf("dataDir %s has no record of %s of container %s: it was never attached, or was detached; "+
+				"attach it again", r.DataDir, args.IfName, args.ContainerID), "")
 	}
 	if err != nil {
 		return types.NewError(types.ErrIOFailure, fmt.Sprintf("dataDir: %v", err), "")
@@ -116,7 +114,7 @@ func check(args *skel.CmdArgs) error {
 	return err
 }
 
-// status tells whether ADD would work.
+// status returns an error if an ADD would fail.
 func status(args *skel.CmdArgs) error {
 	r, err := parse(args.StdinData)
 	if err != nil {
@@ -137,8 +135,7 @@ func status(args *skel.CmdArgs) error {
 	return err
 }
 
-// collect detaches what the runtime no longer knows, and has the delegate do
-// the same.
+// collect detaches the attachments that the runtime no longer knows, and runs the delegate's GC.
 func collect(args *skel.CmdArgs) error {
 	r, err := parse(args.StdinData)
 	if err != nil {
@@ -166,8 +163,8 @@ func collect(args *skel.CmdArgs) error {
 	return nil
 }
 
-// collectRecords detaches each attachment of the network that has a record and
-// is not valid. Without a list of the valid ones, none is known to be stale.
+// collectRecords detaches each attachment of the network that has a record and is not among the valid attachments.
+// Without a list of valid attachments, it detaches none.
 func (r *request) collectRecords() error {
 	if r.ValidAttachments == nil {
 		return nil
@@ -196,7 +193,7 @@ func (r *request) collectRecords() error {
 	return errors.Join(failed...)
 }
 
-// remove removes a record, which may be gone.
+// remove removes a record. It is no error if the record is gone already.
 func remove(path string) error {
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return types.NewError(types.ErrIOFailure, fmt.Sprintf("dataDir: %v", err), "")

@@ -12,11 +12,11 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 )
 
-// run has the delegate carry out a command, in this process's environment but
-// for the variables given as "NAME=value", and returns what it prints.
+// run runs the delegate with a CNI command, and returns its standard output. environ ("NAME=value") overrides variables
+// of this process's environment.
 //
-// This is invoke.DelegateAdd and its kin. That package would bring a tracing
-// library into a program that runs for milliseconds.
+// The package invoke of the CNI project has functions for this, but it would add a tracing library to a program that
+// runs for milliseconds.
 func run(command string, conf object, environ ...string) ([]byte, error) {
 	kind := conf.text("type")
 	path, err := find(kind)
@@ -32,17 +32,17 @@ func run(command string, conf object, environ ...string) ([]byte, error) {
 	cmd.Env = append(append(os.Environ(), "CNI_COMMAND="+command), environ...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(stdin), &stdout, os.Stderr
 	if err := cmd.Run(); err != nil {
-		said := &types.Error{}
-		if json.Unmarshal(stdout.Bytes(), said) != nil || said.Msg == "" {
+		failure := &types.Error{}
+		if json.Unmarshal(stdout.Bytes(), failure) != nil || failure.Msg == "" {
 			return nil, fmt.Errorf("%s %s: %w: %s", path, command, err, bytes.TrimSpace(stdout.Bytes()))
 		}
-		// Its code is for the runtime, its words are for the operator.
-		return nil, types.NewError(said.Code, kind+": "+said.Msg, said.Details)
+		// The runtime evaluates the code; the operator reads the message.
+		return nil, types.NewError(failure.Code, kind+": "+failure.Msg, failure.Details)
 	}
 	return stdout.Bytes(), nil
 }
 
-// find returns the path of a plugin, which the runtime keeps in CNI_PATH.
+// find returns the path of a plugin in the directories of CNI_PATH.
 func find(kind string) (string, error) {
 	dirs := os.Getenv("CNI_PATH")
 	for _, dir := range filepath.SplitList(dirs) {
@@ -51,7 +51,8 @@ func find(kind string) (string, error) {
 			return path, nil
 		}
 	}
-	return "", fmt.Errorf("there is no plugin %q in %s: install the CNI project's plugins there, or name another one as delegate.type", kind, dirs)
+	return "", fmt.Errorf("there is no plugin %q in %s: install the CNI project's plugins there, "+
+		"or set delegate.type to another plugin", kind, dirs)
 }
 
 // code returns the CNI error code that err carries.

@@ -22,22 +22,20 @@ import (
 	"github.com/spf13/pflag"
 )
 
-// settle is how long the installer lets a burst of changes go on before it
-// looks, and so bounds how often it fights somebody who removes its files over
-// and over.
+// settle is how long the installer waits after a change before it checks the files. A burst of changes costs one check,
+// and if another program removes the files again and again, the installer restores them at most that often.
 const settle = 100 * time.Millisecond
 
-// An installer puts this program, and a network's configuration, where the
-// container runtime looks for them.
+// An installer installs this program and the configuration of a network where the container runtime finds them.
 type installer struct {
-	program string // this executable
-	binDir  string // it goes here, as "flannel"
-	conf    string // the configuration, a list of plugins; "": none
-	confDir string // it goes here
-	name    string // as this
-	after   string // but not before this file is there; "": at once
+	program string // path of this program
+	binDir  string // directory for the program, which is installed as "flannel"
+	conf    string // path of the configuration, a list of plugins; "": none
+	confDir string // directory for the configuration
+	name    string // file name of the configuration in confDir
+	after   string // the configuration is installed only when this file exists; "": at once
 
-	said string // the last remarks
+	logged string // the remarks that were logged last
 }
 
 // runInstall is `flannel install`.
@@ -46,14 +44,18 @@ func runInstall(args []string) error {
 	keep := false
 	flags := pflag.NewFlagSet("flannel install", pflag.ContinueOnError)
 	flags.SortFlags = false
-	flags.StringVar(&in.binDir, "bin-dir", "/opt/cni/bin", "the directory of CNI plugins that gets this program")
-	flags.StringVar(&in.conf, "conf", "/etc/kube-flannel/cni-conf.json", "the network's configuration, a conflist; empty: install the program alone")
-	flags.StringVar(&in.confDir, "conf-dir", "/etc/cni/net.d", "the directory that gets the configuration")
-	flags.StringVar(&in.name, "conf-name", "10-flannel.conflist", "its name there")
-	flags.StringVar(&in.after, "after", "", "install the configuration, which makes a node ready for pods, only once this file is there; such as /run/flannel/subnet.env, with --keep")
-	flags.BoolVar(&keep, "keep", false, "stay, and put back what is removed or changed")
+	flags.StringVar(&in.binDir, "bin-dir", "/opt/cni/bin", "directory of CNI plugins, where this program is installed")
+	flags.StringVar(&in.conf, "conf", "/etc/kube-flannel/cni-conf.json",
+		"configuration of the network, a conflist; empty installs the program alone")
+	flags.StringVar(&in.confDir, "conf-dir", "/etc/cni/net.d", "directory where the configuration is installed")
+	flags.StringVar(&in.name, "conf-name", "10-flannel.conflist", "file name of the configuration in --conf-dir")
+	flags.StringVar(&in.after, "after", "",
+		"install the configuration, which makes a node ready for pods, only when this file exists, "+
+			"such as /run/flannel/subnet.env; needs --keep")
+	flags.BoolVar(&keep, "keep", false, "keep running, and restore files that are removed or changed")
 	flags.Usage = func() {
-		fmt.Fprintf(os.Stderr, "flannel install puts the plugin and its configuration where the container runtime finds them.\n\n%s", flags.FlagUsages())
+		fmt.Fprintf(os.Stderr, "flannel install installs the plugin and its configuration where the container runtime finds "+
+			"them.\n\n%s", flags.FlagUsages())
 	}
 	if err := flags.Parse(args); errors.Is(err, pflag.ErrHelp) {
 		return nil
@@ -61,14 +63,16 @@ func runInstall(args []string) error {
 		return err
 	}
 	if flags.NArg() > 0 {
-		return fmt.Errorf("argument %q is not allowed: there are only flags, see flannel install --help", flags.Arg(0))
+		return fmt.Errorf("argument %q is not allowed: only flags are, see flannel install --help", flags.Arg(0))
 	}
-	if !slices.Contains([]string{".conflist", ".conf", ".json"}, filepath.Ext(in.name)) || in.name != filepath.Base(in.name) {
-		return fmt.Errorf("--conf-name %q is not allowed: want a file name that ends in .conflist, without a directory", in.name)
+	isConf := slices.Contains([]string{".conflist", ".conf", ".json"}, filepath.Ext(in.name))
+	if !isConf || in.name != filepath.Base(in.name) {
+		return fmt.Errorf("--conf-name %q is not allowed: want a file name that ends in .conflist, without a directory",
+			in.name)
 	}
 	if !keep {
 		if in.after != "" {
-			return errors.New("--after needs --keep: nobody would look for the file later")
+			return errors.New("--after needs --keep: without --keep, the file is checked only once")
 		}
 		return in.install()
 	}
@@ -77,15 +81,15 @@ func runInstall(args []string) error {
 	return in.keep(ctx)
 }
 
-// install writes what is not there yet, or differs. Each file is whole at any
-// moment, and the program is there before the configuration that names it.
+// install writes the files that are missing or differ. Each file is replaced atomically, and the program is installed
+// before the configuration that names it.
 func (in *installer) install() error {
 	var conf []byte
 	var list *libcni.NetworkConfigList
 	if in.conf != "" {
 		var err error
 		if conf, err = os.ReadFile(in.conf); err != nil {
-			return fmt.Errorf("--conf: %w (in a pod, the ConfigMap kube-flannel-cfg has it)", err)
+			return fmt.Errorf("--conf: %w (in a pod, this file comes from the ConfigMap kube-flannel-cfg)", err)
 		}
 		list, err = libcni.NetworkConfFromBytes(conf)
 		if err == nil && len(list.Plugins) == 0 {
@@ -108,13 +112,14 @@ func (in *installer) install() error {
 	}
 	var remarks []string
 	if _, err := os.Stat(in.after); in.after != "" && err != nil {
-		remarks = append(remarks, fmt.Sprintf("Waiting for %s, which flanneld writes, before pods may start here", in.after))
+		remarks = append(remarks,
+			fmt.Sprintf("Waiting for %s, which flanneld writes; until then, no pods start on this node", in.after))
 	} else if err := put(filepath.Join(in.confDir, in.name), bytes.NewReader(conf), 0o644); err != nil {
 		return fmt.Errorf("--conf-dir: %w", err)
 	}
 	remarks = slices.Concat(remarks, in.missing(list), in.rivals())
-	if said := strings.Join(remarks, "\n"); said != in.said {
-		in.said = said
+	if text := strings.Join(remarks, "\n"); text != in.logged {
+		in.logged = text
 		for _, r := range remarks {
 			log.Print(r)
 		}
@@ -122,9 +127,8 @@ func (in *installer) install() error {
 	return nil
 }
 
-// keep installs, and again whenever something has changed, until ctx ends. A
-// directory that was removed is an error: another one at its place can only be
-// seen after a new start, when a pod's volumes are mounted anew.
+// keep installs the files, and again whenever something has changed, until ctx ends. It is an error if a directory is
+// removed: in a pod, a new directory at the same path becomes visible only when the volumes are mounted again.
 func (in *installer) keep(ctx context.Context) error {
 	w, err := fsnotify.NewWatcher()
 	if err != nil {
@@ -150,7 +154,7 @@ func (in *installer) keep(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case err := <-w.Errors:
-			log.Printf("Looking again: %v", err)
+			log.Printf("Watching files failed, checking all files: %v", err)
 		case e := <-w.Events:
 			if slices.Contains(dirs, e.Name) && e.Has(fsnotify.Remove|fsnotify.Rename) {
 				return fmt.Errorf("%s was removed", e.Name)
@@ -169,7 +173,7 @@ func (in *installer) keep(ctx context.Context) error {
 	}
 }
 
-// put makes path hold what content reads, and says so when it did not.
+// put replaces the file at path, and logs this, unless the file has the content already.
 func put(path string, content io.ReadSeeker, mode fs.FileMode) error {
 	if equal(path, content, mode) {
 		return nil
@@ -177,7 +181,8 @@ func put(path string, content io.ReadSeeker, mode fs.FileMode) error {
 	if _, err := content.Seek(0, io.SeekStart); err != nil {
 		return err
 	}
-	t, err := renameio.NewPendingFile(path, renameio.WithTempDir(filepath.Dir(path)), renameio.WithStaticPermissions(mode))
+	t, err := renameio.NewPendingFile(path,
+		renameio.WithTempDir(filepath.Dir(path)), renameio.WithStaticPermissions(mode))
 	if err != nil {
 		return err
 	}
@@ -192,7 +197,7 @@ func put(path string, content io.ReadSeeker, mode fs.FileMode) error {
 	return nil
 }
 
-// equal tells whether path is a file of that content and mode.
+// equal reports whether path is a file with this content and mode.
 func equal(path string, content io.Reader, mode fs.FileMode) bool {
 	f, err := os.Open(path)
 	if err != nil {
@@ -216,10 +221,10 @@ func equal(path string, content io.Reader, mode fs.FileMode) bool {
 	}
 }
 
-// ended tells that io.ReadFull has read all there was.
+// ended reports whether err of io.ReadFull means the end of the file.
 func ended(err error) bool { return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) }
 
-// missing remarks on the plugins that the configuration needs and bin-dir lacks.
+// missing returns a remark for each plugin that the configuration needs and that is not in binDir.
 func (in *installer) missing(list *libcni.NetworkConfigList) []string {
 	var remarks []string
 	lacks := func(plugin string) {
@@ -251,8 +256,7 @@ func (in *installer) missing(list *libcni.NetworkConfigList) []string {
 	return remarks
 }
 
-// rivals remarks on configurations that the runtime takes rather than ours: it
-// goes by the first name.
+// rivals returns a remark for each configuration that the runtime uses instead of ours, because its name comes first.
 func (in *installer) rivals() []string {
 	var remarks []string
 	files, err := libcni.ConfFiles(in.confDir, []string{".conf", ".conflist", ".json"})
@@ -261,7 +265,8 @@ func (in *installer) rivals() []string {
 	}
 	for _, f := range files {
 		if name := filepath.Base(f); name < in.name {
-			remarks = append(remarks, fmt.Sprintf("The container runtime uses %s rather than %s, which comes after it: remove it unless it is meant to", f, in.name))
+			remarks = append(remarks, fmt.Sprintf("The container runtime uses %[1]s instead of %[2]s, "+
+				"because its name comes first: remove %[1]s unless the runtime should use it", f, in.name))
 		}
 	}
 	return remarks

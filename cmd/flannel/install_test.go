@@ -91,9 +91,13 @@ func TestInstall(t *testing.T) {
 	if err := in.installed(); err != nil {
 		t.Error(err)
 	}
-	for _, want := range []string{"the CNI plugin portmap is not in " + in.binDir, "05-other.conflist rather than 10-flannel.conflist", "Installed " + in.binDir + "/flannel"} {
+	for _, want := range []string{
+		"the CNI plugin portmap is not in " + in.binDir,
+		"05-other.conflist instead of 10-flannel.conflist",
+		"Installed " + in.binDir + "/flannel",
+	} {
 		if !strings.Contains(out.String(), want) {
-			t.Errorf("it does not say %q but\n%s", want, out)
+			t.Errorf("the log lacks %q:\n%s", want, out)
 		}
 	}
 	if strings.Contains(out.String(), "plugin bridge") {
@@ -121,7 +125,9 @@ func TestInstallRefuses(t *testing.T) {
 	if _, err := os.Stat(filepath.Join(in.binDir, "flannel")); err == nil {
 		t.Error("the program was installed without a configuration for it")
 	}
-	for _, args := range [][]string{{"--conf-name=x.txt"}, {"--conf-name=a/b.conf"}, {"now"}, {"--unknown"}, {"--after=x"}} {
+	for _, args := range [][]string{
+		{"--conf-name=x.txt"}, {"--conf-name=a/b.conf"}, {"now"}, {"--unknown"}, {"--after=x"},
+	} {
 		if err := runInstall(args); err == nil {
 			t.Errorf("%v is accepted", args)
 		}

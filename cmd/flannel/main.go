@@ -1,6 +1,6 @@
-// Command flannel is the CNI plugin that gives a container an address of this
-// node's subnet. The container runtime executes it; it reads subnet.env, which
-// flanneld writes, and has another plugin, its delegate, do the work.
+// Command flannel is the CNI plugin that gives a container an address of this node's subnet. The container runtime
+// executes it for each container. The plugin reads subnet.env, which flanneld writes, and runs another plugin, its
+// delegate, which sets up the interface.
 package main
 
 import (
@@ -14,12 +14,12 @@ import (
 // version is set when the program is linked: -ldflags "-X main.version=v1.2.3".
 var version = "unknown"
 
-// about is what somebody sees who runs the plugin by hand.
-const about = `flannel %s is a CNI plugin: the container runtime executes it, as a file in
-/etc/cni/net.d asks for "type": "flannel". To ask the plugin how it is:
+// about is the text that the plugin prints when a person runs it.
+const about = `flannel %s is a CNI plugin: the container runtime executes it, if a file in
+/etc/cni/net.d has "type": "flannel". To check whether the plugin is ready:
   echo '{"cniVersion": "1.1.0", "name": "cbr0", "type": "flannel"}' |
     CNI_COMMAND=STATUS CNI_PATH=/opt/cni/bin /opt/cni/bin/flannel
-To put it, and its configuration, where the runtime looks for them:
+To install the plugin and its configuration where the runtime finds them:
   flannel install --help`
 
 func main() {
@@ -27,7 +27,7 @@ func main() {
 		fmt.Println(version)
 		return
 	}
-	if len(os.Args) > 1 && os.Args[1] == "install" { // no runtime gives arguments
+	if len(os.Args) > 1 && os.Args[1] == "install" { // a container runtime passes no arguments
 		if err := runInstall(os.Args[2:]); err != nil {
 			fmt.Fprintf(os.Stderr, "flannel install: %v\n", err)
 			os.Exit(1)

@@ -37,7 +37,8 @@ func fakeDelegate() {
 	if err != nil {
 		panic(err)
 	}
-	fmt.Fprintf(log, "%s %s of %s in %s\n%s\n", command, os.Getenv("CNI_IFNAME"), os.Getenv("CNI_CONTAINERID"), netns, stdin)
+	fmt.Fprintf(log, "%s %s of %s in %s\n%s\n",
+		command, os.Getenv("CNI_IFNAME"), os.Getenv("CNI_CONTAINERID"), netns, stdin)
 	log.Close()
 	fail, err := os.ReadFile(filepath.Join(dir, command+".error"))
 	if err != nil && netns != "" {
@@ -67,7 +68,8 @@ FLANNEL_IPMASQ=true
 // What the delegate gets for request("cbr0") and dualEnv, in the order of a
 // JSON object written by Go, but for what belongs to the call.
 const dualConf = `"ipMasq":false,"ipam":{"ranges":[[{"subnet":"10.244.3.0/24"}],[{"subnet":"fd00:244:0:3::/64"}]],` +
-	`"routes":[{"dst":"10.244.0.0/16"},{"dst":"fd00:244::/48"}],"type":"host-local"},"isGateway":true,"mtu":1430,"name":"cbr0"`
+	`"routes":[{"dst":"10.244.0.0/16"},{"dst":"fd00:244::/48"}],"type":"host-local"},` +
+	`"isGateway":true,"mtu":1430,"name":"cbr0"`
 
 // A node is a directory with subnet.env, the plugins and their state.
 type node struct {
@@ -116,7 +118,8 @@ func (n *node) remove(name string) {
 // request is the plugin's configuration, with more keys as JSON.
 func (n *node) request(network string, more ...string) string {
 	return fmt.Sprintf(`{"cniVersion": "1.1.0", "name": %q, "type": "flannel", "subnetFile": %q, "dataDir": %q%s}`,
-		network, filepath.Join(n.dir, "subnet.env"), filepath.Join(n.dir, "data"), strings.Join(append([]string{""}, more...), ", "))
+		network, filepath.Join(n.dir, "subnet.env"), filepath.Join(n.dir, "data"),
+		strings.Join(append([]string{""}, more...), ", "))
 }
 
 // call runs the plugin for eth0 of container c1, unless the environment says
@@ -125,7 +128,8 @@ func (n *node) call(command, stdin string, environ ...string) string {
 	n.t.Helper()
 	cmd := exec.Command(filepath.Join(n.dir, "bin/flannel"))
 	cmd.Env = append(append(os.Environ(), "FAKE="+n.dir, "CNI_PATH=/nowhere:"+filepath.Join(n.dir, "bin"),
-		"CNI_COMMAND="+command, "CNI_CONTAINERID=c1", "CNI_IFNAME=eth0", "CNI_NETNS="+filepath.Join(n.dir, "netns")), environ...)
+		"CNI_COMMAND="+command, "CNI_CONTAINERID=c1", "CNI_IFNAME=eth0",
+		"CNI_NETNS="+filepath.Join(n.dir, "netns")), environ...)
 	cmd.Stdin = strings.NewReader(stdin)
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs
@@ -190,7 +194,8 @@ func delegated(before, after string) string {
 func TestLifeOfAnAttachment(t *testing.T) {
 	n := newNode(t)
 	n.want("ADD", n.call("ADD", n.request("cbr0", `"args": {"a": 1}`, `"runtimeConfig": {"r": 1}`)), theResult)
-	n.want("the delegate's ADD", n.calls(), "ADD eth0 of c1 in DIR/netns\n"+delegated(`"args":{"a":1},`, `,"runtimeConfig":{"r":1}`)+"\n")
+	n.want("the delegate's ADD", n.calls(),
+		"ADD eth0 of c1 in DIR/netns\n"+delegated(`"args":{"a":1},`, `,"runtimeConfig":{"r":1}`)+"\n")
 	n.want("records", n.records(), "c1")
 	n.wantMode("data", 0o700)
 	n.wantMode("data/c1", 0o600)
@@ -213,7 +218,8 @@ func TestLifeOfAnAttachment(t *testing.T) {
 	n.want("second DEL", n.call("DEL", changed()), "")
 	n.want("the delegate's second DEL", n.calls(), "")
 	n.want("CHECK after DEL", n.call("CHECK", changed()), fmt.Sprintf(
-		"error 3: dataDir %s/data has no record of eth0 of container c1: it was never attached, or was detached; attach it anew", n.dir))
+		"error 3: dataDir %s/data has no record of eth0 of container c1: it was never attached, or was detached; "+
+			"attach it again", n.dir))
 }
 
 func TestChained(t *testing.T) {
@@ -273,11 +279,13 @@ func TestAddWithout(t *testing.T) {
 	n := newNode(t)
 	n.remove("bin/bridge")
 	n.want("ADD without a delegate", n.call("ADD", n.request("cbr0")), fmt.Sprintf(
-		`error 999: there is no plugin "bridge" in /nowhere:%s/bin: install the CNI project's plugins there, or name another one as delegate.type`, n.dir))
+		`error 999: there is no plugin "bridge" in /nowhere:%s/bin: install the CNI project's plugins there, `+
+			"or set delegate.type to another plugin", n.dir))
 	n.want("records", n.records(), "")
 	n.remove("subnet.env")
 	n.want("ADD without subnet.env", n.call("ADD", n.request("cbr0")), fmt.Sprintf(
-		"error 11: flanneld is not ready on this node: %s/subnet.env is missing; see `kubectl -n kube-flannel logs ds/kube-flannel-ds` or `journalctl -u flanneld`", n.dir))
+		"error 11: flanneld is not ready on this node: %s/subnet.env is missing; "+
+			"see `kubectl -n kube-flannel logs ds/kube-flannel-ds` or `journalctl -u flanneld`", n.dir))
 	n.want("records", n.records(), "")
 }
 
@@ -289,9 +297,11 @@ func TestDelFails(t *testing.T) {
 		calls            string // of the delegate
 	}{
 		{"an error", "DEL.error", `{"code": 5, "msg": "disk full"}`, false, "error 5: bridge: disk full", "DIR/netns"},
-		{"no JSON", "DEL.error", "Segmentation fault\n", false, "error 999: DIR/bin/bridge DEL: exit status 1: Segmentation fault", "DIR/netns"},
+		{"no JSON", "DEL.error", "Segmentation fault\n", false,
+			"error 999: DIR/bin/bridge DEL: exit status 1: Segmentation fault", "DIR/netns"},
 		{"no error", "DEL.error", `{}`, false, "error 999: DIR/bin/bridge DEL: exit status 1: {}", "DIR/netns"},
-		{"an error, and the namespace is gone", "DEL.error", `{"code": 5, "msg": "disk full"}`, true, "error 5: bridge: disk full", "DIR/netns,"},
+		{"an error, and the namespace is gone", "DEL.error", `{"code": 5, "msg": "disk full"}`, true,
+			"error 5: bridge: disk full", "DIR/netns,"},
 		{"the container is unknown", "DEL.error", `{"code": 3, "msg": "no such container"}`, false, "", "DIR/netns"},
 		{"the namespace is gone", "picky.error", `{"code": 999, "msg": "no such namespace"}`, true, "", "DIR/netns,"},
 	} {
@@ -328,7 +338,8 @@ func TestDelFails(t *testing.T) {
 // The node had upstream's plugin: its record is the bare configuration.
 func TestUpstreamsRecord(t *testing.T) {
 	n := newNode(t)
-	const theirs = `{"cniVersion":"0.3.1","ipMasq":false,"ipam":{"ranges":[[{"subnet":"10.244.9.0/24"}]],"routes":[{"dst":"10.244.0.0/16"}],"type":"host-local"},"isGateway":true,"mtu":1450,"name":"cbr0","type":"bridge"}`
+	const theirs = `{"cniVersion":"0.3.1","ipMasq":false,"ipam":{"ranges":[[{"subnet":"10.244.9.0/24"}]],` +
+		`"routes":[{"dst":"10.244.0.0/16"}],"type":"host-local"},"isGateway":true,"mtu":1450,"name":"cbr0","type":"bridge"}`
 	n.write("data/c1", theirs)
 	n.want("CHECK", n.call("CHECK", n.request("cbr0")), "")
 	n.want("DEL", n.call("DEL", n.request("cbr0")), "")
@@ -380,7 +391,8 @@ func TestTwoInterfaces(t *testing.T) {
 			}
 			var want string
 			for _, ifName := range []string{first, second} {
-				want += "DEL " + ifName + " of c1 in DIR/netns\n" + strings.Replace(delegated("", ""), "cbr0", network[ifName], 1) + "\n"
+				want += "DEL " + ifName + " of c1 in DIR/netns\n" +
+					strings.Replace(delegated("", ""), "cbr0", network[ifName], 1) + "\n"
 			}
 			n.want("calls", n.calls(), want)
 			n.want("records", n.records(), "")
@@ -410,21 +422,26 @@ func TestStatus(t *testing.T) {
 	}
 	n.remove("STATUS.error")
 	n.want("STATUS of a configuration that cannot work", n.call("STATUS", n.request("cbr0", `"delegate": {"name": "x"}`)),
-		"error 7: delegate.name is not allowed: leave it out, the delegate gets the network's name, cbr0")
+		"error 7: delegate.name is not allowed: leave it out; the delegate gets the name of the network, cbr0")
 	n.remove("bin/bridge")
 	n.want("STATUS without a delegate", n.call("STATUS", n.request("cbr0")), fmt.Sprintf(
-		`error 50: there is no plugin "bridge" in /nowhere:%s/bin: install the CNI project's plugins there, or name another one as delegate.type`, n.dir))
+		`error 50: there is no plugin "bridge" in /nowhere:%s/bin: install the CNI project's plugins there, `+
+			"or set delegate.type to another plugin", n.dir))
 	n.write("subnet.env", "FLANNEL_MTU=1450\n")
 	n.want("STATUS with half a subnet.env", n.call("STATUS", n.request("cbr0")), fmt.Sprintf(
-		"error 50: flanneld is not ready on this node: %s/subnet.env: FLANNEL_SUBNET or FLANNEL_IPV6_SUBNET is missing; see `kubectl -n kube-flannel logs ds/kube-flannel-ds` or `journalctl -u flanneld`", n.dir))
+		"error 50: flanneld is not ready on this node: %s/subnet.env: FLANNEL_SUBNET or FLANNEL_IPV6_SUBNET is missing; "+
+			"see `kubectl -n kube-flannel logs ds/kube-flannel-ds` or `journalctl -u flanneld`", n.dir))
 	n.remove("subnet.env")
 	n.want("STATUS without subnet.env", n.call("STATUS", n.request("cbr0")), fmt.Sprintf(
-		"error 50: flanneld is not ready on this node: %s/subnet.env is missing; see `kubectl -n kube-flannel logs ds/kube-flannel-ds` or `journalctl -u flanneld`", n.dir))
+		"error 50: flanneld is not ready on this node: %s/subnet.env is missing; "+
+			"see `kubectl -n kube-flannel logs ds/kube-flannel-ds` or `journalctl -u flanneld`", n.dir))
 }
 
 func TestGC(t *testing.T) {
 	n := newNode(t)
-	for _, a := range [][3]string{{"c1", "eth0", "cbr0"}, {"c1", "net1", "cbr0"}, {"c2", "eth0", "cbr0"}, {"c3", "eth0", "storage"}} {
+	for _, a := range [][3]string{
+		{"c1", "eth0", "cbr0"}, {"c1", "net1", "cbr0"}, {"c2", "eth0", "cbr0"}, {"c3", "eth0", "storage"},
+	} {
 		n.want("ADD", n.call("ADD", n.request(a[2]), "CNI_CONTAINERID="+a[0], "CNI_IFNAME="+a[1]), theResult)
 	}
 	n.write("data/upstreams", delegated("", ""))
@@ -436,7 +453,8 @@ func TestGC(t *testing.T) {
 		return n.call("GC", n.request("cbr0", valid), "CNI_CONTAINERID=", "CNI_IFNAME=")
 	}
 	forwarded := func(valid string) string {
-		return "GC  of  in DIR/netns\n{\"cni.dev/valid-attachments\":" + valid + ",\"cniVersion\":\"1.1.0\"," + dualConf + ",\"type\":\"bridge\"}\n"
+		return "GC  of  in DIR/netns\n{\"cni.dev/valid-attachments\":" + valid + ",\"cniVersion\":\"1.1.0\"," +
+			dualConf + ",\"type\":\"bridge\"}\n"
 	}
 
 	n.want("GC without a list", gc(`"x": 0`), "")
@@ -455,7 +473,8 @@ func TestGC(t *testing.T) {
 	n.remove("GC.error")
 	n.want("GC", gc(`"cni.dev/valid-attachments": `+valid), "")
 	stale := strings.Replace(delegated("", ""), `"ipMasq"`, `"flannelIfName":"net1","ipMasq"`, 1)
-	n.want("calls", n.calls(), "DEL net1 of c1 in \n"+stale+"\nDEL eth0 of c2 in \n"+strings.Replace(stale, "net1", "eth0", 1)+"\n"+forwarded(valid))
+	n.want("calls", n.calls(), "DEL net1 of c1 in \n"+stale+"\n"+
+		"DEL eth0 of c2 in \n"+strings.Replace(stale, "net1", "eth0", 1)+"\n"+forwarded(valid))
 	n.want("records", n.records(), "broken c1 c3 upstreams")
 
 	n.remove("subnet.env")
@@ -467,7 +486,8 @@ func TestGC(t *testing.T) {
 
 func TestVersionAndHint(t *testing.T) {
 	n := newNode(t)
-	n.want("VERSION", n.call("VERSION", ""), `{"cniVersion":"1.1.0","supportedVersions":["0.1.0","0.2.0","0.3.0","0.3.1","0.4.0","1.0.0","1.1.0"]}`+"\n")
+	n.want("VERSION", n.call("VERSION", ""),
+		`{"cniVersion":"1.1.0","supportedVersions":["0.1.0","0.2.0","0.3.0","0.3.1","0.4.0","1.0.0","1.1.0"]}`+"\n")
 	plugin := filepath.Join(n.dir, "bin/flannel")
 	out, err := exec.Command(plugin, "--version").Output()
 	if err != nil || string(out) != "unknown\n" {

@@ -15,22 +15,19 @@ import (
 // An attachment is one interface of one container.
 type attachment struct{ containerID, ifName string }
 
-// ifNameKey in a record says which interface it is of. Delegates ignore it, as
-// does upstream's plugin, whose records do not have it.
+// ifNameKey is the key of a record that names the interface. Delegates and flannel's plugin ignore this key; records of
+// flannel's plugin do not have it.
 const ifNameKey = "flannelIfName"
 
-// Records are the delegates' configurations as of ADD, a file for each
-// attachment, so that DEL undoes what ADD did whatever has become of the
-// configuration and of subnet.env. The value is their directory.
+// records is the directory of the records. A record is the delegate's configuration at the time of ADD, one file for
+// each attachment. DEL uses the record, so that it undoes what ADD did even if the configuration or subnet.env has
+// changed.
 //
-// As upstream has it, the file is called CONTAINERID, so that after a switch
-// each plugin finds the other's. That name is enough for one interface only: a
-// second one's file is called CONTAINERID:IFNAME. Neither part can contain a
-// colon.
+// The file is called CONTAINERID, as in flannel's plugin, so that each of the two plugins finds the other's records.
+// The file for a second interface of a container is called CONTAINERID:IFNAME. Neither part can contain a colon.
 type records string
 
-// find returns the file of an attachment and its content. The error is
-// fs.ErrNotExist when there is none.
+// find returns the path and the content of the record of an attachment. The error is fs.ErrNotExist if there is none.
 func (dir records) find(a attachment) (path string, conf object, err error) {
 	for _, name := range []string{a.containerID + ":" + a.ifName, a.containerID} {
 		path = filepath.Join(string(dir), name)
@@ -46,7 +43,7 @@ func (dir records) find(a attachment) (path string, conf object, err error) {
 	return "", nil, fs.ErrNotExist
 }
 
-// errBroken is the error of a record that cannot be used.
+// errBroken is the error for a record that cannot be used.
 var errBroken = errors.New("not the configuration of a plugin")
 
 func read(path string) (object, error) {
@@ -61,8 +58,8 @@ func read(path string) (object, error) {
 	return conf, nil
 }
 
-// place returns the file that a new record goes to: the attachment's own when
-// it has one. A record that does not say whose it is may be another interface's.
+// place returns the path for a new record: the file of the attachment, if it has one. A record without an interface
+// name may belong to another interface.
 func (dir records) place(a attachment) string {
 	path := filepath.Join(string(dir), a.containerID)
 	conf, err := read(path)
@@ -72,8 +69,7 @@ func (dir records) place(a attachment) string {
 	return path + ":" + a.ifName
 }
 
-// write sets a record down: all of it or nothing, for root's eyes only, since
-// the user's part may hold secrets.
+// write writes a record atomically. Only root can read the record, since the user's configuration may have secrets.
 func (dir records) write(path string, a attachment, conf object) error {
 	if err := os.MkdirAll(string(dir), 0o700); err != nil {
 		return err
@@ -83,11 +79,12 @@ func (dir records) write(path string, a attachment, conf object) error {
 	if err != nil {
 		return err
 	}
-	return renameio.WriteFile(path, text, 0o600, renameio.WithTempDir(string(dir)), renameio.WithStaticPermissions(0o600))
+	return renameio.WriteFile(path, text, 0o600,
+		renameio.WithTempDir(string(dir)), renameio.WithStaticPermissions(0o600))
 }
 
-// of returns the attachments of a network that have a record which says so.
-// Upstream's do not name the interface.
+// of returns the attachments of a network whose records name the network and the interface. Records of flannel's plugin
+// do not name the interface.
 func (dir records) of(network string) ([]attachment, error) {
 	files, err := os.ReadDir(string(dir))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -98,7 +95,7 @@ func (dir records) of(network string) ([]attachment, error) {
 		id, _, _ := strings.Cut(f.Name(), ":")
 		conf, err := read(filepath.Join(string(dir), f.Name()))
 		if err != nil || id == "" || strings.HasPrefix(id, ".") {
-			continue // gone meanwhile, foreign, or being written
+			continue // removed meanwhile, not a record, or a temporary file
 		}
 		if ifName := conf.text(ifNameKey); ifName != "" && conf.text("name") == network {
 			found = append(found, attachment{id, ifName})

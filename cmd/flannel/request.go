@@ -15,46 +15,49 @@ import (
 	"github.com/flanneld/flanneld/subnet"
 )
 
-// A request is the plugin's configuration as the runtime sends it, for one
-// call. What goes to the delegate unread stays JSON. What is said of the keys
-// here is what README.md says: make docs writes it there.
+// A request is the plugin's configuration, which the runtime sends with each call. Values that only the delegate uses
+// stay JSON. make docs writes the comments of the fields into README.md.
 type request struct {
-	// the version of the format; the delegate's too
+	// version of the CNI specification, also for the delegate
 	CNIVersion string `json:"cniVersion"`
 
-	// the network's; the delegate's too
+	// name of the network, also for the delegate
 	Name string `json:"name" default:"required"`
 
 	// `flannel`
 	Type string `json:"type" default:"required"`
 
-	// what flanneld's `--subnet-file` says
+	// path of the subnet file, the same as flanneld's `--subnet-file`
 	SubnetFile string `json:"subnetFile"`
 
-	// where the delegates' configurations are kept, one file for each attached
-	// interface
+	// directory of the delegates' configurations, one file for each attached interface
 	DataDir string `json:"dataDir"`
 
-	// the delegate's own keys, see below
+	// keys for the delegate, see below
 	Delegate json.RawMessage `json:"delegate" default:"{}"`
 
-	// its `ipam` object: `type` is `host-local` unless set, `ranges` are always
-	// this node's subnets, the networks are added to `routes`, anything else is
-	// passed on
+	// the delegate's `ipam` object: `type` is `host-local` unless set, `ranges` are always this node's subnets, the
+	// networks are added to `routes`, and all other keys are passed on
 	IPAM json.RawMessage `json:"ipam" default:"{}"`
 
-	Args             json.RawMessage      `json:"args"`                      // sent by the runtime, passed on
-	RuntimeConfig    json.RawMessage      `json:"runtimeConfig"`             // likewise
-	PrevResult       json.RawMessage      `json:"prevResult"`                // likewise
-	ValidAttachments []types.GCAttachment `json:"cni.dev/valid-attachments"` // sent by the runtime with GC: what it still knows
+	// sent by the runtime, passed on
+	Args json.RawMessage `json:"args"`
+
+	// sent by the runtime, passed on
+	RuntimeConfig json.RawMessage `json:"runtimeConfig"`
+
+	// sent by the runtime, passed on
+	PrevResult json.RawMessage `json:"prevResult"`
+
+	// sent by the runtime with GC: the attachments that the runtime still knows
+	ValidAttachments []types.GCAttachment `json:"cni.dev/valid-attachments"`
 }
 
-// defaults are where flanneld writes the one and upstream's plugin keeps the
-// other.
+// defaults are the path where flanneld writes the subnet file, and the directory of flannel's plugin.
 var defaults = request{SubnetFile: "/run/flannel/subnet.env", DataDir: "/var/lib/cni/flannel"}
 
-// parse reads a request. What is wrong with the delegate's part is said when
-// that is used, so that DEL and CHECK, which go by the record, do not fail on it.
+// parse parses a request. The delegate's part is checked when it is used: DEL and CHECK use the record instead, and
+// must not fail because of that part.
 func parse(stdin []byte) (*request, error) {
 	r := &request{}
 	if _, err := subnet.Decode(stdin, r); err != nil {
@@ -65,8 +68,7 @@ func parse(stdin []byte) (*request, error) {
 	return r, nil
 }
 
-// env reads subnet.env. There is at least one subnet, each has its network, and
-// there is an MTU.
+// env reads subnet.env. The result has at least one subnet, the network of each subnet, and an MTU.
 func (r *request) env() (subnet.Env, error) {
 	const notReady = "flanneld is not ready on this node: "
 	const see = "; see `kubectl -n kube-flannel logs ds/kube-flannel-ds` or `journalctl -u flanneld`"
@@ -95,31 +97,34 @@ func (r *request) env() (subnet.Env, error) {
 	return env, nil
 }
 
-// delegate returns the configuration of the delegate: what the user wants of
-// it, completed by what subnet.env says.
+// delegate returns the configuration of the delegate: the user's keys, completed from subnet.env.
 func (r *request) delegate(env subnet.Env) (object, error) {
 	d, err := parseObject("delegate", r.Delegate)
 	if err != nil {
 		return nil, err
 	}
 	if _, ok := d["name"]; ok {
-		return nil, invalid("delegate.name is not allowed: leave it out, the delegate gets the network's name, %s", r.Name)
+		return nil, invalid("delegate.name is not allowed: leave it out; the delegate gets the name of the network, %s",
+			r.Name)
 	}
 	if _, ok := d["ipam"]; ok {
-		return nil, invalid("delegate.ipam is not allowed: put the ipam object beside delegate, the plugin adds this node's subnet to it and passes it on")
+		return nil, invalid("delegate.ipam is not allowed: put the ipam object beside delegate; " +
+			"the plugin adds this node's subnet to it and passes it on")
 	}
 	d.setDefault("type", "bridge")
 	kind := d.text("type")
 	if kind == "" || kind != filepath.Base(kind) || kind == "." || kind == ".." {
-		return nil, invalid("delegate.type %s is not allowed: want the file name of a CNI plugin in quotes, such as \"bridge\"", d["type"])
+		return nil, invalid("delegate.type %s is not allowed: want the file name of a CNI plugin in quotes, "+
+			"such as \"bridge\"", d["type"])
 	}
 	if kind == r.Type {
-		return nil, invalid("delegate.type %q is not allowed: it is this plugin itself; want one that makes an interface, such as \"bridge\"", kind)
+		return nil, invalid("delegate.type %q is not allowed: it is this plugin itself; "+
+			"want a plugin that creates an interface, such as \"bridge\"", kind)
 	}
 	if kind == "bridge" {
 		d.setDefault("isGateway", true)
 	}
-	d.setDefault("ipMasq", !env.IPMasq) // one of the two has to
+	d.setDefault("ipMasq", !env.IPMasq) // either flanneld or the delegate must masquerade
 	d.setDefault("mtu", env.MTU)
 	d.set("name", r.Name)
 	ipam, err := r.ipam(env)
@@ -127,25 +132,25 @@ func (r *request) delegate(env subnet.Env) (object, error) {
 		return nil, err
 	}
 	d.set("ipam", ipam)
-	r.stamp(d)
+	r.setCall(d)
 	return d, nil
 }
 
-// ipam returns the delegate's ipam object: the user's, with an address of each
-// of this node's subnets and routes to the whole networks.
+// ipam returns the delegate's ipam object: the user's, with an address of each of this node's subnets and routes to the
+// whole networks.
 func (r *request) ipam(env subnet.Env) (object, error) {
 	ipam, err := parseObject("ipam", r.IPAM)
 	if err != nil {
 		return nil, err
 	}
 	ipam.setDefault("type", "host-local")
-	var routes []any // the user's come first, as upstream has them
+	var routes []any // the user's routes come first, as in flannel
 	if given(ipam["routes"]) {
-		var theirs []json.RawMessage
-		if err := json.Unmarshal(ipam["routes"], &theirs); err != nil {
+		var own []json.RawMessage
+		if err := json.Unmarshal(ipam["routes"], &own); err != nil {
 			return nil, invalid(`ipam.routes: want a list of objects such as [{"dst": "10.96.0.0/12"}]`)
 		}
-		for _, route := range theirs {
+		for _, route := range own {
 			routes = append(routes, route)
 		}
 	}
@@ -169,9 +174,8 @@ func (r *request) ipam(env subnet.Env) (object, error) {
 	return ipam, nil
 }
 
-// stamp puts what belongs to this call, rather than to the network, into the
-// delegate's configuration.
-func (r *request) stamp(d object) {
+// setCall sets the keys of the delegate's configuration that belong to this call, not to the network.
+func (r *request) setCall(d object) {
 	if r.CNIVersion != "" {
 		d.set("cniVersion", r.CNIVersion)
 	}
@@ -186,23 +190,22 @@ func (r *request) stamp(d object) {
 func (r *request) call(d object) object {
 	d = maps.Clone(d)
 	delete(d, ifNameKey)
-	r.stamp(d)
+	r.setCall(d)
 	if given(r.PrevResult) {
 		d["prevResult"] = r.PrevResult
 	}
 	return d
 }
 
-// invalid makes the error for a configuration that cannot work.
+// invalid returns the error for a configuration that cannot work.
 func invalid(format string, args ...any) error {
 	return types.NewError(types.ErrInvalidNetworkConfig, fmt.Errorf(format, args...).Error(), "")
 }
 
-// An object is a JSON object whose values are passed on as they came.
+// An object is a JSON object whose values are passed on unparsed.
 type object map[string]json.RawMessage
 
-// parseObject reads the object under a key of the configuration. Nothing, or
-// null, is an empty one.
+// parseObject parses the object under a key of the configuration. A missing key, or null, is an empty object.
 func parseObject(key string, text json.RawMessage) (object, error) {
 	o := object{}
 	if !given(text) {
@@ -214,10 +217,10 @@ func parseObject(key string, text json.RawMessage) (object, error) {
 	return o, nil
 }
 
-// given tells whether a key is there with a value; null is none.
+// given reports whether a key exists with a value; null is no value.
 func given(text json.RawMessage) bool { return text != nil && string(text) != "null" }
 
-// set gives a key a value, which must be of a type that is JSON without fail.
+// set sets a key to a value, whose type must be one that can always be encoded as JSON.
 func (o object) set(key string, value any) {
 	text, err := json.Marshal(value)
 	if err != nil {
@@ -226,14 +229,14 @@ func (o object) set(key string, value any) {
 	o[key] = text
 }
 
-// setDefault is set for a key that is not there.
+// setDefault sets a key that does not exist.
 func (o object) setDefault(key string, value any) {
 	if _, ok := o[key]; !ok {
 		o.set(key, value)
 	}
 }
 
-// text returns the string under a key; "" when there is none.
+// text returns the string under a key, "" if there is none.
 func (o object) text(key string) string {
 	var s string
 	if json.Unmarshal(o[key], &s) != nil {

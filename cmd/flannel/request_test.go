@@ -20,7 +20,7 @@ import (
 	"github.com/flanneld/flanneld/subnet"
 )
 
-var update = flag.Bool("update", false, "write what the plugin makes of them into the scenarios, and its keys into README.md")
+var update = flag.Bool("update", false, "write the results into the scenarios, and the keys into README.md")
 
 // TestDelegate runs the scenarios of testdata/*.txt: the request with remarks,
 // subnet.env (or "missing"), and the delegate's configuration or the error.
@@ -102,7 +102,8 @@ func delegateOf(t *testing.T, stdin, env string) string {
 // elsewhere than its user.
 func TestReference(t *testing.T) {
 	pagetest.Part(t, "README.md", "keys", pagetest.Keys(t, defaults), *update)
-	r, err := parse([]byte(`{"cniVersion": "1.1.0", "name": "cbr0", "type": "flannel", "args": {}, "runtimeConfig": {}, "prevResult": {}}`))
+	r, err := parse([]byte(`{"cniVersion": "1.1.0", "name": "cbr0", "type": "flannel",
+		"args": {}, "runtimeConfig": {}, "prevResult": {}}`))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -16,10 +16,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// New moves the calling goroutine into a new, empty network namespace with lo
-// up, until the test ends. Sockets that it opens and commands that it starts
-// belong to the namespace; goroutines that it starts do not. The test needs root,
-// and the program ip.
+// New moves the calling goroutine into a new, empty network namespace with lo up, until the test ends. Sockets that the
+// goroutine opens and commands that it starts belong to the namespace; goroutines that it starts do not. The test needs
+// root and the program ip.
 func New(t testing.TB) {
 	t.Helper()
 	NeedRoot(t)
@@ -51,8 +50,8 @@ func New(t testing.TB) {
 	}
 }
 
-// Run runs a command in the calling goroutine's namespace and returns what it
-// prints. The line is split at spaces; failure fails the test.
+// Run runs a command in the calling goroutine's namespace and returns its output. The line is split at spaces. The test
+// fails if the command fails.
 func Run(t testing.TB, line string) string {
 	t.Helper()
 	out, err := Try(line)
@@ -62,15 +61,15 @@ func Run(t testing.TB, line string) string {
 	return out
 }
 
-// Try is Run for commands that may fail.
+// Try runs a command as Run does, but returns an error if the command fails.
 func Try(line string) (string, error) {
 	f := strings.Fields(line)
 	out, err := exec.Command(f[0], f[1:]...).CombinedOutput()
 	return strings.TrimRight(string(out), "\n"), err
 }
 
-// Missing skips a test that lacks something. In continuous integration (CI=true),
-// where nothing may be lacking, the test fails.
+// Missing skips a test whose requirement is missing. In continuous integration (CI=true), where nothing may be missing,
+// the test fails.
 func Missing(t testing.TB, format string, args ...any) {
 	t.Helper()
 	if os.Getenv("CI") == "true" {
@@ -79,7 +78,7 @@ func Missing(t testing.TB, format string, args ...any) {
 	t.Skipf(format, args...)
 }
 
-// NeedRoot is for a test that makes network namespaces.
+// NeedRoot skips a test that creates network namespaces unless it runs as root.
 func NeedRoot(t testing.TB) {
 	t.Helper()
 	if os.Getuid() != 0 {
@@ -87,7 +86,7 @@ func NeedRoot(t testing.TB) {
 	}
 }
 
-// Need is for a test that runs the named programs.
+// Need skips a test that runs the named programs if one of them is missing.
 func Need(t testing.TB, programs ...string) {
 	t.Helper()
 	for _, p := range programs {
@@ -97,16 +96,14 @@ func Need(t testing.TB, programs ...string) {
 	}
 }
 
-// Overflow makes the kernel lose notifications that a netlink socket should have
-// received, by changes of a link's MTU (to 1400 and more). The socket's buffer
-// stays small.
+// Overflow makes the kernel drop notifications for a netlink socket: it shrinks the socket's buffer, and changes the
+// MTU of a link (to 1400 and more) many times. The buffer stays small.
 func Overflow(t testing.TB, socket syscall.Conn, link string) {
 	t.Helper()
 	OverflowBy(t, socket, func(i int) { Run(t, fmt.Sprintf("ip link set %s mtu %d", link, 1400+i)) })
 }
 
-// OverflowBy is Overflow by calls of change, each of which makes the kernel send
-// notifications.
+// OverflowBy does the same with calls of change, each of which makes the kernel send notifications.
 func OverflowBy(t testing.TB, socket syscall.Conn, change func(i int)) {
 	t.Helper()
 	raw, err := socket.SyscallConn()

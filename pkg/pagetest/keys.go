@@ -15,13 +15,11 @@ import (
 	"testing"
 )
 
-// Keys returns a table of the keys of a JSON object that is read into a struct,
-// made of the source of the package under test. Each field is a row, and so are
-// several that are declared together. Its comment is what the key means. The
-// default is what the field is in defaults, unless it has a tag that puts it in
-// words:
+// Keys returns a table of the keys of a JSON object that is parsed into a struct, made from the source of the package
+// under test. Each field is a row; fields that are declared together share a row. The comment of the field is the
+// meaning of the key. The default is the field's value in defaults, or the text of a tag:
 //
-//	// of the network between the nodes
+//	// MTU of the network between the nodes
 //	MTU int `default:"the uplink's"`
 func Keys(t *testing.T, defaults any) string {
 	t.Helper()
@@ -50,7 +48,7 @@ func keys(files []string, defaults any) (string, error) {
 			field, _ := values.Type().FieldByName(n.Name)
 			value := values.FieldByIndex(field.Index)
 			if _, words := field.Tag.Lookup("default"); words && !value.IsZero() {
-				return "", fmt.Errorf("%s has two defaults, %v and that of its tag", n.Name, value)
+				return "", fmt.Errorf("%s has two defaults, %v and the default of its tag", n.Name, value)
 			}
 			name, _, _ := strings.Cut(field.Tag.Get("json"), ",")
 			names = append(names, code(cmp.Or(name, n.Name)))
@@ -61,7 +59,8 @@ func keys(files []string, defaults any) (string, error) {
 			return "", fmt.Errorf("%s has no comment that says what it means", strings.Join(names, ", "))
 		}
 		meaning = strings.ReplaceAll(meaning, "|", `\|`) // a bar would end the cell
-		fmt.Fprintf(&table, "| %s | %s | %s |\n", strings.Join(names, ", "), strings.Join(slices.Compact(shown), ", "), meaning)
+		fmt.Fprintf(&table, "| %s | %s | %s |\n",
+			strings.Join(names, ", "), strings.Join(slices.Compact(shown), ", "), meaning)
 	}
 	return table.String(), nil
 }
@@ -84,7 +83,7 @@ func find(files []string, name string) (*ast.StructType, error) {
 	return nil, errors.New("no file here declares a struct " + name)
 }
 
-// show returns a default as a table has it.
+// show returns the text of a default in a table.
 func show(f reflect.StructField, value reflect.Value) string {
 	words, ok := f.Tag.Lookup("default")
 	switch {

@@ -6,7 +6,7 @@ import (
 	"testing"
 )
 
-// It has a field of each kind that Keys tells apart.
+// options has a field of each kind that Keys distinguishes.
 type options struct {
 	// what the device
 	// is called

@@ -1,5 +1,4 @@
-// Package pagetest keeps what the documentation tells of the code as the code
-// is.
+// Package pagetest compares the parts of the documentation that are made from the code with the code.
 package pagetest
 
 import (
@@ -9,13 +8,11 @@ import (
 	"testing"
 )
 
-// Part compares a part of a page, which is made from the code, with what it is
-// to be. It stands between two lines,
+// Part compares a part of a page with the text that was made from the code, or, with update, replaces the part. The
+// part is between two lines:
 //
 //	<!-- made by make docs: name -->
 //	<!-- end -->
-//
-// and with update it is written instead.
 func Part(t *testing.T, page, name, want string, update bool) {
 	t.Helper()
 	if err := part(page, name, want, update); err != nil {
@@ -32,7 +29,8 @@ func part(page, name, want string, update bool) error {
 	before, rest, opened := strings.Cut(string(text), begin)
 	got, after, closed := strings.Cut(rest, end)
 	if !opened || !closed {
-		return fmt.Errorf("%s lacks a line %s or, after it, a line %s", page, strings.TrimSpace(begin), strings.TrimSpace(end))
+		return fmt.Errorf("%s lacks a line %s or, after it, a line %s",
+			page, strings.TrimSpace(begin), strings.TrimSpace(end))
 	}
 	want = "\n" + strings.Trim(want, "\n") + "\n\n"
 	switch {
@@ -41,5 +39,5 @@ func part(page, name, want string, update bool) error {
 	case update:
 		return os.WriteFile(page, []byte(before+begin+want+end+after), 0o644)
 	}
-	return fmt.Errorf("%s is not as the code is. Run make docs, which writes\n%s", page, want)
+	return fmt.Errorf("%s does not match the code. Run make docs, which writes\n%s", page, want)
 }

@@ -8,8 +8,8 @@ import (
 	"strings"
 )
 
-// Find returns the processes of a program that serve this process's network
-// namespace, as far as they can be seen. Zombies are none.
+// Find returns the IDs of a program's processes in this process's network namespace. It leaves out zombies, and
+// processes that this process may not inspect.
 func Find(program string) []int {
 	own, err := os.Readlink("/proc/self/ns/net")
 	if err != nil {
@@ -32,11 +32,11 @@ func Find(program string) []int {
 	return pids
 }
 
-// State returns the letter that stands for it (proc_pid_stat(5)): 'T' for one
-// that is stopped. It is 0 where there is no such process.
+// State returns the letter for the state of a process (proc_pid_stat(5)), such as 'T' for stopped, 0 if there is no
+// such process.
 func State(pid int) byte {
 	stat, _ := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
-	// It follows the name, which is in brackets.
+	// The state follows the name, which is in brackets.
 	if i := strings.LastIndex(string(stat), ") "); i >= 0 && i+2 < len(stat) {
 		return stat[i+2]
 	}

@@ -13,14 +13,14 @@ func TestFind(t *testing.T) {
 	}
 	pid := cmd.Process.Pid
 	if !slices.Contains(Find("sleep"), pid) {
-		t.Errorf("%d is not found", pid)
+		t.Errorf("process %d is not found", pid)
 	}
 	if slices.Contains(Find("other"), pid) {
-		t.Errorf("%d is found by another name", pid)
+		t.Errorf("process %d is found by another name", pid)
 	}
 	_ = cmd.Process.Kill()
 	_ = cmd.Wait()
 	if slices.Contains(Find("sleep"), pid) || State(pid) != 0 {
-		t.Errorf("%d has ended, and is found", pid)
+		t.Errorf("process %d has ended, but is found", pid)
 	}
 }

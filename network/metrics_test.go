@@ -76,14 +76,17 @@ func TestMetrics(t *testing.T) {
 	m.expires = time.Unix(2000000000, 0)
 	begin(t, m, func(o *Options) { o.Version = "v1.2.3" })
 	eventually(t, "healthz", func() bool { code, _ := get("/healthz"); return code == http.StatusOK })
-	waitMetrics(t, map[string]float64{"flannel_ready": 0, "flannel_manager_connected": 1, "flannel_lease_expiry_timestamp_seconds": 2e9})
+	waitMetrics(t, map[string]float64{"flannel_ready": 0, "flannel_manager_connected": 1,
+		"flannel_lease_expiry_timestamp_seconds": 2e9})
 	m.grants <- lease("10.5.1.0-24", "")
 	m.updates <- snapshot(peer2, lease("10.9.5.0-24", `{"PublicIP":"198.18.0.5","PublicIPv6":null,"BackendType":"vxlan"}`)) // outside the network
 	eventually(t, "ready", ready)
 	waitMetrics(t, map[string]float64{
 		"flannel_ready": 1, "flannel_peers": 2, "flannel_peers_faulty": 1, "flannel_rules_in_place": 1,
-		`flannel_lease_events_total{event=snapshot}`: 1, `flannel_lease_events_total{event=set}`: 0, "flannel_lease_event_duration_seconds": 0,
-		`flannel_kernel_objects_wanted{kind=route}`: 1, `flannel_kernel_objects_held{kind=route}`: 1, `flannel_kernel_objects_held{kind=link}`: 1,
+		`flannel_lease_events_total{event=snapshot}`: 1, `flannel_lease_events_total{event=set}`: 0,
+		"flannel_lease_event_duration_seconds":      0,
+		`flannel_kernel_objects_wanted{kind=route}`: 1, `flannel_kernel_objects_held{kind=route}`: 1,
+		`flannel_kernel_objects_held{kind=link}`:                 1,
 		`flannel_kernel_repairs_total{cause=missing,kind=route}`: 0, "flannel_kernel_fights": 0,
 		`flannel_errors_total{operation=kernel}`: 0, `flannel_errors_total{operation=uplink}`: 0,
 	})
@@ -95,24 +98,29 @@ func TestMetrics(t *testing.T) {
 	u.Since = time.Now()
 	m.updates <- u
 	waitMetrics(t, map[string]float64{
-		"flannel_peers": 2, "flannel_peers_faulty": 0, `flannel_lease_events_total{event=set}`: 1, `flannel_lease_events_total{event=removed}`: 1,
-		"flannel_lease_event_duration_seconds": 2, `flannel_kernel_objects_held{kind=route}`: 2,
+		"flannel_peers": 2, "flannel_peers_faulty": 0, `flannel_lease_events_total{event=set}`: 1,
+		`flannel_lease_events_total{event=removed}`: 1,
+		"flannel_lease_event_duration_seconds":      2, `flannel_kernel_objects_held{kind=route}`: 2,
 	})
 
 	// Somebody meddles.
 	nstest.Run(t, "ip route del 10.5.2.0/24")
 	nstest.Run(t, "bridge fdb replace 0e:00:00:00:00:02 dev flannel.1 dst 198.18.0.99 self permanent")
 	waitMetrics(t, map[string]float64{
-		`flannel_kernel_repairs_total{cause=missing,kind=route}`: 1, `flannel_kernel_repairs_total{cause=changed,kind=fdb}`: 1,
-		`flannel_kernel_objects_held{kind=route}`: 2,
+		`flannel_kernel_repairs_total{cause=missing,kind=route}`: 1,
+		`flannel_kernel_repairs_total{cause=changed,kind=fdb}`:   1,
+		`flannel_kernel_objects_held{kind=route}`:                2,
 	})
 	nstest.Run(t, "iptables -t nat -F FLANNEL-POSTRTG")
 	eventually(t, "the rules' repair to be counted", func() bool { return scrape(t)["flannel_rules_repairs_total"] >= 1 })
 	nstest.Run(t, "ip link del eth0")
-	eventually(t, "the uplink's loss to be counted", func() bool { return scrape(t)[`flannel_errors_total{operation=uplink}`] >= 1 })
+	eventually(t, "the uplink's loss to be counted",
+		func() bool { return scrape(t)[`flannel_errors_total{operation=uplink}`] >= 1 })
 
 	_, text := get("/metrics")
-	if want := `flannel_build_info{goversion="go1.`; !strings.Contains(text, want) || !strings.Contains(text, `version="v1.2.3"} 1`) || !strings.Contains(text, "go_goroutines ") || !strings.Contains(text, "process_resident_memory_bytes ") {
+	if want := `flannel_build_info{goversion="go1.`; !strings.Contains(text, want) ||
+		!strings.Contains(text, `version="v1.2.3"} 1`) || !strings.Contains(text, "go_goroutines ") ||
+		!strings.Contains(text, "process_resident_memory_bytes ") {
 		t.Errorf("something is missing in\n%s", text)
 	}
 }
@@ -151,7 +159,8 @@ func TestScrapesAtAnyTime(t *testing.T) {
 	}
 	close(stop)
 	scrapers.Wait()
-	waitMetrics(t, map[string]float64{"flannel_peers": 0, `flannel_lease_events_total{event=set}`: 40, `flannel_lease_events_total{event=removed}`: 10})
+	waitMetrics(t, map[string]float64{"flannel_peers": 0, `flannel_lease_events_total{event=set}`: 40,
+		`flannel_lease_events_total{event=removed}`: 10})
 }
 
 // The port serves nothing that changes anything, and profiles only where they
@@ -165,7 +174,8 @@ func TestOnlyGet(t *testing.T) {
 			if profile {
 				want = http.StatusOK
 			}
-			for path, want := range map[string]int{"/debug/pprof/": want, "/debug/pprof/heap": want, "/debug/pprof/cmdline": http.StatusNotFound, "/debug/vars": http.StatusNotFound} {
+			for path, want := range map[string]int{"/debug/pprof/": want, "/debug/pprof/heap": want,
+				"/debug/pprof/cmdline": http.StatusNotFound, "/debug/vars": http.StatusNotFound} {
 				if code, _ := get(path); code != want {
 					t.Errorf("GET %s: %d, want %d", path, code, want)
 				}
@@ -194,7 +204,8 @@ func TestOnlyGet(t *testing.T) {
 type mover struct{ backend.Backend }
 
 func (mover) QueueStats() []backend.QueueStats {
-	return []backend.QueueStats{{Queue: 1, Direction: "sent", Packets: 3, Bytes: 4500, Drops: map[string]uint64{"no_route": 2}}}
+	return []backend.QueueStats{{Queue: 1, Direction: "sent", Packets: 3, Bytes: 4500,
+		Drops: map[string]uint64{"no_route": 2}}}
 }
 
 func TestBackendCounters(t *testing.T) {
@@ -213,7 +224,8 @@ func TestBackendCounters(t *testing.T) {
 	s.setBackend(mover{})
 	got := text()
 	for _, want := range []string{
-		`flannel_backend_packets_total{direction="sent",queue="1"} 3`, `flannel_backend_bytes_total{direction="sent",queue="1"} 4500`,
+		`flannel_backend_packets_total{direction="sent",queue="1"} 3`,
+		`flannel_backend_bytes_total{direction="sent",queue="1"} 4500`,
 		`flannel_backend_dropped_packets_total{direction="sent",queue="1",reason="no_route"} 2`,
 	} {
 		if !strings.Contains(got, want+"\n") {
@@ -280,7 +292,8 @@ func (c counting) QueueStats() []backend.QueueStats {
 	var all []backend.QueueStats
 	for queue := range c.queues {
 		for _, direction := range []string{"sent", "received"} {
-			all = append(all, backend.QueueStats{Queue: queue, Direction: direction, Packets: 1e9, Bytes: 1e12, Drops: map[string]uint64{"no_peer": 1, "full": 2, "invalid": 3}})
+			all = append(all, backend.QueueStats{Queue: queue, Direction: direction, Packets: 1e9, Bytes: 1e12,
+				Drops: map[string]uint64{"no_peer": 1, "full": 2, "invalid": 3}})
 		}
 	}
 	return all

@@ -172,7 +172,8 @@ func begin(t *testing.T, m *manager, change func(*Options)) *flanneld {
 	t.Cleanup(func() {
 		cancel()
 		<-d.done
-		for _, line := range []string{"ip link del eth0", "ip link del flannel.1", "ip route flush proto 70", "nft flush ruleset", "iptables-legacy -t nat -F", "iptables-legacy -t nat -X"} {
+		for _, line := range []string{"ip link del eth0", "ip link del flannel.1", "ip route flush proto 70",
+			"nft flush ruleset", "iptables-legacy -t nat -F", "iptables-legacy -t nat -X"} {
 			nstest.Try(line)
 		}
 	})
@@ -211,7 +212,8 @@ func TestFromStartToReady(t *testing.T) {
 	m.previous.BackendData = []byte(`{"VNI":1,"VtepMAC":"0e:00:00:00:00:01"}`)
 	d := begin(t, m, func(o *Options) { o.Blackhole = true })
 	want := <-m.wants
-	if got := string(want.Attrs.BackendData); want.Attrs.PublicIP.String() != "198.18.0.1" || got != `{"VNI":1,"VtepMAC":"0e:00:00:00:00:01"}` {
+	if got := string(want.Attrs.BackendData); want.Attrs.PublicIP.String() != "198.18.0.1" ||
+		got != `{"VNI":1,"VtepMAC":"0e:00:00:00:00:01"}` {
 		t.Errorf("a lease is wanted for %s with %s: the VTEP should stay", want.Attrs.PublicIP, got)
 	}
 	eventually(t, "readyz waits for a lease", func() bool {
@@ -337,12 +339,14 @@ func TestLostLease(t *testing.T) {
 	var u subnet.Update
 	u.Put(taken)
 	m.updates <- u
-	eventually(t, "the device has the new address, the file the new subnet, and the peer who took the old one its route", func() bool {
-		out, _ := nstest.Try("ip addr show flannel.1")
-		env, _ := subnet.ReadEnv(d.file)
-		return strings.Contains(out, "10.5.7.0/32") && !strings.Contains(out, "10.5.1.0/32") && env.Subnets.Key() == "10.5.7.0-24" &&
-			route("10.5.1.0/24") != "" && route("10.5.2.0/24") != ""
-	})
+	eventually(t, "the device has the new address, the file the new subnet, and the peer who took the old one its route",
+		func() bool {
+			out, _ := nstest.Try("ip addr show flannel.1")
+			env, _ := subnet.ReadEnv(d.file)
+			return strings.Contains(out, "10.5.7.0/32") && !strings.Contains(out, "10.5.1.0/32") &&
+				env.Subnets.Key() == "10.5.7.0-24" &&
+				route("10.5.1.0/24") != "" && route("10.5.2.0/24") != ""
+		})
 	eventually(t, "the rules are of the new subnet", func() bool {
 		out, _ := nstest.Try("iptables -t nat -S FLANNEL-POSTRTG")
 		return strings.Contains(out, "-s 10.5.7.0/24") && !strings.Contains(out, "10.5.1.0/24")
@@ -394,9 +398,11 @@ func TestWaitsForUplink(t *testing.T) {
 
 func TestWhatCannotWork(t *testing.T) {
 	for _, c := range []struct{ config, want string }{
-		{`{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan", "VNI": -1}}`, "Backend vxlan: VNI -1 is not allowed: 1 to 16777215"},
+		{`{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan", "VNI": -1}}`,
+			"Backend vxlan: VNI -1 is not allowed: 1 to 16777215"},
 		{`{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlam"}}`, `Backend Type "vxlam" is not known: known are `},
-		{`{"Network": "10.5.0.0/33", "Backend": {"Type": "vxlan"}}`, `Network "10.5.0.0/33" is not an IPv4 network such as 10.5.0.0/16`},
+		{`{"Network": "10.5.0.0/33", "Backend": {"Type": "vxlan"}}`,
+			`Network "10.5.0.0/33" is not an IPv4 network such as 10.5.0.0/16`},
 	} {
 		d := begin(t, newManager(c.config), nil)
 		err := <-d.done
@@ -416,7 +422,8 @@ func (ended) Err() error { return context.Canceled }
 // A manager that hears of the end first has failed for that alone.
 func TestEndIsNoError(t *testing.T) {
 	m := &hasty{newManager(vxlanConfig)}
-	if err := Run(ended{context.WithoutCancel(t.Context())}, Options{Manager: m, SubnetFile: filepath.Join(t.TempDir(), "subnet.env")}); err != nil {
+	if err := Run(ended{context.WithoutCancel(t.Context())},
+		Options{Manager: m, SubnetFile: filepath.Join(t.TempDir(), "subnet.env")}); err != nil {
 		t.Error(err)
 	}
 }
@@ -431,7 +438,8 @@ func (*hasty) Config(context.Context) (*subnet.Config, error) { return nil, cont
 func TestRulesAreKept(t *testing.T) {
 	for _, nftables := range []bool{false, true} {
 		t.Run(fmt.Sprintf("nftables=%t", nftables), func(t *testing.T) {
-			m := newManager(fmt.Sprintf(`{"Network": "10.5.0.0/16", "EnableNFTables": %t, "Backend": {"Type": "host-gw"}}`, nftables))
+			m := newManager(fmt.Sprintf(`{"Network": "10.5.0.0/16", "EnableNFTables": %t, "Backend": {"Type": "host-gw"}}`,
+				nftables))
 			begin(t, m, nil)
 			m.grants <- lease("10.5.1.0-24", "")
 			m.updates <- snapshot()

@@ -77,7 +77,8 @@ func (s *scenario) step(input string) (string, error) {
 		case "#", "":
 		case "options":
 			on := func(word string) bool { return slices.Contains(strings.Fields(rest), word) }
-			s.options = Options{IPMasq: on("masquerade"), RandomFully: on("random"), Forward: on("forward"), Blackhole: on("blackhole")}
+			s.options = Options{IPMasq: on("masquerade"), RandomFully: on("random"), Forward: on("forward"),
+				Blackhole: on("blackhole")}
 		case "config":
 			s.cfg, err = subnet.ParseConfig([]byte(rest))
 			setUp = true
@@ -144,7 +145,8 @@ func writeNodePlan(out *strings.Builder, p nodePlan) {
 			fmt.Fprintf(out, "%s forward: %s: %s\n", mode, r.Verdict, r.Why)
 		}
 	}
-	fmt.Fprintf(out, "subnet file: network %s, subnet %s, mtu %d, masquerade %t\n", p.env.Networks, p.env.Subnets, p.env.MTU, p.env.IPMasq)
+	fmt.Fprintf(out, "subnet file: network %s, subnet %s, mtu %d, masquerade %t\n", p.env.Networks, p.env.Subnets,
+		p.env.MTU, p.env.IPMasq)
 }
 
 func writePeersPlan(out *strings.Builder, p peersPlan) {

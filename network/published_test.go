@@ -95,7 +95,8 @@ func TestReference(t *testing.T) {
 		// A help that lists a label's values lists all.
 		told := func(value string) bool { return strings.Contains(f.GetHelp(), "`"+value+"`") }
 		for label, all := range values {
-			if first := slices.IndexFunc(all, func(v string) bool { return !told(v) }); first >= 0 && slices.ContainsFunc(all, told) {
+			if first := slices.IndexFunc(all, func(v string) bool { return !told(v) }); first >= 0 &&
+				slices.ContainsFunc(all, told) {
 				t.Errorf("the help of %s does not tell of %s %q", f.GetName(), label, all[first])
 			}
 		}

@@ -119,7 +119,8 @@ func init() {
 		t := &toy{works: toys}
 		return t, backend.Options(cfg, &struct{ Name *string }{&t.hostname})
 	}})
-	backend.Register(backend.Type{Name: "alone", New: func(*subnet.Config, iface.Uplink) (backend.Backend, error) { return &alone{}, nil }})
+	backend.Register(backend.Type{Name: "alone",
+		New: func(*subnet.Config, iface.Uplink) (backend.Backend, error) { return &alone{}, nil }})
 }
 
 func (*toy) Attrs(context.Context, subnet.Attrs) (subnet.Attrs, error) {
@@ -155,14 +156,16 @@ func TestWorker(t *testing.T) {
 	peer := func(key, ip string) subnet.Lease {
 		return lease(key, `{"PublicIP":"`+ip+`","PublicIPv6":null,"BackendType":"toy"}`)
 	}
-	m.updates <- snapshot(peer("10.5.1.0-24", "198.18.0.1"), peer("10.5.2.0-24", "198.18.0.2"), peer("10.5.3.0-24", "198.18.0.1"),
+	m.updates <- snapshot(peer("10.5.1.0-24", "198.18.0.1"), peer("10.5.2.0-24", "198.18.0.2"),
+		peer("10.5.3.0-24", "198.18.0.1"),
 		lease("10.5.6.0-24", `{"PublicIP":"198.18.0.6","PublicIPv6":null,"BackendType":"vxlan"}`))
 	eventually(t, "ready", ready)
 	w := <-toys
 	if w.own.Subnets.Key() != "10.5.1.0-24" || w.own.Attrs.PublicIP.String() != "198.18.0.1" {
 		t.Errorf("it works for %+v", w.own)
 	}
-	if u := <-w.peers; !u.Snapshot || len(u.Leases) != 1 || u.Leases[peer2.Subnets].Attrs.PublicIP.String() != "198.18.0.2" {
+	if u := <-w.peers; !u.Snapshot || len(u.Leases) != 1 ||
+		u.Leases[peer2.Subnets].Attrs.PublicIP.String() != "198.18.0.2" {
 		t.Errorf("its peers are %+v", u)
 	}
 

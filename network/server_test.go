@@ -49,7 +49,8 @@ func TestListenUnix(t *testing.T) {
 func TestStatusServer(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	path := filepath.Join(t.TempDir(), "flanneld.sock")
-	n := &node{Options: Options{StatusSocket: path, Version: "v1", Manager: newManager("{}")}, status: newStatusServer(), health: &health{missing: "the network's configuration"}}
+	n := &node{Options: Options{StatusSocket: path, Version: "v1", Manager: newManager("{}")}, status: newStatusServer(),
+		health: &health{missing: "the network's configuration"}}
 	n.serveStatus(ctx)
 	defer n.group.Wait()
 	defer cancel()

@@ -70,11 +70,13 @@ func TestParseEnv(t *testing.T) {
 
 func TestParseEnvErrors(t *testing.T) {
 	for _, c := range []struct{ text, want string }{
-		{"FLANNEL_NETWORK=10.5.0.0/16\nFLANNEL_SUBNET=10.5.34.1\n", `line 2: FLANNEL_SUBNET: netip.ParsePrefix("10.5.34.1"): no '/'`},
+		{"FLANNEL_NETWORK=10.5.0.0/16\nFLANNEL_SUBNET=10.5.34.1\n",
+			`line 2: FLANNEL_SUBNET: netip.ParsePrefix("10.5.34.1"): no '/'`},
 		{"FLANNEL_SUBNET=", `line 1: FLANNEL_SUBNET: netip.ParsePrefix(""): no '/'`},
 		{"FLANNEL_SUBNET=fc00:0:0:22::1/64", `line 1: FLANNEL_SUBNET: fc00:0:0:22::1/64 is of the wrong address family`},
 		{"FLANNEL_IPV6_SUBNET=10.5.34.1/24", `line 1: FLANNEL_IPV6_SUBNET: 10.5.34.1/24 is of the wrong address family`},
-		{"FLANNEL_IPV6_NETWORK=::ffff:10.5.0.0/112", `line 1: FLANNEL_IPV6_NETWORK: ::ffff:10.5.0.0/112 is of the wrong address family`},
+		{"FLANNEL_IPV6_NETWORK=::ffff:10.5.0.0/112",
+			`line 1: FLANNEL_IPV6_NETWORK: ::ffff:10.5.0.0/112 is of the wrong address family`},
 		{"FLANNEL_MTU=many", `line 1: FLANNEL_MTU: strconv.Atoi: parsing "many": invalid syntax`},
 		{"FLANNEL_IPMASQ=maybe", `line 1: FLANNEL_IPMASQ: strconv.ParseBool: parsing "maybe": invalid syntax`},
 	} {
@@ -132,7 +134,8 @@ func TestWriteFile(t *testing.T) {
 	if err := os.WriteFile(path, []byte("FLANNEL_MTU=\x00\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := ReadEnv(path); err == nil || err.Error() != path+`: line 1: FLANNEL_MTU: strconv.Atoi: parsing "\x00": invalid syntax` {
+	if _, err := ReadEnv(path); err == nil ||
+		err.Error() != path+`: line 1: FLANNEL_MTU: strconv.Atoi: parsing "\x00": invalid syntax` {
 		t.Errorf("broken file: %v", err)
 	}
 	if err := env4.WriteFile(path); err != nil {

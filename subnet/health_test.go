@@ -25,7 +25,8 @@ func TestStoreHealthLogsOnce(t *testing.T) {
 		t.Errorf("before any request it is %+v", s)
 	}
 	failed := func(operation, reason string) string {
-		return `E "The store cannot be used; retrying" store="store at S" operation="` + operation + `" reason="` + reason + `"`
+		return `E "The store cannot be used; retrying" store="store at S" operation="` + operation + `" reason="` + reason +
+			`"`
 	}
 	const back = `I "The store is back" store="store at S"`
 	for _, step := range []struct {

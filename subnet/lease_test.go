@@ -64,7 +64,8 @@ func TestKeyErrors(t *testing.T) {
 }
 
 func FuzzKey(f *testing.F) {
-	for _, seed := range []string{"10.5.34.0-24", "10.5.34.0-24&fc00:0:0:22::-64", "0.0.0.0-0&fc00:0:0:22::-64", "::ffff:1-2"} {
+	for _, seed := range []string{"10.5.34.0-24", "10.5.34.0-24&fc00:0:0:22::-64", "0.0.0.0-0&fc00:0:0:22::-64",
+		"::ffff:1-2"} {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, key string) {
@@ -91,7 +92,8 @@ func TestAttrs(t *testing.T) {
 		{`{"PublicIP":"192.0.2.7","PublicIPv6":null}`,
 			Attrs{PublicIP: v4}},
 		{`{"PublicIP":"192.0.2.7","PublicIPv6":"2001:db8::7","BackendType":"vxlan","BackendData":{"VNI":1},"BackendV6Data":{"VNI":2}}`,
-			Attrs{PublicIP: v4, PublicIPv6: v6, BackendType: "vxlan", BackendData: json.RawMessage(`{"VNI":1}`), BackendV6Data: json.RawMessage(`{"VNI":2}`)}},
+			Attrs{PublicIP: v4, PublicIPv6: v6, BackendType: "vxlan", BackendData: json.RawMessage(`{"VNI":1}`),
+				BackendV6Data: json.RawMessage(`{"VNI":2}`)}},
 		{`{"PublicIP":"0.0.0.0","PublicIPv6":"2001:db8::7","BackendType":"host-gw"}`,
 			Attrs{PublicIPv6: v6, BackendType: "host-gw"}},
 		{`{"PublicIP":"192.0.2.7","PublicIPv6":null,"BackendType":"wireguard","BackendData":{"PublicKey":"a\u0026b\u003c="}}`,
@@ -155,7 +157,8 @@ func TestAttrsErrors(t *testing.T) {
 
 func TestAttrsEqual(t *testing.T) {
 	full := func() Attrs {
-		return Attrs{netip.MustParseAddr("192.0.2.7"), netip.MustParseAddr("2001:db8::7"), "vxlan", json.RawMessage(`{"VNI":1}`), json.RawMessage(`{"VNI":2}`)}
+		return Attrs{netip.MustParseAddr("192.0.2.7"), netip.MustParseAddr("2001:db8::7"), "vxlan",
+			json.RawMessage(`{"VNI":1}`), json.RawMessage(`{"VNI":2}`)}
 	}
 	for name, change := range map[string]func(*Attrs){
 		"PublicIP":      func(a *Attrs) { a.PublicIP = a.PublicIP.Next() },

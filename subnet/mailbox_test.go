@@ -38,14 +38,16 @@ func TestMailboxMerges(t *testing.T) {
 		want Update
 	}{
 		{"one", []Update{updateOf([]Lease{one}, two)}, updateOf([]Lease{one}, two)},
-		{"changes", []Update{updateOf([]Lease{one, two}), updateOf([]Lease{lease(1, 9)}, two)}, updateOf([]Lease{lease(1, 9)}, two)},
+		{"changes", []Update{updateOf([]Lease{one, two}), updateOf([]Lease{lease(1, 9)}, two)},
+			updateOf([]Lease{lease(1, 9)}, two)},
 		{"a subnet that moves to another node", []Update{updateOf(nil, one), updateOf([]Lease{lease(1, 9)})},
 			Update{Leases: map[Subnets]Lease{one.Subnets: lease(1, 9)}, Gone: map[Subnets]bool{}}},
 		{"a change of a snapshot", []Update{snapshot(one, two), updateOf([]Lease{three}, one)}, snapshot(two, three)},
 		{"a snapshot after changes", []Update{updateOf([]Lease{one}, two), snapshot(three)}, snapshot(three)},
 		{"nothing", []Update{updateOf([]Lease{one}), since(Update{}, early)}, updateOf([]Lease{one})},
 		{"an empty snapshot", []Update{snapshot()}, snapshot()},
-		{"the first time counts", []Update{since(updateOf([]Lease{one}), early), since(updateOf([]Lease{two}), late)}, since(updateOf([]Lease{one, two}), early)},
+		{"the first time counts", []Update{since(updateOf([]Lease{one}), early), since(updateOf([]Lease{two}), late)},
+			since(updateOf([]Lease{one, two}), early)},
 		{"a time after none", []Update{snapshot(one), since(updateOf([]Lease{two}), late)}, since(snapshot(one, two), late)},
 	} {
 		m := NewMailbox()

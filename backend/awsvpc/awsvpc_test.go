@@ -58,7 +58,8 @@ func prefixes(texts ...string) []netip.Prefix {
 
 func TestPlan(t *testing.T) {
 	four := desired{eni: "eni-1", own: prefixes("10.5.1.0/24"), networks: prefixes("10.5.0.0/16"), known: true}
-	dual := desired{eni: "eni-1", own: prefixes("10.5.1.0/24", "fd05:0:0:1::/64"), networks: prefixes("10.5.0.0/16", "fd05::/48"), known: true}
+	dual := desired{eni: "eni-1", own: prefixes("10.5.1.0/24", "fd05:0:0:1::/64"),
+		networks: prefixes("10.5.0.0/16", "fd05::/48"), known: true}
 	unknown := four
 	unknown.known = false
 	peer := four
@@ -73,21 +74,25 @@ func TestPlan(t *testing.T) {
 		{"an empty table", dual, table(), "create-route 10.5.1.0/24 eni-1, create-route fd05:0:0:1::/64 eni-1", false},
 		{"all is there", dual, table("10.5.1.0/24 eni-1", "fd05:0:0:1::/64 eni-1"), "", false},
 		{"the interface is stopped", four, table("10.5.1.0/24 eni-1 blackhole"), "", false},
-		{"an earlier interface", dual, table("10.5.1.0/24 eni-9 blackhole", "fd05:0:0:1::/64 eni-8"), "replace-route 10.5.1.0/24 eni-1, replace-route fd05:0:0:1::/64 eni-1", false},
+		{"an earlier interface", dual, table("10.5.1.0/24 eni-9 blackhole", "fd05:0:0:1::/64 eni-8"),
+			"replace-route 10.5.1.0/24 eni-1, replace-route fd05:0:0:1::/64 eni-1", false},
 		{"something else", four, table("10.5.1.0/24 nat-1"), "replace-route 10.5.1.0/24 eni-1", false},
 		{"propagated", four, table("10.5.1.0/24 vgw-1 EnableVgwRoutePropagation"), "create-route 10.5.1.0/24 eni-1", false},
 		{"a peer's", peer, table("10.5.1.0/24 eni-1", "10.5.2.0/24 eni-2"), "", false},
 		{"a peer's, gone", peer, table("10.5.1.0/24 eni-1", "10.5.2.0/24 eni-2 blackhole"), "", false},
 		{"a peer's, once ours", peer, table("10.5.1.0/24 eni-1", "10.5.2.0/24 eni-1"), "", false},
 		{"part of a peer's", peer, table("10.5.1.0/24 eni-1", "10.5.2.128/25 eni-2 blackhole"), "", false},
-		{"nobody's", peer, table("10.5.3.0/24 eni-2 blackhole"), "delete-route 10.5.3.0/24 , create-route 10.5.1.0/24 eni-1", false},
-		{"nobody's, IPv6", dual, table("10.5.1.0/24 eni-1", "fd05:0:0:1::/64 eni-1", "fd05:0:0:3::/64 eni-2 blackhole"), "delete-route fd05:0:0:3::/64 ", false},
+		{"nobody's", peer, table("10.5.3.0/24 eni-2 blackhole"), "delete-route 10.5.3.0/24 , create-route 10.5.1.0/24 eni-1",
+			false},
+		{"nobody's, IPv6", dual, table("10.5.1.0/24 eni-1", "fd05:0:0:1::/64 eni-1", "fd05:0:0:3::/64 eni-2 blackhole"),
+			"delete-route fd05:0:0:3::/64 ", false},
 		{"nobody's, and alive", peer, table("10.5.1.0/24 eni-1", "10.5.3.0/24 eni-2"), "", false},
 		{"an earlier lease", peer, table("10.5.1.0/24 eni-1", "10.5.3.0/24 eni-1"), "delete-route 10.5.3.0/24 ", false},
 		{"an earlier lease, or a peer's", unknown, table("10.5.1.0/24 eni-1", "10.5.3.0/24 eni-1"), "", true},
 		{"nobody's, or a peer's", unknown, table("10.5.1.0/24 eni-1", "10.5.3.0/24 eni-2 blackhole"), "", true},
 		{"the network's", four, table("10.5.1.0/24 eni-1", "10.5.0.0/16 eni-2 blackhole"), "", false},
-		{"outside", four, table("10.5.1.0/24 eni-1", "10.6.0.0/24 eni-2 blackhole", "10.6.1.0/24 eni-1", "0.0.0.0/0 igw-1", "pl-1 vpce-1"), "", false},
+		{"outside", four, table("10.5.1.0/24 eni-1", "10.6.0.0/24 eni-2 blackhole", "10.6.1.0/24 eni-1", "0.0.0.0/0 igw-1",
+			"pl-1 vpce-1"), "", false},
 		{"a gateway's", four, table("10.5.1.0/24 eni-1", "10.5.7.0/24 tgw-1 blackhole"), "", false},
 	} {
 		t.Run(test.name, func(t *testing.T) {

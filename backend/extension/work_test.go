@@ -154,11 +154,13 @@ const (
 
 func TestWork(t *testing.T) {
 	n := newNode(t)
-	n.start(options{PostStartupCommand: start, SubnetAddCommand: add, SubnetRemoveCommand: remove, ShutdownCommand: shutdown})
+	n.start(options{PostStartupCommand: start, SubnetAddCommand: add, SubnetRemoveCommand: remove,
+		ShutdownCommand: shutdown})
 	n.peers <- snapshot(peerLease(2, "two"), peerLease(3, "three"),
 		lease("10.5.4.0-24&fd05:0:0:4::-64", `{"PublicIP":"198.18.0.4","PublicIPv6":"fd18::4","BackendType":"extension"}`))
 	n.expect("start 10.5.0.0/16 10.5.1.0/24  198.18.0.1 ",
-		"add 10.5.2.0/24  198.18.0.2  two", "add 10.5.3.0/24  198.18.0.3  three", "add 10.5.4.0/24 fd05:0:0:4::/64 198.18.0.4 fd18::4 ")
+		"add 10.5.2.0/24  198.18.0.2  two", "add 10.5.3.0/24  198.18.0.3  three",
+		"add 10.5.4.0/24 fd05:0:0:4::/64 198.18.0.4 fd18::4 ")
 
 	// What stays as it is, is left alone.
 	n.peers <- change(peerLease(2, "two"))
@@ -205,11 +207,13 @@ func TestRestart(t *testing.T) {
 // A peer that is being added when flanneld dies is removed when it is gone.
 func TestKilledWhileAdding(t *testing.T) {
 	n := newNode(t)
-	n.start(options{SubnetAddCommand: `echo "add $SUBNET" >$OUT; cp -r $DIR/run $DIR/copy; echo copied >$OUT`, SubnetRemoveCommand: remove})
+	n.start(options{SubnetAddCommand: `echo "add $SUBNET" >$OUT; cp -r $DIR/run $DIR/copy; echo copied >$OUT`,
+		SubnetRemoveCommand: remove})
 	n.peers <- snapshot(peerLease(2, "two"))
 	n.expect("add 10.5.2.0/24", "copied")
 	n.stop(nil)
-	if err := os.Rename(filepath.Join(n.dir, "copy", "record.json"), filepath.Join(n.dir, "run", "record.json")); err != nil {
+	if err := os.Rename(filepath.Join(n.dir, "copy", "record.json"),
+		filepath.Join(n.dir, "run", "record.json")); err != nil {
 		t.Fatal(err)
 	}
 	n.start(options{SubnetAddCommand: add, SubnetRemoveCommand: remove})
@@ -249,7 +253,8 @@ func TestHang(t *testing.T) {
 	x := n.extension(options{PreStartupCommand: `sleep 1000 & echo $! >$OUT; echo so far; wait`})
 	x.runner.limit = 200 * time.Millisecond
 	_, err := x.Attrs(t.Context(), subnet.Attrs{})
-	if want := "PreStartupCommand: ended, since it took longer than 200ms; it printed: so far"; err == nil || err.Error() != want {
+	if want := "PreStartupCommand: ended, since it took longer than 200ms; it printed: so far"; err == nil ||
+		err.Error() != want {
 		t.Errorf("got %v, want %s", err, want)
 	}
 	n.expectEnd()
@@ -312,11 +317,13 @@ func TestBackground(t *testing.T) {
 func TestOutput(t *testing.T) {
 	n := newNode(t)
 	x := n.extension(options{PreStartupCommand: `head -c 1000000 /dev/zero; exit 3`})
-	if _, err := x.Attrs(t.Context(), subnet.Attrs{}); err == nil || !strings.HasPrefix(err.Error(), "PreStartupCommand: exit status 3; it printed: ") || len(err.Error()) > 2*maxOutput {
+	if _, err := x.Attrs(t.Context(), subnet.Attrs{}); err == nil ||
+		!strings.HasPrefix(err.Error(), "PreStartupCommand: exit status 3; it printed: ") || len(err.Error()) > 2*maxOutput {
 		t.Errorf("got an error of %d bytes", len(err.Error()))
 	}
 	x.PreStartupCommand = `printf 'one\n\n  two\n'; echo three >&2; exit 3`
-	if _, err := x.Attrs(t.Context(), subnet.Attrs{}); err == nil || err.Error() != "PreStartupCommand: exit status 3; it printed: one | two | three" {
+	if _, err := x.Attrs(t.Context(), subnet.Attrs{}); err == nil ||
+		err.Error() != "PreStartupCommand: exit status 3; it printed: one | two | three" {
 		t.Errorf("got %v", err)
 	}
 }

@@ -17,7 +17,8 @@ func TestGolden(t *testing.T) { backendtest.Golden(t) }
 // The key is not shown, however the backend is.
 func TestSecret(t *testing.T) {
 	psk := strings.Repeat("s3cret", 16)
-	cfg, err := subnet.ParseConfig([]byte(`{"Network": "10.5.0.0/16", "Backend": {"Type": "ipsec", "PSK": "` + psk + `"}}`))
+	cfg, err := subnet.ParseConfig([]byte(`{"Network": "10.5.0.0/16", "Backend": {"Type": "ipsec", "PSK": "` + psk +
+		`"}}`))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -106,26 +106,37 @@ func TestChanges(t *testing.T) {
 		{"nothing to do", with(held('b', leased, 5, time.Second, one)), usual(b(wanted(leased, one))), "b", false, "", ""},
 		{"new device", &wgtypes.Device{}, usual(b(wanted(leased, one, two))), "", false,
 			"private-key " + keyFile() + "; listen-port 51820; peer b endpoint 198.18.0.2:51820 allowed-ips 10.5.2.0/24,10.5.3.0/24", "b"},
-		{"private key changed", &wgtypes.Device{PrivateKey: key('x'), ListenPort: 51820, Peers: []wgtypes.Peer{held('b', leased, 0, 0, one)}},
-			usual(b(wanted(leased, one))), "b", false, "private-key " + keyFile() + "; peer b endpoint 198.18.0.2:51820 allowed-ips 10.5.2.0/24", "b"},
-		{"port changed", &wgtypes.Device{PrivateKey: key('a'), ListenPort: 1, Peers: []wgtypes.Peer{held('b', leased, 0, 0, one)}},
+		{"private key changed", &wgtypes.Device{PrivateKey: key('x'), ListenPort: 51820,
+			Peers: []wgtypes.Peer{held('b', leased, 0, 0, one)}},
+			usual(b(wanted(leased, one))), "b", false, "private-key " + keyFile() +
+				"; peer b endpoint 198.18.0.2:51820 allowed-ips 10.5.2.0/24", "b"},
+		{"port changed", &wgtypes.Device{PrivateKey: key('a'), ListenPort: 1,
+			Peers: []wgtypes.Peer{held('b', leased, 0, 0, one)}},
 			usual(b(wanted(leased, one))), "b", false, "listen-port 51820", ""},
-		{"peer joins", with(held('c', leased, 0, 0, two)), usual(map[byte]peer{'b': wanted(leased, one), 'c': wanted(leased, two)}), "c", false,
+		{"peer joins", with(held('c', leased, 0, 0, two)),
+			usual(map[byte]peer{'b': wanted(leased, one), 'c': wanted(leased, two)}), "c", false,
 			"peer b endpoint 198.18.0.2:51820 allowed-ips 10.5.2.0/24", "b"},
-		{"peer removed by somebody", with(held('c', leased, 0, 0, two)), usual(map[byte]peer{'b': wanted(leased, one), 'c': wanted(leased, two)}), "bc", false,
+		{"peer removed by somebody", with(held('c', leased, 0, 0, two)),
+			usual(map[byte]peer{'b': wanted(leased, one), 'c': wanted(leased, two)}), "bc", false,
 			"peer b endpoint 198.18.0.2:51820 allowed-ips 10.5.2.0/24", "b"},
-		{"peer without subnets", with(held('c', leased, 0, 0, two)), usual(map[byte]peer{'b': {endpoint: netip.MustParseAddrPort(leased)}, 'c': wanted(leased, two)}), "", false,
+		{"peer without subnets", with(held('c', leased, 0, 0, two)),
+			usual(map[byte]peer{'b': {endpoint: netip.MustParseAddrPort(leased)}, 'c': wanted(leased, two)}), "", false,
 			"peer b endpoint 198.18.0.2:51820", "b"},
-		{"stranger", with(held('b', leased, 0, 0, one), held('z', third, 0, 0)), usual(b(wanted(leased, one))), "b", false, "peer z remove", ""},
+		{"stranger", with(held('b', leased, 0, 0, one), held('z', third, 0, 0)), usual(b(wanted(leased, one))), "b", false,
+			"peer z remove", ""},
 		{"sessions lost", with(held('b', leased, 0, 0, one)), usual(b(wanted(leased, one))), "b", true, "", "b"},
-		{"subnet missing", with(held('b', leased, 0, 0, two)), usual(b(wanted(leased, one, two))), "b", false, "peer b allowed-ips 10.5.2.0/24,10.5.3.0/24", ""},
-		{"subnet too many", with(held('b', leased, 0, 0, one, three)), usual(b(wanted(leased, one))), "b", false, "peer b allowed-ips 10.5.2.0/24", ""},
+		{"subnet missing", with(held('b', leased, 0, 0, two)), usual(b(wanted(leased, one, two))), "b", false,
+			"peer b allowed-ips 10.5.2.0/24,10.5.3.0/24", ""},
+		{"subnet too many", with(held('b', leased, 0, 0, one, three)), usual(b(wanted(leased, one))), "b", false,
+			"peer b allowed-ips 10.5.2.0/24", ""},
 		{"subnets exchanged", with(held('b', leased, 0, 0, one), held('c', leased, 0, 0, two)),
 			usual(map[byte]peer{'b': wanted(leased, two), 'c': wanted(leased, one)}), "bc", false,
 			"peer b allowed-ips 10.5.3.0/24; peer c allowed-ips 10.5.2.0/24", ""},
-		{"another key, the same subnet", with(held('b', leased, 0, 0, one)), usual(map[byte]peer{'c': wanted(leased, one)}), "b", false,
+		{"another key, the same subnet", with(held('b', leased, 0, 0, one)), usual(map[byte]peer{'c': wanted(leased, one)}),
+			"b", false,
 			"peer c endpoint 198.18.0.2:51820 allowed-ips 10.5.2.0/24; peer b remove", "c"},
-		{"PSK", with(held('b', leased, 0, 0, one)), config{Private: ours, PSK: secret(key('p')), port: 51820, peers: usual(b(wanted(leased, one))).peers}, "b", false,
+		{"PSK", with(held('b', leased, 0, 0, one)),
+			config{Private: ours, PSK: secret(key('p')), port: 51820, peers: usual(b(wanted(leased, one))).peers}, "b", false,
 			"peer b preshared-key PSK", ""},
 		{"no PSK", with(withPSK), usual(b(wanted(leased, one))), "b", false, "peer b preshared-key PSK", ""},
 		{"keepalive", with(keepalive), usual(b(wanted(leased, one))), "b", false, "peer b persistent-keepalive 0", ""},
@@ -175,7 +186,8 @@ func TestRoaming(t *testing.T) {
 		{"set by somebody", held('b', elsewhere, 5, time.Minute), 100, seen(leased, leased, 5, now), false},
 		{"has been there, asked nothing", held('b', elsewhere, 5, time.Minute), 100, seen(leased, elsewhere, 5, long), true},
 		{"has been there, just asked", held('b', elsewhere, 5, time.Minute), 200, seen(leased, elsewhere, 5, lately), true},
-		{"has been there, and does not answer", held('b', elsewhere, 5, time.Minute), 200, seen(leased, elsewhere, 5, long), false},
+		{"has been there, and does not answer", held('b', elsewhere, 5, time.Minute), 200, seen(leased, elsewhere, 5, long),
+			false},
 		{"has been there, silent", held('b', elsewhere, 5, 4*time.Minute), 100, seen(leased, elsewhere, 5, long), false},
 		{"has moved on", held('b', third, 6, time.Minute), 100, seen(leased, elsewhere, 5, long), true},
 		{"never heard of", held('b', elsewhere, 0, 0), 100, seen(leased, elsewhere, 0, now), false},
@@ -201,7 +213,8 @@ func TestRoaming(t *testing.T) {
 		if s.lease != at(leased) || s.endpoint != end || s.received != c.have.ReceiveBytes {
 			t.Errorf("%s: seen is %+v", c.name, s)
 		}
-		if fresh := c.before == nil || c.before.received != c.have.ReceiveBytes || !c.stays; fresh != (s.heard == start && s.sent == c.sent) && c.before != nil {
+		if fresh := c.before == nil || c.before.received != c.have.ReceiveBytes ||
+			!c.stays; fresh != (s.heard == start && s.sent == c.sent) && c.before != nil {
 			t.Errorf("%s: heard %v ago, sent %d", c.name, start.Sub(s.heard), s.sent)
 		}
 	}
@@ -287,7 +300,8 @@ func applied(have *wgtypes.Device, c wgtypes.Config) *wgtypes.Device {
 		}
 		for _, a := range p.AllowedIPs {
 			for j := range d.Peers {
-				d.Peers[j].AllowedIPs = slices.DeleteFunc(slices.Clone(d.Peers[j].AllowedIPs), func(b net.IPNet) bool { return b.String() == a.String() })
+				d.Peers[j].AllowedIPs = slices.DeleteFunc(slices.Clone(d.Peers[j].AllowedIPs),
+					func(b net.IPNet) bool { return b.String() == a.String() })
 			}
 			h.AllowedIPs = append(h.AllowedIPs, a)
 		}
@@ -298,7 +312,8 @@ func applied(have *wgtypes.Device, c wgtypes.Config) *wgtypes.Device {
 // TestMoves: whatever moves, a subnet is never nobody's on the way, once it was
 // somebody's, unless a peer has to lose another one, too.
 func TestMoves(t *testing.T) {
-	have := &wgtypes.Device{PrivateKey: key('a'), ListenPort: 51820, Peers: []wgtypes.Peer{held('b', leased, 0, 0, "10.5.2.0/24")}}
+	have := &wgtypes.Device{PrivateKey: key('a'), ListenPort: 51820,
+		Peers: []wgtypes.Peer{held('b', leased, 0, 0, "10.5.2.0/24")}}
 	steps, _ := changes("dev", have, usual(map[byte]peer{'c': wanted(leased, "10.5.2.0/24")}), nil, false, start)
 	for i, p := range steps[0].Peers {
 		have = applied(have, wgtypes.Config{Peers: []wgtypes.PeerConfig{p}})

@@ -64,7 +64,8 @@ func TestUserDevice(t *testing.T) {
 		t.Helper()
 		j := 1 - i
 		want := config{Private: keys[i], port: ports[i], PSK: secret(key('p')), peers: map[wgtypes.Key]peer{
-			keys[j].public(): wanted(fmt.Sprintf("127.0.0.1:%d", ports[j]), fmt.Sprintf("10.5.%d.0/24", j+1), fmt.Sprintf("fd05:0:0:%d::/64", j+1)),
+			keys[j].public(): wanted(fmt.Sprintf("127.0.0.1:%d", ports[j]), fmt.Sprintf("10.5.%d.0/24", j+1),
+				fmt.Sprintf("fd05:0:0:%d::/64", j+1)),
 		}}
 		have, err := devices[i].Device()
 		if err != nil {
@@ -127,7 +128,8 @@ func TestUserDevice(t *testing.T) {
 			t.Fatal(err)
 		}
 		p := have.Peers[0]
-		if p.ReceiveBytes == 0 || time.Since(p.LastHandshakeTime) > time.Minute || p.PresharedKey != key('p') || p.PersistentKeepaliveInterval != 0 {
+		if p.ReceiveBytes == 0 || time.Since(p.LastHandshakeTime) > time.Minute || p.PresharedKey != key('p') ||
+			p.PersistentKeepaliveInterval != 0 {
 			t.Errorf("the peer is %v, %v", p.ReceiveBytes, p.LastHandshakeTime)
 		}
 		if n := settle(i, false); n > 0 {
@@ -148,8 +150,10 @@ func checkUndone(t *testing.T, d device, peer wgtypes.Key, settle func() int) {
 		"peer removed":    {Peers: []wgtypes.PeerConfig{{PublicKey: peer, Remove: true}}},
 		"subnets removed": {Peers: []wgtypes.PeerConfig{{PublicKey: peer, UpdateOnly: true, ReplaceAllowedIPs: true}}},
 		"PSK changed":     {Peers: []wgtypes.PeerConfig{{PublicKey: peer, UpdateOnly: true, PresharedKey: &wrong}}},
-		"keepalive":       {Peers: []wgtypes.PeerConfig{{PublicKey: peer, UpdateOnly: true, PersistentKeepaliveInterval: &seconds}}},
-		"stranger": {Peers: []wgtypes.PeerConfig{{PublicKey: key('z'), Endpoint: &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 9},
+		"keepalive": {Peers: []wgtypes.PeerConfig{{PublicKey: peer, UpdateOnly: true,
+			PersistentKeepaliveInterval: &seconds}}},
+		"stranger": {Peers: []wgtypes.PeerConfig{{PublicKey: key('z'),
+			Endpoint:   &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 9},
 			AllowedIPs: held('z', "", 0, 0, "10.5.2.0/24").AllowedIPs}}},
 		"private key": {PrivateKey: &wrong, ReplacePeers: true}, // what happens without: see changes
 	} {
@@ -290,7 +294,8 @@ func TestControl(t *testing.T) {
 
 // TestDeviceText: what cannot be read is told, without what it was.
 func TestDeviceText(t *testing.T) {
-	for _, text := range []string{"private_key=c0ffee\n", "private_key=secret\n", "listen_port=x\n", "endpoint=x\n", "allowed_ip=x\n"} {
+	for _, text := range []string{"private_key=c0ffee\n", "private_key=secret\n", "listen_port=x\n", "endpoint=x\n",
+		"allowed_ip=x\n"} {
 		_, err := parseDevice("public_key=" + strings.Repeat("62", 32) + "\n" + text)
 		if err == nil || strings.Contains(err.Error(), "c0ffee") || strings.Contains(err.Error(), "secret") {
 			t.Errorf("%q: %v", text, err)

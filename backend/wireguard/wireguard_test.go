@@ -33,9 +33,10 @@ func TestMain(m *testing.M) {
 			panic(err)
 		}
 		os.Setenv("WIREGUARD_KEY_FILE", file)
-		backend.Register(backend.Type{Name: Type, New: func(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
-			return newBackend(cfg, uplink, func() bool { return true })
-		}})
+		backend.Register(backend.Type{Name: Type,
+			New: func(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
+				return newBackend(cfg, uplink, func() bool { return true })
+			}})
 		return m.Run()
 	}())
 }
@@ -64,7 +65,8 @@ func newTest(t *testing.T, config string, uplink iface.Uplink) *wireguard {
 	return b.(*wireguard)
 }
 
-var dualUplink = iface.Uplink{Name: "eth0", MTU: 1500, IPv4: netip.MustParseAddr("198.18.0.1"), IPv6: netip.MustParseAddr("fd18::1")}
+var dualUplink = iface.Uplink{Name: "eth0", MTU: 1500, IPv4: netip.MustParseAddr("198.18.0.1"),
+	IPv6: netip.MustParseAddr("fd18::1")}
 
 func lease(t *testing.T, key, attrs string) subnet.Lease {
 	t.Helper()
@@ -92,11 +94,13 @@ func (c config) text() string {
 func TestModes(t *testing.T) {
 	data := func(b byte, port string) string { return `{"PublicKey":"` + key(b).String() + `"` + port + `}` }
 	attrs := func(four, six, data, dataV6 string) string {
-		return `{"PublicIP":"` + four + `","PublicIPv6":` + six + `,"BackendData":` + data + `,"BackendV6Data":` + dataV6 + `}`
+		return `{"PublicIP":"` + four + `","PublicIPv6":` + six + `,"BackendData":` + data + `,"BackendV6Data":` + dataV6 +
+			`}`
 	}
 	const dual, four, six = "10.5.2.0-24&fd05:0:0:2::-64", "10.5.2.0-24", "0.0.0.0-0&fd05:0:0:2::-64"
 	usual := attrs("198.18.0.2", `"fd18::2"`, data('b', ""), data('b', ""))
-	global := iface.Uplink{Name: "eth0", MTU: 1500, IPv4: netip.MustParseAddr("10.0.0.1"), IPv6: netip.MustParseAddr("2001:db8::1")}
+	global := iface.Uplink{Name: "eth0", MTU: 1500, IPv4: netip.MustParseAddr("10.0.0.1"),
+		IPv6: netip.MustParseAddr("2001:db8::1")}
 	for _, c := range []struct {
 		name, config string
 		uplink       iface.Uplink
@@ -104,26 +108,34 @@ func TestModes(t *testing.T) {
 		want         string // of each device
 	}{
 		{"separate", "", dualUplink, dual, usual, "b 198.18.0.2:51820 10.5.2.0/24 | b [fd18::2]:51821 fd05:0:0:2::/64"},
-		{"separate, ports", `,"ListenPort":1,"ListenPortV6":2`, dualUplink, dual, attrs("198.18.0.2", `"fd18::2"`, data('b', `,"Port":3`), data('c', "")),
+		{"separate, ports", `,"ListenPort":1,"ListenPortV6":2`, dualUplink, dual,
+			attrs("198.18.0.2", `"fd18::2"`, data('b', `,"Port":3`), data('c', "")),
 			"b 198.18.0.2:3 10.5.2.0/24 | c [fd18::2]:2 fd05:0:0:2::/64"},
 		{"separate, IPv4's only", "", dualUplink, four, usual, "b 198.18.0.2:51820 10.5.2.0/24 | "},
 		{"separate, IPv6's only", "", dualUplink, six, usual, " | b [fd18::2]:51821 fd05:0:0:2::/64"},
-		{"separate, no address", "", dualUplink, dual, attrs("198.18.0.2", "null", data('b', ""), data('b', "")), "b 198.18.0.2:51820 10.5.2.0/24 | "},
+		{"separate, no address", "", dualUplink, dual, attrs("198.18.0.2", "null", data('b', ""), data('b', "")),
+			"b 198.18.0.2:51820 10.5.2.0/24 | "},
 		{"ipv4", `,"Mode":"ipv4"`, dualUplink, dual, usual, "b 198.18.0.2:51820 10.5.2.0/24,fd05:0:0:2::/64"},
-		{"ipv4, no IPv6 address", `,"Mode":"ipv4"`, dualUplink, dual, attrs("198.18.0.2", "null", data('b', ""), data('b', "")),
+		{"ipv4, no IPv6 address", `,"Mode":"ipv4"`, dualUplink, dual,
+			attrs("198.18.0.2", "null", data('b', ""), data('b', "")),
 			"b 198.18.0.2:51820 10.5.2.0/24,fd05:0:0:2::/64"},
 		{"ipv6", `,"Mode":"ipv6"`, dualUplink, dual, usual, "b [fd18::2]:51820 10.5.2.0/24,fd05:0:0:2::/64"},
-		{"ipv6, no address", `,"Mode":"ipv6"`, dualUplink, dual, attrs("198.18.0.2", "null", data('b', ""), data('b', "")), ""},
+		{"ipv6, no address", `,"Mode":"ipv6"`, dualUplink, dual, attrs("198.18.0.2", "null", data('b', ""), data('b', "")),
+			""},
 		{"one device, IPv4's data", `,"Mode":"ipv4"`, dualUplink, dual, attrs("198.18.0.2", "null", data('b', ""), "null"),
 			"b 198.18.0.2:51820 10.5.2.0/24,fd05:0:0:2::/64"},
 		{"auto, public IPv4", `,"Mode":"auto"`, dualUplink, dual, usual, "b 198.18.0.2:51820 10.5.2.0/24,fd05:0:0:2::/64"},
-		{"auto, both public", `,"Mode":"auto"`, global, dual, attrs("203.0.113.2", `"2001:db8::2"`, data('b', ""), data('b', "")),
+		{"auto, both public", `,"Mode":"auto"`, global, dual,
+			attrs("203.0.113.2", `"2001:db8::2"`, data('b', ""), data('b', "")),
 			"b 203.0.113.2:51820 10.5.2.0/24,fd05:0:0:2::/64"},
-		{"auto, public IPv6 on both sides", `,"Mode":"auto"`, global, dual, attrs("10.0.0.2", `"2001:db8::2"`, data('b', ""), data('b', "")),
+		{"auto, public IPv6 on both sides", `,"Mode":"auto"`, global, dual,
+			attrs("10.0.0.2", `"2001:db8::2"`, data('b', ""), data('b', "")),
 			"b [2001:db8::2]:51820 10.5.2.0/24,fd05:0:0:2::/64"},
-		{"auto, public IPv6 on one side", `,"Mode":"auto"`, dualUplink, dual, attrs("10.0.0.2", `"2001:db8::2"`, data('b', ""), data('b', "")),
+		{"auto, public IPv6 on one side", `,"Mode":"auto"`, dualUplink, dual,
+			attrs("10.0.0.2", `"2001:db8::2"`, data('b', ""), data('b', "")),
 			"b 10.0.0.2:51820 10.5.2.0/24,fd05:0:0:2::/64"},
-		{"auto, no IPv4", `,"Mode":"auto"`, dualUplink, six, attrs("", `"fd18::2"`, "null", data('b', "")), "b [fd18::2]:51820 fd05:0:0:2::/64"},
+		{"auto, no IPv4", `,"Mode":"auto"`, dualUplink, six, attrs("", `"fd18::2"`, "null", data('b', "")),
+			"b [fd18::2]:51820 fd05:0:0:2::/64"},
 	} {
 		w := newTest(t, c.config, c.uplink)
 		own := lease(t, "10.5.1.0-24&fd05:0:0:1::-64", `{"PublicIP":"198.18.0.1","PublicIPv6":"fd18::1"}`)
@@ -153,7 +165,8 @@ func TestGenerations(t *testing.T) {
 		leases := map[subnet.Subnets]subnet.Lease{}
 		for _, l := range []subnet.Lease{
 			lease(t, "10.5.2.0-24", `{"PublicIP":"198.18.0.2","BackendData":{"PublicKey":"`+key('b').String()+`"}}`),
-			lease(t, "10.5.2.0-24&fd05:0:0:2::-64", `{"PublicIP":"198.18.0.3","BackendData":{"PublicKey":"`+key(c.second).String()+`"}}`),
+			lease(t, "10.5.2.0-24&fd05:0:0:2::-64",
+				`{"PublicIP":"198.18.0.3","BackendData":{"PublicKey":"`+key(c.second).String()+`"}}`),
 		} {
 			leases[l.Subnets] = l
 		}
@@ -195,7 +208,8 @@ func TestSecrets(t *testing.T) {
 		for _, v := range []any{*w, w.options, w.PSK, c} {
 			text := fmt.Sprintf(format, v)
 			for _, k := range []wgtypes.Key{key('p'), key('k')} {
-				for _, told := range []string{k.String(), fmt.Sprintf("%d %d", k[0], k[0]), fmt.Sprintf("0x%x", k[0]), string(k[:4])} {
+				for _, told := range []string{k.String(), fmt.Sprintf("%d %d", k[0], k[0]), fmt.Sprintf("0x%x", k[0]),
+					string(k[:4])} {
 					if strings.Contains(text, told) {
 						t.Errorf("%s of a %T tells %s: %s", format, v, told, text)
 					}
@@ -264,7 +278,8 @@ func TestKeyFile(t *testing.T) {
 	if err := os.WriteFile(file, []byte("c2VjcmV0\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := privateKey(file); err == nil || strings.Contains(err.Error(), "c2Vj") || !strings.Contains(err.Error(), file) {
+	if _, err := privateKey(file); err == nil || strings.Contains(err.Error(), "c2Vj") ||
+		!strings.Contains(err.Error(), file) {
 		t.Errorf("the error is %v", err)
 	}
 	if err := os.Truncate(file, 0); err != nil { // power was lost

@@ -310,11 +310,13 @@ func TestDrift(t *testing.T) {
 		`ip6tables -F && ip6tables -X`,
 	}
 	deleteRule := func(chain string) string {
-		return `nft delete rule ip flannel-ipv4 ` + chain + ` handle $(nft -a list chain ip flannel-ipv4 ` + chain + ` | sed -n 's/.*counter.* handle //p' | head -n 1)`
+		return `nft delete rule ip flannel-ipv4 ` + chain + ` handle $(nft -a list chain ip flannel-ipv4 ` + chain +
+			` | sed -n 's/.*counter.* handle //p' | head -n 1)`
 	}
 	drift := map[string][]string{
 		legacyMode.name: iptables,
-		nftMode.name:    append([]string{`nft flush ruleset`, `nft delete table ip nat`, `nft delete table ip6 filter`}, iptables...),
+		nftMode.name: append([]string{`nft flush ruleset`, `nft delete table ip nat`, `nft delete table ip6 filter`},
+			iptables...),
 		tablesMode.name: {
 			`nft flush ruleset`,
 			`nft delete table ip flannel-ipv4`,
@@ -515,7 +517,8 @@ func TestForeignUserOfOurChain(t *testing.T) {
 			n.apply(d, Desired{})
 			n.check(d, true)
 			save := n.sh("iptables-save")
-			if !strings.Contains(save, "-A MINE -j FLANNEL-FWD\n") || strings.Contains(save, "-A FLANNEL") || strings.Contains(save, "flanneld") {
+			if !strings.Contains(save, "-A MINE -j FLANNEL-FWD\n") || strings.Contains(save, "-A FLANNEL") ||
+				strings.Contains(save, "flanneld") {
 				t.Errorf("got\n%s", save)
 			}
 		}

@@ -201,7 +201,8 @@ func TestFailures(t *testing.T) {
 		f.refuses = nil
 		pass(5 * time.Second)
 		expectStates(t, states, State{InPlace: true})
-		for _, text := range []string{`err="no program" operation="Rules"`, `err="refused" operation="Rules"`, `"Recovered" operation="Rules"`} {
+		for _, text := range []string{`err="no program" operation="Rules"`, `err="refused" operation="Rules"`,
+			`"Recovered" operation="Rules"`} {
 			if n := strings.Count(log.String(), text); n != 1 {
 				t.Errorf("%s is logged %d times:\n%s", text, n, log)
 			}

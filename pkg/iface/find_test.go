@@ -58,7 +58,8 @@ func TestFind(t *testing.T) {
 		route add 203.0.113.0/24 via 198.18.0.254 src 198.18.0.9`)
 
 	u := find(t, Selector{}, true, true, "eth1 198.18.5.1, 2001:db8:5::1, mtu 1500")
-	if got := u.Prefixes; len(got) != 2 || got[0] != netip.MustParsePrefix("198.18.5.0/24") || got[1] != netip.MustParsePrefix("2001:db8:5::/64") {
+	if got := u.Prefixes; len(got) != 2 || got[0] != netip.MustParsePrefix("198.18.5.0/24") ||
+		got[1] != netip.MustParsePrefix("2001:db8:5::/64") {
 		t.Errorf("on link: %v", got)
 	}
 	u = find(t, Selector{}, false, true, "eth0 2001:db8::1, mtu 1400")
@@ -74,7 +75,8 @@ func TestFind(t *testing.T) {
 	find(t, Selector{CanReach: ip("198.18.0.1")}, true, false, "eth0 198.18.0.1, mtu 1400") // the route is lo's
 	find(t, Selector{CanReach: ip("2001:db8:5::99")}, true, true, "eth1 198.18.5.1, 2001:db8:5::1, mtu 1500")
 	find(t, Selector{PublicIP: ip("198.18.0.9")}, true, false, "eth0 198.18.0.9, mtu 1400")
-	find(t, Selector{PublicIP: ip("203.0.113.7")}, true, false, "eth1 198.18.5.1 (known to peers as 203.0.113.7), mtu 1500")
+	find(t, Selector{PublicIP: ip("203.0.113.7")}, true, false,
+		"eth1 198.18.5.1 (known to peers as 203.0.113.7), mtu 1500")
 
 	// The kernel lists the newest IPv6 address first.
 	nstest.Run(t, "ip addr add 2001:db8::2/64 dev eth0 nodad")
@@ -82,7 +84,8 @@ func TestFind(t *testing.T) {
 
 	nstest.Run(t, "ip link set eth1 down")
 	find(t, Selector{}, true, false, "eth0 198.18.0.1, mtu 1400") // the better route went with its link
-	if _, err := Find(Selector{Names: []string{"eth1"}}, true, false); err == nil || err.Error() != "eth1 (--iface=eth1) is down: ip link set eth1 up" {
+	if _, err := Find(Selector{Names: []string{"eth1"}}, true, false); err == nil ||
+		err.Error() != "eth1 (--iface=eth1) is down: ip link set eth1 up" {
 		t.Errorf("got %v", err)
 	}
 	want := "no interface matches --iface=eth9: this host has eth0 (198.18.0.1/24, 198.18.0.9/24, 2001:db8::2/64, 2001:db8::1/64), " +
@@ -90,11 +93,13 @@ func TestFind(t *testing.T) {
 	// The module of ipip and its like, which another test may load at any time, put a
 	// device into each namespace that is made.
 	fallback := regexp.MustCompile(`, (tunl0|sit0|ip6tnl0|gre0|gretap0|erspan0|ip_vti0|ip6_vti0) \(no address, down\)`)
-	if _, err := Find(Selector{Names: []string{"eth9"}}, true, false); err == nil || fallback.ReplaceAllString(err.Error(), "") != want {
+	if _, err := Find(Selector{Names: []string{"eth9"}}, true, false); err == nil ||
+		fallback.ReplaceAllString(err.Error(), "") != want {
 		t.Errorf("got  %v\nwant %s", err, want)
 	}
 	want = "no route for --iface-can-reach=2001:db8:99::1 (no route to host): this host has "
-	if _, err := Find(Selector{CanReach: ip("2001:db8:99::1")}, true, false); err == nil || !strings.HasPrefix(err.Error(), want) {
+	if _, err := Find(Selector{CanReach: ip("2001:db8:99::1")}, true, false); err == nil ||
+		!strings.HasPrefix(err.Error(), want) {
 		t.Errorf("got  %v\nwant %s", err, want)
 	}
 }
@@ -122,7 +127,8 @@ func TestFindPointToPoint(t *testing.T) {
 	if u.MAC != "" {
 		t.Errorf("MAC %q", u.MAC)
 	}
-	for peer, want := range map[string]bool{"198.18.0.2": true, "2001:db8::2": true, "198.18.0.3": false, "2001:db8::3": false} {
+	for peer, want := range map[string]bool{"198.18.0.2": true, "2001:db8::2": true, "198.18.0.3": false,
+		"2001:db8::3": false} {
 		if u.OnLink(ip(peer)) != want {
 			t.Errorf("%s on link: %t, want %t", peer, !want, want)
 		}
@@ -175,7 +181,8 @@ func TestFindTentative(t *testing.T) {
 	nstest.Run(t, "ip addr add 2001:db8:1::1/64 dev eth1 mngtmpaddr nodad")
 
 	_, err := Find(Selector{Names: []string{"eth0"}}, false, true)
-	if err == nil || !strings.Contains(err.Error(), "eth0 (--iface=eth0) has no usable IPv6 address (2001:db8::1/64 is tentative)") {
+	if err == nil || !strings.Contains(err.Error(),
+		"eth0 (--iface=eth0) has no usable IPv6 address (2001:db8::1/64 is tentative)") {
 		t.Errorf("got %v", err)
 	}
 	if out := nstest.Run(t, "ip -6 addr show dev eth1 temporary"); !strings.Contains(out, "2001:db8:1:") {

@@ -25,14 +25,18 @@ func TestDiff(t *testing.T) {
 			want: []string{"ip route del 10.5.9.0/24 via 198.18.0.9 dev eth0 proto 70"}},
 		{name: "another's route on our device", harm: []string{"ip route add 10.5.9.0/24 dev flannel.1 proto static"},
 			want: []string{"ip route del 10.5.9.0/24 dev flannel.1 proto 4"}},
-		{name: "another MTU", harm: []string{"ip link set flannel.1 mtu 1400"}, want: []string{"ip link set flannel.1 mtu 1450 up"}},
-		{name: "a neighbour and an FDB entry", harm: []string{"ip neigh del 10.5.2.0 dev flannel.1", "bridge fdb del 0e:00:00:00:00:02 dev flannel.1"},
+		{name: "another MTU", harm: []string{"ip link set flannel.1 mtu 1400"},
+			want: []string{"ip link set flannel.1 mtu 1450 up"}},
+		{name: "a neighbour and an FDB entry",
+			harm: []string{"ip neigh del 10.5.2.0 dev flannel.1", "bridge fdb del 0e:00:00:00:00:02 dev flannel.1"},
 			want: []string{"ip neigh replace 10.5.2.0 lladdr 0e:00:00:00:00:02 dev flannel.1 nud permanent",
 				"bridge fdb replace 0e:00:00:00:00:02 dev flannel.1 dst 198.18.0.2 self permanent"}},
-		{name: "an address too many", harm: []string{"ip addr add 10.9.9.9/32 dev flannel.1"}, want: []string{"ip addr del 10.9.9.9/32 dev flannel.1"}},
+		{name: "an address too many", harm: []string{"ip addr add 10.9.9.9/32 dev flannel.1"},
+			want: []string{"ip addr del 10.9.9.9/32 dev flannel.1"}},
 		{name: "no device", harm: []string{"ip link del flannel.1"}},
 		{name: "down", harm: []string{"ip link set flannel.1 down"}},
-		{name: "a device of another kind", harm: []string{"ip link del flannel-v6.1", "ip link add flannel-v6.1 type bridge"}},
+		{name: "a device of another kind", harm: []string{"ip link del flannel-v6.1",
+			"ip link add flannel-v6.1 type bridge"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			host(t)
@@ -83,7 +87,8 @@ func TestRemoveAll(t *testing.T) {
 	}
 	apply(t, r)
 	nstest.Run(t, "ip link del vxlan0")
-	if after := nstest.Run(t, "ip -d -o link") + nstest.Run(t, "ip route") + nstest.Run(t, "ip -6 route"); after != before {
+	if after := nstest.Run(t, "ip -d -o link") + nstest.Run(t, "ip route") +
+		nstest.Run(t, "ip -6 route"); after != before {
 		t.Errorf("before\n%s\nafter\n%s", before, after)
 	}
 }

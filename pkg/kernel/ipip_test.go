@@ -32,7 +32,8 @@ func TestIPIP(t *testing.T) {
 		nstest.Run(t, "ip link del flannel.ipip")
 		nstest.Run(t, "ip link add flannel.ipip type ipip "+kind)
 		settle(t, r, "the device instead of one with "+kind, func() bool {
-			return r.Has("node") && strings.Contains(nstest.Run(t, "ip -d link show flannel.ipip"), "remote any local 198.18.0.1")
+			return r.Has("node") && strings.Contains(nstest.Run(t, "ip -d link show flannel.ipip"),
+				"remote any local 198.18.0.1")
 		})
 	}
 	if err := r.compare(); err != nil || len(r.dirty) > 0 {

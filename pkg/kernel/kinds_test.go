@@ -105,7 +105,8 @@ func TestKeys(t *testing.T) {
 	src.Src, dst.Dst, dir.Dir = prefix("10.5.7.0/24"), prefix("10.5.7.0/24"), PolicyFwd
 	v4, v6 := Route{Dst: prefix("0.0.0.0/0")}, Route{Dst: prefix("::/0")}
 	all := []Object{p, src, dst, dir, v4, v6, Route{Dst: v4.Dst, Metric: 1}, Route{Dst: prefix("0.0.0.0/1")},
-		Addr{Dev: "a", Prefix: prefix("10.0.0.1/32")}, Neighbor{Dev: "a", IP: addr("10.0.0.1")}, nexthop{id: 1}, nexthop{id: 2}}
+		Addr{Dev: "a", Prefix: prefix("10.0.0.1/32")}, Neighbor{Dev: "a", IP: addr("10.0.0.1")}, nexthop{id: 1},
+		nexthop{id: 2}}
 	for i, a := range all {
 		for _, b := range all[:i] {
 			if a.Key() == b.Key() {
@@ -137,10 +138,12 @@ func TestOrderOfRemoval(t *testing.T) {
 	}
 	apply := order(func(d *descriptor) bool { return d.removeFirst })
 	diff := order(func(d *descriptor) bool { return d.removeFirstInDiff })
-	if want := []Kind{KindRoute, KindLink, KindPolicy, KindNexthop, KindFDB, KindNeighbor, KindAddr}; !slices.Equal(apply, want) {
+	if want := []Kind{KindRoute, KindLink, KindPolicy, KindNexthop, KindFDB, KindNeighbor, KindAddr}; !slices.Equal(apply,
+		want) {
 		t.Errorf("apply removes %v", apply)
 	}
-	if want := []Kind{KindPolicy, KindRoute, KindLink, KindNexthop, KindFDB, KindNeighbor, KindAddr}; !slices.Equal(diff, want) {
+	if want := []Kind{KindPolicy, KindRoute, KindLink, KindNexthop, KindFDB, KindNeighbor, KindAddr}; !slices.Equal(diff,
+		want) {
 		t.Errorf("diff removes %v", diff)
 	}
 }

@@ -137,7 +137,8 @@ func TestNexthopsOfOthers(t *testing.T) {
 			nstest.Run(t, taken)
 		}
 		settle(t, r, "a plain route "+when, func() bool {
-			return strings.TrimSpace(nstest.Run(t, "ip route show 10.5.2.0/24")) == "10.5.2.0/24 via 10.5.2.0 dev flannel.1 proto 70 onlink"
+			return strings.TrimSpace(nstest.Run(t,
+				"ip route show 10.5.2.0/24")) == "10.5.2.0/24 via 10.5.2.0 dev flannel.1 proto 70 onlink"
 		})
 		r.Compare()
 		apply(t, r)
@@ -169,7 +170,8 @@ func TestSharedNexthops(t *testing.T) {
 	r.Set("third", via("10.5.5.0/24", "flannel.1"))
 	apply(t, r)
 	show := func() string { return nstest.Run(t, "ip route show proto 70") }
-	want := []string{"10.5.3.0/24 nhid " + nhidDirect + " via 198.18.0.3 dev eth0", "10.5.4.0/24 nhid " + nhidDirect + " via 198.18.0.3 dev eth0", "10.5.5.0/24 via 198.18.0.3 dev flannel.1 onlink"}
+	want := []string{"10.5.3.0/24 nhid " + nhidDirect + " via 198.18.0.3 dev eth0", "10.5.4.0/24 nhid " + nhidDirect +
+		" via 198.18.0.3 dev eth0", "10.5.5.0/24 via 198.18.0.3 dev flannel.1 onlink"}
 	for _, line := range want {
 		if !strings.Contains(show(), line) {
 			t.Errorf("no %s in\n%s", line, show())
@@ -177,7 +179,8 @@ func TestSharedNexthops(t *testing.T) {
 	}
 	r.Set("first", nil)
 	apply(t, r)
-	if strings.Contains(show(), "10.5.3.0/24") || !strings.Contains(show(), want[1]) || !strings.Contains(show(), want[2]) {
+	if strings.Contains(show(), "10.5.3.0/24") || !strings.Contains(show(), want[1]) ||
+		!strings.Contains(show(), want[2]) {
 		t.Errorf("without the first:\n%s", show())
 	}
 	r.Set("second", nil)

@@ -21,7 +21,8 @@ func policies() []Object {
 		{Src: prefix("10.5.1.0/24"), Dst: prefix("10.5.2.0/24"), From: addr("198.18.0.1"), To: addr("198.18.0.2")},
 		{Src: prefix("fd05:0:0:1::/64"), Dst: prefix("fd05:0:0:2::/64"), From: addr("fd18::1"), To: addr("fd18::2")},
 	} {
-		out, in, fwd := p, Policy{PolicyIn, p.Dst, p.Src, p.To, p.From, false}, Policy{PolicyFwd, p.Dst, p.Src, p.To, p.From, false}
+		out, in, fwd := p, Policy{PolicyIn, p.Dst, p.Src, p.To, p.From, false}, Policy{PolicyFwd, p.Dst, p.Src, p.To, p.From,
+			false}
 		out.Dir = PolicyOut
 		all = append(all, out, in, fwd)
 	}
@@ -72,12 +73,14 @@ func TestPolicies(t *testing.T) {
 		"ip xfrm policy update " + policyOut + " " + strings.Replace(policyTo, "198.18.0.2", "198.18.0.9", 1),
 	} {
 		nstest.Run(t, harm)
-		if text := showPolicies(t); strings.Contains(text, policyOut+" priority 0 "+policyTo) && !strings.Contains(text, "block") {
+		if text := showPolicies(t); strings.Contains(text, policyOut+" priority 0 "+policyTo) &&
+			!strings.Contains(text, "block") {
 			t.Errorf("%s changes nothing", harm)
 		}
 		settle(t, r, "the policies, after "+harm, func() bool {
 			text := showPolicies(t)
-			return whole() && strings.Contains(text, policyOut+" priority 0 ") && !strings.Contains(text, "block") && !strings.Contains(text, "198.18.0.9")
+			return whole() && strings.Contains(text, policyOut+" priority 0 ") && !strings.Contains(text, "block") &&
+				!strings.Contains(text, "198.18.0.9")
 		})
 	}
 	r.Set("peer", nil)

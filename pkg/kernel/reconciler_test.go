@@ -31,9 +31,11 @@ func prefix(s string) netip.Prefix { return netip.MustParsePrefix(s) }
 // node is what a dual-stack VXLAN node wants for itself.
 func node() []Object {
 	return []Object{
-		Link{Name: "flannel.1", MAC: mac1, MTU: 1450, Type: VXLAN{VNI: 1, Port: 8472, Local: addr("198.18.0.1"), Dev: "eth0"}},
+		Link{Name: "flannel.1", MAC: mac1, MTU: 1450,
+			Type: VXLAN{VNI: 1, Port: 8472, Local: addr("198.18.0.1"), Dev: "eth0"}},
 		Addr{Dev: "flannel.1", Prefix: prefix("10.5.1.0/32")},
-		Link{Name: "flannel-v6.1", MAC: mac1, MTU: 1430, Type: VXLAN{VNI: 1, Port: 8472, Local: addr("fd18::1"), Dev: "eth0", Learning: true, GBP: true}},
+		Link{Name: "flannel-v6.1", MAC: mac1, MTU: 1430,
+			Type: VXLAN{VNI: 1, Port: 8472, Local: addr("fd18::1"), Dev: "eth0", Learning: true, GBP: true}},
 		Addr{Dev: "flannel-v6.1", Prefix: prefix("fd05:0:0:1::/128")},
 		Route{Dst: prefix("10.5.1.0/24"), Blackhole: true, Metric: 4096},
 		Route{Dst: prefix("fd05:0:0:1::/64"), Blackhole: true, Metric: 4096},
@@ -228,7 +230,8 @@ func TestAdoptsWhatFits(t *testing.T) {
 		}
 	}
 	apply(t, again)
-	if after := tables(t); after != before || strings.SplitN(nstest.Run(t, "ip -o link show flannel.1"), ":", 2)[0] != index {
+	if after := tables(t); after != before ||
+		strings.SplitN(nstest.Run(t, "ip -o link show flannel.1"), ":", 2)[0] != index {
 		t.Errorf("a restart changed\n%s\nto\n%s", before, after)
 	}
 }
@@ -412,7 +415,8 @@ func TestRefusedObjects(t *testing.T) {
 	r.Set("far", []Object{Route{Dst: prefix("10.5.4.0/24"), Via: addr("198.19.0.4"), Dev: "eth0"}})
 	r.Set("peer", peer(mac2))
 	err := r.Reconcile()
-	if err == nil || !strings.Contains(err.Error(), "ip route replace 10.5.4.0/24 via 198.19.0.4 dev eth0 proto 70: network is unreachable") {
+	if err == nil || !strings.Contains(err.Error(),
+		"ip route replace 10.5.4.0/24 via 198.19.0.4 dev eth0 proto 70: network is unreachable") {
 		t.Fatalf("got error %v", err)
 	}
 	if !r.waiting() || r.pending() {
@@ -445,7 +449,8 @@ func TestDeviceThatDoesNotFitIsReplaced(t *testing.T) {
 	other[0] = l
 	r.Set("node", other)
 	apply(t, r)
-	if got, want := tables(t), strings.Replace(before, "srcport 0 0 dstport 8472 nolearning", "srcport 0 0 dstport 4789 nolearning", 1); got != want {
+	if got, want := tables(t), strings.Replace(before, "srcport 0 0 dstport 8472 nolearning",
+		"srcport 0 0 dstport 4789 nolearning", 1); got != want {
 		t.Errorf("want\n%s\ngot\n%s", want, got)
 	}
 	r.Compare()

@@ -55,7 +55,8 @@ func TestStats(t *testing.T) {
 	want[KindRoute][Changed]++
 
 	nstest.Run(t, "ip route add 10.5.9.0/24 via 198.18.0.9 dev eth0 proto 70")
-	settle(t, r, "the route that nobody wants to go", func() bool { return nstest.Run(t, "ip route show 10.5.9.0/24") == "" })
+	settle(t, r, "the route that nobody wants to go",
+		func() bool { return nstest.Run(t, "ip route show 10.5.9.0/24") == "" })
 	want[KindRoute][LeftOver]++
 	if got := repairs(); got != want {
 		t.Errorf("repairs are counted as %v, want %v", got, want)

@@ -51,7 +51,8 @@ func TestRestart(t *testing.T) {
 			release <- struct{}{}
 		}
 		synctest.Wait()
-		if !stopped || len(causes) != 3 || causes[0] != errStop || causes[1] != context.Canceled || causes[2] != context.Canceled {
+		if !stopped || len(causes) != 3 || causes[0] != errStop || causes[1] != context.Canceled ||
+			causes[2] != context.Canceled {
 			t.Errorf("stopped: %t; the causes are %v", stopped, causes)
 		}
 		k.Stop(nil) // once more

@@ -92,7 +92,8 @@ func TestChoose(t *testing.T) {
 		{name: "others are left alone", config: four, self: self, records: `
 			10.5.1.0-24 198.18.0.2
 			10.5.3.0-24 198.18.0.3 reserved`, want: "create 10.5.2.0-24"},
-		{name: "an unreadable record occupies its subnet", config: four, self: self, records: "10.5.1.0-24 unreadable", want: "create 10.5.2.0-24"},
+		{name: "an unreadable record occupies its subnet", config: four, self: self, records: "10.5.1.0-24 unreadable",
+			want: "create 10.5.2.0-24"},
 		{name: "another length occupies too", config: four, self: self, records: `
 			10.5.0.0-22 198.18.0.2`, want: "create 10.5.4.0-24"},
 		{name: "full", config: four, self: self, records: `
@@ -104,7 +105,8 @@ func TestChoose(t *testing.T) {
 		{name: "own", config: four, self: self, records: `
 			10.5.1.0-24 198.18.0.2
 			10.5.3.0-24 198.18.0.1`, want: "take 10.5.3.0-24"},
-		{name: "own before the previous one", config: four, self: self, previous: "10.5.2.0-24", records: "10.5.3.0-24 198.18.0.1", want: "take 10.5.3.0-24"},
+		{name: "own before the previous one", config: four, self: self, previous: "10.5.2.0-24",
+			records: "10.5.3.0-24 198.18.0.1", want: "take 10.5.3.0-24"},
 		{name: "own in a full network", config: four, self: self, records: `
 			10.5.0.0-22 198.18.0.2
 			10.5.4.0-24 198.18.0.1`, want: "take 10.5.4.0-24"},
@@ -121,16 +123,23 @@ func TestChoose(t *testing.T) {
 			10.5.3.0-24 198.18.0.1 reserved
 			10.5.2.0-24 198.18.0.1 reserved`, want: "take 10.5.3.0-24"},
 
-		{name: "own outside the network", config: four, self: self, records: "10.6.1.0-24 198.18.0.1", want: "drop 10.6.1.0-24, create 10.5.1.0-24"},
-		{name: "own of another length", config: four, self: self, records: "10.5.1.0-25 198.18.0.1", want: "drop 10.5.1.0-25, create 10.5.2.0-24"},
-		{name: "own of the wrong families", config: four, self: self, records: "10.5.1.0-24&fd00:5:0:1::-64 198.18.0.1", want: "drop 10.5.1.0-24&fd00:5:0:1::-64, create 10.5.2.0-24"},
-		{name: "a reservation outside the network", config: four, self: self, records: "10.6.1.0-24 198.18.0.1 reserved", want: "unfit 10.6.1.0-24, create 10.5.1.0-24"},
+		{name: "own outside the network", config: four, self: self, records: "10.6.1.0-24 198.18.0.1",
+			want: "drop 10.6.1.0-24, create 10.5.1.0-24"},
+		{name: "own of another length", config: four, self: self, records: "10.5.1.0-25 198.18.0.1",
+			want: "drop 10.5.1.0-25, create 10.5.2.0-24"},
+		{name: "own of the wrong families", config: four, self: self, records: "10.5.1.0-24&fd00:5:0:1::-64 198.18.0.1",
+			want: "drop 10.5.1.0-24&fd00:5:0:1::-64, create 10.5.2.0-24"},
+		{name: "a reservation outside the network", config: four, self: self, records: "10.6.1.0-24 198.18.0.1 reserved",
+			want: "unfit 10.6.1.0-24, create 10.5.1.0-24"},
 
 		{name: "previous", config: four, self: self, previous: "10.5.3.0-24", want: "create 10.5.3.0-24"},
-		{name: "previous is taken", config: four, self: self, previous: "10.5.3.0-24", records: "10.5.3.0-24 198.18.0.2", want: "create 10.5.1.0-24"},
-		{name: "previous is taken in part", config: four, self: self, previous: "10.5.3.0-24", records: "10.5.3.64-26 198.18.0.2", want: "create 10.5.1.0-24"},
+		{name: "previous is taken", config: four, self: self, previous: "10.5.3.0-24", records: "10.5.3.0-24 198.18.0.2",
+			want: "create 10.5.1.0-24"},
+		{name: "previous is taken in part", config: four, self: self, previous: "10.5.3.0-24",
+			records: "10.5.3.64-26 198.18.0.2", want: "create 10.5.1.0-24"},
 		{name: "previous does not fit", config: four, self: self, previous: "10.5.9.0-24", want: "create 10.5.1.0-24"},
-		{name: "previous has one family", config: dual, self: self, previous: "10.5.3.0-24", want: "create 10.5.1.0-24&fd00:5:0:1::-64"},
+		{name: "previous has one family", config: dual, self: self, previous: "10.5.3.0-24",
+			want: "create 10.5.1.0-24&fd00:5:0:1::-64"},
 
 		{name: "dual stack", config: dual, self: self, records: `
 			10.5.1.0-24&fd00:5:0:3::-64 198.18.0.2
@@ -155,10 +164,13 @@ func TestChoose(t *testing.T) {
 		{name: "IPv6 alone, own", config: six, self: self6, records: `
 			0.0.0.0-0&fd00:5:0:1::-64 fd18::2
 			0.0.0.0-0&fd00:5:0:2::-64 fd18::1`, want: "take 0.0.0.0-0&fd00:5:0:2::-64"},
-		{name: "no IPv6 address is not the same address", config: four, self: self, records: "10.5.1.0-24 fd18::2", want: "create 10.5.2.0-24"},
+		{name: "no IPv6 address is not the same address", config: four, self: self, records: "10.5.1.0-24 fd18::2",
+			want: "create 10.5.2.0-24"},
 
-		{name: "written under an earlier address", config: four, self: self, wrote: "10.5.3.0-24", records: "10.5.3.0-24 198.18.0.2", want: "take 10.5.3.0-24"},
-		{name: "written, and then by another", config: four, self: self, previous: "10.5.3.0-24", wrote: "10.5.3.0-24 then", records: "10.5.3.0-24 198.18.0.2", want: "create 10.5.1.0-24"},
+		{name: "written under an earlier address", config: four, self: self, wrote: "10.5.3.0-24",
+			records: "10.5.3.0-24 198.18.0.2", want: "take 10.5.3.0-24"},
+		{name: "written, and then by another", config: four, self: self, previous: "10.5.3.0-24", wrote: "10.5.3.0-24 then",
+			records: "10.5.3.0-24 198.18.0.2", want: "create 10.5.1.0-24"},
 		{name: "written, and a leftover of the new address", config: four, self: self, wrote: "10.5.3.0-24", records: `
 			10.5.2.0-24 198.18.0.1
 			10.5.3.0-24 198.18.0.2`, want: "drop 10.5.2.0-24, take 10.5.3.0-24"},

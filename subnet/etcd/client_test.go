@@ -36,16 +36,24 @@ func TestOptionsThatCannotWork(t *testing.T) {
 		want    string
 	}{
 		{Options{}, "--etcd-endpoints is empty: give at least one, such as http://127.0.0.1:2379"},
-		{Options{Endpoints: []string{"http://127.0.0.1:2379", ""}}, `--etcd-endpoints: "" is not an endpoint such as http://127.0.0.1:2379`},
-		{Options{Endpoints: []string{" http://127.0.0.1:2379"}}, `--etcd-endpoints: " http://127.0.0.1:2379" is not an endpoint such as http://127.0.0.1:2379`},
-		{Options{Endpoints: []string{"ftp://127.0.0.1"}}, `--etcd-endpoints: "ftp://127.0.0.1" begins neither with http:// nor with https://`},
-		{Options{Endpoints: https, Username: "flannel"}, "--etcd-username and --etcd-password go together: one of them is missing"},
+		{Options{Endpoints: []string{"http://127.0.0.1:2379", ""}},
+			`--etcd-endpoints: "" is not an endpoint such as http://127.0.0.1:2379`},
+		{Options{Endpoints: []string{" http://127.0.0.1:2379"}},
+			`--etcd-endpoints: " http://127.0.0.1:2379" is not an endpoint such as http://127.0.0.1:2379`},
+		{Options{Endpoints: []string{"ftp://127.0.0.1"}},
+			`--etcd-endpoints: "ftp://127.0.0.1" begins neither with http:// nor with https://`},
+		{Options{Endpoints: https, Username: "flannel"},
+			"--etcd-username and --etcd-password go together: one of them is missing"},
 		{Options{Endpoints: https, CAFile: missing}, "--etcd-cafile: open " + missing + ": no such file or directory"},
 		{Options{Endpoints: https, CAFile: nonsense}, "--etcd-cafile: " + nonsense + " holds no certificate in PEM form"},
-		{Options{Endpoints: https, CertFile: nonsense}, "--etcd-certfile and --etcd-keyfile go together: one of them is missing"},
-		{Options{Endpoints: https, KeyFile: nonsense}, "--etcd-certfile and --etcd-keyfile go together: one of them is missing"},
-		{Options{Endpoints: https, CertFile: missing, KeyFile: nonsense}, "--etcd-certfile, --etcd-keyfile: open " + missing + ": no such file or directory"},
-		{Options{Endpoints: https, CertFile: nonsense, KeyFile: nonsense}, "--etcd-certfile, --etcd-keyfile: tls: failed to find any PEM data in certificate input"},
+		{Options{Endpoints: https, CertFile: nonsense},
+			"--etcd-certfile and --etcd-keyfile go together: one of them is missing"},
+		{Options{Endpoints: https, KeyFile: nonsense},
+			"--etcd-certfile and --etcd-keyfile go together: one of them is missing"},
+		{Options{Endpoints: https, CertFile: missing, KeyFile: nonsense}, "--etcd-certfile, --etcd-keyfile: open " + missing +
+			": no such file or directory"},
+		{Options{Endpoints: https, CertFile: nonsense, KeyFile: nonsense},
+			"--etcd-certfile, --etcd-keyfile: tls: failed to find any PEM data in certificate input"},
 	} {
 		c.options.Identity = "a"
 		m, err := New(t.Context(), c.options)
@@ -68,7 +76,8 @@ func TestExplain(t *testing.T) {
 		err         error
 		cause, want string
 	}{
-		{unavailable("transport: Error while dialing: dial tcp 127.0.0.1:2379: connect: connection refused"), subnet.Unreachable, "Error while dialing: dial tcp 127.0.0.1:2379: connect: connection refused"},
+		{unavailable("transport: Error while dialing: dial tcp 127.0.0.1:2379: connect: connection refused"),
+			subnet.Unreachable, "Error while dialing: dial tcp 127.0.0.1:2379: connect: connection refused"},
 		{context.DeadlineExceeded, subnet.Unreachable, "no answer within 10s"},
 		{rpctypes.ErrNoLeader, subnet.Unreachable, "etcdserver: no leader"},
 		{rpctypes.ErrGRPCNoLeader, subnet.Unreachable, "etcdserver: no leader"},
@@ -78,12 +87,14 @@ func TestExplain(t *testing.T) {
 		{rpctypes.ErrUserEmpty, "login", "--etcd-username"},
 		{rpctypes.ErrPermissionDenied, "", "role grant-permission"},
 		{status.Error(codes.Unknown, context.DeadlineExceeded.Error()), subnet.Unreachable, "no answer within 10s"},
-		{status.Error(codes.Canceled, "grpc: the client connection is closing"), subnet.Unreachable, "connections were replaced"},
+		{status.Error(codes.Canceled, "grpc: the client connection is closing"), subnet.Unreachable,
+			"connections were replaced"},
 		{rpctypes.ErrGRPCInvalidAuthToken, "login", "invalid auth token"},
 		{rpctypes.ErrNoSpace, "", "etcdserver: mvcc: database space exceeded: compact and defragment etcd"},
 		{errors.New("something else"), "", "something else"},
 		{unavailable("transport: authentication handshake failed: tls: failed to verify certificate: x509: certificate signed by unknown authority"), "certificate", "--etcd-cafile"},
-		{unavailable("error reading server preface: remote error: tls: certificate required"), "certificate", "--etcd-certfile"},
+		{unavailable("error reading server preface: remote error: tls: certificate required"), "certificate",
+			"--etcd-certfile"},
 		{unavailable("error reading server preface: EOF"), "scheme", "https://"},
 	} {
 		cause, text := explain(c.err)
@@ -173,7 +184,8 @@ func (s *script) WaitForStateChange(ctx context.Context, _ connectivity.State) b
 func TestHasten(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &script{begun: time.Now(), states: []connectivity.State{connectivity.Idle, connectivity.Connecting,
-			connectivity.TransientFailure, connectivity.Ready, connectivity.TransientFailure, connectivity.Ready, connectivity.Ready}}
+			connectivity.TransientFailure, connectivity.Ready, connectivity.TransientFailure, connectivity.Ready,
+			connectivity.Ready}}
 		s.resets = make([]int, len(s.states))
 		ctx, cancel := context.WithTimeout(t.Context(), 6*time.Minute)
 		defer cancel()
@@ -196,7 +208,8 @@ func TestCheckCommand(t *testing.T) {
 	for want, o := range map[string]Options{
 		"etcdctl --endpoints=http://192.0.2.1:2379 endpoint health": {Endpoints: one},
 		"etcdctl --endpoints=http://192.0.2.1:2379,http://192.0.2.2:2379 --cacert=/ca --cert=/cert --key=/key --user=u endpoint health": {
-			Endpoints: append(one, "http://192.0.2.2:2379"), CAFile: "/ca", CertFile: "/cert", KeyFile: "/key", Username: "u", Password: "p"},
+			Endpoints: append(one, "http://192.0.2.2:2379"), CAFile: "/ca", CertFile: "/cert", KeyFile: "/key", Username: "u",
+			Password: "p"},
 	} {
 		if got := checkCommand(o); got != want {
 			t.Errorf("got %s, want %s", got, want)

@@ -115,18 +115,22 @@ func TestConflictsAreSaid(t *testing.T) {
 
 		both = `"Two Nodes conflict" ` + one + ` fix="n1, the older one, counts, and pods on n2 cannot be reached. ` +
 			`Delete the Node that no longer exists; or delete n2 and restart its kubelet, for another podCIDR"`
-		twoAndThree = `"Two Nodes conflict" ` + two + ` fix="delete the Node that no longer exists, or give flanneld on one of them ` +
+		twoAndThree = `"Two Nodes conflict" ` + two +
+			` fix="delete the Node that no longer exists, or give flanneld on one of them ` +
 			`--iface, --iface-node-address or --public-ip, for an address of its own"`
 	)
 	c := newCluster(t, onlyIPv4)
-	c.tell(claimant(2, "198.18.0.2", "10.5.1.0/24"), claimant(1, "198.18.0.1", "10.5.1.0/24"), claimant(3, "198.18.0.2", "10.5.3.0/24"))
+	c.tell(claimant(2, "198.18.0.2", "10.5.1.0/24"), claimant(1, "198.18.0.1", "10.5.1.0/24"),
+		claimant(3, "198.18.0.2", "10.5.3.0/24"))
 	expect("two conflicts", both, twoAndThree)
-	c.expect("the older one counts, and addresses are nobody's alone", "10.5.1.0/24 at 198.18.0.1", "10.5.3.0/24 at 198.18.0.2")
+	c.expect("the older one counts, and addresses are nobody's alone", "10.5.1.0/24 at 198.18.0.1",
+		"10.5.3.0/24 at 198.18.0.2")
 
 	changed := claimant(2, "198.18.0.2", "10.5.1.0/24")
 	changed.annotations[0] = `flannel.alpha.coreos.com/backend-data={"VNI":2}`
 	c.add(changed, claimant(4, "198.18.0.4", "10.5.4.0/24"))
-	c.tell(claimant(1, "198.18.0.1", "10.5.1.0/24"), changed, claimant(3, "198.18.0.2", "10.5.3.0/24"), claimant(4, "198.18.0.4", "10.5.4.0/24"))
+	c.tell(claimant(1, "198.18.0.1", "10.5.1.0/24"), changed, claimant(3, "198.18.0.2", "10.5.3.0/24"),
+		claimant(4, "198.18.0.4", "10.5.4.0/24"))
 	expect("changes, and the whole state again")
 
 	c.drop("n1")
@@ -147,8 +151,11 @@ func TestConflictsAreSaid(t *testing.T) {
 func TestOverlaps(t *testing.T) {
 	said := logged(t)
 	c := newCluster(t, bothFamilies)
-	c.tell(claimant(1, "198.18.0.1", "10.5.0.0/24", "fd05:0:0:1::/64"), claimant(2, "198.18.0.2", "10.5.2.0/24", "fd05:0:0:2::/64"))
-	c.add(claimant(3, "198.18.0.3", "10.5.3.0/24", "fd05:0:0:2::/64"), claimant(4, "198.18.0.4", "10.5.0.0/23", "fd05:0:0:4::/64"), claimant(5, "198.18.0.5", "10.5.2.128/25", "fd05:0:0:5::/64"))
+	c.tell(claimant(1, "198.18.0.1", "10.5.0.0/24", "fd05:0:0:1::/64"),
+		claimant(2, "198.18.0.2", "10.5.2.0/24", "fd05:0:0:2::/64"))
+	c.add(claimant(3, "198.18.0.3", "10.5.3.0/24", "fd05:0:0:2::/64"),
+		claimant(4, "198.18.0.4", "10.5.0.0/23", "fd05:0:0:4::/64"),
+		claimant(5, "198.18.0.5", "10.5.2.128/25", "fd05:0:0:5::/64"))
 	c.expect("younger ones", "10.5.0.0/24,fd05:0:0:1::/64 at 198.18.0.1", "10.5.2.0/24,fd05:0:0:2::/64 at 198.18.0.2")
 	text := said()
 	for _, want := range []string{
@@ -162,9 +169,11 @@ func TestOverlaps(t *testing.T) {
 	}
 	c.drop("n2")
 	c.drop("n1")
-	c.expect("the older ones go", "10.5.0.0/23,fd05:0:0:4::/64 at 198.18.0.4", "10.5.2.128/25,fd05:0:0:5::/64 at 198.18.0.5", "10.5.3.0/24,fd05:0:0:2::/64 at 198.18.0.3")
+	c.expect("the older ones go", "10.5.0.0/23,fd05:0:0:4::/64 at 198.18.0.4",
+		"10.5.2.128/25,fd05:0:0:5::/64 at 198.18.0.5", "10.5.3.0/24,fd05:0:0:2::/64 at 198.18.0.3")
 	c.add(claimant(1, "198.18.0.1", "10.5.1.0/25", "fd05:0:0:9::/64"))
-	c.expect("an older one comes back", "10.5.1.0/25,fd05:0:0:9::/64 at 198.18.0.1", "10.5.2.128/25,fd05:0:0:5::/64 at 198.18.0.5", "10.5.3.0/24,fd05:0:0:2::/64 at 198.18.0.3")
+	c.expect("an older one comes back", "10.5.1.0/25,fd05:0:0:9::/64 at 198.18.0.1",
+		"10.5.2.128/25,fd05:0:0:5::/64 at 198.18.0.5", "10.5.3.0/24,fd05:0:0:2::/64 at 198.18.0.3")
 }
 
 // Whatever happens in whatever order, the reader knows of those nodes that have
@@ -186,7 +195,8 @@ func TestClaimsAtRandom(t *testing.T) {
 				return
 			}
 			n := claimant(i, fmt.Sprintf("198.18.0.%d", random.IntN(8)),
-				netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 5, byte(random.IntN(4)), 0}), 22+random.IntN(3)).Masked().String(), fmt.Sprintf("fd05:0:0:%d::/64", random.IntN(8)))
+				netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 5, byte(random.IntN(4)), 0}), 22+random.IntN(3)).Masked().String(),
+				fmt.Sprintf("fd05:0:0:%d::/64", random.IntN(8)))
 			if same, ok := nodes[name]; ok && random.IntN(4) == 0 {
 				n = same // made anew, perhaps
 			}

@@ -96,10 +96,12 @@ func TestExplain(t *testing.T) {
 		{answered(503, "etcd leader changed"), subnet.Unreachable, "etcd"},
 		{answered(302, ""), "redirect", "proxy"},
 		{answered(502, "<html>\n"+strings.Repeat("page ", 1000)), subnet.Unreachable, "<html> page"},
-		{errors.New("tls: failed to verify certificate: x509: certificate signed by unknown authority"), "certificate", "certificate-authority"},
+		{errors.New("tls: failed to verify certificate: x509: certificate signed by unknown authority"), "certificate",
+			"certificate-authority"},
 		{errors.New("connection refused"), subnet.Unreachable, "refused"},
 	} {
-		if cause, text := explain(fmt.Errorf("asking: %w", c.err)); cause != c.cause || !strings.Contains(text, c.want) || len(text) > 2*maxErrorText {
+		if cause, text := explain(fmt.Errorf("asking: %w", c.err)); cause != c.cause || !strings.Contains(text, c.want) ||
+			len(text) > 2*maxErrorText {
 			t.Errorf("%v: got %q, %q; want %q, %q", c.err, cause, text, c.cause, c.want)
 		}
 	}
@@ -174,7 +176,8 @@ func TestRefresh(t *testing.T) {
 	}
 
 	// So is a bundle that is written in the kubeconfig itself.
-	write(kubeconfig, named(after.URL, fmt.Sprintf("certificate-authority-data: %q", base64.StdEncoding.EncodeToString([]byte(authority(after))))))
+	write(kubeconfig, named(after.URL, fmt.Sprintf("certificate-authority-data: %q",
+		base64.StdEncoding.EncodeToString([]byte(authority(after))))))
 	c.refresh()
 	if err := ask(); err != nil {
 		t.Errorf("with a bundle in the kubeconfig: %v", err)
@@ -188,7 +191,8 @@ func tlsServer(t *testing.T) *httptest.Server {
 	if err != nil {
 		t.Fatal(err)
 	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), IsCA: true,
+		BasicConstraintsValid: true, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
 	if err != nil {
 		t.Fatal(err)

@@ -179,7 +179,8 @@ func (s *apiServer) watch(w http.ResponseWriter, r *http.Request, name string) {
 
 // annotate sets an annotation; "" removes it.
 func (n *testNode) annotate(key, value string) {
-	n.annotations = slices.DeleteFunc(slices.Clone(n.annotations), func(a string) bool { return strings.HasPrefix(a, key+"=") })
+	n.annotations = slices.DeleteFunc(slices.Clone(n.annotations),
+		func(a string) bool { return strings.HasPrefix(a, key+"=") })
 	if value != "" {
 		n.annotations = append(n.annotations, key+"="+value)
 	}

@@ -112,7 +112,8 @@ func peerNode(i int) testNode {
 		name: fmt.Sprintf("n%d", i), version: "7", created: uint64(i), cidrs: []string{fmt.Sprintf("10.5.%d.0/24", i)},
 		annotations: []string{
 			"flannel.alpha.coreos.com/backend-data={\"VNI\":1}", "flannel.alpha.coreos.com/backend-type=vxlan",
-			"flannel.alpha.coreos.com/kube-subnet-manager=true", fmt.Sprintf("flannel.alpha.coreos.com/public-ip=198.18.0.%d", i), "other/annotation=x",
+			"flannel.alpha.coreos.com/kube-subnet-manager=true",
+			fmt.Sprintf("flannel.alpha.coreos.com/public-ip=198.18.0.%d", i), "other/annotation=x",
 		},
 		addresses: []string{"InternalIP=198.18.0.1", "Hostname=n"},
 	}
@@ -120,7 +121,8 @@ func peerNode(i int) testNode {
 
 func TestUnmarshal(t *testing.T) {
 	n := peerNode(3).object()
-	if n.Name != "n3" || n.ResourceVersion != "7" || n.CreationTimestamp.Unix() != 3 || !slices.Equal(n.podCIDRs, []string{"10.5.3.0/24"}) ||
+	if n.Name != "n3" || n.ResourceVersion != "7" || n.CreationTimestamp.Unix() != 3 ||
+		!slices.Equal(n.podCIDRs, []string{"10.5.3.0/24"}) ||
 		len(n.Annotations) != 5 || len(n.internalIPs) != 1 || n.networkUp {
 		t.Errorf("got %+v", n)
 	}
@@ -128,7 +130,8 @@ func TestUnmarshal(t *testing.T) {
 		t.Errorf("our annotations are %v", ours)
 	}
 	n.Reset()
-	if err := n.Unmarshal(text(nil, 3, string(text(nil, 4, string(text(text(nil, 1, "NetworkUnavailable"), 2, "False")))))); err != nil || !n.networkUp || n.Name != "" {
+	if err := n.Unmarshal(text(nil, 3, string(text(nil, 4,
+		string(text(text(nil, 1, "NetworkUnavailable"), 2, "False")))))); err != nil || !n.networkUp || n.Name != "" {
 		t.Errorf("a condition: %v, %+v", err, n)
 	}
 	if c := peerNode(3).object().DeepCopyObject().(*Node); !reflect.DeepEqual(c, peerNode(3).object()) {
@@ -166,7 +169,8 @@ func testPeers() *peers { return newPeers(testManager(onlyIPv4)) }
 
 func testManager(on subnet.Subnets) *Manager {
 	health := subnet.NewStoreHealth(klog.Background(), subnet.State{Store: "the server"})
-	return &Manager{log: klog.Background(), client: &client{}, health: health, options: Options{AnnotationPrefix: "flannel.alpha.coreos.com/"}, on: on}
+	return &Manager{log: klog.Background(), client: &client{}, health: health,
+		options: Options{AnnotationPrefix: "flannel.alpha.coreos.com/"}, on: on}
 }
 
 func TestPeers(t *testing.T) {
@@ -216,7 +220,8 @@ func TestPeers(t *testing.T) {
 func TestAnnotations(t *testing.T) {
 	for _, a := range []subnet.Attrs{
 		{PublicIP: netip.MustParseAddr("192.0.2.1"), BackendType: "host-gw"},
-		{PublicIP: netip.MustParseAddr("192.0.2.1"), PublicIPv6: netip.MustParseAddr("2001:db8::1"), BackendType: "vxlan", BackendData: []byte(`{"VNI":1}`), BackendV6Data: []byte(`{"VNI":2}`)},
+		{PublicIP: netip.MustParseAddr("192.0.2.1"), PublicIPv6: netip.MustParseAddr("2001:db8::1"), BackendType: "vxlan",
+			BackendData: []byte(`{"VNI":1}`), BackendV6Data: []byte(`{"VNI":2}`)},
 		{PublicIPv6: netip.MustParseAddr("2001:db8::1"), BackendType: "vxlan", BackendV6Data: []byte(`{"VNI":2}`)},
 	} {
 		all := annotationsOf(a)
@@ -240,7 +245,8 @@ func TestFamiliesThatAreOff(t *testing.T) {
 }
 
 func TestAddressesOfTheWrongFamily(t *testing.T) {
-	for annotation, text := range map[string]string{publicIP: "fd18::1", publicIPv6: "192.0.2.1", publicIPv6Overwrite: "::ffff:192.0.2.1", nodePublicIP: "nonsense", nodePublicIPv6: "fe80::1%x\nforged"} {
+	for annotation, text := range map[string]string{publicIP: "fd18::1", publicIPv6: "192.0.2.1",
+		publicIPv6Overwrite: "::ffff:192.0.2.1", nodePublicIP: "nonsense", nodePublicIPv6: "fe80::1%x\nforged"} {
 		if ip, err := parseAddress(text, annotation); err == nil {
 			t.Errorf("%s: %s is taken for %s", annotation, text, ip)
 		}

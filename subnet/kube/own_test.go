@@ -46,7 +46,8 @@ func newOwnServer(t *testing.T) (*ownServer, *Manager) {
 		}
 	}))
 	t.Cleanup(server.Close)
-	m, err := New(t.Context(), Options{APIURL: server.URL, NodeName: "n1", AnnotationPrefix: "flannel.alpha.coreos.com/", SetCondition: true})
+	m, err := New(t.Context(), Options{APIURL: server.URL, NodeName: "n1", AnnotationPrefix: "flannel.alpha.coreos.com/",
+		SetCondition: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -96,7 +97,8 @@ func ownNodeWith(cidrs ...string) []byte {
 	return n.marshal()
 }
 
-var lastBookmark = frame("BOOKMARK", text(nil, 1, string(text(text(nil, 6, "20"), 12, string(text(text(nil, 1, "k8s.io/initial-events-end"), 2, "true"))))))
+var lastBookmark = frame("BOOKMARK", text(nil, 1,
+	string(text(text(nil, 6, "20"), 12, string(text(text(nil, 1, "k8s.io/initial-events-end"), 2, "true"))))))
 
 // result returns what f returns, within some seconds.
 func result[T any](t *testing.T, f func() (T, error)) (await func() (T, error)) {
@@ -151,7 +153,8 @@ func TestNodeDeletedWhilePublishing(t *testing.T) {
 func TestNodeDeletedWhileKept(t *testing.T) {
 	logged(t)
 	s, m := newOwnServer(t)
-	lease := subnet.Lease{Subnets: subnet.Subnets{IPv4: netip.MustParsePrefix("10.5.1.0/24")}, Attrs: subnet.Attrs{PublicIP: netip.MustParseAddr("198.18.0.1"), BackendType: "host-gw"}}
+	lease := subnet.Lease{Subnets: subnet.Subnets{IPv4: netip.MustParsePrefix("10.5.1.0/24")},
+		Attrs: subnet.Attrs{PublicIP: netip.MustParseAddr("198.18.0.1"), BackendType: "host-gw"}}
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	m.Ready()
@@ -188,7 +191,8 @@ func TestOverwriteWhileKept(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := subnet.Lease{Attrs: subnet.Attrs{PublicIP: netip.MustParseAddr("198.18.0.1"), BackendType: "vxlan", BackendData: []byte(`{"VNI":1}`)}}
+	want := subnet.Lease{Attrs: subnet.Attrs{PublicIP: netip.MustParseAddr("198.18.0.1"), BackendType: "vxlan",
+		BackendData: []byte(`{"VNI":1}`)}}
 	acquiring := func() (await func() subnet.Lease) {
 		acquired := result(t, func() (subnet.Lease, error) { return m.Acquire(t.Context(), cfg, want) })
 		return func() subnet.Lease {
@@ -272,7 +276,10 @@ func TestNodeNotFound(t *testing.T) {
 				t.Fatal(err)
 			}
 			attrs := subnet.Attrs{PublicIP: netip.MustParseAddr("198.18.0.1"), BackendType: "host-gw"}
-			acquired := result(t, func() (subnet.Lease, error) { return m.Acquire(t.Context(), cfg, subnet.Lease{Attrs: attrs}) })
+			acquired := result(t, func() (subnet.Lease,
+				error) {
+				return m.Acquire(t.Context(), cfg, subnet.Lease{Attrs: attrs})
+			})
 			s.frames <- frame("ADDED", ownNodeWith("10.5.1.0/24"))
 			s.frames <- lastBookmark
 			s.answer(t, answer)

@@ -34,7 +34,8 @@ type scripted struct {
 func (s *scripted) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	q := r.URL.Query()
 	s.mu.Lock()
-	s.asked = append(s.asked, fmt.Sprintf("watch=%s version=%s initial=%s", q.Get("watch"), q.Get("resourceVersion"), q.Get("sendInitialEvents")))
+	s.asked = append(s.asked, fmt.Sprintf("watch=%s version=%s initial=%s", q.Get("watch"), q.Get("resourceVersion"),
+		q.Get("sendInitialEvents")))
 	answer := s.answers[0]
 	if len(s.answers) > 1 {
 		s.answers = s.answers[1:]
@@ -113,16 +114,20 @@ func TestReflect(t *testing.T) {
 		answers []http.HandlerFunc
 		want    int // of peers in the end
 	}{
-		"streamed":             {[]http.HandlerFunc{streamAndHold(frame("ADDED", one), lastBookmark)}, 1},
-		"the state breaks off": {[]http.HandlerFunc{stream(frame("ADDED", one)), list("30", peerNode(1), peerNode(2)), quietly}, 2},
+		"streamed": {[]http.HandlerFunc{streamAndHold(frame("ADDED", one), lastBookmark)}, 1},
+		"the state breaks off": {[]http.HandlerFunc{stream(frame("ADDED", one)), list("30", peerNode(1), peerNode(2)),
+			quietly}, 2},
 		"not possible": {[]http.HandlerFunc{func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusUnprocessableEntity) },
 			list("30", peerNode(4), peerNode(5)), quietly}, 2},
 		// As API servers have it whose etcd is older than 3.4.25.
 		"not possible for its store": {[]http.HandlerFunc{
-			stream(frame("ERROR", status(500, "InternalError", "the required storage feature RequestWatchProgress is disabled"))), list("30", peerNode(4)), quietly}, 1},
+			stream(frame("ERROR", status(500, "InternalError",
+				"the required storage feature RequestWatchProgress is disabled"))), list("30", peerNode(4)), quietly}, 1},
 		"forgotten": {[]http.HandlerFunc{
-			stream(frame("ADDED", one), lastBookmark, frame("MODIFIED", one)), stream(frame("ERROR", status(410, "Expired", "too old resource version"))),
-			streamAndHold(frame("ADDED", peerNode(7).marshal()), frame("ADDED", peerNode(8).marshal()), frame("ADDED", peerNode(9).marshal()), lastBookmark)}, 3},
+			stream(frame("ADDED", one), lastBookmark, frame("MODIFIED", one)),
+			stream(frame("ERROR", status(410, "Expired", "too old resource version"))),
+			streamAndHold(frame("ADDED", peerNode(7).marshal()), frame("ADDED", peerNode(8).marshal()),
+				frame("ADDED", peerNode(9).marshal()), lastBookmark)}, 3},
 	} {
 		t.Run(name, func(t *testing.T) {
 			said := logged(t)
@@ -158,7 +163,8 @@ func TestWatchResumes(t *testing.T) {
 		}
 	}
 	// Our credentials and the rest are two causes.
-	if text := said(); strings.Count(text, `operation="watch the Nodes"`) != 2 || strings.Count(text, "The store is back") != 1 {
+	if text := said(); strings.Count(text, `operation="watch the Nodes"`) != 2 ||
+		strings.Count(text, "The store is back") != 1 {
 		t.Errorf("logged\n%s", text)
 	}
 }
@@ -196,9 +202,12 @@ func (s *stalling) RoundTrip(r *http.Request) (*http.Response, error) {
 	if s.asked = append(s.asked, "version="+q.Get("resourceVersion")+" initial="+q.Get("sendInitialEvents")); len(s.asked) == 4 {
 		s.enough()
 	}
-	events := bytes.NewReader(bytes.Join([][]byte{frame("ADDED", peerNode(1).marshal()), lastBookmark, frame("MODIFIED", peerNode(1).marshal())}, nil))
+	events := bytes.NewReader(bytes.Join([][]byte{frame("ADDED", peerNode(1).marshal()), lastBookmark,
+		frame("MODIFIED", peerNode(1).marshal())}, nil))
 	body := io.NopCloser(io.MultiReader(events, silent{}))
-	return &http.Response{StatusCode: http.StatusOK, Header: http.Header{"Content-Type": {"application/vnd.kubernetes.protobuf;stream=watch"}}, Body: body, Request: r}, nil
+	return &http.Response{StatusCode: http.StatusOK,
+			Header: http.Header{"Content-Type": {"application/vnd.kubernetes.protobuf;stream=watch"}}, Body: body, Request: r},
+		nil
 }
 
 type silent struct{}
@@ -216,7 +225,8 @@ func TestNoList(t *testing.T) {
 			said := logged(t)
 			asked := make(chan struct{}, 1)
 			s := &scripted{answers: []http.HandlerFunc{
-				stream(frame("ADDED", peerNode(1).marshal()), lastBookmark, frame("ERROR", status(410, "Expired", "too old resource version"))),
+				stream(frame("ADDED", peerNode(1).marshal()), lastBookmark,
+					frame("ERROR", status(410, "Expired", "too old resource version"))),
 				func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusBadGateway) },
 				func(w http.ResponseWriter, _ *http.Request) {
 					w.Header().Set("Content-Type", "application/json")
@@ -288,7 +298,8 @@ func TestCause(t *testing.T) {
 		"no answer for 2m": errStalled{silence},
 	} {
 		m.client.rest.Client.Transport = stallGuard{failing{cause}}
-		if _, err := w.tryWatch(t.Context(), metav1.ListOptions{Watch: true, ResourceVersion: "5"}); err == nil || !strings.Contains(err.Error(), want) {
+		if _, err := w.tryWatch(t.Context(), metav1.ListOptions{Watch: true, ResourceVersion: "5"}); err == nil ||
+			!strings.Contains(err.Error(), want) {
 			t.Errorf("%v is told as %v", cause, err)
 		}
 	}
@@ -303,8 +314,9 @@ func TestReflectIsPaced(t *testing.T) {
 	logged(t)
 	for name, answer := range map[string]http.HandlerFunc{
 		"each watch ends after an event": stream(frame("ADDED", peerNode(1).marshal())),
-		"a frame is cut":                 stream(frame("ADDED", peerNode(1).marshal()), frame("ADDED", peerNode(2).marshal())[:100]),
-		"nothing is answered":            func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) },
+		"a frame is cut": stream(frame("ADDED", peerNode(1).marshal()),
+			frame("ADDED", peerNode(2).marshal())[:100]),
+		"nothing is answered": func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -109,7 +109,7 @@ func TestReference(t *testing.T) {
 	pagetest.Part(t, "../Documentation/metrics.md", "metrics", table.String(), *backendtest.Update)
 }
 
-// The documentation says of each alert what to do.
+// The documentation has a remedy for each alert.
 func TestAlertsAreDocumented(t *testing.T) {
 	names := func(file, pattern string) []string {
 		text, err := os.ReadFile(file)

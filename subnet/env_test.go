@@ -52,7 +52,7 @@ func TestEnv(t *testing.T) {
 	}
 }
 
-// What else may stand in a file that somebody else wrote.
+// A subnet file that another program wrote may have other content.
 func TestParseEnv(t *testing.T) {
 	for _, c := range []struct {
 		text string

@@ -7,7 +7,7 @@ import (
 	"github.com/flanneld/flanneld/pkg/nstest"
 )
 
-// An ipip device that fits is kept, whoever made it; another is replaced.
+// An ipip device with the right settings is kept, whichever program created it. Another ipip device is replaced.
 func TestIPIP(t *testing.T) {
 	host(t)
 	if out, err := nstest.Try("ip link add flannel.ipip type ipip local 198.18.0.1"); err != nil {

@@ -29,7 +29,7 @@ var optional = []string{
 	"notified", "removed",
 }
 
-// Every kind says all that the reconciler must know of it.
+// Every kind has all properties that the reconciler needs.
 func TestKindsAreComplete(t *testing.T) {
 	names := map[string]Kind{}
 	for k := range kinds {

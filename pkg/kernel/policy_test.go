@@ -108,7 +108,7 @@ func TestStalePolicies(t *testing.T) {
 	}
 }
 
-// What Diff says of policies, run as it stands, leads to what is wanted.
+// The commands that Diff returns for policies lead to the desired policies.
 func TestPoliciesDiff(t *testing.T) {
 	needXFRM(t)
 	r := idler(t)

@@ -348,7 +348,7 @@ func TestSharedObjectsStay(t *testing.T) {
 	}
 }
 
-// Whatever somebody does to our objects is undone when the kernel tells.
+// Changes of flanneld's objects by other programs are undone when the kernel notifies of them.
 func TestRepairsDrift(t *testing.T) {
 	for _, c := range drifts {
 		t.Run(c.name, func(t *testing.T) {
@@ -358,7 +358,7 @@ func TestRepairsDrift(t *testing.T) {
 	}
 }
 
-// A drift is what somebody does to our objects.
+// A drift is a change of flanneld's objects by another program.
 type drift struct{ name, harm string }
 
 // try tells whether it is undone.

@@ -618,18 +618,20 @@ func TestMissingPrograms(t *testing.T) {
 // that is not the node's.
 func TestKubeletsVariant(t *testing.T) {
 	for _, variants := range [][2]string{{"nft", "legacy"}, {"legacy", "nft"}, {"nft", "nft"}, {"legacy", "legacy"}} {
-		n := newNode(t, variants[0])
-		for _, program := range []string{"iptables-", "ip6tables-"} {
-			n.sh(program + variants[1] + " -t mangle -N KUBE-IPTABLES-HINT")
-		}
-		d := n.driver(legacyMode)
-		n.apply(d, both)
-		n.check(d, true)
-		for _, program := range []string{"iptables-", "ip6tables-"} {
-			if rules := n.sh(program + variants[1] + "-save"); !strings.Contains(rules, "flanneld masq") {
-				t.Errorf("with plain %s and kubelet's %s:\n%s", variants[0], variants[1], n.listing())
+		t.Run("plain "+variants[0]+", kubelet's "+variants[1], func(t *testing.T) {
+			n := newNode(t, variants[0])
+			for _, program := range []string{"iptables-", "ip6tables-"} {
+				n.sh(program + variants[1] + " -t mangle -N KUBE-IPTABLES-HINT")
 			}
-		}
+			d := n.driver(legacyMode)
+			n.apply(d, both)
+			n.check(d, true)
+			for _, program := range []string{"iptables-", "ip6tables-"} {
+				if rules := n.sh(program + variants[1] + "-save"); !strings.Contains(rules, "flanneld masq") {
+					t.Errorf("got\n%s", n.listing())
+				}
+			}
+		})
 	}
 }
 

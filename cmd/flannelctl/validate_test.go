@@ -1,12 +1,14 @@
 package main
 
 import (
-	"bytes"
 	"flag"
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
+
+	"github.com/flanneld/flanneld/backend"
 )
 
 var update = flag.Bool("update", false, "write testdata")
@@ -28,17 +30,23 @@ func TestValidate(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			var got bytes.Buffer
+			var out strings.Builder
 			for _, r := range validate(text) {
 				kind := "error"
 				if r.warning {
 					kind = "warning"
 				}
-				fmt.Fprintf(&got, "%d: %s: %s\n", r.line, kind, r.text)
+				fmt.Fprintf(&out, "%d: %s: %s\n", r.line, kind, r.text)
 			}
+			// The list of all backends is not repeated here.
+			var types []string
+			for _, b := range backend.Types() {
+				types = append(types, b.Name)
+			}
+			got := strings.ReplaceAll(out.String(), strings.Join(types, ", "), "BACKENDS")
 			golden := file + ".golden"
 			if *update {
-				if err := os.WriteFile(golden, got.Bytes(), 0o644); err != nil {
+				if err := os.WriteFile(golden, []byte(got), 0o644); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -46,8 +54,8 @@ func TestValidate(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if got.String() != string(want) {
-				t.Errorf("got\n%swant\n%s", got.Bytes(), want)
+			if got != string(want) {
+				t.Errorf("got\n%swant\n%s", got, want)
 			}
 		})
 	}

@@ -164,7 +164,7 @@ MANIFEST = { echo "\# The pod network, for kubectl apply. Made by make manifest 
 		--set createNamespace=true,restartOnChange=false | \
 	sed '/^\# Source: /d; /^$$/d'; }
 
-manifest: build/bin/helm ## Write Documentation/kube-flannel.yml anew, from the chart
+manifest: build/bin/helm ## Write Documentation/kube-flannel.yml from the chart
 	$(MANIFEST) >$@.new
 	mv $@.new Documentation/kube-flannel.yml
 
@@ -172,7 +172,7 @@ manifest: build/bin/helm ## Write Documentation/kube-flannel.yml anew, from the 
 REFERENCE = -run '^TestReference$$' ./cmd/flannel ./cmd/internal/settings ./network ./subnet ./backend/...
 
 # One package at a time: two of them write into the same page.
-docs: ## Write what the documentation tells of flags, keys and metrics anew
+docs: ## Write the tables of flags, keys and metrics in the documentation
 	go test -count=1 -p=1 $(REFERENCE) -update
 
 # The same sources, version and Go make the same bytes.

@@ -33,7 +33,7 @@ type state struct {
 	problems retry.LastErrors[subnet.Subnets] // what is wrong with leases of peers
 }
 
-// A nodePlan is what the node itself needs, whoever its peers are.
+// A nodePlan is what the node itself needs, independent of the peers.
 type nodePlan struct {
 	networks []netip.Prefix // inside these, gateway routes without a protocol are an earlier daemon's
 	objects  []kernel.Object

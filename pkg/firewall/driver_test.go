@@ -137,7 +137,7 @@ func (n *node) sh(script string) string {
 	return string(out)
 }
 
-// listing is all rules on the node, whoever's they are and wherever they are
+// listing returns all rules on the node, of all programs, wherever they are
 // kept. Tables come sorted by name, and without those that hold nothing: their
 // order is the order of their making, and nobody removes the built-in ones.
 func (n *node) listing() string {
@@ -349,7 +349,7 @@ func TestDrift(t *testing.T) {
 			n.apply(d, both)
 			n.check(d, true)
 			if now := n.listing(); now != want {
-				t.Errorf("not mended: %s", command)
+				t.Errorf("not repaired: %s", command)
 				same(t, now, want)
 			}
 		}
@@ -705,7 +705,7 @@ func TestFailure(t *testing.T) {
 	})
 }
 
-// While rules are replaced, whoever looks sees the old ones or the new ones, all
+// While rules are replaced, a reader sees the old ones or the new ones, all
 // of them. So do packets: a listing shows what the kernel has committed.
 func TestNoMomentWithoutRules(t *testing.T) {
 	other := Desired{IPv4: For(prefix("10.77.0.0/16"), prefix("10.77.1.0/24"), all)}

@@ -18,7 +18,7 @@ var (
 )
 
 // The rules, in each program's own words. They are the contract with the nodes
-// that run upstream's daemon, and with whoever reads them on a node.
+// that run upstream's daemon, and with the people who read them on a node.
 func TestRendering(t *testing.T) {
 	tests := []struct {
 		name          string

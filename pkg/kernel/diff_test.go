@@ -9,7 +9,7 @@ import (
 )
 
 // TestDiff: whatever happens to the kernel's tables, the commands that Diff
-// tells, run by a shell, mend it; and where all is well there are none.
+// prints, run by a shell, repair it; without a difference there are none.
 func TestDiff(t *testing.T) {
 	for _, c := range []struct {
 		name string

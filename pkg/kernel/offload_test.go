@@ -7,7 +7,7 @@ import (
 	"github.com/flanneld/flanneld/pkg/nstest"
 )
 
-// TestTXChecksumOff: a device keeps the feature off, whoever turns it on, until
+// TestTXChecksumOff: a device keeps the feature off, whichever program turns it on, until
 // that is no longer wanted.
 func TestTXChecksumOff(t *testing.T) {
 	host(t)

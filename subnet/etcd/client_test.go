@@ -196,7 +196,7 @@ func TestHasten(t *testing.T) {
 				least, most = 5, 12 // one in 5 to 10 s
 			}
 			if resets < least || resets > most {
-				t.Errorf("minute %d, %v: pauses started anew %d times, want %d to %d", i, s.states[i], resets, least, most)
+				t.Errorf("minute %d, %v: pauses started again %d times, want %d to %d", i, s.states[i], resets, least, most)
 			}
 		}
 	})

@@ -198,7 +198,7 @@ func TestClaimsAtRandom(t *testing.T) {
 				netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 5, byte(random.IntN(4)), 0}), 22+random.IntN(3)).Masked().String(),
 				fmt.Sprintf("fd05:0:0:%d::/64", random.IntN(8)))
 			if same, ok := nodes[name]; ok && random.IntN(4) == 0 {
-				n = same // made anew, perhaps
+				n = same // perhaps made again
 			}
 			n.created = uint64(random.IntN(4))
 			nodes[name] = n

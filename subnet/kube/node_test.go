@@ -205,7 +205,7 @@ func TestPeers(t *testing.T) {
 	moved := peerNode(1)
 	moved.cidrs = []string{"10.5.77.0/24"}
 	put(moved)
-	expect("a node made anew with another podCIDR", "+10.5.77.0/24 at 198.18.0.1 -10.5.1.0/24")
+	expect("a node made again with another podCIDR", "+10.5.77.0/24 at 198.18.0.1 -10.5.1.0/24")
 	twin := peerNode(30)
 	twin.cidrs = []string{"10.5.8.0/24"}
 	put(twin)

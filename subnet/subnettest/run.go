@@ -286,7 +286,7 @@ func describe(leases map[subnet.Subnets]subnet.Lease) string {
 	return strings.Join(lines, "; ")
 }
 
-// stored waits until the store has these leases: whoever begins to watch now sees them.
+// stored waits until the store has these leases: a watch that begins now has them.
 func (s *suite) stored(want ...subnet.Lease) {
 	s.Helper()
 	if s.Assign != nil {

@@ -83,7 +83,7 @@ func TestReconfigure(t *testing.T) {
 				}))
 				after, _ := n.Run(ctx, "cat /sys/class/net/flannel.1/ifindex")
 				if c.keeps && (after != before[n] || after == "") {
-					t.Errorf("%s: the device had number %q, has %q: it was made anew", n.Hostname, before[n], after)
+					t.Errorf("%s: the device had number %q, has %q: it was made again", n.Hostname, before[n], after)
 				}
 			}
 			checkTalk(ctx, t, l, pods)

@@ -305,7 +305,7 @@ func (k *Kube) StartControllers(clusterCIDR string, args ...string) (err error) 
 
 // Cut keeps everybody outside of the underlay's own namespace from the API
 // server: packets to it vanish on the way. Its own packets end its side of a
-// connection: otherwise the kernel would deliver them after Mend, even when the
+// connection: otherwise the kernel would deliver them after Restore, even when the
 // server has been killed.
 func (k *Kube) Cut(ctx context.Context) error {
 	_, err := k.lab.net.run(ctx, `

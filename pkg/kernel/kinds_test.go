@@ -209,6 +209,8 @@ func TestWake(t *testing.T) {
 		}
 		return tries == 3
 	})
+	r.backoff.Reset()
+	r.backoff.First, r.backoff.Most = time.Hour, time.Hour // else there is a retry before rest has rested
 	r.Compare()
 	rest()
 	if _, err := r.Diff(); err != nil || r.pending() {

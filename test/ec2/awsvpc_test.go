@@ -441,7 +441,8 @@ func TestTroubles(t *testing.T) {
 				if n := r.count(duty + ": recovered"); n != 1 {
 					t.Errorf("that it is over is said %d times", n)
 				}
-				if n := r.Calls(test.action); n > 400 {
+				// Some six requests a minute; the pauses, and the SDK's own retries, are random.
+				if n := r.Calls(test.action); n > 500 {
 					t.Errorf("in an hour, it was tried %d times", n)
 				}
 			})

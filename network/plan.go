@@ -87,7 +87,7 @@ type problem struct {
 }
 
 // applyUpdate takes an update of leases and returns what changes for the peers.
-// Without a lease of our own nothing is decided yet: see planPeers.
+// Without a lease of our own nothing is decided yet: planAllPeers does that later.
 func (s *state) applyUpdate(u subnet.Update) peersPlan {
 	if s.leases == nil {
 		s.leases = map[subnet.Subnets]subnet.Lease{}

@@ -16,10 +16,10 @@ import (
 type Reconciler struct {
 	resync  time.Duration
 	desired chan target // the latest only
-	states  chan State
+	states  chan State  // of the latest target only
 	open    func(ctx context.Context, nftables bool) (driver, error)
 
-	mu    sync.Mutex
+	mu    sync.Mutex // held while desired or states is written
 	stats Stats
 
 	// Of Run alone:
@@ -70,7 +70,7 @@ type driver interface {
 // sooner when another program changes them.
 func NewReconciler(resync time.Duration) *Reconciler {
 	return &Reconciler{
-		resync: resync, desired: make(chan target, 1), states: make(chan State),
+		resync: resync, desired: make(chan target, 1), states: make(chan State, 1),
 		open: func(ctx context.Context, nftables bool) (driver, error) {
 			d, err := New(ctx, nftables)
 			if err != nil {
@@ -81,19 +81,32 @@ func NewReconciler(resync time.Duration) *Reconciler {
 	}
 }
 
-// Set makes these the rules to keep, in place of any before. It does not wait.
-// It is for one goroutine.
+// Set makes these the rules to keep, in place of any before. A State that is
+// received after Set is one of these rules. Set does not wait.
 func (r *Reconciler) Set(d Desired, nftables bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	replace(r.desired, target{d, nftables})
 	select {
-	case <-r.desired: // Run has not read this target yet
+	case <-r.states: // of the rules before
 	default:
 	}
-	r.desired <- target{d, nftables}
 }
 
 // States sends a State after each Set, after each attempt that fails, and when
-// the State changes. Run waits until the State is received.
+// the State changes. A State that nobody has received yet is replaced by the
+// next one.
 func (r *Reconciler) States() <-chan State { return r.states }
+
+// replace makes v what is received from c next. The only senders to c hold the
+// Reconciler's mutex.
+func replace[T any](c chan T, v T) {
+	select {
+	case <-c:
+	default:
+	}
+	c <- v
+}
 
 // Stats returns the counts of now. Any goroutine may call it, at any time.
 func (r *Reconciler) Stats() Stats {
@@ -161,15 +174,20 @@ func (r *Reconciler) Run(ctx context.Context) {
 			next.Reset(backoff.Next())
 		}
 		state := State{InPlace: err == nil, Err: err, Fight: r.fights.Latest()}
-		if len(r.desired) > 0 || !changed && err == nil && state == sent {
-			continue // want is not the latest target, or nothing changed
+		if !changed && err == nil && state == sent {
+			continue
 		}
 		sent = state
-		select {
-		case r.states <- state:
-		case <-ctx.Done():
-			return
-		}
+		r.send(state)
+	}
+}
+
+// send makes this the State to receive, unless Set has been called since.
+func (r *Reconciler) send(s State) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.desired) == 0 {
+		replace(r.states, s)
 	}
 }
 

@@ -135,6 +135,29 @@ func pass(d time.Duration) {
 	synctest.Wait()
 }
 
+// TestStateOfTheLatestTarget: a State that was not received before Set is not taken for one of the new rules.
+func TestStateOfTheLatestTarget(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		r, f := NewReconciler(resync), &fake{}
+		r.open = f.open
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			r.Run(ctx)
+		}()
+		r.Set(both, false)
+		pass(0) // the State waits
+		f.refuses = errors.New("refused")
+		r.Set(Desired{IPv4: both.IPv4}, false)
+		if s := <-r.States(); s.InPlace || s.Err == nil {
+			t.Errorf("the state is %v, want that the new rules were refused", s)
+		}
+		cancel()
+		<-done
+	})
+}
+
 func expectStates(t *testing.T, states *[]State, want ...State) {
 	t.Helper()
 	synctest.Wait()

@@ -27,7 +27,7 @@ func (d *Driver) Changes(ctx context.Context) (<-chan struct{}, error) {
 		}
 	}
 	var inNFTables, elsewhere bool
-	for _, f := range d.families {
+	for _, f := range d.families.Each() {
 		if f.tool != nil {
 			inNFTables = inNFTables || f.tool.inNFTables()
 			elsewhere = elsewhere || !f.tool.inNFTables()
@@ -124,7 +124,7 @@ func concernsUs(datagram []byte) bool {
 		}
 		for _, c := range []chain{postrouting, forward} {
 			ours := table == c.table && (name == "" || name == c.base || name == c.name)
-			if ours || table == ipv4.table || table == ipv6.table {
+			if ours || table == protocols.IPv4.table || table == protocols.IPv6.table {
 				return errConcerns
 			}
 		}

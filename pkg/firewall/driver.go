@@ -6,6 +6,8 @@ import (
 	"fmt"
 
 	"k8s.io/klog/v2"
+
+	"github.com/flanneld/flanneld/pkg/family"
 )
 
 // A tool reads and writes one family's rules where one program keeps them: the
@@ -35,12 +37,12 @@ type tool interface {
 // one goroutine at a time.
 type Driver struct {
 	mode     string
-	families []*familyRules // IPv4, IPv6
+	families family.Pair[*familyRules]
 }
 
 // familyRules are the rules of one address family.
 type familyRules struct {
-	family
+	protocol
 	tool    tool  // keeps the rules; nil when its programs are missing
 	missing error // what to do about missing programs
 	others  []tool
@@ -61,13 +63,13 @@ func New(ctx context.Context, nftables bool) (*Driver, error) {
 	if nftables {
 		d.mode = "nftables"
 	}
-	for _, f := range []family{ipv4, ipv6} {
-		ipt, iptErr := findIPTables(ctx, f)
-		nft, nftErr := findNFT(f)
+	for f, p := range protocols.Each() {
+		ipt, iptErr := findIPTables(ctx, p)
+		nft, nftErr := findNFT(p)
 		if nftables && nftErr == nil {
 			nftErr = nft.open()
 		}
-		s := &familyRules{family: f}
+		s := &familyRules{protocol: p}
 		switch {
 		case nftables && nftErr == nil:
 			s.tool = nft
@@ -83,9 +85,9 @@ func New(ctx context.Context, nftables bool) (*Driver, error) {
 		default:
 			s.missing = iptErr
 		}
-		d.families = append(d.families, s)
+		*d.families.At(f) = s
 	}
-	if err := d.families[0].missing; err != nil {
+	if err := d.families.IPv4.missing; err != nil {
 		return nil, err
 	}
 	return d, nil
@@ -101,10 +103,9 @@ func (d *Driver) String() string { return d.mode }
 // call Apply again.
 func (d *Driver) Apply(ctx context.Context, want Desired) error {
 	var errs []error
-	for i, rules := range []Ruleset{want.IPv4, want.IPv6} {
-		s := d.families[i]
-		if err := s.apply(ctx, rules); err != nil {
-			errs = append(errs, fmt.Errorf("%s rules: %w", s.name, err))
+	for f, s := range d.families.Each() {
+		if err := s.apply(ctx, want.Of(f)); err != nil {
+			errs = append(errs, fmt.Errorf("%s rules: %w", s.family, err))
 		}
 	}
 	return errors.Join(errs...)
@@ -117,10 +118,10 @@ func (d *Driver) Apply(ctx context.Context, want Desired) error {
 // one process a family, and none when the rules are in nftables (iptables-nft
 // keeps them there too) and nftables has not changed since the last Check.
 func (d *Driver) Check(ctx context.Context) (bool, error) {
-	for _, s := range d.families {
+	for _, s := range d.families.Each() {
 		if ok, err := s.check(ctx); !ok || err != nil {
 			if err != nil {
-				err = fmt.Errorf("%s rules: %w", s.name, err)
+				err = fmt.Errorf("%s rules: %w", s.family, err)
 			}
 			return false, err
 		}
@@ -141,7 +142,7 @@ func (s *familyRules) apply(ctx context.Context, want Ruleset) error {
 		if !want.IsZero() {
 			return err
 		}
-		klog.FromContext(ctx).Error(err, "Cannot remove the rules of an earlier daemon, if there are any", "family", s.name)
+		klog.FromContext(ctx).Error(err, "Cannot remove the rules of an earlier daemon, if there are any", "family", s.family)
 	}
 	s.rules, s.applied = want, true
 	s.removeOthers(ctx) // last: until here, the rules that it removes may have been in use
@@ -188,7 +189,7 @@ func (s *familyRules) removeOthers(ctx context.Context) {
 		}
 		if err != nil {
 			klog.FromContext(ctx).Error(err, "Cannot remove the rules of an earlier daemon, if there are any",
-				"family", s.name, "tool", o.String())
+				"family", s.family, "tool", o.String())
 			left = append(left, o)
 		}
 	}

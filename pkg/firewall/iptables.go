@@ -41,10 +41,10 @@ type iptables struct {
 // the variant in which kubelet made its chain; without such a chain, the variant
 // with the plain name, or else nft, the younger. It is an error when there is no
 // variant.
-func findIPTables(ctx context.Context, f family) (found []tool, missing error) {
+func findIPTables(ctx context.Context, p protocol) (found []tool, missing error) {
 	var have []*iptables
 	for _, variant := range []string{"", "-nft", "-legacy"} {
-		ipt, err := newIPTables(ctx, f.iptables+variant)
+		ipt, err := newIPTables(ctx, p.iptables+variant)
 		switch {
 		case err != nil && variant == "":
 			missing = err

@@ -13,18 +13,18 @@ import (
 
 // nftables is the tool of one family's table.
 type nftables struct {
-	family
+	protocol
 	path string              // of the program
 	kn   knftables.Interface // nil until first needed: making one starts nft
 }
 
-func findNFT(f family) (*nftables, error) {
+func findNFT(p protocol) (*nftables, error) {
 	path, err := exec.LookPath("nft")
 	if err != nil {
 		return nil, fmt.Errorf("nftables mode needs the program nft: install the package nftables (1.0.1 or later), "+
 			`or remove "EnableNFTables" from the network configuration: %w`, err)
 	}
-	return &nftables{family: f, path: path}, nil
+	return &nftables{protocol: p, path: path}, nil
 }
 
 // open finds out whether nft works here. It runs nft without changing anything.

@@ -15,8 +15,8 @@ import (
 func (d *Driver) Plan(ctx context.Context, want Desired) ([]string, error) {
 	var commands []string
 	var errs []error
-	for i, rules := range []Ruleset{want.IPv4, want.IPv6} {
-		s := d.families[i]
+	for f, s := range d.families.Each() {
+		rules := want.Of(f)
 		if s.tool == nil && !rules.IsZero() {
 			errs = append(errs, s.missing)
 			continue
@@ -32,7 +32,7 @@ func (d *Driver) Plan(ctx context.Context, want Desired) ([]string, error) {
 			command, err := o.plan(ctx, target)
 			switch {
 			case err != nil && !target.IsZero():
-				errs = append(errs, fmt.Errorf("%s rules: %w", s.name, err))
+				errs = append(errs, fmt.Errorf("%s rules: %w", s.family, err))
 			case err == nil && command != "":
 				commands = append(commands, command)
 			}

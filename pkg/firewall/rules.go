@@ -8,6 +8,8 @@ package firewall
 import (
 	"net/netip"
 	"slices"
+
+	"github.com/flanneld/flanneld/pkg/family"
 )
 
 // A Verdict is what becomes of a packet that a rule matches.
@@ -55,9 +57,7 @@ func (r Ruleset) Equal(o Ruleset) bool {
 
 // Desired is the rules that the node must hold. Of a family whose Ruleset is
 // zero, all our rules are removed.
-type Desired struct {
-	IPv4, IPv6 Ruleset
-}
+type Desired = family.Pair[Ruleset]
 
 // Options choose among the rules of an overlay network.
 type Options struct {
@@ -86,7 +86,7 @@ func For(network, podCIDR netip.Prefix, o Options) Ruleset {
 	}
 	overlay, outside := Match{Prefix: network.Masked()}, Match{Prefix: network.Masked(), Not: true}
 	pods := Match{Prefix: podCIDR.Masked()}
-	unicast := Match{Prefix: familyOf(network).multicast, Not: true}
+	unicast := Match{Prefix: protocols.Of(family.Of(network.Addr())).multicast, Not: true}
 	masquerade := Masquerade
 	if o.RandomFully {
 		masquerade = MasqueradeRandom
@@ -110,23 +110,16 @@ func For(network, podCIDR netip.Prefix, o Options) Ruleset {
 	return rules
 }
 
-// A family is an address family, and what programs call things in it.
-type family struct {
-	name      string
+// A protocol is an address family, and what programs call things in it.
+type protocol struct {
+	family    family.Family
 	iptables  string // how the iptables programs' names begin
 	nft       string // nft's word for it, in tables and in rules
 	table     string // our own table in nftables
 	multicast netip.Prefix
 }
 
-var (
-	ipv4 = family{"IPv4", "iptables", "ip", "flannel-ipv4", netip.MustParsePrefix("224.0.0.0/4")}
-	ipv6 = family{"IPv6", "ip6tables", "ip6", "flannel-ipv6", netip.MustParsePrefix("ff00::/8")}
-)
-
-func familyOf(p netip.Prefix) family {
-	if p.Addr().Is4() {
-		return ipv4
-	}
-	return ipv6
+var protocols = family.Pair[protocol]{
+	IPv4: protocol{family.IPv4, "iptables", "ip", "flannel-ipv4", netip.MustParsePrefix("224.0.0.0/4")},
+	IPv6: protocol{family.IPv6, "ip6tables", "ip6", "flannel-ipv6", netip.MustParsePrefix("ff00::/8")},
 }

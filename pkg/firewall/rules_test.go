@@ -147,12 +147,12 @@ delete table ip flannel-ipv4
 				t.Errorf("script says %d rules, writes %d", count, want)
 			}
 
-			f := ipv4
+			p := protocols.IPv4
 			if test.network == network6 {
-				f = ipv6
+				p = protocols.IPv6
 			}
-			tx := knftables.NewFake(knftables.Family(f.nft), f.table).NewTransaction()
-			(&nftables{family: f}).fill(tx, rules)
+			tx := knftables.NewFake(knftables.Family(p.nft), p.table).NewTransaction()
+			(&nftables{protocol: p}).fill(tx, rules)
 			same(t, tx.String(), test.nft[1:])
 		})
 	}

@@ -207,7 +207,7 @@ test: check-source fuzz unit e2e ## Check, fuzz, unit and end-to-end tests (root
 GO_TEST := go test -vet=off -ldflags=-w
 
 unit: ## Unit and in-namespace tests of the main module; what lacks root or a program is skipped
-	$(GO_TEST) $(RACE) $(TESTFLAGS) ./...
+	$(GO_TEST) $(RACE) $(TESTFLAGS) ./pkg/firewall ./pkg/kernel ./... # the longest first
 
 fuzz: ## Each fuzz target for FUZZTIME
 	@grep -r --include=*_test.go '^func Fuzz' . | sed -E 's|^(.*)/[^/]*:func (Fuzz[A-Za-z0-9_]*).*|\1 \2|' | \
@@ -217,8 +217,8 @@ fuzz: ## Each fuzz target for FUZZTIME
 	done
 
 # The results do not come from the test cache, which does not know that the binaries have changed. Tests wait most of
-# the time: four of e2e run at a time, beside another package. The race detector is left to test-long: our programs
-# run in processes of their own, without it.
+# the time: four of e2e run at a time, beside another package. The race detector is for packages whose tests call our
+# code, and left to test-long: our programs run in processes of their own, without it.
 E2E = -count=1 -p=2 -parallel=4 -timeout=30m $(TESTFLAGS)
 
 SERVERS := $(ETCD) build/stores/etcd-3.4 $(CNI) $(KUBE) $(OTHER_KUBE)
@@ -226,11 +226,11 @@ e2e: build need-e2e $(SERVERS) build/bin/helm image ## End-to-end tests in the l
 	cd test && $(GO_TEST) $(E2E) ./e2e ./stores ./... # the longest first
 
 test-stores: build need-lab $(SERVERS) $(OLD_ETCD) ## Every version of etcd and Kubernetes that is tested
-	cd test && STORES=all $(GO_TEST) $(RACE) $(E2E) ./stores ./etcd
+	cd test && LONG=all $(GO_TEST) $(E2E) ./stores ./etcd
 
-test-long: test-stores need-e2e build/bin/helm image ## What test leaves out: all stores and combinations
-	cd test && LONG=1 $(GO_TEST) $(E2E) -run '^Test(Matrix|Cluster)$$' ./e2e
-	cd test && $(GO_TEST) $(RACE) $(E2E) ./ec2 ./lab
+test-long: build need-e2e $(SERVERS) $(OLD_ETCD) build/bin/helm image ## What test leaves out: all stores and combinations
+	cd test && LONG=rest $(GO_TEST) $(E2E) -run '^Test(Matrix|Cluster|Faults|Stores)$$' ./e2e ./stores
+	cd test && LONG=all $(GO_TEST) $(RACE) $(E2E) ./etcd ./ec2 ./lab
 
 # The kernel, and what tests run, from Debian's packages. Some 100 MB, once.
 build/vm/root.cpio: test/vm/root

@@ -20,11 +20,11 @@ import (
 )
 
 // TestCluster: kubelet, kube-proxy, pods from a Deployment. The network comes from the manifest as it is published or,
-// with LONG=1, from the chart, and recovers from what happens to its pods and files.
+// in make test-long, from the chart, and recovers from what happens to its pods and files.
 func TestCluster(t *testing.T) {
 	t.Parallel()
 	for from, proxy := range map[string]string{"manifest": "iptables", "chart": "nftables"} {
-		if from == "chart" && !long {
+		if !labtest.Selected(from != "chart") {
 			continue
 		}
 		t.Run(from+"/"+proxy, func(t *testing.T) {

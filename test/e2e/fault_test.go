@@ -26,6 +26,7 @@ type scenario struct {
 	legacy        bool     // iptables is iptables-legacy
 	devices       []string // of the daemon
 	strangers     int      // leases of nodes that do not exist
+	long          bool     // left to make test-long
 	faults        []fault  // to try
 	device        string   // of a type that not every kernel has
 	ipv4          bool     // without IPv6
@@ -39,7 +40,7 @@ var scenarios = []scenario{
 		faults:    slices.Concat(routeFaults, uplinkFaults, ruleFaults)},
 	{name: "host-gw, iptables-legacy", backend: `{"Type": "host-gw"}`, legacy: true, strangers: 2, faults: ruleFaults},
 	// With so many peers, routes go through nexthop objects.
-	{name: "vxlan, 300 peers", backend: `{"Type": "vxlan"}`, nftables: true, devices: vteps, strangers: 300,
+	{name: "vxlan, 300 peers", backend: `{"Type": "vxlan"}`, nftables: true, devices: vteps, strangers: 300, long: true,
 		faults: slices.Concat(deviceFaults, routeFaults, neighbourFaults, uplinkFaults)},
 	{name: "ipip", backend: `{"Type": "ipip"}`, devices: []string{"flannel.ipip"}, strangers: 2,
 		faults: slices.Concat(deviceFaults, routeFaults, uplinkFaults,
@@ -354,6 +355,9 @@ func (s *testbed) reset(ctx context.Context) error {
 func TestFaults(t *testing.T) {
 	t.Parallel()
 	for i, g := range scenarios {
+		if !labtest.Selected(!g.long) {
+			continue
+		}
 		t.Run(g.name, func(t *testing.T) {
 			t.Parallel()
 			ctx := labtest.Context(t, 10*time.Minute)

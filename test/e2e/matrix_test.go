@@ -6,7 +6,6 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
-	"os"
 	"strings"
 	"testing"
 	"time"
@@ -14,9 +13,6 @@ import (
 	"github.com/flanneld/flanneld/test/lab"
 	"github.com/flanneld/flanneld/test/lab/labtest"
 )
-
-// long has tests run what make test leaves to make test-long.
-var long = os.Getenv("LONG") == "1"
 
 // Networks of the tests' configurations.
 const (
@@ -71,7 +67,7 @@ var matrixFamilies = []matrixFamily{
 }
 
 // TestMatrix: with every backend, family and kind of rules, pods reach each other with their own addresses, and the
-// outside with the address of their node. Without LONG=1, each pair of backend and family has one kind of rules, in
+// outside with the address of their node. In make test, each pair of backend and family has one kind of rules, in
 // turn, so that each pair of backend and rules, and of family and rules, is still tried.
 func TestMatrix(t *testing.T) {
 	t.Parallel()
@@ -81,7 +77,7 @@ func TestMatrix(t *testing.T) {
 				continue
 			}
 			for k, rules := range []string{"iptables", "nftables"} {
-				if b.once && rules == "iptables" || !long && !b.once && (i+j+k)%2 == 0 {
+				if b.once && rules == "iptables" || !labtest.Selected(b.once || (i+j+k)%2 == 1) {
 					continue
 				}
 				t.Run(strings.Join([]string{b.name, f.name, rules}, "/"), func(t *testing.T) {

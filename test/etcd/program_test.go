@@ -29,10 +29,11 @@ import (
 
 	"github.com/flanneld/flanneld/pkg/nstest"
 	"github.com/flanneld/flanneld/subnet/etcd"
+	"github.com/flanneld/flanneld/test/lab/labtest"
 )
 
 // versions are the programs that the tests run, the oldest and the newest of
-// them unless STORES=all.
+// them unless LONG says otherwise.
 var versions = []struct {
 	name, path string
 	corner     bool
@@ -45,11 +46,11 @@ var versions = []struct {
 // ofEachVersion runs a test with each version of etcd.
 func ofEachVersion(t *testing.T, test func(t *testing.T, path string)) {
 	for _, v := range versions {
+		if !labtest.Selected(v.corner) {
+			continue
+		}
 		t.Run(v.name, func(t *testing.T) {
 			t.Parallel()
-			if !v.corner && os.Getenv("STORES") != "all" {
-				t.Skip("only with STORES=all")
-			}
 			if _, err := os.Stat(v.path); err != nil {
 				nstest.Missing(t, "make %s: %v", strings.TrimPrefix(v.path, "../../"), err)
 			}

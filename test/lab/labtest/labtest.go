@@ -5,6 +5,7 @@ package labtest
 import (
 	"bytes"
 	"context"
+	"os"
 	"os/exec"
 	"strings"
 	"testing"
@@ -22,6 +23,18 @@ func Context(t testing.TB, limit time.Duration) context.Context {
 	ctx, cancel := context.WithTimeout(t.Context(), lab.Patiently(3*limit))
 	t.Cleanup(cancel)
 	return ctx
+}
+
+// Selected tells whether a case of a test runs: by LONG=all every case, by LONG=rest those that are not quick, and
+// otherwise those that are. make test runs the quick cases, and make test-long the rest.
+func Selected(quick bool) bool {
+	switch os.Getenv("LONG") {
+	case "all":
+		return true
+	case "rest":
+		return !quick
+	}
+	return quick
 }
 
 // New makes a lab with as many nodes, none started, as there are options. When

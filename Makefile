@@ -9,7 +9,7 @@ STATICCHECK_VERSION := v0.8.2
 GOVULNCHECK_VERSION := v1.9.0
 # For each fuzz target: a count, since a time that runs out while the machine is
 # busy is now and then reported as a failure (context deadline exceeded).
-FUZZTIME ?= 50000x
+FUZZTIME ?= 20000x
 TESTFLAGS ?=# such as -v or -run=TestRestart
 
 # Programs that a target needs besides Go, each with the package that has it on Debian and the like.

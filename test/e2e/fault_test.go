@@ -34,7 +34,7 @@ type scenario struct {
 
 var scenarios = []scenario{
 	{name: "vxlan", backend: `{"Type": "vxlan"}`, devices: vteps, strangers: 2, faults: everyFault},
-	{name: "host-gw", backend: `{"Type": "host-gw"}`, strangers: 2, faults: everyFault},
+	{name: "host-gw", backend: `{"Type": "host-gw"}`, strangers: 2, long: true, faults: everyFault},
 	{name: "vxlan direct", backend: `{"Type": "vxlan", "DirectRouting": true}`, nftables: true, devices: vteps,
 		strangers: 2,
 		faults:    slices.Concat(routeFaults, uplinkFaults, ruleFaults)},

@@ -277,8 +277,8 @@ func Patiently(d time.Duration) time.Duration {
 	return d
 }
 
-// Poll calls try until it returns nil: fifty times a second or, if a call takes long, half of the time, so that the
-// processors are free for what is waited for. When ctx or Patience ends first, the error names what was waited for, and
+// Poll calls try until it returns nil, at most fifty times a second. Between calls that start programs the pauses are
+// longer, so that the processors are free for what is waited for. When ctx or Patience ends first, the error names what was waited for, and
 // wraps the last error of try.
 func Poll(ctx context.Context, what string, try func() error) error {
 	ctx, cancel := context.WithTimeout(ctx, Patiently(Patience))
@@ -294,7 +294,7 @@ func Poll(ctx context.Context, what string, try func() error) error {
 		select {
 		case <-ctx.Done():
 			return fmt.Errorf("waited %v for %s: %w", time.Since(start).Round(time.Second), what, err)
-		case <-time.After(max(took, 20*time.Millisecond-took)):
+		case <-time.After(max(20*time.Millisecond-took, min(4*took, 200*time.Millisecond), took)):
 		}
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"net/netip"
 
+	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/kernel"
 	"github.com/flanneld/flanneld/subnet"
@@ -17,8 +18,8 @@ import (
 // where either changes, a new one is made. Its methods touch nothing, except
 // Attrs.
 //
-// A backend that does more than that implements some of Worker, StatsReporter
-// and Differ.
+// A backend that does more than that implements some of Worker, StatsReporter,
+// Differ and Identifier.
 type Backend interface {
 	// Info returns what the rest of the node must know of the backend. The
 	// answer is always the same.
@@ -101,6 +102,34 @@ type Differ interface {
 	// Diff returns the commands that would make that state what this node's
 	// lease and the leases of its peers call for. It changes nothing.
 	Diff(ctx context.Context, own subnet.Lease, peers []subnet.Lease) ([]string, error)
+}
+
+// An Identifier is a Backend that knows a peer by other, or more, than its
+// public addresses, such as the MAC of a VTEP or a public key.
+type Identifier interface {
+	// Identities returns all that a lease publishes and only one node can have,
+	// in words: "VTEP MAC 0e:00:00:00:00:01". Of two leases with the same
+	// identity, the younger one is left out.
+	Identities(subnet.Lease) []string
+}
+
+// Identities returns all that a lease publishes and only one node can have: what
+// b says or else the public addresses.
+func Identities(b Backend, l subnet.Lease) []string {
+	if b, ok := b.(Identifier); ok {
+		return b.Identities(l)
+	}
+	return PublicAddresses(l)
+}
+
+// PublicAddresses returns the identities that are the public addresses of a lease.
+func PublicAddresses(l subnet.Lease) (identities []string) {
+	for _, f := range family.All {
+		if ip := l.Attrs.PublicIPOf(f); ip.IsValid() && l.Of(f).IsValid() {
+			identities = append(identities, "public address "+ip.String())
+		}
+	}
+	return identities
 }
 
 // New makes the backend that the configuration asks for.

@@ -35,6 +35,26 @@ func (n *node) setRulesState(s firewall.State) {
 	n.recordEvent("rules", "FirewallFight", message)
 }
 
+// recordRival records that another lease claims what is this node's own.
+func (n *node) recordRival() {
+	if n.own == nil {
+		return
+	}
+	message := ""
+	for rival, claim := range n.claims.rivals(n.own.Subnets) {
+		m := fmt.Sprintf("The node at %s, with the lease of %s, claims this node's %s, and is left out here. "+
+			"If it is the older one, the other nodes leave this node out. Find out which node published the copy, "+
+			"and delete its lease", rival.address, rival.Subnets, claim)
+		if message == "" || m < message { // always the same one of several
+			message = m
+		}
+	}
+	if message != n.rival {
+		n.rival = message
+		n.recordEvent("identity", "DuplicateIdentity", message)
+	}
+}
+
 // recordKernelFight records the object that another program undoes; nil: none.
 func (n *node) recordKernelFight(object kernel.Object) {
 	message := ""

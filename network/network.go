@@ -71,6 +71,7 @@ type node struct {
 
 	rulesSet bool   // the rules of the lease are in place
 	fight    string // over the rules, see firewall.State
+	rival    string // that claims what is ours, see recordRival
 	fileSet  bool   // the subnet file has the right content
 	ready    bool
 	errors   retry.LastErrors[string] // of each duty
@@ -366,6 +367,7 @@ func (n *node) applyPeers(p peersPlan) {
 			"peer", l.Subnets, "addresses", l.Attrs.PublicIPs(), "reason", problem.text)
 	}
 	n.worker.update(p.update)
+	n.recordRival()
 }
 
 // update handles an update of leases.

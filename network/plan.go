@@ -30,6 +30,7 @@ type state struct {
 	setup
 	own      *subnet.Lease                    // nil: none yet
 	leases   map[subnet.Subnets]subnet.Lease  // of all nodes, our own too; nil: not known yet
+	claims   claims                           // of those leases that could be a peer's, and of our own
 	problems retry.LastErrors[subnet.Subnets] // what is wrong with leases of peers
 }
 
@@ -90,21 +91,27 @@ type problem struct {
 // Without a lease of our own nothing is decided yet: planAllPeers does that later.
 func (s *state) applyUpdate(u subnet.Update) peersPlan {
 	if s.leases == nil {
-		s.leases = map[subnet.Subnets]subnet.Lease{}
+		s.leases, s.claims = map[subnet.Subnets]subnet.Lease{}, claims{}
 	}
 	p := peersPlan{
 		objects: make(map[string][]kernel.Object, len(u.Leases)+len(u.Gone)),
 		update:  subnet.Update{Snapshot: u.Snapshot},
 	}
-	for _, gone := range u.Apply(s.leases) {
+	gone := u.Apply(s.leases)
+	for _, gone := range gone {
 		delete(s.problems, gone)
 		p.objects[gone.String()] = nil
 	}
 	for gone := range u.Gone {
 		p.update.Delete(gone)
 	}
-	if s.own != nil {
-		s.planPeers(&p, u.Leases)
+	switch {
+	case s.own == nil:
+	case u.Snapshot || s.claims.claimants == nil:
+		s.claimAll()
+		s.planPeers(&p, s.leases)
+	default:
+		s.planPeers(&p, s.updateClaims(u, gone))
 	}
 	return p
 }
@@ -113,10 +120,64 @@ func (s *state) applyUpdate(u subnet.Update) peersPlan {
 // changed.
 func (s *state) planAllPeers() peersPlan {
 	p := peersPlan{objects: make(map[string][]kernel.Object, len(s.leases)), update: subnet.Update{Snapshot: true}}
+	s.claimAll()
 	s.planPeers(&p, s.leases)
 	return p
 }
 
+// claimAll records what all leases claim.
+func (s *state) claimAll() {
+	s.claims = newClaims()
+	s.claim(*s.own)
+	for subnets, l := range s.leases {
+		if subnets != s.own.Subnets {
+			s.claim(l)
+		}
+	}
+}
+
+// claim records what a lease claims now. A lease that cannot be a peer's claims
+// nothing. Our own lease claims what we publish, whatever the store has.
+func (s *state) claim(l subnet.Lease) {
+	s.claims.remove(l.Subnets)
+	switch {
+	case l.Subnets == s.own.Subnets:
+		l = *s.own
+		l.Created = s.leases[l.Subnets].Created
+	case s.checkLease(l) != nil:
+		return
+	}
+	s.claims.put(s.backend, l)
+}
+
+// updateClaims records what leases claim after an update. It returns the leases to
+// plan for: the new and the changed ones, and those that claim the same as one of
+// these or as a lease that is gone.
+func (s *state) updateClaims(u subnet.Update, gone []subnet.Subnets) map[subnet.Subnets]subnet.Lease {
+	leases := make(map[subnet.Subnets]subnet.Lease, len(u.Leases))
+	maps.Copy(leases, u.Leases)
+	addRivals := func(of subnet.Subnets) {
+		for rival := range s.claims.rivals(of) {
+			if l, ok := s.leases[rival.Subnets]; ok {
+				leases[rival.Subnets] = l
+			}
+		}
+	}
+	for _, subnets := range gone {
+		if subnets != s.own.Subnets { // ours will be restored
+			addRivals(subnets)
+			s.claims.remove(subnets)
+		}
+	}
+	for subnets, l := range u.Leases {
+		addRivals(subnets)
+		s.claim(l)
+		addRivals(subnets)
+	}
+	return leases
+}
+
+// planPeers plans for leases whose claims, and those of all others, are recorded.
 func (s *state) planPeers(p *peersPlan, leases map[subnet.Subnets]subnet.Lease) {
 	for subnets, l := range leases {
 		objects, isPeer, err := s.planPeer(l)
@@ -141,14 +202,22 @@ func (s *state) planPeer(l subnet.Lease) (objects []kernel.Object, isPeer bool, 
 	if l.Subnets == s.own.Subnets {
 		return nil, false, nil
 	}
-	if err := s.checkLease(l); err != nil {
+	if err := s.checkPeer(l); err != nil {
 		return nil, false, err
 	}
 	objects, err = s.backend.Peer(*s.own, l)
 	return objects, true, err
 }
 
-// checkLease returns why a lease cannot be a peer's.
+// checkPeer returns why a lease is not a peer's.
+func (s *state) checkPeer(l subnet.Lease) error {
+	if err := s.checkLease(l); err != nil {
+		return err
+	}
+	return s.claims.conflict(l.Subnets, s.own.Subnets)
+}
+
+// checkLease returns why a lease cannot be a peer's, whatever other leases there are.
 func (s *state) checkLease(l subnet.Lease) error {
 	own := s.own.Attrs
 	// Some backends publish no type (see the lease that we publish ourselves), and
@@ -164,7 +233,15 @@ func (s *state) checkLease(l subnet.Lease) error {
 		}
 	}
 	for f, pool := range s.cfg.Pools().Each() {
-		peer := l.Of(f)
+		peer, ip := l.Of(f), l.Attrs.PublicIPOf(f)
+		if pool.Enabled() && ip.IsValid() {
+			if err := s.uplink.CheckPeer(ip); err != nil {
+				return fmt.Errorf("left out, since its public address %w", err)
+			}
+			if peer.Contains(ip) {
+				return fmt.Errorf("left out, since its public address %s is in its own subnet %s", ip, peer)
+			}
+		}
 		switch {
 		case !pool.Enabled() || !peer.IsValid():
 		case !pool.Network.Contains(peer.Addr()) || peer.Bits() < pool.Network.Bits():
@@ -180,7 +257,7 @@ func (s *state) checkLease(l subnet.Lease) error {
 func (s *state) peers() []subnet.Lease {
 	var all []subnet.Lease
 	for subnets, l := range s.leases {
-		if subnets != s.own.Subnets && s.checkLease(l) == nil {
+		if subnets != s.own.Subnets && s.checkPeer(l) == nil {
 			all = append(all, l)
 		}
 	}

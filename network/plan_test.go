@@ -24,7 +24,7 @@ import (
 //	config   the network's configuration
 //	uplink   name, MTU, addresses with prefix lengths, "public" and the addresses peers use
 //	own      our lease: the last element of its etcd key, and its value
-//	lease    a new or changed lease, likewise
+//	lease    a new or changed lease, likewise; new leases are younger than those before them
 //	gone     the last element of the etcd key of a lease that was removed
 //	snapshot the leases of this step are all there are
 //	#        a remark
@@ -63,7 +63,8 @@ func TestPlans(t *testing.T) {
 
 type scenario struct {
 	state
-	options Options
+	options  Options
+	youngest int64 // lease
 }
 
 // step takes one step's events and returns the plan as text.
@@ -92,6 +93,10 @@ func (s *scenario) step(input string) (string, error) {
 		case "lease":
 			var l subnet.Lease
 			l, err = backendtest.ParseLease(rest)
+			if l.Created = s.leases[l.Subnets].Created; l.Created == 0 {
+				s.youngest++
+				l.Created = s.youngest
+			}
 			u.Put(l)
 			updated = true
 		case "gone":

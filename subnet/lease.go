@@ -35,6 +35,10 @@ type Lease struct {
 	Subnets
 	Attrs   Attrs
 	Expires time.Time // zero: never
+
+	// Created orders leases by age: the older of two has the smaller number. It is the store's, such as a revision of
+	// etcd or seconds, so that two leases may have the same. Only leases that Manager.Watch sends have it.
+	Created int64
 }
 
 // Attrs are what a node publishes with its lease. Their JSON is the value of the lease's record in etcd, the same as

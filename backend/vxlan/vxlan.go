@@ -170,6 +170,18 @@ func (v *vxlan) Local(own subnet.Lease) []kernel.Object {
 	return objects
 }
 
+// Identities implements backend.Identifier. The kernel holds one FDB entry for a MAC: with two peers of one MAC, the
+// packets for one of them go to the other.
+func (v *vxlan) Identities(l subnet.Lease) []string {
+	identities := backend.PublicAddresses(l)
+	for f, t := range v.vteps.Each() {
+		if d, err := parse(l.Attrs.DataOf(f)); t.dev != "" && err == nil {
+			identities = append(identities, fmt.Sprintf("VTEP MAC %v of %s", d.VtepMAC, t.dev))
+		}
+	}
+	return identities
+}
+
 func (v *vxlan) Peer(own, peer subnet.Lease) ([]kernel.Object, error) {
 	var objects []kernel.Object
 	var errs []error

@@ -65,6 +65,17 @@ func (w *wireguard) config(t tunnel, private secret, own subnet.Lease, leases ma
 	return c
 }
 
+// Identities implements backend.Identifier. A device has one peer for a public key. Nodes behind one NAT share a public
+// address.
+func (w *wireguard) Identities(l subnet.Lease) (identities []string) {
+	for _, key := range published(l) {
+		if id := "public key " + key.String(); !slices.Contains(identities, id) {
+			identities = append(identities, id)
+		}
+	}
+	return identities
+}
+
 // published returns the public keys of a lease.
 func published(l subnet.Lease) (keys []wgtypes.Key) {
 	for _, text := range []json.RawMessage{l.Attrs.BackendData, l.Attrs.BackendV6Data} {

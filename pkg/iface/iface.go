@@ -3,6 +3,7 @@
 package iface
 
 import (
+	"encoding/binary"
 	"fmt"
 	"net/netip"
 	"regexp"
@@ -71,6 +72,44 @@ func (u Uplink) CheckPublicIPs() error {
 		}
 	}
 	return nil
+}
+
+// reserved4 is IPv4's class E, which no host has (RFC 1112, section 4); 255.255.255.255 is in it.
+var reserved4 = netip.MustParsePrefix("240.0.0.0/4")
+
+// CheckPeer returns an error if an address cannot be that of a host that u sends packets to. A link-local address can be
+// only where u has no other.
+func (u Uplink) CheckPeer(peer netip.Addr) error {
+	what := ""
+	switch {
+	case peer.IsUnspecified() || peer.Is4() && netip.PrefixFrom(netip.IPv4Unspecified(), 8).Contains(peer):
+		what = "no host's address"
+	case peer.IsLoopback():
+		what = "a loopback address"
+	case peer.IsMulticast():
+		what = "a multicast address"
+	case reserved4.Contains(peer):
+		what = "an address that no host has"
+	case peer.IsLinkLocalUnicast() && !u.Addrs().Of(family.Of(peer)).IsLinkLocalUnicast():
+		what = "a link-local address, and " + u.Name + " has others"
+	}
+	for _, p := range u.Prefixes {
+		if peer.Is4() && p.Contains(peer) && p.Bits() < 31 && (peer == p.Masked().Addr() || peer == broadcast(p)) {
+			what = "the broadcast address or the base of " + p.Masked().String()
+		}
+	}
+	if what != "" {
+		return fmt.Errorf("%s is %s", peer, what)
+	}
+	return nil
+}
+
+// broadcast returns the last address of an IPv4 prefix.
+func broadcast(p netip.Prefix) netip.Addr {
+	a := p.Addr().As4()
+	n := binary.BigEndian.Uint32(a[:]) | ^uint32(0)>>p.Bits()
+	binary.BigEndian.PutUint32(a[:], n)
+	return netip.AddrFrom4(a)
 }
 
 // Equal reports whether u and v have the same values.

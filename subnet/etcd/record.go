@@ -31,6 +31,11 @@ func (r record) exists() bool { return r.created != 0 }
 // reserved tells whether the operator has reserved the subnets for a node.
 func (r record) reserved() bool { return r.exists() && r.valid && r.lease == clientv3.NoLease }
 
+// asLease returns the record as the lease that it is, without the time of its end.
+func (r record) asLease() subnet.Lease {
+	return subnet.Lease{Subnets: r.subnets, Attrs: r.attrs, Created: r.created}
+}
+
 // overlaps tells whether the record shares an address with the subnets.
 func (r record) overlaps(s subnet.Subnets) bool {
 	return r.subnets.IPv4.Overlaps(s.IPv4) || r.subnets.IPv6.Overlaps(s.IPv6)

@@ -44,7 +44,7 @@ func (m *Manager) watchOnce(ctx context.Context, updates *subnet.Mailbox) error 
 	snapshot := subnet.Update{Snapshot: true, Leases: make(map[subnet.Subnets]subnet.Lease, len(records))}
 	for _, r := range records {
 		if r.valid {
-			snapshot.Put(subnet.Lease{Subnets: r.subnets, Attrs: r.attrs})
+			snapshot.Put(r.asLease())
 		}
 	}
 	updates.Put(snapshot)
@@ -92,7 +92,7 @@ func (m *Manager) updateOf(events []*clientv3.Event) subnet.Update {
 		}
 		switch r, ok := m.parse(e.Kv); {
 		case ok && r.valid:
-			u.Put(subnet.Lease{Subnets: r.subnets, Attrs: r.attrs})
+			u.Put(r.asLease())
 		case ok:
 			u.Delete(r.subnets)
 		}

@@ -12,6 +12,7 @@ import (
 
 	"k8s.io/client-go/tools/cache"
 
+	"github.com/flanneld/flanneld/pkg/prefixes"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -30,9 +31,9 @@ func (m *Manager) Watch(ctx context.Context) <-chan subnet.Update {
 type peers struct {
 	manager *Manager
 	byName  map[string]*peer
-	subnets claims // podCIDRs
-	publics claims // public addresses, as prefixes of full length
-	synced  bool   // the reader has got a snapshot
+	subnets prefixes.Index[*peer] // podCIDRs
+	publics prefixes.Index[*peer] // public addresses, as prefixes of full length
+	synced  bool                  // the reader has got a snapshot
 
 	// changed are the nodes whose claims have changed, or an overlapping claim of another node, as they were before; nil
 	// for a new node.
@@ -43,8 +44,7 @@ type peers struct {
 
 func newPeers(m *Manager) *peers {
 	return &peers{
-		manager: m, byName: map[string]*peer{}, changed: map[string]*peer{},
-		subnets: newClaims(), publics: newClaims(), updates: subnet.NewMailbox(),
+		manager: m, byName: map[string]*peer{}, changed: map[string]*peer{}, updates: subnet.NewMailbox(),
 	}
 }
 
@@ -120,7 +120,9 @@ func (p *peers) put(n *Node) {
 	annotation := func(name string) string { return n.Annotations[prefix+name] }
 	now := &peer{name: n.Name, created: n.CreationTimestamp.Unix()}
 	if annotation(managed) == "true" {
-		now.lease = subnet.Lease{Subnets: subnetsOf(n.podCIDRs, p.manager.on), Attrs: attrsOf(annotation)}
+		now.lease = subnet.Lease{
+			Subnets: subnetsOf(n.podCIDRs, p.manager.on), Attrs: attrsOf(annotation), Created: now.created,
+		}
 		if len(now.lease.Each()) == 0 || len(now.lease.Attrs.PublicIPs()) == 0 {
 			now.lease = subnet.Lease{} // the node is not ready to have one
 		}
@@ -139,8 +141,10 @@ func (p *peers) replace(old, now *peer) {
 		p.markChanged(old)
 		delete(p.byName, old.name)
 		for c, claim := range p.claimed(old) {
-			c.remove(claim, old)
-			c.overlapping(claim, old, func(r *peer, _ netip.Prefix) { p.markChanged(r) })
+			c.Remove(claim, old)
+			for _, other := range c.Overlapping(claim) {
+				p.markChanged(other)
+			}
 		}
 	}
 	if now != nil {
@@ -149,8 +153,10 @@ func (p *peers) replace(old, now *peer) {
 		}
 		p.byName[now.name] = now
 		for c, claim := range p.claimed(now) {
-			c.add(claim, now)
-			c.overlapping(claim, now, func(r *peer, _ netip.Prefix) { p.markChanged(r) })
+			for _, other := range c.Overlapping(claim) {
+				p.markChanged(other)
+			}
+			c.Add(claim, now)
 		}
 	}
 }
@@ -162,9 +168,9 @@ func (p *peers) markChanged(n *peer) {
 	}
 }
 
-// claimed returns a node's claims of the families that are on, each with the claims that it belongs to.
-func (p *peers) claimed(n *peer) iter.Seq2[*claims, netip.Prefix] {
-	return func(yield func(*claims, netip.Prefix) bool) {
+// claimed returns a node's claims of the families that are on, each with the index that it belongs to.
+func (p *peers) claimed(n *peer) iter.Seq2[*prefixes.Index[*peer], netip.Prefix] {
+	return func(yield func(*prefixes.Index[*peer], netip.Prefix) bool) {
 		for _, s := range n.lease.Each() {
 			if !yield(&p.subnets, s) {
 				return
@@ -226,11 +232,11 @@ func (p *peers) conflicts(n *peer) []conflict {
 	for c, claim := range p.claimed(n) {
 		var oldest *peer
 		var overlaps netip.Prefix
-		c.overlapping(claim, n, func(other *peer, theirs netip.Prefix) {
+		for theirs, other := range c.Overlapping(claim) {
 			if other.older(n) && (oldest == nil || other.older(oldest)) {
 				oldest, overlaps = other, theirs
 			}
-		})
+		}
 		if oldest != nil {
 			all = append(all, conflict{oldest.name, overlaps, claim, c == &p.publics})
 		}
@@ -283,67 +289,6 @@ func (p *peers) logConflicts(name string, before, now []conflict) {
 		if !slices.Contains(now, c) {
 			p.manager.log.Info("Two Nodes no longer conflict", "older", c.with, "younger", name, "conflict", c.String())
 			record(c, "", "")
-		}
-	}
-}
-
-// claims are prefixes and the nodes that claim them.
-type claims struct {
-	nodes   map[netip.Prefix][]*peer
-	lengths map[length]int // how many of the prefixes have so many bits
-}
-
-// A length is that of a prefix, in a family: of 32 or 128 bits.
-type length struct{ bits, of int }
-
-func newClaims() claims {
-	return claims{nodes: map[netip.Prefix][]*peer{}, lengths: map[length]int{}}
-}
-
-func (c *claims) add(p netip.Prefix, n *peer) {
-	c.nodes[p] = append(c.nodes[p], n)
-	c.lengths[length{p.Bits(), p.Addr().BitLen()}]++
-}
-
-func (c *claims) remove(p netip.Prefix, n *peer) {
-	rest := slices.DeleteFunc(c.nodes[p], func(other *peer) bool { return other == n })
-	if len(rest) == 0 {
-		delete(c.nodes, p)
-	} else {
-		c.nodes[p] = rest
-	}
-	l := length{p.Bits(), p.Addr().BitLen()}
-	if c.lengths[l]--; c.lengths[l] == 0 {
-		delete(c.lengths, l)
-	}
-}
-
-// overlapping calls each for each claim of a node other than n that overlaps p. As a rule, all prefixes of a family
-// have the same length: then only p itself overlaps p, and is found at once.
-func (c *claims) overlapping(p netip.Prefix, n *peer, each func(*peer, netip.Prefix)) {
-	visit := func(at netip.Prefix) {
-		for _, other := range c.nodes[at] {
-			if other != n {
-				each(other, at)
-			}
-		}
-	}
-	inside := false // there may be claims of parts of p
-	for l := range c.lengths {
-		switch {
-		case l.of != p.Addr().BitLen():
-		case l.bits <= p.Bits():
-			visit(netip.PrefixFrom(p.Addr(), l.bits).Masked())
-		default:
-			inside = true
-		}
-	}
-	if !inside {
-		return
-	}
-	for at := range c.nodes {
-		if at.Bits() > p.Bits() && p.Overlaps(at) {
-			visit(at)
 		}
 	}
 }

@@ -587,6 +587,9 @@ func (s *suite) watch() {
 	if v.snapshots != 1 {
 		s.Errorf("there were %d snapshots, though nothing was missed", v.snapshots)
 	}
+	if a, b := v.leases[own.Subnets].Created, v.leases[three.Subnets].Created; a == 0 || a > b {
+		s.Errorf("two leases were created at %d and then at %d", a, b)
+	}
 	cancel()
 	drained(s, "Watch", v.updates)
 }

@@ -18,6 +18,7 @@ type Store struct {
 	config  string        // "": none
 	problem string        // why no request succeeds; "": all do
 	gaps    int           // how often watches have missed changes
+	created int64         // of the youngest lease
 	ready   map[string]bool
 	leases  map[subnet.Subnets]leaseOf
 	publish map[string]netip.Addr // see Republish
@@ -58,6 +59,12 @@ func (s *Store) SetLease(node string, l subnet.Lease) { s.change(func() { s.put(
 func (s *Store) put(node string, l subnet.Lease) {
 	if s.leases == nil {
 		s.leases = map[subnet.Subnets]leaseOf{}
+	}
+	if now, there := s.leases[l.Subnets]; there {
+		l.Created = now.Created
+	} else {
+		s.created++
+		l.Created = s.created
 	}
 	s.leases[l.Subnets] = leaseOf{l, node}
 }

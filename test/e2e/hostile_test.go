@@ -1,0 +1,182 @@
+package e2e
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+	"unicode"
+
+	"github.com/flanneld/flanneld/network"
+	"github.com/flanneld/flanneld/test/lab"
+	"github.com/flanneld/flanneld/test/lab/labtest"
+)
+
+// A hostileRecord is a lease in etcd that somebody wrote who may write there, and who means no good. Its node is left
+// out; nothing else happens.
+type hostileRecord struct {
+	name       string
+	key, value string // {ip}, {mac}, {key} are the victim's; {own} is the MAC or the key of the node that reads
+	reason     string // in flannelctl status; empty: the record is no lease at all
+}
+
+var hostileVXLAN = []hostileRecord{
+	{"a peer's MAC", "10.5.201.0-24", vxlanRecord("198.18.0.201", "{mac}"), "VTEP MAC"},
+	{"our MAC", "10.5.202.0-24", vxlanRecord("198.18.0.202", "{own}"), "this node's own"},
+	{"a peer's address", "10.5.203.0-24", vxlanRecord("{ip}", "0e:00:00:00:00:03"), "public address"},
+	{"a part of a peer's subnet", "{half}-25", vxlanRecord("198.18.0.204", "0e:00:00:00:00:04"), "subnet"},
+	{"loopback", "10.5.205.0-24", vxlanRecord("127.0.0.1", "0e:00:00:00:00:05"), "loopback"},
+	{"loopback with our MAC", "10.5.206.0-24", vxlanRecord("127.0.0.1", "{own}"), "loopback"},
+	{"multicast", "10.5.207.0-24", vxlanRecord("224.0.0.5", "0e:00:00:00:00:07"), "multicast"},
+	{"broadcast", "10.5.208.0-24", vxlanRecord("255.255.255.255", "0e:00:00:00:00:08"), "no host has"},
+	{"the uplink's broadcast", "10.5.209.0-24", vxlanRecord("198.18.0.255", "0e:00:00:00:00:09"), "broadcast"},
+	{"metadata", "10.5.210.0-24", vxlanRecord("169.254.169.254", "0e:00:00:00:00:10"), "link-local"},
+	{"in itself", "10.5.211.0-24", vxlanRecord("10.5.211.7", "0e:00:00:00:00:11"), "its own subnet"},
+	{"a group's MAC", "10.5.212.0-24", vxlanRecord("198.18.0.212", "ff:ff:ff:ff:ff:ff"), "VtepMAC"},
+	{"everything", "0.0.0.0-0", vxlanRecord("198.18.0.213", "0e:00:00:00:00:13"), ""},
+	{"the whole network", "10.5.0.0-16", vxlanRecord("198.18.0.214", "0e:00:00:00:00:14"), "overlaps"},
+	{"metadata's subnet", "169.254.169.254-32", vxlanRecord("198.18.0.215", "0e:00:00:00:00:15"), "not in the network"},
+}
+
+func vxlanRecord(ip, mac string) string {
+	return fmt.Sprintf(`{"PublicIP":"%s","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"%s"}}`, ip, mac)
+}
+
+var hostileWireGuard = []hostileRecord{
+	{"a peer's key", "10.5.201.0-24", wireguardRecord("198.18.0.201", "{key}"), "public key"},
+	{"our key", "10.5.202.0-24", wireguardRecord("198.18.0.202", "{own}"), "this node's own"},
+	{"no key", "10.5.203.0-24", wireguardRecord("198.18.0.203", "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="), "PublicKey"},
+	{"multicast", "10.5.204.0-24", wireguardRecord("224.0.0.5", "BAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQ="), "multicast"},
+}
+
+func wireguardRecord(ip, key string) string {
+	return fmt.Sprintf(`{"PublicIP":"%s","PublicIPv6":null,"BackendType":"wireguard","BackendData":{"PublicKey":"%s","Port":51820}}`, ip, key)
+}
+
+// TestHostileRecords: whatever records somebody writes to etcd, before a daemon starts or while it runs, pods go on
+// talking, the kernel holds nothing of them, status names each, and the log stays readable.
+func TestHostileRecords(t *testing.T) {
+	t.Parallel()
+	for backend, records := range map[string][]hostileRecord{"vxlan": hostileVXLAN, "wireguard": hostileWireGuard} {
+		t.Run(backend, func(t *testing.T) {
+			t.Parallel()
+			ctx := labtest.Context(t, 2*time.Minute)
+			l := labtest.New(ctx, t, fmt.Sprintf(`{%s, "Backend": {"Type": %q}}`, ipv4Network, backend), oneLink...)
+			labtest.Start(ctx, t, l, "--ip-masq")
+			pods := addPods(ctx, t, l)
+			labtest.Do(t, pods[0].WaitPing(ctx, pods[1].IPv4))
+			node := l.Nodes()[0]
+			labtest.Do(t, waitDiff(ctx, node, ""))
+			before := labtest.Must(node.Holds(ctx))(t)
+			ping := labtest.Must(pods[0].StartPing(ctx, pods[1].IPv4))(t)
+
+			records := forVictim(ctx, t, l, records)
+			for _, r := range records {
+				labtest.Do(t, l.Etcd.Put(ctx, lab.Prefix+"/subnets/"+r.key, r.value))
+			}
+			waitLeftOut(ctx, t, node, records)
+			expectUnharmed(ctx, t, node, before)
+			if got := labtest.Must(ping.Stop())(t); len(got.Lost) > 0 {
+				t.Errorf("lost %d of %d packets, numbers %v", len(got.Lost), got.Sent, got.Lost)
+			}
+			// The victim goes on renewing its lease, and the daemon starts again, with all records there.
+			labtest.Do(t, node.Stop(ctx))
+			labtest.Do(t, node.Start("--ip-masq"))
+			labtest.Do(t, node.WaitReady(ctx))
+			waitLeftOut(ctx, t, node, records)
+			expectUnharmed(ctx, t, node, before)
+			labtest.Do(t, pods[0].WaitPing(ctx, pods[1].IPv4))
+			labtest.Must(pods[0].Ping(ctx, pods[1].IPv4, lab.PingOptions{Count: 25}))(t)
+			checkLog(t, node)
+
+			for _, r := range records {
+				labtest.Do(t, l.Etcd.Delete(ctx, lab.Prefix+"/subnets/"+r.key))
+			}
+			waitLeftOut(ctx, t, node, nil)
+			expectUnharmed(ctx, t, node, before)
+		})
+	}
+}
+
+// forVictim fills in what records take from others: the second node is the victim, the first one reads.
+func forVictim(ctx context.Context, t *testing.T, l *lab.Lab, records []hostileRecord) []hostileRecord {
+	t.Helper()
+	var data [2]struct{ VtepMAC, PublicKey string }
+	var lease [2]string
+	for i, n := range l.Nodes() {
+		_, own := leaseOf(ctx, t, l, n)
+		labtest.Do(t, json.Unmarshal(own.Attrs.BackendData, &data[i]))
+		half := own.IPv4.Addr().As4()
+		half[3] = 128
+		lease[i] = fmt.Sprintf("%d.%d.%d.%d", half[0], half[1], half[2], half[3])
+	}
+	fill := strings.NewReplacer("{ip}", l.Nodes()[1].IPv4.String(), "{mac}", data[1].VtepMAC, "{key}", data[1].PublicKey,
+		"{own}", data[0].VtepMAC+data[0].PublicKey, "{half}", lease[1])
+	var filled []hostileRecord
+	for _, r := range records {
+		r.key, r.value = fill.Replace(r.key), fill.Replace(r.value)
+		filled = append(filled, r)
+	}
+	return filled
+}
+
+// waitLeftOut waits until status names the leases of these records, and no others, each with its reason.
+func waitLeftOut(ctx context.Context, t *testing.T, n *lab.Node, records []hostileRecord) {
+	t.Helper()
+	labtest.Do(t, lab.Poll(ctx, n.Hostname+" to leave the records out", func() error {
+		text, _, err := n.Ctl(ctx, "status", "-o", "json")
+		if err != nil {
+			return err
+		}
+		var s network.Status
+		if err := json.Unmarshal([]byte(text), &s); err != nil {
+			return fmt.Errorf("%w: %s", err, text)
+		}
+		problems := map[string]string{}
+		for _, l := range s.LeftOut {
+			problems[l.Lease().Subnets.String()] = l.Problem
+		}
+		for _, r := range records {
+			subnet := strings.Replace(r.key, "-", "/", 1)
+			if problem := problems[subnet]; r.reason == "" && problem != "" || !strings.Contains(problem, r.reason) {
+				return fmt.Errorf("%s: the problem of %s is %q, want %q", r.name, subnet, problem, r.reason)
+			}
+			delete(problems, subnet)
+		}
+		if len(problems) > 0 {
+			return fmt.Errorf("others are left out: %q", problems)
+		}
+		return nil
+	}))
+}
+
+// expectUnharmed checks that a node's kernel holds what it held before.
+func expectUnharmed(ctx context.Context, t *testing.T, n *lab.Node, before string) {
+	t.Helper()
+	if now := labtest.Must(n.Holds(ctx))(t); now != before {
+		t.Errorf("the kernel of %s holds\n%s\nwant\n%s", n.Hostname, now, before)
+	}
+	labtest.Do(t, waitDiff(ctx, n, ""))
+}
+
+// logLine is how a line of klog begins.
+var logLine = regexp.MustCompile(`^[IWEF]\d{4} \d\d:\d\d:\d\d\.\d{6} +\d+ \S+:\d+\] `)
+
+// checkLog checks that each line of a log is the daemon's, and one that a terminal can show.
+func checkLog(t *testing.T, n *lab.Node) {
+	t.Helper()
+	for line := range strings.Lines(n.Log()) {
+		line = strings.TrimSuffix(line, "\n")
+		switch {
+		case len(line) > 2000:
+			t.Errorf("a line of the log has %d bytes: %.200s", len(line), line)
+		case strings.ContainsFunc(line, func(r rune) bool { return r != '\t' && !unicode.IsPrint(r) }):
+			t.Errorf("a line of the log is not plain: %q", line)
+		case strings.Contains(line, "forged") && !logLine.MatchString(line):
+			t.Errorf("a line of the log is forged: %q", line)
+		}
+	}
+}

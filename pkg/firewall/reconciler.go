@@ -199,7 +199,9 @@ func (r *Reconciler) reconcile(ctx context.Context, want target, changed, early 
 		r.fights.End(want.mode())
 	}
 	wrote, err := r.attempt(ctx, want, r.Stats().InPlace && !changed, early)
-	r.pace.took = time.Since(r.pace.checked)
+	if early {
+		r.pace.add()
+	}
 	if wrote {
 		r.pace.written = time.Now()
 		r.pace.writes++
@@ -283,22 +285,35 @@ const (
 	ruleCalm = time.Second
 
 	// Checks that follow changes take at most one part in ruleShare of the time:
-	// where rules are many, reading them takes long.
+	// where rules are many, reading them takes long. After a time with fewer
+	// checks, checks that take ruleBurst together come at once, and one that takes
+	// longer does, too: what is seldom is restored without a wait.
 	ruleShare = 20
+	ruleBurst = 300 * time.Millisecond
 )
 
 // A pace is how soon the rules may be checked after a change.
 type pace struct {
-	checked time.Time
-	took    time.Duration // the last check
+	checked time.Time // when the last check began
+	owed    time.Duration // see debt
+	settled time.Time     // when owed was right
 	written time.Time
 	writes  int // since the rules were left alone
 }
 
+// debt returns how long checks after changes have taken beyond their share of the
+// time.
+func (p *pace) debt() time.Duration { return max(0, p.owed-time.Since(p.settled)/ruleShare) }
+
+// add takes the last check into account, which followed a change.
+func (p *pace) add() {
+	took := time.Since(p.checked)
+	p.owed, p.settled = min(p.debt(), ruleBurst)+took, time.Now() // no check waits for more than ruleShare*took
+}
+
 // rest returns how long to wait until the next check.
 func (p *pace) rest() time.Duration {
-	rest := max(ruleRest<<min(p.writes, 10), ruleShare*p.took)
-	return max(0, rest-time.Since(p.checked))
+	return max(0, ruleRest<<min(p.writes, 10)-time.Since(p.checked), (p.debt()-ruleBurst)*ruleShare)
 }
 
 // calm returns whether the rules have been left alone.

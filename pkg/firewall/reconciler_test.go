@@ -304,25 +304,47 @@ func TestCalm(t *testing.T) {
 	})
 }
 
-// Checks after changes take a twentieth of the time at most, but do not wait for
-// longer than resync.
+// Where other programs change rules all the time, checks take a twentieth of the
+// time. After a calm time, the first change is checked at once, however long that
+// takes, and so are some more.
 func TestShare(t *testing.T) {
-	run(t, func(t *testing.T, r *Reconciler, f *fake, _ *bytes.Buffer, _ *[]State) {
-		r.Set(both, true)
-		f.takes = 200 * time.Millisecond
-		pass(ruleCalm) // with one check, of what Apply changed
-		for _, want := range []time.Duration{ruleShare * f.takes, resync} {
-			last := f.checked[len(f.checked)-1]
-			f.change()
-			pass(resync)
-			if got := f.intervals(last); got[1] != want {
-				t.Errorf("checked after %v, want %v", got[1], want)
+	for _, takes := range []time.Duration{10 * time.Millisecond, 100 * time.Millisecond, time.Second} {
+		run(t, func(t *testing.T, r *Reconciler, f *fake, _ *bytes.Buffer, _ *[]State) {
+			r.Set(both, true)
+			pass(resync + ruleCalm)
+			f.takes = takes
+			for range 3 {
+				const busy = time.Minute
+				f.checked = nil
+				start := time.Now()
+				for time.Since(start) < busy {
+					synctest.Wait()
+					order()
+					f.notify()
+					time.Sleep(10 * time.Millisecond)
+				}
+				synctest.Wait()
+				order()
+				spent := time.Duration(len(f.checked)) * takes
+				// A check at each resync is always made.
+				most := max(busy/ruleShare, busy/resync*takes) + ruleBurst + 2*takes
+				if spent > most || spent < busy/ruleShare/2 && takes > ruleRest {
+					t.Errorf("checks that take %v took %v of %v, want at most %v", takes, spent, busy, most)
+				}
+				if first := f.checked[0].Sub(start); first > 0 {
+					t.Errorf("after a calm time, a change is checked after %v", first)
+				}
+				soon := ruleRest + takes + 10*time.Millisecond
+				if next := f.checked[1].Sub(f.checked[0]); takes < time.Second && next > soon {
+					t.Errorf("after a calm time, the next change is checked after %v, want at most %v", next, soon)
+				}
+				pass(2 * ruleShare * max(takes, ruleBurst))
+				if running := takes - time.Since(f.checked[len(f.checked)-1]); running > 0 {
+					pass(running)
+				}
 			}
-			f.takes = time.Second
-			f.change()
-			pass(4 * resync)
-		}
-	})
+		})
+	}
 }
 
 // A fight ends with the mode.

@@ -62,6 +62,7 @@ type testbed struct {
 	interval   time.Duration // of a probe
 	want       string        // the state without a fault
 	others     []string      // routes of other programs, while the routes are gone
+	unlimit    func() error  // ends a limit of the daemon
 }
 
 // newTestbed starts a testbed whose probes send a packet in each interval.

@@ -162,6 +162,15 @@ var daemonFaults = []fault{
 		}, undo: restart},
 	{name: "daemon killed, peers change", undo: restart, restore: peersBack,
 		inject: func(ctx context.Context, s *testbed) error { return s.all(ctx, kill, peersChange) }},
+	{name: "daemon killed while many peers join", inject: killWhileJoining, undo: restart, restore: othersLeave},
+	{name: "few descriptors, routes and rules flushed",
+		inject: func(ctx context.Context, s *testbed) (err error) {
+			if s.unlimit, err = s.node.LimitFiles(0); err != nil {
+				return err
+			}
+			return s.all(ctx, commands("ip -{4} route flush proto 70"), flushRules)
+		},
+		undo: func(_ context.Context, s *testbed) error { return s.unlimit() }},
 	{name: "daemon frozen, peers change", restore: peersBack,
 		inject: func(ctx context.Context, s *testbed) error {
 			return errors.Join(s.node.Freeze(ctx), peersChange(ctx, s))
@@ -215,6 +224,13 @@ var etcdFaults = []fault{
 			return errors.Join(s.Etcd.Cut(ctx), peersChange(ctx, s), s.Etcd.Compact(ctx))
 		},
 		undo: func(ctx context.Context, s *testbed) error { return s.Etcd.Restore(ctx) }},
+	{name: "etcd slow, peers change", restore: peersBack,
+		inject: func(ctx context.Context, s *testbed) error {
+			defer s.Etcd.Slow()()
+			return s.all(ctx, peersChange, commands("ip route del {subnet}"), func(ctx context.Context, s *testbed) error {
+				return lab.Poll(ctx, "the nodes to follow their peers", func() error { return s.followed(ctx) })
+			})
+		}},
 	{name: "etcd killed, peers change", restore: peersBack,
 		inject: func(ctx context.Context, s *testbed) error {
 			if err := errors.Join(s.Etcd.Cut(ctx), peersChange(ctx, s), s.Etcd.Compact(ctx)); err != nil {
@@ -226,6 +242,53 @@ var etcdFaults = []fault{
 		undo: func(ctx context.Context, s *testbed) error {
 			return errors.Join(s.Etcd.Start(ctx), s.Etcd.Restore(ctx))
 		}},
+}
+
+// flushRules removes all firewall rules.
+func flushRules(ctx context.Context, s *testbed) error {
+	if usesNFTables(s.scenario) {
+		return commands("nft flush ruleset")(ctx, s)
+	}
+	return commands("{iptables} -F", "{iptables} -t nat -F")(ctx, s)
+}
+
+// The leases of so many other strangers appear and go in killWhileJoining.
+const firstOther, lastOther = 400, 460
+
+// killWhileJoining kills the daemon in the middle of a change: when the kernel holds the first of many new peers.
+func killWhileJoining(ctx context.Context, s *testbed) error {
+	first := s.stranger(firstOther, false)
+	for i := firstOther; i < lastOther; i++ {
+		if err := s.join(ctx, s.stranger(i, false)); err != nil {
+			return err
+		}
+	}
+	err := lab.Poll(ctx, "the first of many peers", func() error {
+		out, err := s.node.Run(ctx, "ip route show "+first.IPv4.String())
+		if err == nil && out == "" {
+			err = errors.New("there is no route to it")
+		}
+		return err
+	})
+	s.node.Kill()
+	return err
+}
+
+// othersLeave removes the leases of killWhileJoining, and waits until the nodes have followed.
+func othersLeave(ctx context.Context, s *testbed) error {
+	for i := firstOther; i < lastOther; i++ {
+		if err := s.Etcd.Delete(ctx, subnetKey(s.stranger(i, false).Key())); err != nil {
+			return err
+		}
+	}
+	last := s.stranger(lastOther-1, false).IPv4.String()
+	return lab.Poll(ctx, "the peers to be gone", func() error {
+		out, err := s.node.Run(ctx, "ip route show "+last)
+		if err == nil && out != "" {
+			err = errors.New(out)
+		}
+		return err
+	})
 }
 
 func hasDevice(g scenario) bool       { return len(g.devices) > 0 }
@@ -473,23 +536,25 @@ func peersChange(ctx context.Context, s *testbed) error {
 
 // peersBack waits until all nodes have followed peersChange, and then restores the strangers' leases.
 func peersBack(ctx context.Context, s *testbed) error {
-	gone, moved := s.stranger(0, false).IPv4.String(), s.stranger(1, true).Attrs.PublicIP.String()
-	for _, n := range s.Nodes() {
-		err := lab.Poll(ctx, n.Hostname+" to follow its peers", func() error {
-			held, err := n.Holds(ctx)
-			switch {
-			case err != nil:
-				return err
-			case strings.Contains(held, gone):
-				return fmt.Errorf("%s has left, and is there", gone)
-			case !strings.Contains(held, moved):
-				return fmt.Errorf("%s is not there", moved)
-			}
-			return nil
-		})
-		if err != nil {
-			return err
-		}
+	if err := lab.Poll(ctx, "the nodes to follow their peers", func() error { return s.followed(ctx) }); err != nil {
+		return err
 	}
 	return joinAll(ctx, s)
+}
+
+// followed returns an error if a node has not followed peersChange yet.
+func (s *testbed) followed(ctx context.Context) error {
+	gone, moved := s.stranger(0, false).IPv4.String(), s.stranger(1, true).Attrs.PublicIP.String()
+	for _, n := range s.Nodes() {
+		held, err := n.Holds(ctx)
+		switch {
+		case err != nil:
+			return err
+		case strings.Contains(held, gone):
+			return fmt.Errorf("%s: %s has left, and is there", n.Hostname, gone)
+		case !strings.Contains(held, moved):
+			return fmt.Errorf("%s: %s is not there", n.Hostname, moved)
+		}
+	}
+	return nil
 }

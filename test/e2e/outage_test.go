@@ -2,11 +2,16 @@ package e2e
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"os"
 	"regexp"
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
+	"github.com/flanneld/flanneld/subnet"
 	"github.com/flanneld/flanneld/test/lab"
 	"github.com/flanneld/flanneld/test/lab/labtest"
 )
@@ -146,6 +151,85 @@ func TestEtcdOutage(t *testing.T) {
 	}
 	t.Logf("pods reached the new node's %v after etcd was back", time.Since(restored).Round(time.Millisecond))
 	lossless()
+}
+
+// TestFrozenForLong: while a daemon stands still, as in a virtual machine that is paused, its lease ends, and another
+// node gets the subnet. When the daemon goes on, it takes another subnet, says so, and all nodes reach it.
+func TestFrozenForLong(t *testing.T) {
+	t.Parallel()
+	ctx := labtest.Context(t, 3*time.Minute)
+	l := labtest.New(ctx, t, vxlanConfig, oneLink...)
+	labtest.Start(ctx, t, l)
+	n, peer := l.Nodes()[0], l.Nodes()[1]
+	key, lease := leaseOf(ctx, t, l, n)
+	labtest.Do(t, n.Freeze(ctx))
+	// As long as it takes until the node's claim on its public address has ended, too.
+	labtest.Do(t, lab.Poll(ctx, "the claim to end", func() error {
+		claims, err := l.Etcd.List(ctx, lab.Prefix+"/nodes/"+n.IPv4.String())
+		if err == nil && len(claims) > 0 {
+			err = errors.New("it is there")
+		}
+		return err
+	}))
+	labtest.Do(t, l.Etcd.Put(ctx, key, strangerLease("198.18.0.200", "0e:00:00:00:00:c8")))
+	labtest.Do(t, n.Thaw())
+
+	waitLog(ctx, t, n, "This node's subnet changed")
+	var now subnet.Lease
+	labtest.Do(t, lab.Poll(ctx, "another subnet", func() error {
+		env, err := n.SubnetEnv()
+		if err == nil && env.Subnets == lease.Subnets {
+			err = errors.New("the subnet file has the old one")
+		}
+		return err
+	}))
+	_, now = leaseOf(ctx, t, l, n)
+	waitTraces(ctx, t, peer, vxlanTraces(now), true)
+	waitTraces(ctx, t, n, []trace{{"ip route show dev flannel.1", lease.IPv4.String() + " via "}}, true)
+	pods := addPods(ctx, t, l)
+	labtest.Do(t, pods[0].WaitPing(ctx, pods[1].IPv4))
+	labtest.Do(t, waitDiff(ctx, n, ""))
+}
+
+// TestClockJump: when the clock jumps, as when NTP first sets it, nothing happens to the lease and the network. It needs a
+// machine of its own (LAB_CLOCK=1), whose clock it may set.
+func TestClockJump(t *testing.T) {
+	if os.Getenv("LAB_CLOCK") != "1" {
+		t.Skip("needs a machine whose clock may be set: make test-vm")
+	}
+	ctx := labtest.Context(t, 2*time.Minute)
+	l := labtest.New(ctx, t, vxlanConfig, oneLink...)
+	labtest.Start(ctx, t, l)
+	pods := addPods(ctx, t, l)
+	labtest.Do(t, pods[0].WaitPing(ctx, pods[1].IPv4))
+	n := l.Nodes()[0]
+	key, lease := leaseOf(ctx, t, l, n)
+	_, theirs := leaseOf(ctx, t, l, l.Nodes()[1])
+	began := time.Now()
+	defer func() { labtest.Do(t, setClock(began.Add(time.Since(began)))) }() // time.Since is of the monotonic clock
+	for _, jump := range []time.Duration{time.Hour, -2 * time.Hour, 25 * time.Hour} {
+		labtest.Do(t, setClock(time.Now().Round(0).Add(jump)))
+		restored := labtest.Must(l.Etcd.Get(ctx, key))(t)
+		labtest.Do(t, l.Etcd.Delete(ctx, key))
+		labtest.Do(t, lab.Poll(ctx, "the lease to be restored", func() error {
+			if now, err := l.Etcd.Get(ctx, key); err != nil || now != restored {
+				return fmt.Errorf("it is %q, %w", now, err)
+			}
+			return nil
+		}))
+		labtest.Must(n.Run(ctx, "ip link del flannel.1"))(t)
+		waitTraces(ctx, t, n, vxlanTraces(theirs), true)
+		labtest.Must(pods[0].Ping(ctx, pods[1].IPv4, lab.PingOptions{Count: 25}))(t)
+		labtest.Do(t, waitDiff(ctx, n, ""))
+		if s := getStatus(ctx, t, n); !s.Ready || s.Lease == nil || s.Lease.Lease().Subnets != lease.Subnets {
+			t.Errorf("after a jump of %v, the status is %+v", jump, s)
+		}
+	}
+}
+
+func setClock(to time.Time) error {
+	tv := unix.NsecToTimeval(to.UnixNano())
+	return unix.Settimeofday(&tv)
 }
 
 func subnetKey(name string) string { return lab.Prefix + "/subnets/" + name }

@@ -13,6 +13,7 @@ import (
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 
@@ -102,6 +103,31 @@ func (e *Etcd) Stop(ctx context.Context) error { return e.proc.Stop(ctx) }
 
 // Kill ends etcd as a crash would.
 func (e *Etcd) Kill() { e.proc.Kill() }
+
+// Slow has etcd run for a tenth of the time only, until the function that it returns is called.
+func (e *Etcd) Slow() (restore func()) {
+	stop, done := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(done)
+		for on := false; ; on = !on {
+			signal, wait := unix.SIGSTOP, 450*time.Millisecond
+			if on {
+				signal, wait = unix.SIGCONT, 50*time.Millisecond
+			}
+			e.proc.cmd.Process.Signal(signal)
+			select {
+			case <-time.After(wait):
+			case <-stop:
+				e.proc.cmd.Process.Signal(unix.SIGCONT)
+				return
+			}
+		}
+	}()
+	return func() {
+		close(stop)
+		<-done
+	}
+}
 
 // Cut drops the nodes' packets to etcd, those of open connections included. The lab's own client is not affected.
 func (e *Etcd) Cut(ctx context.Context) error {

@@ -99,6 +99,23 @@ func (d *Daemon) Freeze(ctx context.Context) error {
 
 func (d *Daemon) Thaw() error { return d.proc.cmd.Process.Signal(unix.SIGCONT) }
 
+// LimitFiles lets the daemon open only so many files more. Restore ends that.
+func (d *Daemon) LimitFiles(more int) (restore func() error, err error) {
+	pid := d.proc.cmd.Process.Pid
+	open, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
+	if err != nil {
+		return nil, err
+	}
+	var before unix.Rlimit
+	few := unix.Rlimit{Cur: uint64(len(open) + more)}
+	if err := unix.Prlimit(pid, unix.RLIMIT_NOFILE, nil, &before); err != nil {
+		return nil, err
+	}
+	few.Max = before.Max
+	restore = func() error { return unix.Prlimit(pid, unix.RLIMIT_NOFILE, &before, nil) }
+	return restore, unix.Prlimit(pid, unix.RLIMIT_NOFILE, &few, nil)
+}
+
 // NetlinkDrops returns how many notifications the namespace's netlink sockets
 // have lost so far because their buffers were full.
 func (ns *Namespace) NetlinkDrops(ctx context.Context) (int, error) {

@@ -2,6 +2,7 @@ package backend
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/netip"
 	"strings"
@@ -9,6 +10,7 @@ import (
 	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/kernel"
+	"github.com/flanneld/flanneld/pkg/plain"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -26,7 +28,7 @@ func Options(cfg *subnet.Config, into any) error {
 	for _, key := range unknown {
 		if !strings.EqualFold(key, "Type") {
 			cfg.Warnings = append(cfg.Warnings,
-				fmt.Sprintf("unknown key %q of Backend %s is ignored: %s", key, cfg.BackendType, hint))
+				fmt.Sprintf("unknown key %s of Backend %s is ignored: %s", plain.Quote(key), cfg.BackendType, hint))
 		}
 	}
 	return err
@@ -89,6 +91,20 @@ func Sides(own, peer subnet.Lease) family.Pair[Side] {
 		*sides.At(f) = s
 	}
 	return sides
+}
+
+// DataError returns the error that a peer's backend data cannot be used, and why. The text of why may have parts of
+// the data.
+func DataError(data json.RawMessage, why string) error {
+	return fmt.Errorf("backend data %s: %s", plain.Quote(data), plain.Text(why))
+}
+
+// JoinErrors returns what is wrong with a peer, as one line; nil if errs is empty.
+func JoinErrors(errs []error) error {
+	if len(errs) == 0 {
+		return nil
+	}
+	return errors.New(plain.Line(errors.Join(errs...).Error()))
 }
 
 // Direct returns the route to the peer's subnet through the peer itself, with

@@ -12,6 +12,7 @@ import (
 
 	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/pkg/iface"
+	"github.com/flanneld/flanneld/pkg/plain"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -27,6 +28,10 @@ type Type struct {
 	// Devices is a regular expression that matches the whole names of the
 	// devices that backends of this type make; empty: none.
 	Devices string
+
+	// MaxData is how large the backend data of a node may be, in bytes; 0: subnet.MaxData. Data of more than
+	// subnet.MaxData bytes are one text in quotes.
+	MaxData int
 
 	// Checks are what flannelctl doctor looks for, on nodes with such a backend.
 	Checks []Check
@@ -53,6 +58,9 @@ var (
 // Register makes a type of backend known. It is called from init.
 func Register(t Type) {
 	types[t.Name] = t
+	if t.MaxData > 0 {
+		subnet.LimitData(t.Name, t.MaxData)
+	}
 	delete(devices, t.Name)
 	if t.Devices != "" {
 		devices[t.Name] = regexp.MustCompile("^(" + t.Devices + ")$")
@@ -63,7 +71,7 @@ func typeOf(name string) (Type, error) {
 	t, ok := types[name]
 	if !ok {
 		known := slices.Sorted(maps.Keys(types))
-		return t, fmt.Errorf("Backend Type %q is not known: known are %s", name, strings.Join(known, ", "))
+		return t, fmt.Errorf("Backend Type %s is not known: known are %s", plain.Quote(name), strings.Join(known, ", "))
 	}
 	return t, nil
 }

@@ -11,6 +11,8 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+
+	"github.com/flanneld/flanneld/pkg/plain"
 )
 
 // Config is the network's configuration, the same for all nodes.
@@ -111,7 +113,7 @@ func ParseConfig(data []byte) (*Config, error) {
 	c := &Config{EnableNFTables: doc.EnableNFTables}
 	for _, key := range unknown {
 		c.Warnings = append(c.Warnings,
-			fmt.Sprintf("unknown key %q is ignored: known are %s", key, strings.Join(Keys(&doc), ", ")))
+			fmt.Sprintf("unknown key %s is ignored: known are %s", plain.Quote(key), strings.Join(Keys(&doc), ", ")))
 	}
 	if !doc.EnableIPv4 && !doc.EnableIPv6 {
 		return nil, errors.New("EnableIPv4 and EnableIPv6 are both false: at least one must be true")
@@ -129,7 +131,7 @@ func ParseConfig(data []byte) (*Config, error) {
 		if !f.on {
 			if f.network != "" {
 				c.Warnings = append(c.Warnings,
-					fmt.Sprintf("%sNetwork %s is ignored: Enable%s is false", f.prefix, f.network, f.name))
+					fmt.Sprintf("%sNetwork %s is ignored: Enable%s is false", f.prefix, plain.Quote(f.network), f.name))
 			}
 			continue
 		}
@@ -138,7 +140,8 @@ func ParseConfig(data []byte) (*Config, error) {
 		}
 		n, err := netip.ParsePrefix(f.network)
 		if err != nil || !f.is(n.Addr()) || n.Bits() == 0 {
-			return nil, fmt.Errorf("%sNetwork %q is not an %s network such as %s", f.prefix, f.network, f.name, f.example)
+			return nil, fmt.Errorf("%sNetwork %s is not an %s network such as %s",
+				f.prefix, plain.Quote(f.network), f.name, f.example)
 		}
 		if n != n.Masked() {
 			c.Warnings = append(c.Warnings, fmt.Sprintf("%sNetwork %s is taken as %s", f.prefix, n, n.Masked()))
@@ -153,7 +156,7 @@ func ParseConfig(data []byte) (*Config, error) {
 			}
 			a, err := netip.ParseAddr(bound.text)
 			if err != nil || !f.is(a) {
-				return nil, fmt.Errorf("%s%s %q is not an %s address", f.prefix, bound.key, bound.text, f.name)
+				return nil, fmt.Errorf("%s%s %s is not an %s address", f.prefix, bound.key, plain.Quote(bound.text), f.name)
 			}
 			if !a.IsUnspecified() { // which upstream takes for "not set"
 				*bound.addr = a
@@ -248,9 +251,9 @@ func Decode(data []byte, into any) (unknown []string, err error) {
 			column := len(before) - 1 - bytes.LastIndexByte(before, '\n')
 			return nil, fmt.Errorf("not valid JSON at line %d, column %d: %w", line, column, err)
 		case errors.As(err, &mismatch) && mismatch.Field != "":
-			return nil, fmt.Errorf("%s: got a %s, want %s", mismatch.Field, mismatch.Value, kind(mismatch.Type))
+			return nil, fmt.Errorf("%s: got a %s, want %s", mismatch.Field, plain.Text(mismatch.Value), kind(mismatch.Type))
 		case errors.As(err, &mismatch):
-			return nil, fmt.Errorf("got a %s, want an object {…}", mismatch.Value)
+			return nil, fmt.Errorf("got a %s, want an object {…}", plain.Text(mismatch.Value))
 		}
 		return nil, err
 	}

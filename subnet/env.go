@@ -11,6 +11,8 @@ import (
 	"strings"
 
 	"github.com/google/renameio/v2"
+
+	"github.com/flanneld/flanneld/pkg/plain"
 )
 
 // Env is the content of subnet.env, from which CNI plugins, Docker and scripts learn this node's subnet.
@@ -67,7 +69,7 @@ func ParseEnv(text []byte) (Env, error) {
 			e.IPMasq, err = strconv.ParseBool(value)
 		}
 		if err != nil {
-			return Env{}, fmt.Errorf("line %d: %s: %w", n, key, err)
+			return Env{}, fmt.Errorf("line %d: %s: %s", n, key, plain.Text(err.Error()))
 		}
 	}
 	return e, lines.Err()

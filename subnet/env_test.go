@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 )
@@ -78,6 +79,9 @@ func TestParseEnvErrors(t *testing.T) {
 		{"FLANNEL_IPV6_NETWORK=::ffff:10.5.0.0/112",
 			`line 1: FLANNEL_IPV6_NETWORK: ::ffff:10.5.0.0/112 is of the wrong address family`},
 		{"FLANNEL_MTU=many", `line 1: FLANNEL_MTU: strconv.Atoi: parsing "many": invalid syntax`},
+		{"FLANNEL_MTU=1\x1b[2J\u009b", `line 1: FLANNEL_MTU: strconv.Atoi: parsing "1\x1b[2J\u009b": invalid syntax`},
+		{"FLANNEL_MTU=" + strings.Repeat("x", 60000),
+			`line 1: FLANNEL_MTU: strconv.Atoi: parsing "` + strings.Repeat("x", 200-len(`strconv.Atoi: parsing "`)) + "…"},
 		{"FLANNEL_IPMASQ=maybe", `line 1: FLANNEL_IPMASQ: strconv.ParseBool: parsing "maybe": invalid syntax`},
 	} {
 		got, err := ParseEnv([]byte(c.text))

@@ -4,12 +4,15 @@ package subnet
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/netip"
 	"regexp"
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/flanneld/flanneld/pkg/plain"
 )
 
 // Subnets are the subnets that one lease grants. They identify the lease. The Prefix of an address family that is off
@@ -68,6 +71,63 @@ func (a Attrs) Equal(b Attrs) bool {
 		string(a.BackendData) == string(b.BackendData) && string(a.BackendV6Data) == string(b.BackendV6Data)
 }
 
+const (
+	// MaxData is how large backend data may be, in bytes, unless LimitData allows more. The data of most backends have
+	// less than 100 bytes.
+	MaxData = 4 << 10
+
+	// maxType is the length of the longest name of a backend, in bytes.
+	maxType = 64
+)
+
+// dataLimits are how large backend data may be, in bytes, by the backend's name, where this is not MaxData.
+var dataLimits = map[string]int{}
+
+// LimitData sets how large the data of a type of backend may be, in bytes. Data of more than MaxData bytes must be one
+// text in quotes. LimitData is called from init.
+func LimitData(backendType string, bytes int) { dataLimits[backendType] = bytes }
+
+// maxRecord returns the size of the largest record that is read, in bytes: two large data, and as much as small data
+// for the rest.
+func maxRecord() int {
+	largest := MaxData
+	for _, limit := range dataLimits {
+		largest = max(largest, limit)
+	}
+	return 2*largest + MaxData
+}
+
+// ParseAttrs reads a record: the JSON of Attrs. It does not look into a record that is too large. The text of its
+// errors is fit to be shown.
+func ParseAttrs(record []byte) (Attrs, error) {
+	if most := maxRecord(); len(record) > most {
+		return Attrs{}, fmt.Errorf("the record has %d bytes: more than %d are not read", len(record), most)
+	}
+	var a Attrs
+	if err := json.Unmarshal(record, &a); err != nil {
+		return Attrs{}, errors.New(plain.Text(err.Error()))
+	}
+	return a, nil
+}
+
+// CheckSize returns an error if the backend data, or the name of the backend, are too large to be read.
+func (a Attrs) CheckSize() error {
+	if len(a.BackendType) > maxType {
+		return fmt.Errorf("the backend's name has %d bytes: more than %d are not read", len(a.BackendType), maxType)
+	}
+	for _, data := range []json.RawMessage{a.BackendData, a.BackendV6Data} {
+		most := max(MaxData, dataLimits[a.BackendType])
+		switch {
+		case len(data) > most:
+			return fmt.Errorf("the backend data have %d bytes: more than %d are not read", len(data), most)
+		case len(data) > MaxData && data[0] != '"': // JSON may be nested deeper than a reader of the status can read
+			return fmt.Errorf("the backend data have %d bytes: more than %d are not read, unless they are a text in quotes",
+				len(data), MaxData)
+		}
+	}
+	return nil
+}
+
 // record is the wire form of Attrs.
 type record struct {
 	PublicIP      string
@@ -95,8 +155,8 @@ func (a Attrs) MarshalJSON() ([]byte, error) {
 	return json.Marshal(r)
 }
 
-// UnmarshalJSON reads a record. An address of the wrong family is an error, and so is a record without an address: such
-// a record cannot be used.
+// UnmarshalJSON reads a record. An address of the wrong family is an error, and so are data that are too large, and a
+// record without an address: such a record cannot be used.
 func (a *Attrs) UnmarshalJSON(data []byte) error {
 	var r record
 	if err := json.Unmarshal(data, &r); err != nil {
@@ -107,7 +167,10 @@ func (a *Attrs) UnmarshalJSON(data []byte) error {
 		v6 = *r.PublicIPv6
 	}
 	got := Attrs{BackendType: r.BackendType, BackendData: present(r.BackendData), BackendV6Data: present(r.BackendV6Data)}
-	var err error
+	err := got.CheckSize()
+	if err != nil {
+		return err
+	}
 	if got.PublicIP, err = publicIP("PublicIP", r.PublicIP, familyIPv4); err != nil {
 		return err
 	}
@@ -128,7 +191,7 @@ func publicIP(key, text string, f familyRules) (netip.Addr, error) {
 	}
 	ip, err := netip.ParseAddr(text)
 	if err != nil || !f.is(ip) {
-		return netip.Addr{}, fmt.Errorf("%s %q is not an %s address", key, text, f.name)
+		return netip.Addr{}, fmt.Errorf("%s %s is not an %s address", key, plain.Quote(text), f.name)
 	}
 	if ip.IsUnspecified() {
 		return netip.Addr{}, nil
@@ -171,7 +234,7 @@ var keyForm = regexp.MustCompile(`^([0-9.]+)-([0-9]+)(?:&([0-9a-fA-F:]+)-([0-9]+
 func ParseKey(key string) (Subnets, error) {
 	m := keyForm.FindStringSubmatch(key)
 	if m == nil {
-		return Subnets{}, fmt.Errorf("%q is not of the form 10.5.34.0-24 or 10.5.34.0-24&fc00:0:0:22::-64", key)
+		return Subnets{}, fmt.Errorf("%s is not of the form 10.5.34.0-24 or 10.5.34.0-24&fc00:0:0:22::-64", plain.Quote(key))
 	}
 	var s Subnets
 	var err error
@@ -186,7 +249,7 @@ func ParseKey(key string) (Subnets, error) {
 		}
 	}
 	if len(s.Each()) == 0 {
-		return Subnets{}, fmt.Errorf("%q names no subnet", key)
+		return Subnets{}, fmt.Errorf("%s names no subnet", plain.Quote(key))
 	}
 	return s, nil
 }
@@ -196,7 +259,7 @@ func subnetOf(text string) (netip.Prefix, error) {
 	p, err := netip.ParsePrefix(text)
 	switch {
 	case err != nil:
-		return p, fmt.Errorf("%q is not a subnet", text)
+		return p, fmt.Errorf("%s is not a subnet", plain.Quote(text))
 	case p.Bits() == 0 || p.Addr().Is4In6():
 		return p, fmt.Errorf("%s cannot be a node's subnet", p)
 	case p != p.Masked():

@@ -3,6 +3,7 @@ package subnet
 import (
 	"encoding/json"
 	"net/netip"
+	"strings"
 	"testing"
 )
 
@@ -151,6 +152,45 @@ func TestAttrsErrors(t *testing.T) {
 		}
 		if !got.Equal(Attrs{BackendType: "untouched"}) {
 			t.Errorf("%s: left %+v behind", c.text, got)
+		}
+	}
+}
+
+// TestLargeRecords: a record is read up to a size, and so are its backend data. What is larger is not looked into.
+func TestLargeRecords(t *testing.T) {
+	LimitData("large", 64<<10)
+	defer delete(dataLimits, "large")
+	record := func(backend, data string) []byte {
+		return []byte(`{"PublicIP":"192.0.2.7","BackendType":"` + backend + `","BackendData":` + data + `}`)
+	}
+	text := func(bytes int) string { return `"` + strings.Repeat("x", bytes-2) + `"` }
+	v6 := record("vxlan", `{},"BackendV6Data":`+text(MaxData+1))
+	for _, c := range []struct {
+		record []byte
+		want   string // the error
+	}{
+		{record("vxlan", text(MaxData)), ""},
+		{record("vxlan", text(MaxData+1)), "the backend data have 4097 bytes: more than 4096 are not read"},
+		{v6, "the backend data have 4097 bytes: more than 4096 are not read"},
+		{record("large", text(64<<10)), ""},
+		{record("large", text(64<<10+1)), "the backend data have 65537 bytes: more than 65536 are not read"},
+		{record("large", strings.Repeat("[", 3000)+strings.Repeat("]", 3000)),
+			"the backend data have 6000 bytes: more than 4096 are not read, unless they are a text in quotes"},
+		{record(strings.Repeat("x", maxType), "{}"), ""},
+		{record(strings.Repeat("x", maxType+1), "{}"), "the backend's name has 65 bytes: more than 64 are not read"},
+		{[]byte(strings.Repeat("nonsense", 1<<17)), "the record has 1048576 bytes: more than 135168 are not read"},
+		{record("vxlan", "{}\x1b[2J"), `invalid character '\x1b' after object key:value pair`},
+		{[]byte(`{"PublicIP":` + strings.Repeat("7", 10000) + `}`), "json: cannot unmarshal number into Go struct field record.PublicIP of type string"},
+		{[]byte(`{"PublicIP":"` + strings.Repeat("7", 10000) + `"}`), `PublicIP "` + strings.Repeat("7", 200-len(`PublicIP "`)) + "…"},
+	} {
+		a, err := ParseAttrs(c.record)
+		switch {
+		case err == nil && c.want == "":
+			if len(a.BackendData) == 0 {
+				t.Errorf("%.100s is read as %+v", c.record, a)
+			}
+		case err == nil || err.Error() != c.want:
+			t.Errorf("%.100s: %v, want %q", c.record, err, c.want)
 		}
 	}
 }

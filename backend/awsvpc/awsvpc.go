@@ -13,6 +13,7 @@ import (
 	"github.com/flanneld/flanneld/backend"
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/kernel"
+	"github.com/flanneld/flanneld/pkg/plain"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -40,7 +41,7 @@ func (t *tableIDs) UnmarshalJSON(data []byte) error {
 	}
 	for _, id := range all {
 		if !tableIDForm.MatchString(id) {
-			return fmt.Errorf("RouteTableID %q is not the ID of a route table, such as rtb-0a1b2c3d4e5f60718", id)
+			return fmt.Errorf("RouteTableID %s is not the ID of a route table, such as rtb-0a1b2c3d4e5f60718", plain.Quote(id))
 		}
 	}
 	slices.Sort(all)

@@ -27,6 +27,9 @@ const (
 	// When flanneld stops, or the lease changes, a running command has this much time left.
 	graceLimit = 5 * time.Second
 
+	// maxData is how large the data of a node may be, in bytes: peers do not read what is larger.
+	maxData = 64 << 10
+
 	// A peer that is gone is forgotten when its removal has failed this many times: there may be nothing left to remove.
 	removeTries = 5
 )
@@ -35,7 +38,7 @@ const (
 const stateDir = "/run/flannel"
 
 func init() {
-	backend.Register(backend.Type{Name: Type, New: New, Cleanup: cleanup})
+	backend.Register(backend.Type{Name: Type, New: New, MaxData: maxData, Cleanup: cleanup})
 }
 
 // options are the backend's keys in the configuration. make docs writes the comments of the fields into README.md.
@@ -105,6 +108,10 @@ func (x *extension) Attrs(ctx context.Context, _ subnet.Attrs) (subnet.Attrs, er
 		return attrs, err
 	}
 	attrs.BackendData, err = json.Marshal(strings.TrimSpace(out))
+	if size := len(attrs.BackendData); size > maxData {
+		return subnet.Attrs{}, fmt.Errorf("PreStartupCommand: its output has %d bytes as JSON: peers read %d at most",
+			size, maxData)
+	}
 	if !x.networks.IPv4.IsValid() {
 		// In Kubernetes, each family's data is published with its address only.
 		attrs.BackendV6Data = attrs.BackendData
@@ -131,7 +138,7 @@ func dataOf(peer subnet.Lease) (string, error) {
 	}
 	var text string
 	if err := json.Unmarshal(data, &text); err != nil {
-		return "", fmt.Errorf("backend data %s: want a text in quotes", data)
+		return "", backend.DataError(data, "want a text in quotes")
 	}
 	return text, nil
 }

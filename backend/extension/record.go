@@ -15,6 +15,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/pkg/plain"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -101,16 +102,13 @@ func cleanup(ctx context.Context, cfg *subnet.Config, _ subnet.Env) (backend.Cle
 
 // removal returns the removal of a peer, as flanneld would do it.
 func (c call) removal(s subnet.Subnets) backend.CleanupStep {
-	command := "printf '%s\\n' " + quote(c.Data) + " | env"
+	command := "printf '%s\\n' " + plain.Shell(c.Data) + " | env"
 	for _, v := range c.Variables {
-		command += " " + quote(v)
+		command += " " + plain.Shell(v)
 	}
-	return backend.CleanupStep{Command: command + " sh -c " + quote(c.Remove), Do: func(ctx context.Context) error {
+	return backend.CleanupStep{Command: command + " sh -c " + plain.Shell(c.Remove), Do: func(ctx context.Context) error {
 		r := runner{timeLimit, graceLimit}
 		_, err := r.run(ctx, "SubnetRemoveCommand for "+s.String(), c.Remove, c.Variables[:], c.Data)
 		return err
 	}}
 }
-
-// quote quotes a text as one word of a shell.
-func quote(text string) string { return "'" + strings.ReplaceAll(text, "'", `'\''`) + "'" }

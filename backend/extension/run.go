@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"k8s.io/klog/v2"
+
+	"github.com/flanneld/flanneld/pkg/plain"
 )
 
 // A runner runs commands.
@@ -19,8 +21,8 @@ type runner struct {
 	grace time.Duration // how long a command may go on running after the end of the context
 }
 
-// maxOutput is how many bytes of the output of a command are kept: the output has to fit into a lease or into a log.
-const maxOutput = 64 << 10
+// maxOutput is how many bytes of the output of a command are kept: somewhat more than fits into a lease.
+const maxOutput = maxData + 1<<10
 
 // pipeGrace is how long the pipes of a command that has ended stay open for programs that it left in the background.
 const pipeGrace = time.Second
@@ -76,7 +78,7 @@ func (r runner) run(ctx context.Context, name, command string, environment []str
 	return out.String(), nil
 }
 
-// oneLine joins the lines of the output of a command.
+// oneLine joins the lines of the output of a command, which may have printed the data of a peer.
 func oneLine(text string) string {
 	var lines []string
 	for line := range strings.Lines(text) {
@@ -84,7 +86,7 @@ func oneLine(text string) string {
 			lines = append(lines, line)
 		}
 	}
-	return strings.Join(lines, " | ")
+	return plain.Line(strings.Join(lines, " | "))
 }
 
 // capped keeps the first maxOutput bytes that are written.

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/flanneld/flanneld/backend"
 	"github.com/flanneld/flanneld/pkg/iface"
+	"github.com/flanneld/flanneld/pkg/nstest"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -325,5 +327,48 @@ func TestOutput(t *testing.T) {
 	if _, err := x.Attrs(t.Context(), subnet.Attrs{}); err == nil ||
 		err.Error() != "PreStartupCommand: exit status 3; it printed: one | two | three" {
 		t.Errorf("got %v", err)
+	}
+}
+
+// TestLargeOutput: what peers would not read is not published. Quotes and line breaks take more room as JSON.
+func TestLargeOutput(t *testing.T) {
+	n := newNode(t)
+	for command, want := range map[string]string{
+		fmt.Sprintf("head -c %d /dev/zero | tr '\\0' x", maxData-2):      "",
+		fmt.Sprintf("head -c %d /dev/zero | tr '\\0' x", maxData-1):      "has 65537 bytes as JSON: peers read 65536 at most",
+		fmt.Sprintf("head -c %d /dev/zero | tr '\\0' '\"'", maxData/2+1): "has 65540 bytes as JSON",
+		"head -c 1000000 /dev/zero | tr '\\0' x":                         "peers read 65536 at most",
+	} {
+		attrs, err := n.extension(options{PreStartupCommand: command}).Attrs(t.Context(), subnet.Attrs{})
+		switch {
+		case want == "" && (err != nil || len(attrs.BackendData) != maxData || attrs.CheckSize() != nil):
+			t.Errorf("%s: %d bytes, %v, which peers read with %v", command, len(attrs.BackendData), err, attrs.CheckSize())
+		case want != "" && (err == nil || !strings.Contains(err.Error(), want)):
+			t.Errorf("%s: %v, want %q", command, err, want)
+		}
+	}
+}
+
+// TestRemovalCommand: the command that cleanup shows gives SubnetRemoveCommand what flanneld would give it, and has
+// nothing in it that a terminal or a shell obeys.
+func TestRemovalCommand(t *testing.T) {
+	nstest.Need(t, "bash")
+	l := peerLease(2, "")
+	for _, data := range []string{"", "0e:00:00:00:00:02", "it's; touch $DIR/forged", "one\ntwo'; touch $DIR/forged; '\x1b[2J\u009b\xff"} {
+		c := call{Variables: variables(l), Data: data, Remove: `cat; printf '%s' "$SUBNET $PUBLIC_IP"`}
+		command := c.removal(l.Subnets).Command
+		if strings.ContainsFunc(command, func(r rune) bool { return !strconv.IsPrint(r) }) {
+			t.Errorf("cleanup shows %q", command)
+		}
+		cmd := exec.Command("bash", "-c", command)
+		cmd.Dir = t.TempDir()
+		cmd.Env = append(os.Environ(), "DIR="+cmd.Dir)
+		out, err := cmd.CombinedOutput()
+		if want := data + "\n10.5.2.0/24 198.18.0.2"; err != nil || string(out) != want {
+			t.Errorf("%s prints %q, %v; want %q", command, out, err, want)
+		}
+		if left, _ := os.ReadDir(cmd.Dir); len(left) > 0 {
+			t.Errorf("%s runs a command of the data", command)
+		}
 	}
 }

@@ -4,7 +4,6 @@ package hostgw
 
 import (
 	"context"
-	"errors"
 	"fmt"
 
 	"github.com/flanneld/flanneld/backend"
@@ -58,7 +57,7 @@ func (h *hostgw) Peer(own, peer subnet.Lease) ([]kernel.Object, error) {
 				s.PublicIP, h.uplink.Name, h.uplink.Prefixes))
 		}
 	}
-	return objects, errors.Join(errs...)
+	return objects, backend.JoinErrors(errs)
 }
 
 // hostAddrsOnly reports whether all prefixes of a family on the uplink are single addresses (/32, /128).

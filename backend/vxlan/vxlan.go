@@ -145,10 +145,10 @@ func parse(text json.RawMessage) (data, error) {
 		return d, errors.New("the lease has no backend data")
 	}
 	if err := json.Unmarshal(text, &d); err != nil {
-		return data{}, fmt.Errorf("backend data %s: %w", text, err)
+		return data{}, backend.DataError(text, err.Error())
 	}
 	if d.VtepMAC == (kernel.MAC{}) || d.VtepMAC[0]&1 != 0 {
-		return data{}, fmt.Errorf("backend data %s: VtepMAC must be the address of one device", text)
+		return data{}, backend.DataError(text, "VtepMAC must be the address of one device")
 	}
 	return d, nil
 }
@@ -208,5 +208,5 @@ func (v *vxlan) Peer(own, peer subnet.Lease) ([]kernel.Object, error) {
 			kernel.Route{Dst: s.Peer, Via: gateway, Dev: dev, Onlink: true},
 		)
 	}
-	return objects, errors.Join(errs...)
+	return objects, backend.JoinErrors(errs)
 }

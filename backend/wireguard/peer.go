@@ -12,6 +12,7 @@ import (
 
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
+	"github.com/flanneld/flanneld/backend"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -151,14 +152,14 @@ func parse(text json.RawMessage) (data, error) {
 		Port      int
 	}
 	if err := json.Unmarshal(text, &d); err != nil {
-		return data{}, fmt.Errorf("backend data %s: %w", text, err)
+		return data{}, backend.DataError(text, err.Error())
 	}
 	key, err := wgtypes.ParseKey(d.PublicKey)
 	if err != nil || key == (wgtypes.Key{}) {
-		return data{}, fmt.Errorf("backend data %s: PublicKey must be 32 bytes in base64", text)
+		return data{}, backend.DataError(text, "PublicKey must be 32 bytes in base64")
 	}
 	if d.Port < 0 || d.Port > 65535 {
-		return data{}, fmt.Errorf("backend data %s: Port must be 1 to 65535", text)
+		return data{}, backend.DataError(text, "Port must be 1 to 65535")
 	}
 	return data{key, d.Port}, nil
 }

@@ -17,6 +17,7 @@ import (
 	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/kernel"
+	"github.com/flanneld/flanneld/pkg/plain"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -125,7 +126,7 @@ func newBackend(cfg *subnet.Config, uplink iface.Uplink, hasWireGuard func() boo
 	}
 	switch {
 	case !slices.Contains(modes, w.Mode):
-		return nil, fmt.Errorf("Mode %q is not known: known are %s", w.Mode, strings.Join(modes, ", "))
+		return nil, fmt.Errorf("Mode %s is not known: known are %s", plain.Quote(w.Mode), strings.Join(modes, ", "))
 	case w.Mode == overIPv4 && !on[0]:
 		return nil, errors.New("Mode ipv4 needs IPv4: set EnableIPv4, or use another Mode")
 	case w.Mode == overIPv6 && !on[1]:

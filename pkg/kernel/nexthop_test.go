@@ -52,7 +52,7 @@ func startNexthops(t *testing.T) *Reconciler {
 func nexthops(t *testing.T) string { return strings.TrimSpace(nstest.Run(t, "ip nexthop show")) }
 
 // plain takes from what ip shows that a route goes through a nexthop.
-func plain(text string) string { return regexp.MustCompile(`nhid \d+ `).ReplaceAllString(text, "") }
+func withoutID(text string) string { return regexp.MustCompile(`nhid \d+ `).ReplaceAllString(text, "") }
 
 // A route through a nexthop is, but for that, the route that a plain one is.
 func TestRoutesThroughNexthops(t *testing.T) {
@@ -73,7 +73,7 @@ func TestRoutesThroughNexthops(t *testing.T) {
 			t.Errorf("no route through nexthop %s in\n%s", id, got)
 		}
 	}
-	if plain(got) != want {
+	if withoutID(got) != want {
 		t.Errorf("through nexthops:\n%s\n\nplain:\n%s", got, want)
 	}
 	if strings.Count(nexthops(t), "proto 70") != 2 {

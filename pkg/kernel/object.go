@@ -9,6 +9,8 @@ import (
 	"net/netip"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/flanneld/flanneld/pkg/plain"
 )
 
 // RouteProtocol marks the routes that this daemon writes (rtm_protocol, linux/rtnetlink.h). Numbers above
@@ -66,11 +68,8 @@ func (m MAC) MarshalText() ([]byte, error) { return []byte(m.String()), nil }
 // UnmarshalText parses any form that net.ParseMAC knows, of six bytes.
 func (m *MAC) UnmarshalText(text []byte) error {
 	hw, err := net.ParseMAC(string(text))
-	if err != nil {
-		return err
-	}
-	if len(hw) != len(m) {
-		return fmt.Errorf("%s is not an Ethernet address", hw)
+	if err != nil || len(hw) != len(m) {
+		return fmt.Errorf("%s is not an Ethernet address", plain.Quote(text))
 	}
 	*m = MAC(hw)
 	return nil

@@ -3,6 +3,7 @@ package subnet
 import (
 	"maps"
 	"sync"
+	"time"
 
 	"k8s.io/klog/v2"
 )
@@ -19,7 +20,8 @@ type StoreHealth struct {
 	mu      sync.Mutex
 	state   State
 	failing map[failure]bool
-	used    bool // a request has succeeded
+	refused map[string]time.Time // when a failure of an operation's own was logged last, by operation
+	used    bool                 // a request has succeeded
 }
 
 // A failure is over when a request succeeds: a request for the same operation, or any request if operation is "".
@@ -28,12 +30,14 @@ type failure struct{ cause, operation string }
 // NewStoreHealth returns the health of a store that nobody has used yet. State returns store, with Connected and
 // Problem filled in.
 func NewStoreHealth(log klog.Logger, store State) *StoreHealth {
-	return &StoreHealth{log: log, state: store, failing: map[failure]bool{}}
+	return &StoreHealth{log: log, state: store, failing: map[failure]bool{}, refused: map[string]time.Time{}}
 }
 
 // Failed records that a request has failed. The operation is what the request was for, such as "read the leases"; text
 // says why it failed and what to do about it. Failures with the same cause are one: they are logged once, and over with
 // the first success of any request. A failure without a cause is the operation's own: the store answered, and refused.
+// An operation has one such failure at a time, and a log line a minute about it: the text is the store's, and may be
+// another one each time.
 func (h *StoreHealth) Failed(operation, cause, text string) {
 	f := failure{cause: cause}
 	if cause == "" {
@@ -48,6 +52,14 @@ func (h *StoreHealth) Failed(operation, cause, text string) {
 	logged := false // for another operation
 	for other := range h.failing {
 		logged = logged || other.cause == f.cause
+	}
+	if cause == "" {
+		maps.DeleteFunc(h.failing, func(other failure, _ bool) bool { return other.operation == operation })
+		if time.Since(h.refused[operation]) < recordRest {
+			logged = true
+		} else if !logged {
+			h.refused[operation] = time.Now()
+		}
 	}
 	h.failing[f] = true
 	if !logged {
@@ -64,6 +76,7 @@ func (h *StoreHealth) Succeeded(operation string) {
 		return
 	}
 	maps.DeleteFunc(h.failing, func(f failure, _ bool) bool { return f.operation == "" || f.operation == operation })
+	delete(h.refused, operation)
 	if len(h.failing) == 0 {
 		h.state.Problem = ""
 		h.log.Info("The store is back", "store", h.state.Store)

@@ -3,11 +3,15 @@ package subnet
 import (
 	"bytes"
 	"flag"
+	"fmt"
 	"reflect"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"k8s.io/klog/v2"
+	"k8s.io/klog/v2/textlogger"
 )
 
 func TestStoreHealthLogsOnce(t *testing.T) {
@@ -72,4 +76,34 @@ func TestStoreHealthLogsOnce(t *testing.T) {
 			t.Errorf("after %s, %s it is %+v", step.operation, step.text, s)
 		}
 	}
+}
+
+// TestStoreHealthIsBounded: a store that refuses with another text each time is a line a minute, and is not remembered.
+func TestStoreHealthIsBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var text bytes.Buffer
+		h := NewStoreHealth(textlogger.NewLogger(textlogger.NewConfig(textlogger.Output(&text))), State{})
+		lines := func() int { defer text.Reset(); return strings.Count(text.String(), "\n") }
+		for i := range 1000 {
+			h.Failed("write", "", fmt.Sprint("request ", i, " is refused"))
+		}
+		if n := lines(); n != 1 || len(h.failing) != 1 {
+			t.Errorf("%d lines, and %d failures are remembered", n, len(h.failing))
+		}
+		h.Failed("read", "", "refused, too")
+		h.Failed("write", "login", "wrong password")
+		if n := lines(); n != 2 {
+			t.Errorf("another operation and another cause are %d lines", n)
+		}
+		time.Sleep(recordRest)
+		h.Failed("write", "", "another text")
+		if n := lines(); n != 1 {
+			t.Errorf("a minute later: %d lines", n)
+		}
+		h.Succeeded("write")
+		h.Succeeded("read")
+		if len(h.failing)+len(h.refused) != 0 || !h.State().Connected {
+			t.Errorf("all is well, and remembered are %v, %v", h.failing, h.refused)
+		}
+	})
 }

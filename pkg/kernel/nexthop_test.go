@@ -51,7 +51,7 @@ func startNexthops(t *testing.T) *Reconciler {
 // nexthops lists them as ip does.
 func nexthops(t *testing.T) string { return strings.TrimSpace(nstest.Run(t, "ip nexthop show")) }
 
-// plain takes from what ip shows that a route goes through a nexthop.
+// withoutID takes from what ip shows that a route goes through a nexthop.
 func withoutID(text string) string { return regexp.MustCompile(`nhid \d+ `).ReplaceAllString(text, "") }
 
 // A route through a nexthop is, but for that, the route that a plain one is.

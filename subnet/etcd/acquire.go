@@ -37,7 +37,7 @@ func (m *Manager) Acquire(ctx context.Context, cfg *subnet.Config, want subnet.L
 		}
 		c := choose(records, cfg, want, m.wrote, rand.IntN)
 		for _, r := range c.unfit {
-			m.logOnce(r.key+" unfit", r.changed, nil, "The reservation of this node cannot be used", "key", r.key,
+			m.records.Error(r.key, r.changed, nil, "The reservation of this node cannot be used", "key", r.key,
 				"reason", "it does not fit the network's configuration, or overlaps another lease")
 		}
 		switch {

@@ -9,6 +9,7 @@ import (
 
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/subnet"
 )
@@ -18,7 +19,7 @@ import (
 // of the address a value that makes no sense.
 func records(t *testing.T, text string) []record {
 	t.Helper()
-	m := &Manager{options: Options{Prefix: "/net"}, logged: map[string]int64{}}
+	m := &Manager{options: Options{Prefix: "/net"}, records: subnet.NewRecordLog(klog.Background())}
 	var all []record
 	for line := range strings.Lines(text) {
 		f := strings.Fields(line)
@@ -268,7 +269,7 @@ func TestFate(t *testing.T) {
 
 // Reading the records of a large cluster must not be what takes time.
 func BenchmarkParse20000(b *testing.B) {
-	m := &Manager{options: Options{Prefix: "/coreos.com/network"}, logged: map[string]int64{}}
+	m := &Manager{options: Options{Prefix: "/coreos.com/network"}, records: subnet.NewRecordLog(klog.Background())}
 	var kvs []*mvccpb.KeyValue
 	for i := range 20000 {
 		kvs = append(kvs, &mvccpb.KeyValue{

@@ -10,6 +10,7 @@ import (
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
 
+	"github.com/flanneld/flanneld/pkg/plain"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -25,6 +26,9 @@ type holder struct {
 	changed int64            // revision; zero: nobody holds the address
 	lease   clientv3.LeaseID // clientv3.NoLease where somebody wrote the key by hand
 }
+
+// maxHolder is the size of the largest claim that is read, in bytes. Ours have about 150.
+const maxHolder = 4 << 10
 
 // isOther tells whether another node than the one with this identity holds the address.
 func (h holder) isOther(identity string) bool { return h.changed != 0 && h.Identity != identity }
@@ -64,10 +68,10 @@ func (m *Manager) logHolder(h holder) {
 	fix := "Give this node an address of its own with --iface, --iface-regex, --iface-can-reach or --public-ip. " +
 		"Machines behind NAT may all have the same address, such as 10.0.2.15"
 	if h.lease == clientv3.NoLease {
-		fix += ". If no such node exists: etcdctl del " + h.key
+		fix += ". If no such node exists: etcdctl del " + plain.Shell(h.key)
 	}
-	m.log.Error(nil, "Another node holds the public address; waiting until it is free",
-		"address", h.ip, "hostname", h.Hostname, "key", h.key, "fix", fix)
+	m.ownRecords.Error(h.key, h.changed, nil, "Another node holds the public address; waiting until it is free",
+		"address", h.ip, "hostname", plain.Text(h.Hostname), "key", h.key, "fix", fix)
 }
 
 // tryClaim claims all of the addresses, or none. When another node holds an address, tryClaim returns this node, and
@@ -203,7 +207,7 @@ func (m *Manager) holders(ctx context.Context, ips []netip.Addr) ([]holder, watc
 	for i, ip := range ips {
 		h := &holders[i]
 		for _, kv := range answer.Responses[i].GetResponseRange().Kvs { // one at most
-			if err := json.Unmarshal(kv.Value, h); err != nil {
+			if len(kv.Value) > maxHolder || json.Unmarshal(kv.Value, h) != nil {
 				*h = holder{} // the address is held all the same
 			}
 			h.changed, h.lease = kv.ModRevision, clientv3.LeaseID(kv.Lease)

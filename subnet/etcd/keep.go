@@ -11,6 +11,7 @@ import (
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
 
+	"github.com/flanneld/flanneld/pkg/plain"
 	"github.com/flanneld/flanneld/pkg/retry"
 	"github.com/flanneld/flanneld/subnet"
 )
@@ -82,8 +83,9 @@ func (k *keptLease) checkClaim(ctx context.Context) (repaired bool, err error) {
 		case h.changed == 0:
 			unclaimed = true
 		case h.isOther(k.options.Identity):
-			k.log.Error(nil, "Another node holds the public address, which was ours; giving up the lease",
-				"address", h.ip, "hostname", h.Hostname, "key", h.key, "subnet", k.Subnets)
+			k.ownRecords.Error("lost "+h.key, h.changed, nil,
+				"Another node holds the public address, which was ours; giving up the lease", "address", h.ip,
+				"hostname", plain.Text(h.Hostname), "key", h.key, "subnet", k.Subnets)
 			return false, subnet.ErrLost
 		case claim != nil && h.lease != claim.lease && !k.duplicate:
 			k.duplicate = true
@@ -119,10 +121,11 @@ func (k *keptLease) checkRecord(ctx context.Context, now record) (repaired bool,
 		k.log.Error(nil, "The lease went to another node", "subnet", k.Subnets, "addresses", now.attrs.PublicIPs())
 		return false, subnet.ErrLost
 	case deleted:
-		k.log.Error(nil, "The lease was deleted from etcd; restoring it", "subnet", k.Subnets, "key", k.key)
+		k.ownRecords.Error(k.key, k.wrote.changed, nil, "The lease was deleted from etcd; restoring it",
+			"subnet", k.Subnets, "key", k.key)
 	case overwritten:
-		k.log.Error(nil, "The lease was overwritten; restoring it", "subnet", k.Subnets, "key", k.key,
-			"found", string(now.value), "addresses", k.ips,
+		k.ownRecords.Error(k.key, now.changed, nil, "The lease was overwritten; restoring it", "subnet", k.Subnets, "key", k.key,
+			"found", plain.Text(string(now.value)), "addresses", k.ips,
 			"fix", "if this repeats, stop the other daemon that uses these addresses")
 		if time.Since(k.restored) > time.Minute {
 			k.fight.Reset()

@@ -85,11 +85,13 @@ type Manager struct {
 
 	configured []byte // what Config read
 
+	records    *subnet.RecordLog // what is wrong with records, by key
+	ownRecords *subnet.RecordLog // what other programs do to our records, by key
+
 	mu      sync.Mutex
 	latest  watchPoint
-	logged  map[string]int64 // bad records, by key: the revision that was logged
-	claim   *claim           // nil: none held
-	expires time.Time        // of the lease that is kept
+	claim   *claim    // nil: none held
+	expires time.Time // of the lease that is kept
 
 	// Of Acquire and Keep alone: our own record as we wrote or found it last, and the revision of its creation once we
 	// know that no older lease overlaps it.
@@ -134,7 +136,8 @@ func New(ctx context.Context, o Options) (*Manager, error) {
 		ctx:        ctx,
 		cancel:     cancel,
 		latest:     watchPoint{invalid: make(chan struct{})},
-		logged:     map[string]int64{},
+		records:    subnet.NewRecordLog(log),
+		ownRecords: subnet.NewRecordLog(log),
 		failed:     newQueue(),
 		health: subnet.NewStoreHealth(log, subnet.State{
 			Kind: "etcd", Store: "etcd at " + strings.Join(o.Endpoints, ","), Endpoints: o.Endpoints, Check: checkCommand(o),

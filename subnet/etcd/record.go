@@ -3,7 +3,7 @@ package etcd
 import (
 	"bytes"
 	"context"
-	"encoding/json"
+	"iter"
 	"strings"
 	"time"
 
@@ -11,6 +11,7 @@ import (
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
 
+	"github.com/flanneld/flanneld/pkg/plain"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -42,7 +43,7 @@ func (r record) overlaps(s subnet.Subnets) bool {
 }
 
 // parse reads a record. If the value cannot be read, the record still occupies its subnets; if the key cannot be read,
-// ok is false. Either is logged once.
+// ok is false. Either is logged.
 func (m *Manager) parse(kv *mvccpb.KeyValue) (r record, ok bool) {
 	r = record{
 		key:     string(kv.Key),
@@ -53,27 +54,16 @@ func (m *Manager) parse(kv *mvccpb.KeyValue) (r record, ok bool) {
 	}
 	var err error
 	if r.subnets, err = subnet.ParseKey(strings.TrimPrefix(r.key, m.subnetsPrefix())); err != nil {
-		m.logOnce(r.key, r.changed, err, "A key in etcd names no lease; ignoring it", "key", r.key)
+		m.records.Error(r.key, r.changed, err, "A key in etcd names no lease; ignoring it", "key", plain.Text(r.key))
 		return record{}, false
 	}
-	if err := json.Unmarshal(kv.Value, &r.attrs); err != nil {
-		m.logOnce(r.key, r.changed, err, "A lease in etcd cannot be read; its node is not reachable",
-			"key", r.key, "fix", "if no node holds the lease: etcdctl del '"+r.key+"'")
-		r.attrs = subnet.Attrs{}
+	if r.attrs, err = subnet.ParseAttrs(kv.Value); err != nil {
+		m.records.Error(r.key, r.changed, err, "A lease in etcd cannot be read; its node is not reachable",
+			"key", r.key, "fix", "if no node holds the lease: etcdctl del "+plain.Shell(r.key))
 		return r, true
 	}
 	r.valid = true
 	return r, true
-}
-
-// logOnce logs an error about what a key holds since a revision.
-func (m *Manager) logOnce(key string, revision int64, err error, message string, keysAndValues ...any) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.logged[key] != revision {
-		m.logged[key] = revision
-		m.log.Error(err, message, keysAndValues...)
-	}
 }
 
 // list reads all records, in one request.
@@ -89,6 +79,7 @@ func (m *Manager) list(ctx context.Context) ([]record, watchPoint, error) {
 	if err != nil {
 		return nil, watchPoint{}, err
 	}
+	m.records.ForgetOthers(keysOf(found.Kvs))
 	records := make([]record, 0, len(found.Kvs))
 	for _, kv := range found.Kvs {
 		if r, ok := m.parse(kv); ok {
@@ -96,6 +87,16 @@ func (m *Manager) list(ctx context.Context) ([]record, watchPoint, error) {
 		}
 	}
 	return records, at, nil
+}
+
+func keysOf(kvs []*mvccpb.KeyValue) iter.Seq[string] {
+	return func(yield func(string) bool) {
+		for _, kv := range kvs {
+			if !yield(string(kv.Key)) {
+				return
+			}
+		}
+	}
 }
 
 // publish gives the node's record the value, and renews its etcd lease, or replaces an etcd lease that has ended; a

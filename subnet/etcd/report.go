@@ -13,6 +13,7 @@ import (
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
 
+	"github.com/flanneld/flanneld/pkg/plain"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -97,12 +98,12 @@ func (m *Manager) Clock(ctx context.Context) (time.Time, error) {
 
 // checkCommand returns the command that asks etcd whether it works, with our options. etcdctl asks for the password.
 func checkCommand(o Options) string {
-	command := "etcdctl --endpoints=" + strings.Join(o.Endpoints, ",")
+	command := "etcdctl " + plain.Shell("--endpoints="+strings.Join(o.Endpoints, ","))
 	for _, f := range []struct{ flag, value string }{
 		{"cacert", o.CAFile}, {"cert", o.CertFile}, {"key", o.KeyFile}, {"user", o.Username},
 	} {
 		if f.value != "" {
-			command += " --" + f.flag + "=" + f.value
+			command += " " + plain.Shell("--"+f.flag+"="+f.value)
 		}
 	}
 	return command + " endpoint health"

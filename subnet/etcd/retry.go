@@ -15,6 +15,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/flanneld/flanneld/pkg/plain"
 	"github.com/flanneld/flanneld/pkg/retry"
 	"github.com/flanneld/flanneld/subnet"
 )
@@ -212,9 +213,11 @@ func explain(err error) (cause, text string) {
 	if _, inner, found := strings.Cut(text, `desc = "`); found { // gRPC's wrapping
 		text = strings.TrimPrefix(strings.TrimSuffix(inner, `"`), "transport: ")
 	}
+	whole := text
 	contains := func(parts ...string) bool {
-		return slices.ContainsFunc(parts, func(part string) bool { return strings.Contains(text, part) })
+		return slices.ContainsFunc(parts, func(part string) bool { return strings.Contains(whole, part) })
 	}
+	text = plain.Text(whole)
 	var known rpctypes.EtcdError
 	switch err := rpctypes.Error(err); {
 	case errors.Is(err, rpctypes.ErrAuthFailed):

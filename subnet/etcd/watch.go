@@ -85,6 +85,7 @@ func (m *Manager) updateOf(events []*clientv3.Event) subnet.Update {
 	u := subnet.Update{Since: time.Now()}
 	for _, e := range events {
 		if e.Type == mvccpb.DELETE {
+			m.records.Forget(string(e.Kv.Key))
 			if s, err := subnet.ParseKey(strings.TrimPrefix(string(e.Kv.Key), m.subnetsPrefix())); err == nil {
 				u.Delete(s)
 			}

@@ -27,6 +27,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/pkg/iface"
+	"github.com/flanneld/flanneld/pkg/plain"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -40,9 +41,6 @@ const (
 
 	// requestTimeout bounds a request that is answered with one object.
 	requestTimeout = 15 * time.Second
-
-	// maxErrorText is how much of an answer is logged: a proxy may answer with a whole page.
-	maxErrorText = 300
 )
 
 // A client sends requests to the API server. Its credentials, and the certificates that it trusts, come from files that
@@ -211,7 +209,7 @@ func (c *client) patchStatus(ctx context.Context, node string, patch any) (*Node
 	err = c.current().Patch(types.StrategicMergePatchType).Resource("nodes").Name(node).SubResource("status").
 		Param("fieldManager", "flanneld").Body(body).MaxRetries(0).Do(ctx).Into(&now)
 	if err == nil && now.Name != node { // a proxy may answer anything
-		err = fmt.Errorf("the answer to a patch of Node %s is about %q", node, now.Name)
+		err = fmt.Errorf("the answer to a patch of Node %s is about %s", node, plain.Quote(now.Name))
 	}
 	return &now, err
 }
@@ -257,10 +255,8 @@ func explain(err error) (cause, text string) {
 		code = int(status.Status().Code)
 		text = cmp.Or(status.Status().Message, text)
 	}
-	text = strings.Join(strings.Fields(text), " ")
-	if len(text) > maxErrorText {
-		text = strings.ToValidUTF8(text[:maxErrorText], "") + "…"
-	}
+	certificate := strings.Contains(text, "x509:")
+	text = plain.Text(strings.Join(strings.Fields(text), " ")) // a proxy may answer with a whole page
 	switch {
 	case code == http.StatusUnauthorized:
 		return "login", text + "; it does not accept our credentials, check the service account, or --kubeconfig-file"
@@ -271,7 +267,7 @@ func explain(err error) (cause, text string) {
 			"and whether a proxy requires a login"
 	case code != http.StatusTooManyRequests && code < http.StatusInternalServerError:
 		return "", text
-	case strings.Contains(text, "x509:"):
+	case certificate:
 		return "certificate", text + "; its certificate cannot be verified, " +
 			"check certificate-authority in --kubeconfig-file, or --kube-api-url"
 	default:

@@ -28,6 +28,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"github.com/flanneld/flanneld/pkg/plain"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -101,7 +102,7 @@ func TestExplain(t *testing.T) {
 		{errors.New("connection refused"), subnet.Unreachable, "refused"},
 	} {
 		if cause, text := explain(fmt.Errorf("asking: %w", c.err)); cause != c.cause || !strings.Contains(text, c.want) ||
-			len(text) > 2*maxErrorText {
+			len(text) > 2*plain.Most {
 			t.Errorf("%v: got %q, %q; want %q, %q", c.err, cause, text, c.cause, c.want)
 		}
 	}

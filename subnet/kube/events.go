@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"hash/fnv"
+	"strings"
 	"sync"
 	"time"
 
@@ -13,6 +14,7 @@ import (
 	"k8s.io/client-go/rest"
 	"k8s.io/klog/v2"
 
+	"github.com/flanneld/flanneld/pkg/plain"
 	"github.com/flanneld/flanneld/pkg/retry"
 )
 
@@ -65,6 +67,7 @@ func newEvents(log klog.Logger, c *client, node func() string) *events {
 
 // begin records that the problem of a subject has occurred. It lasts until end.
 func (e *events) begin(subject, reason, message string) {
+	message = plain.Line(message)
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	v := e.all[subject]
@@ -205,7 +208,7 @@ func (e *events) put(ctx context.Context, node string, v event) (count int, err 
 			"apiVersion": "v1", "kind": "Event",
 			"metadata":       object{"name": name, "namespace": "default"},
 			"involvedObject": object{"apiVersion": "v1", "kind": "Node", "name": node, "uid": node},
-			"type":           "Warning", "reason": v.reason, "message": v.message[:min(len(v.message), maxEventMessage)],
+			"type":           "Warning", "reason": v.reason, "message": strings.ToValidUTF8(v.message[:min(len(v.message), maxEventMessage)], ""),
 			"source":         object{"component": "flanneld", "host": node},
 			"firstTimestamp": now, "lastTimestamp": now, "count": v.unsent,
 		})

@@ -21,6 +21,7 @@ import (
 
 	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/pkg/iface"
+	"github.com/flanneld/flanneld/pkg/plain"
 	"github.com/flanneld/flanneld/pkg/retry"
 	"github.com/flanneld/flanneld/subnet"
 )
@@ -67,9 +68,11 @@ type Manager struct {
 	cancel  context.CancelFunc
 	running sync.WaitGroup
 
-	on     subnet.Subnets // the networks of the families that are on
-	want   subnet.Attrs   // what Acquire was asked to publish; of Acquire and Keep alone
-	logged sync.Map       // the errors that logOnce has logged
+	on   subnet.Subnets // the networks of the families that are on
+	want subnet.Attrs   // what Acquire was asked to publish; of Acquire and Keep alone
+
+	records    *subnet.RecordLog // what is wrong with annotations of Nodes, by name
+	ownRecords *subnet.RecordLog // what is wrong with our Node, by annotation or address
 
 	mu       sync.Mutex
 	selector iface.Selector // the latest one, see Select
@@ -102,8 +105,9 @@ func New(ctx context.Context, o Options) (*Manager, error) {
 		log: log, options: o, client: c, name: o.NodeName, ctx: ctx, cancel: cancel,
 		health: subnet.NewStoreHealth(log, subnet.State{
 			Kind: "kubernetes", Store: "Kubernetes' API server at " + c.server, Endpoints: []string{c.server},
-			Check: "curl -k " + c.server + "/readyz",
+			Check: "curl -k " + plain.Shell(c.server+"/readyz"),
 		}),
+		records: subnet.NewRecordLog(log), ownRecords: subnet.NewRecordLog(log),
 		changed: make(chan struct{}), waits: map[string]int{},
 	}
 	m.events = newEvents(log, c, m.node)
@@ -252,17 +256,12 @@ func held(ips []netip.Addr) bool {
 func (m *Manager) address(n *ownNode, annotation string) (netip.Addr, bool) {
 	ip, err := parseAddress(n.annotations[annotation], annotation)
 	if err != nil {
-		m.logOnce(err, "Ignoring an annotation of the Node",
+		m.ownRecords.Error(annotation, err.Error(), err, "Ignoring an annotation of the Node",
 			"annotation", m.options.AnnotationPrefix+annotation, "node", m.name)
+	} else {
+		m.ownRecords.Forget(annotation)
 	}
 	return ip, ip.IsValid()
-}
-
-// logOnce logs an error that was not logged before.
-func (m *Manager) logOnce(err error, message string, keysAndValues ...any) {
-	if _, known := m.logged.LoadOrStore(fmt.Sprint(message, err, keysAndValues), true); !known {
-		m.log.Error(err, message, keysAndValues...)
-	}
 }
 
 // parseAddress reads the text of an annotation: the zero Addr for none.
@@ -272,7 +271,7 @@ func parseAddress(text, annotation string) (netip.Addr, error) {
 	}
 	ip, err := netip.ParseAddr(text)
 	if err != nil || ip.Is4() == strings.Contains(annotation, "ipv6") || ip.Is4In6() || ip.Zone() != "" {
-		return netip.Addr{}, fmt.Errorf("%q is not an address of the annotation's family", text)
+		return netip.Addr{}, fmt.Errorf("%s is not an address of the annotation's family", plain.Quote(text))
 	}
 	return ip, nil
 }
@@ -370,9 +369,10 @@ func (m *Manager) checkAddress(own *ownNode, found netip.Addr) {
 	sameFamily := func(ip netip.Addr) bool { return ip.BitLen() == found.BitLen() }
 	if found == asked.PublicIP || found == asked.PublicIPv6 ||
 		!slices.ContainsFunc(own.addresses, sameFamily) || slices.Contains(own.addresses, found) {
+		m.ownRecords.Forget(found.String())
 		return
 	}
-	m.logOnce(nil, "The public address is not an address of the Node",
+	m.ownRecords.Error(found.String(), fmt.Sprint(own.addresses), nil, "The public address is not an address of the Node",
 		"address", found, "node", m.name, "nodeAddresses", own.addresses,
 		"fix", "if this host has several interfaces, give --iface-node-address or --iface")
 }
@@ -460,7 +460,8 @@ func (m *Manager) Keep(ctx context.Context, lease subnet.Lease) error {
 		there := true
 		switch {
 		case overwritten:
-			m.log.Error(nil, "Another program changed the annotations of the Node; writing them again", "node", m.name)
+			m.ownRecords.Error("annotations", own.version, nil,
+				"Another program changed the annotations of the Node; writing them again", "node", m.name)
 			there, err = m.publish(ctx, own, lease)
 		case unconditioned:
 			there, err = m.setCondition(ctx)
@@ -502,26 +503,6 @@ func (m *Manager) setCondition(ctx context.Context) (there bool, err error) {
 	}}
 	patch := map[string]any{"status": map[string]any{"conditions": conditions}}
 	return m.patch(ctx, "set the condition NetworkUnavailable", patch)
-}
-
-// attrsOf reads a lease's annotations.
-func attrsOf(annotation func(name string) string) subnet.Attrs {
-	a := subnet.Attrs{
-		BackendType:   annotation(backendType),
-		BackendData:   raw(annotation(backendData)),
-		BackendV6Data: raw(annotation(backendV6Data)),
-	}
-	a.PublicIP, _ = parseAddress(annotation(publicIP), publicIP) // a peer's may be invalid
-	a.PublicIPv6, _ = parseAddress(annotation(publicIPv6), publicIPv6)
-	return a
-}
-
-// raw returns the JSON of an annotation; nil if there is none, which upstream writes as "null".
-func raw(text string) json.RawMessage {
-	if text == "" || text == "null" {
-		return nil
-	}
-	return json.RawMessage(text)
 }
 
 // annotationsOf is the inverse of attrsOf.

@@ -170,6 +170,7 @@ func testPeers() *peers { return newPeers(testManager(onlyIPv4)) }
 func testManager(on subnet.Subnets) *Manager {
 	health := subnet.NewStoreHealth(klog.Background(), subnet.State{Store: "the server"})
 	return &Manager{log: klog.Background(), client: &client{}, health: health,
+		records: subnet.NewRecordLog(klog.Background()), ownRecords: subnet.NewRecordLog(klog.Background()),
 		options: Options{AnnotationPrefix: "flannel.alpha.coreos.com/"}, on: on}
 }
 

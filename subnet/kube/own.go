@@ -61,7 +61,7 @@ func (s ownStore) ownNode(n *Node) *ownNode {
 	}
 	own.version, _ = strconv.ParseUint(n.ResourceVersion, 10, 64)
 	for _, text := range n.internalIPs {
-		if ip, err := netip.ParseAddr(text); err == nil {
+		if ip, err := netip.ParseAddr(text); err == nil && ip.Zone() == "" {
 			own.addresses = append(own.addresses, ip)
 		}
 	}

@@ -45,6 +45,9 @@ func (m *Manager) reflectNodes(ctx context.Context, selector, operation string, 
 		manager: m, selector: selector, operation: operation, settledAfter: settledAfter,
 		limit: rate.NewLimiter(rate.Every(requestEvery), requestBurst),
 	}
+	if selector == "" {
+		store = checkedNodes{store, m}
+	}
 	from := &cache.ListWatch{ListWithContextFunc: w.list, WatchFuncWithContext: w.watch}
 	reflector := cache.NewReflectorWithOptions(from, &Node{}, store, cache.ReflectorOptions{
 		Name: "nodes",

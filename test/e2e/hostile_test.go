@@ -39,6 +39,15 @@ var hostileVXLAN = []hostileRecord{
 	{"everything", "0.0.0.0-0", vxlanRecord("198.18.0.213", "0e:00:00:00:00:13"), ""},
 	{"the whole network", "10.5.0.0-16", vxlanRecord("198.18.0.214", "0e:00:00:00:00:14"), "overlaps"},
 	{"metadata's subnet", "169.254.169.254-32", vxlanRecord("198.18.0.215", "0e:00:00:00:00:15"), "not in the network"},
+	{"a line in the backend's name", "10.5.216.0-24", strings.Replace(vxlanRecord("198.18.0.216", "0e:00:00:00:00:16"),
+		`"vxlan"`, `"x\nE0101 00:00:00.000000 1 forged.go:1] forged"`, 1), "its backend is"},
+	{"escapes in the MAC", "10.5.217.0-24", vxlanRecord("198.18.0.217", `\u001b[2J\u0007forged`), "Ethernet address"},
+	{"a command in the MAC", "10.5.218.0-24", vxlanRecord("198.18.0.218", `$(reboot);\n reboot`), "Ethernet address"},
+	{"no JSON", "10.5.219.0-24", "{forged\n\x1b[31m", ""},
+	{"no text", "10.5.220.0-24", "\xff\x00\xfe", ""},
+	{"a line in the key", "10.5.221.0-24\nforged", vxlanRecord("198.18.0.221", "0e:00:00:00:00:21"), ""},
+	{"a megabyte", "10.5.222.0-24", vxlanRecord("198.18.0.222", strings.Repeat("forged ", 140000)), ""},
+	{"a large MAC", "10.5.223.0-24", vxlanRecord("198.18.0.223", strings.Repeat("forged ", 500)), "backend data"},
 }
 
 func vxlanRecord(ip, mac string) string {
@@ -91,6 +100,15 @@ func TestHostileRecords(t *testing.T) {
 			labtest.Do(t, pods[0].WaitPing(ctx, pods[1].IPv4))
 			labtest.Must(pods[0].Ping(ctx, pods[1].IPv4, lab.PingOptions{Count: 25}))(t)
 			checkLog(t, node)
+			for _, command := range []string{"status", "leases", "diff", "doctor"} {
+				out, _, err := node.Ctl(ctx, command)
+				if command != "doctor" { // which may have findings
+					labtest.Do(t, err)
+				}
+				if strings.ContainsFunc(out, notPlain) || strings.Contains(out, "\nforged") || len(out) > 20000 {
+					t.Errorf("flannelctl %s prints %d bytes: %q", command, len(out), out[:min(len(out), 20000)])
+				}
+			}
 
 			for _, r := range records {
 				labtest.Do(t, l.Etcd.Delete(ctx, lab.Prefix+"/subnets/"+r.key))
@@ -162,6 +180,9 @@ func expectUnharmed(ctx context.Context, t *testing.T, n *lab.Node, before strin
 	labtest.Do(t, waitDiff(ctx, n, ""))
 }
 
+// notPlain tells whether a terminal does more than to show a character.
+func notPlain(r rune) bool { return r != '\t' && r != '\n' && !unicode.IsPrint(r) }
+
 // logLine is how a line of klog begins.
 var logLine = regexp.MustCompile(`^[IWEF]\d{4} \d\d:\d\d:\d\d\.\d{6} +\d+ \S+:\d+\] `)
 
@@ -173,7 +194,7 @@ func checkLog(t *testing.T, n *lab.Node) {
 		switch {
 		case len(line) > 2000:
 			t.Errorf("a line of the log has %d bytes: %.200s", len(line), line)
-		case strings.ContainsFunc(line, func(r rune) bool { return r != '\t' && !unicode.IsPrint(r) }):
+		case strings.ContainsFunc(line, notPlain):
 			t.Errorf("a line of the log is not plain: %q", line)
 		case strings.Contains(line, "forged") && !logLine.MatchString(line):
 			t.Errorf("a line of the log is forged: %q", line)

@@ -12,6 +12,8 @@ import (
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"k8s.io/klog/v2"
+
+	"github.com/flanneld/flanneld/pkg/plain"
 )
 
 // health reports the node's state: to probes over HTTP, to systemd by sd_notify(3).
@@ -64,6 +66,7 @@ func (h *health) readyz(w http.ResponseWriter, _ *http.Request) {
 
 // waitFor sets what the node waits for, until it has been ready once.
 func (h *health) waitFor(what string) {
+	what = plain.Line(what) // a line of systemd's protocol, and of the answer to a probe
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.missing == "" || h.missing == what {

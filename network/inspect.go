@@ -15,6 +15,7 @@ import (
 	"github.com/flanneld/flanneld/pkg/firewall"
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/kernel"
+	"github.com/flanneld/flanneld/pkg/plain"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -44,7 +45,7 @@ func (d desired) diff(ctx context.Context) ([]string, error) {
 		var err error
 		if more, err = b.Diff(ctx, d.own, d.peers); err != nil {
 			// The other differences must be seen all the same.
-			more = append(more, "# what the backend holds cannot be compared: "+err.Error())
+			more = append(more, "# what the backend holds cannot be compared: "+plain.Line(err.Error()))
 		}
 	}
 	rules, err := d.plan.diffRules(ctx)

@@ -75,6 +75,7 @@ type node struct {
 	fileSet  bool   // the subnet file has the right content
 	ready    bool
 	errors   retry.LastErrors[string] // of each duty
+	records  *subnet.RecordLog        // what is wrong with leases of peers
 	retry    *time.Timer
 	retrying bool // retry is running
 	pause    retry.Backoff
@@ -98,7 +99,7 @@ func Run(ctx context.Context, o Options) error {
 	n := &node{
 		Options: o, started: time.Now(), log: klog.FromContext(ctx), status: newStatusServer(),
 		metrics: newMetrics(o.Manager, o.Version), errors: retry.LastErrors[string]{},
-		retry: time.NewTimer(0), retrying: true,
+		records: subnet.NewRecordLog(klog.FromContext(ctx)), retry: time.NewTimer(0), retrying: true,
 	}
 	n.Uplink.Overlay = backend.Device
 	defer n.group.Wait()
@@ -229,9 +230,17 @@ func (n *node) handleEvent(ctx context.Context, compare <-chan time.Time) (runni
 	return running, err
 }
 
+// maxWarnings is how many remarks on a configuration are logged.
+const maxWarnings = 20
+
 // logWarnings logs the remarks on a configuration, once.
 func (n *node) logWarnings(cfg *subnet.Config) {
-	for _, w := range cfg.Warnings {
+	for i, w := range cfg.Warnings {
+		if i == maxWarnings {
+			n.log.Error(nil, "Configuration: there are more warnings", "count", len(cfg.Warnings)-i,
+				"fix", "flannelctl validate shows all of them")
+			break
+		}
 		n.log.Error(nil, "Configuration: "+w)
 	}
 	cfg.Warnings = nil
@@ -361,19 +370,50 @@ func (n *node) applyPeers(p peersPlan) {
 			}
 		}
 	}
-	for _, problem := range p.problems {
-		l := problem.lease
-		n.log.Error(nil, "Peer cannot be reached",
-			"peer", l.Subnets, "addresses", l.Attrs.PublicIPs(), "reason", problem.text)
-	}
+	n.logProblems(p.problems)
 	n.worker.update(p.update)
 	n.recordRival()
+}
+
+// logProblems logs what is wrong with leases of peers.
+func (n *node) logProblems(problems []problem) {
+	for _, problem := range problems {
+		l := problem.lease
+		n.records.Error(l.Subnets.String(), problem.text, nil, "Peer cannot be reached",
+			"peer", l.Subnets, "addresses", l.Attrs.PublicIPs(), "reason", problem.text)
+	}
+}
+
+// forgetProblems forgets what was logged about leases that are gone or right after an update.
+func (n *node) forgetProblems(u subnet.Update) {
+	if n.records.Len() == 0 {
+		return
+	}
+	if u.Snapshot {
+		n.records.ForgetOthers(func(yield func(string) bool) {
+			for s := range n.problems {
+				if !yield(s.String()) {
+					return
+				}
+			}
+		})
+		return
+	}
+	for s := range u.Leases {
+		if _, wrong := n.problems[s]; !wrong {
+			n.records.Forget(s.String())
+		}
+	}
+	for s := range u.Gone {
+		n.records.Forget(s.String())
+	}
 }
 
 // update handles an update of leases.
 func (n *node) update(u subnet.Update) {
 	n.countUpdate(u)
 	n.applyPeers(n.applyUpdate(u))
+	n.forgetProblems(u)
 }
 
 // reconcile makes everything as planned, as far as possible now.

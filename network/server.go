@@ -1,7 +1,6 @@
 package network
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -14,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/flanneld/flanneld/pkg/plain"
 )
 
 // A statusServer passes requests to the goroutine that owns the node, which runs them
@@ -58,12 +59,7 @@ func (n *node) serveStatus(ctx context.Context) {
 			ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
 			defer cancel()
 			v, err := f(ctx)
-			if err != nil {
-				http.Error(w, err.Error(), http.StatusServiceUnavailable)
-				return
-			}
-			w.Header().Set("Content-Type", "application/json")
-			_ = json.NewEncoder(w).Encode(v) // fails where the client is gone
+			answer(w, v, err)
 		})
 	}
 	serve("/status", func(ctx context.Context) (any, error) {
@@ -112,6 +108,21 @@ func (n *node) serveStatus(ctx context.Context) {
 	context.AfterFunc(ctx, func() { server.Close() })
 }
 
+// answer sends a value as JSON, or the error. Nothing is sent before the whole answer is known.
+func answer(w http.ResponseWriter, v any, err error) {
+	if err != nil {
+		http.Error(w, plain.Line(err.Error()), http.StatusServiceUnavailable)
+		return
+	}
+	text, err := json.Marshal(v)
+	if err != nil {
+		http.Error(w, plain.Line("the answer cannot be written: "+err.Error()), http.StatusInternalServerError)
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	_, _ = w.Write(text) // fails where the client is gone
+}
+
 // listenUnix listens on a socket for root alone. A socket that a daemon has left
 // behind is replaced, a socket that is in use is not.
 func listenUnix(path string) (net.Listener, error) {
@@ -156,7 +167,13 @@ func NewClient(socket string) *Client {
 	return &Client{&http.Client{Transport: &http.Transport{DialContext: dial, DisableKeepAlives: true}}}
 }
 
-// get sends a request. The error that the daemon answers with is returned as it is.
+// A Refusal is the error that a daemon answers with.
+type Refusal string
+
+// Error returns the text of the answer.
+func (r Refusal) Error() string { return string(r) }
+
+// get sends a request. If the daemon answers with an error, get returns a Refusal.
 func (c *Client) get(ctx context.Context, path string, into any) error {
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://flanneld"+path, nil)
 	if err != nil {
@@ -172,7 +189,7 @@ func (c *Client) get(ctx context.Context, path string, into any) error {
 		return err
 	}
 	if answer.StatusCode != http.StatusOK {
-		return errors.New(string(bytes.TrimSpace(body)))
+		return Refusal(plain.Line(string(body)))
 	}
 	return json.Unmarshal(body, into)
 }

@@ -1,14 +1,24 @@
 package network
 
 import (
+	"bytes"
 	"context"
+	"errors"
+	"fmt"
 	"net"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
+
+	"k8s.io/klog/v2/textlogger"
+
+	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/backend/backendtest"
+	"github.com/flanneld/flanneld/subnet"
 )
 
 // TestListenUnix: a socket that is left over is replaced, and nothing else.
@@ -78,9 +88,78 @@ func TestStatusServer(t *testing.T) {
 	}
 	asking.Wait()
 
+	// What cannot be written as JSON is an error, not an answer that ends before it has begun.
+	n.state = state{setup: setup{cfg: &subnet.Config{}}, leases: map[subnet.Subnets]subnet.Lease{
+		peer2.Subnets: {Subnets: peer2.Subnets, Attrs: subnet.Attrs{BackendData: []byte("\n\x1b[2J")}},
+	}}
+	asking.Go(func() {
+		var refusal Refusal
+		if _, err := c.Leases(ctx); !errors.As(err, &refusal) || !strings.HasPrefix(err.Error(), "the answer cannot be written: ") {
+			t.Errorf("leases that are not JSON: %v", err)
+		}
+	})
+	(<-n.status.requests)()
+	asking.Wait()
+
 	busy, giveUp := context.WithCancel(ctx)
 	giveUp()
 	if err := n.status.do(busy, func() { t.Error("it was asked all the same") }); err == nil {
 		t.Error("nobody had time, and that is no error")
 	}
+}
+
+// TestLoggedProblems: a peer whose lease is wrong in another way each time is a line a minute; a lease that is gone, or
+// right, is not remembered.
+func TestLoggedProblems(t *testing.T) {
+	cfg, err := subnet.ParseConfig([]byte(vxlanConfig))
+	if err != nil {
+		t.Fatal(err)
+	}
+	uplink, err := backendtest.ParseUplink("eth0 1500 198.18.0.1/24")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := backend.New(cfg, uplink)
+	if err != nil {
+		t.Fatal(err)
+	}
+	own := lease("10.5.1.0-24", `{"PublicIP":"198.18.0.1","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"0e:00:00:00:00:01"}}`)
+	synctest.Test(t, func(t *testing.T) {
+		var text bytes.Buffer
+		n := &node{state: state{setup: setup{cfg, uplink, b}, own: &own},
+			records: subnet.NewRecordLog(textlogger.NewLogger(textlogger.NewConfig(textlogger.Output(&text))))}
+		step := func(what string, lines, remembered int, u subnet.Update) {
+			t.Helper()
+			n.logProblems(n.applyUpdate(u).problems)
+			n.forgetProblems(u)
+			if got := strings.Count(text.String(), "\n"); got != lines || text.Len() > 1000 || n.records.Len() != remembered {
+				t.Errorf("%s: logged %d lines, %.2000q, and %d are remembered; want %d and %d",
+					what, got, &text, n.records.Len(), lines, remembered)
+			}
+			text.Reset()
+		}
+		wrong := func(i int) (u subnet.Update) {
+			u.Put(lease("10.5.2.0-24", fmt.Sprintf(`{"PublicIP":"198.18.0.2","BackendType":"vxlan","BackendData":{"VNI":%d,"VtepMAC":"\n\u001b[2J%s"}}`,
+				i, strings.Repeat("x", 3000))))
+			return u
+		}
+		right, gone := snapshot(peer2), subnet.Update{}
+		right.Snapshot = false
+		gone.Delete(peer2.Subnets)
+		step("a snapshot", 0, 0, snapshot(own))
+		step("wrong", 1, 1, wrong(1))
+		for i := range 20 {
+			step("wrong in another way", 0, 1, wrong(i+2))
+		}
+		time.Sleep(time.Minute)
+		step("a minute later", 1, 1, wrong(30))
+		time.Sleep(time.Minute)
+		step("right", 0, 0, right)
+		step("wrong again", 1, 1, wrong(30))
+		time.Sleep(time.Minute)
+		step("gone", 0, 0, gone)
+		step("back", 1, 1, wrong(30))
+		time.Sleep(time.Minute)
+		step("gone in a gap", 0, 0, snapshot(own))
+	})
 }

@@ -18,6 +18,7 @@ import (
 
 	"github.com/flanneld/flanneld/cmd/internal/settings"
 	"github.com/flanneld/flanneld/network"
+	"github.com/flanneld/flanneld/pkg/plain"
 
 	_ "github.com/flanneld/flanneld/backend/all"
 )
@@ -43,14 +44,15 @@ func main() {
 		fmt.Fprintf(os.Stderr, "flanneld: %v\n", err)
 		os.Exit(2)
 	}
-	err = run(ctx, o)
+	log := plain.Logger(klog.Background()) // the one of all packages
+	err = run(klog.NewContext(ctx, log), o)
 	if ctx.Err() != nil {
 		err = nil // the error follows from the signal
 	}
 	if err != nil {
-		klog.ErrorS(err, "flanneld cannot continue")
+		log.Error(err, "flanneld cannot continue")
 	} else {
-		klog.InfoS("flanneld ends; the network stays as it is")
+		log.Info("flanneld ends; the network stays as it is")
 	}
 	klog.Flush()
 	if err != nil {
@@ -59,9 +61,10 @@ func main() {
 }
 
 func run(ctx context.Context, o *settings.Options) error {
-	klog.InfoS("flanneld starts", "version", version, "go", runtime.Version(), "settings", o.String())
+	log := klog.FromContext(ctx)
+	log.Info("flanneld starts", "version", version, "go", runtime.Version(), "settings", o.String())
 	for _, w := range o.Warnings {
-		klog.ErrorS(nil, "Setting ignored", "reason", w)
+		log.Error(nil, "Setting ignored", "reason", w)
 	}
 	manager, err := o.Manager(ctx)
 	if err != nil {

@@ -7,6 +7,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/flanneld/flanneld/pkg/plain"
 	"github.com/flanneld/flanneld/pkg/rtnl"
 )
 
@@ -18,9 +19,11 @@ type Addr struct {
 
 func (a Addr) Key() Key       { return Key{Kind: KindAddr, Dev: a.Dev, Dst: keyPrefix(a.Prefix)} }
 func (a Addr) device() string { return a.Dev }
-func (a Addr) Undo() string   { return fmt.Sprintf("ip addr del %s dev %s", a.Prefix, a.Dev) }
+func (a Addr) Undo() string {
+	return fmt.Sprintf("ip addr del %s dev %s", a.Prefix, plain.Shell(a.Dev))
+}
 func (a Addr) String() string {
-	s := fmt.Sprintf("ip addr replace %s dev %s", a.Prefix, a.Dev)
+	s := fmt.Sprintf("ip addr replace %s dev %s", a.Prefix, plain.Shell(a.Dev))
 	if a.Prefix.Addr().Is6() {
 		s += " nodad" // no other host can have the address, and it must work at once
 	}

@@ -6,6 +6,8 @@ import (
 	"net/netip"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/flanneld/flanneld/pkg/plain"
 )
 
 // An FDBEntry is a permanent entry of a VTEP's forwarding database: frames to MAC go to the host Dst.
@@ -18,10 +20,10 @@ type FDBEntry struct {
 func (f FDBEntry) Key() Key       { return Key{Kind: KindFDB, Dev: f.Dev, MAC: f.MAC} }
 func (f FDBEntry) device() string { return f.Dev }
 func (f FDBEntry) Undo() string {
-	return fmt.Sprintf("bridge fdb del %s dev %s dst %s self", f.MAC, f.Dev, f.Dst)
+	return fmt.Sprintf("bridge fdb del %s dev %s dst %s self", f.MAC, plain.Shell(f.Dev), f.Dst)
 }
 func (f FDBEntry) String() string {
-	return fmt.Sprintf("bridge fdb replace %s dev %s dst %s self permanent", f.MAC, f.Dev, f.Dst)
+	return fmt.Sprintf("bridge fdb replace %s dev %s dst %s self permanent", f.MAC, plain.Shell(f.Dev), f.Dst)
 }
 
 // fdbBody is a struct ndmsg with attributes.

@@ -12,6 +12,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/flanneld/flanneld/pkg/plain"
 	"github.com/flanneld/flanneld/pkg/rtnl"
 )
 
@@ -38,17 +39,18 @@ type LinkType interface {
 
 func (l Link) Key() Key       { return Key{Kind: KindLink, Dev: l.Name} }
 func (l Link) device() string { return l.Name }
-func (l Link) Undo() string   { return "ip link del " + l.Name }
+func (l Link) Undo() string   { return "ip link del " + plain.Shell(l.Name) }
 func (l Link) String() string {
 	var b strings.Builder
+	name := plain.Shell(l.Name)
 	if _, ok := l.Type.(TUN); ok {
-		fmt.Fprintf(&b, "ip tuntap add %s mode %v && ip link set %s mtu %d", l.Name, l.Type, l.Name, l.MTU)
+		fmt.Fprintf(&b, "ip tuntap add %s mode %v && ip link set %s mtu %d", name, l.Type, name, l.MTU)
 		if !l.down {
 			b.WriteString(" up")
 		}
 		return b.String()
 	}
-	fmt.Fprintf(&b, "ip link add %s", l.Name)
+	fmt.Fprintf(&b, "ip link add %s", name)
 	if l.MAC != (MAC{}) {
 		fmt.Fprintf(&b, " address %s", l.MAC)
 	}
@@ -58,7 +60,7 @@ func (l Link) String() string {
 	}
 	fmt.Fprintf(&b, " type %v", l.Type)
 	if l.TXChecksumOff {
-		fmt.Fprintf(&b, " && ethtool -K %s tx-checksum-ip-generic off", l.Name)
+		fmt.Fprintf(&b, " && ethtool -K %s tx-checksum-ip-generic off", name)
 	}
 	return b.String()
 }
@@ -87,7 +89,7 @@ func changeCommand(have, desired Object) string {
 	case h.Type != want.Type:
 		return want.Undo() + " && " + want.String()
 	}
-	command := "ip link set " + want.Name
+	command := "ip link set " + plain.Shell(want.Name)
 	if want.MAC != h.MAC {
 		command += fmt.Sprintf(" address %s", want.MAC)
 	}

@@ -7,6 +7,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/flanneld/flanneld/pkg/plain"
 	"github.com/flanneld/flanneld/pkg/rtnl"
 )
 
@@ -21,9 +22,11 @@ func (n Neighbor) Key() Key {
 	return Key{Kind: KindNeighbor, Dev: n.Dev, Dst: keyPrefix(netip.PrefixFrom(n.IP, n.IP.BitLen()))}
 }
 func (n Neighbor) device() string { return n.Dev }
-func (n Neighbor) Undo() string   { return fmt.Sprintf("ip neigh del %s dev %s", n.IP, n.Dev) }
+func (n Neighbor) Undo() string {
+	return fmt.Sprintf("ip neigh del %s dev %s", n.IP, plain.Shell(n.Dev))
+}
 func (n Neighbor) String() string {
-	return fmt.Sprintf("ip neigh replace %s lladdr %s dev %s nud permanent", n.IP, n.MAC, n.Dev)
+	return fmt.Sprintf("ip neigh replace %s lladdr %s dev %s nud permanent", n.IP, n.MAC, plain.Shell(n.Dev))
 }
 
 // transient is a neighbour or FDB entry that the kernel made, may change and will drop. It is never equal to a

@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/flanneld/flanneld/pkg/plain"
 	"github.com/flanneld/flanneld/pkg/rtnl"
 )
 
@@ -45,7 +46,7 @@ func (n nexthop) Key() Key       { return Key{Kind: KindNexthop, ID: n.id} }
 func (n nexthop) device() string { return n.dev }
 func (n nexthop) Undo() string   { return fmt.Sprintf("ip nexthop del id %d", n.id) }
 func (n nexthop) String() string {
-	s := fmt.Sprintf("ip nexthop replace id %d via %s dev %s", n.id, n.via, n.dev)
+	s := fmt.Sprintf("ip nexthop replace id %d via %s dev %s", n.id, n.via, plain.Shell(n.dev))
 	if n.onlink {
 		s += " onlink"
 	}

@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/flanneld/flanneld/pkg/plain"
 	"github.com/flanneld/flanneld/pkg/rtnl"
 )
 
@@ -42,7 +43,7 @@ func (r Route) command(verb string, protocol uint8) string {
 		fmt.Fprintf(&b, " via %s", r.Via)
 	}
 	if r.Dev != "" {
-		fmt.Fprintf(&b, " dev %s", r.Dev)
+		fmt.Fprintf(&b, " dev %s", plain.Shell(r.Dev))
 	}
 	if r.Onlink {
 		b.WriteString(" onlink")

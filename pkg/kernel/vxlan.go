@@ -5,6 +5,8 @@ import (
 	"net/netip"
 
 	"github.com/vishvananda/netlink"
+
+	"github.com/flanneld/flanneld/pkg/plain"
 )
 
 // VXLAN is the type of a VTEP (RFC 7348).
@@ -20,7 +22,7 @@ type VXLAN struct {
 func (v VXLAN) lower() string { return v.Dev }
 
 func (v VXLAN) String() string {
-	s := fmt.Sprintf("vxlan id %d local %s dev %s dstport %d", v.VNI, v.Local, v.Dev, v.Port)
+	s := fmt.Sprintf("vxlan id %d local %s dev %s dstport %d", v.VNI, v.Local, plain.Shell(v.Dev), v.Port)
 	if !v.Learning {
 		s += " nolearning"
 	}

@@ -63,15 +63,12 @@ func del(args *skel.CmdArgs) error {
 	if err != nil {
 		return err
 	}
-	path, conf, err := records(r.DataDir).find(attachment{args.ContainerID, args.IfName})
+	path, conf, err := r.record(attachment{args.ContainerID, args.IfName})
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return nil
 	case errors.Is(err, errBroken):
-		// The record was cut off by a crash of flannel's plugin. It can never be used, and the runtime must be able to
-		// remove the container.
-		fmt.Fprintf(os.Stderr, "flannel: %v: removing the record; the container's address may stay allocated\n", err)
-		return remove(path)
+		return discard(path, err)
 	case err != nil:
 		return types.NewError(types.ErrIOFailure, fmt.Sprintf("dataDir: %v", err), "")
 	}
@@ -101,7 +98,7 @@ func check(args *skel.CmdArgs) error {
 	if err != nil {
 		return err
 	}
-	_, conf, err := records(r.DataDir).find(attachment{args.ContainerID, args.IfName})
+	_, conf, err := r.record(attachment{args.ContainerID, args.IfName})
 	if errors.Is(err, fs.ErrNotExist) {
 		return types.NewError(types.ErrUnknownContainer,
 			fmt.Sprintf("dataDir %s has no record of %s of container %s: it was never attached, or was detached; "+
@@ -169,8 +166,7 @@ func (r *request) collectRecords() error {
 	if r.ValidAttachments == nil {
 		return nil
 	}
-	dir := records(r.DataDir)
-	all, err := dir.of(r.Name)
+	all, err := records(r.DataDir).of(r.Name)
 	if err != nil {
 		return err
 	}
@@ -179,18 +175,27 @@ func (r *request) collectRecords() error {
 		if slices.Contains(r.ValidAttachments, types.GCAttachment{ContainerID: a.containerID, IfName: a.ifName}) {
 			continue
 		}
-		path, conf, err := dir.find(a)
-		if err == nil {
+		path, conf, err := r.record(a)
+		if errors.Is(err, errBroken) {
+			err = discard(path, err)
+		} else if err == nil {
 			err = detach(conf, "", "CNI_CONTAINERID="+a.containerID, "CNI_IFNAME="+a.ifName, "CNI_NETNS=", "CNI_ARGS=")
-		}
-		if err == nil {
-			err = remove(path)
+			if err == nil {
+				err = remove(path)
+			}
 		}
 		if err != nil {
 			failed = append(failed, fmt.Errorf("%s of container %s: %w", a.ifName, a.containerID, err))
 		}
 	}
 	return errors.Join(failed...)
+}
+
+// discard removes a record that can never be used: the runtime must be able to remove the container. flannel's plugin
+// leaves such a record when it crashes.
+func discard(path string, broken error) error {
+	fmt.Fprintf(os.Stderr, "flannel: %v: removing the record; the container's address may stay allocated\n", broken)
+	return remove(path)
 }
 
 // remove removes a record. It is no error if the record is gone already.

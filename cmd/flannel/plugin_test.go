@@ -363,6 +363,45 @@ func TestUpstreamsRecord(t *testing.T) {
 	n.want("records", n.records(), "")
 }
 
+// TestRecordOfAProgram: a record decides what DEL, CHECK and GC execute no more than a configuration does. The container
+// can be removed all the same.
+func TestRecordOfAProgram(t *testing.T) {
+	for _, kind := range []string{`"../other/bridge"`, `"/../other/bridge"`, `"bridge/../../other/bridge"`, `"flannel"`,
+		`".."`, `"."`, `""`, `7`, `null`} {
+		t.Run(kind, func(t *testing.T) {
+			n := newNode(t)
+			if got := n.call("ADD", n.request("cbr0", `"delegate": {"type": `+kind+`}`)); !strings.HasPrefix(got, "error 7: ") {
+				t.Errorf("ADD of such a configuration: %q", got)
+			}
+			self, err := os.Executable()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Symlink(self, n.path("other/bridge")); err != nil {
+				t.Fatal(err)
+			}
+			// If the record made the plugin execute itself, the plugin would find this record.
+			n.write("other/c1", delegated("", ""))
+			record := fmt.Sprintf(`{"name": "cbr0", "type": %s, "dataDir": %q, "flannelIfName": "eth0"}`,
+				kind, filepath.Join(n.dir, "other"))
+			n.write("data/c1", record)
+			if got := n.call("CHECK", n.request("cbr0")); !strings.HasPrefix(got, "error 5: dataDir: ") {
+				t.Errorf("CHECK: %q", got)
+			}
+			n.want("records after CHECK", n.records(), "c1")
+			n.want("DEL", n.call("DEL", n.request("cbr0")), "")
+			n.want("records after DEL", n.records(), "")
+			n.want("calls", n.calls(), "")
+
+			n.write("data/c1", record)
+			n.want("GC", n.call("GC", n.request("cbr0", `"cni.dev/valid-attachments": []`), "CNI_CONTAINERID=", "CNI_IFNAME="), "")
+			if calls := n.calls(); strings.Contains(calls, "DEL") {
+				t.Errorf("GC calls\n%s", calls)
+			}
+		})
+	}
+}
+
 // The node gets upstream's plugin: it takes the record as it is, by the name
 // of the container.
 func TestRecordForUpstream(t *testing.T) {

@@ -112,16 +112,10 @@ func (r *request) delegate(env subnet.Env) (object, error) {
 			"the plugin adds this node's subnet to it and passes it on")
 	}
 	d.setDefault("type", "bridge")
-	kind := d.text("type")
-	if kind == "" || kind != filepath.Base(kind) || kind == "." || kind == ".." {
-		return nil, invalid("delegate.type %s is not allowed: want the file name of a CNI plugin in quotes, "+
-			"such as \"bridge\"", d["type"])
+	if err := r.checkType(d); err != nil {
+		return nil, err
 	}
-	if kind == r.Type {
-		return nil, invalid("delegate.type %q is not allowed: it is this plugin itself; "+
-			"want a plugin that creates an interface, such as \"bridge\"", kind)
-	}
-	if kind == "bridge" {
+	if d.text("type") == "bridge" {
 		d.setDefault("isGateway", true)
 	}
 	d.setDefault("ipMasq", !env.IPMasq) // either flanneld or the delegate must masquerade
@@ -134,6 +128,34 @@ func (r *request) delegate(env subnet.Env) (object, error) {
 	d.set("ipam", ipam)
 	r.setCall(d)
 	return d, nil
+}
+
+// checkType returns an error unless the type of a delegate is the file name of another plugin: the type decides which
+// program is executed.
+func (r *request) checkType(d object) error {
+	kind := d.text("type")
+	if kind == "" || kind != filepath.Base(kind) || kind == "." || kind == ".." {
+		return invalid("delegate.type %s is not allowed: want the file name of a CNI plugin in quotes, "+
+			"such as \"bridge\"", d["type"])
+	}
+	if kind == r.Type {
+		return invalid("delegate.type %q is not allowed: it is this plugin itself; "+
+			"want a plugin that creates an interface, such as \"bridge\"", kind)
+	}
+	return nil
+}
+
+// record returns the path and the content of the record of an attachment. The error is fs.ErrNotExist if there is none,
+// and errBroken if the record cannot be used: a record must name a plugin as a configuration must.
+func (r *request) record(a attachment) (path string, conf object, err error) {
+	path, conf, err = records(r.DataDir).find(a)
+	if err != nil {
+		return path, nil, err
+	}
+	if err := r.checkType(conf); err != nil {
+		return path, nil, fmt.Errorf("%s: %w: %v", path, errBroken, err)
+	}
+	return path, conf, nil
 }
 
 // ipam returns the delegate's ipam object: the user's, with an address of each of this node's subnets and routes to the

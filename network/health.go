@@ -44,13 +44,7 @@ func serveHealth(ctx context.Context, group *sync.WaitGroup, at netip.AddrPort, 
 		mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
 		mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
 	}
-	server := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}
-	group.Go(func() {
-		if err := server.Serve(l); ctx.Err() == nil {
-			klog.FromContext(ctx).Error(err, "The health server stopped")
-		}
-	})
-	context.AfterFunc(ctx, func() { server.Close() })
+	serveHTTP(ctx, group, l, mux, "health server")
 	return h, nil
 }
 

@@ -98,14 +98,7 @@ func (n *node) serveStatus(ctx context.Context) {
 		return d.diff(ctx)
 	})
 	serve("/skew", func(ctx context.Context) (any, error) { return clockSkew(ctx, n.Manager) })
-	base := func(net.Listener) context.Context { return ctx }
-	server := &http.Server{Handler: mux, ReadHeaderTimeout: requestTimeout, BaseContext: base}
-	n.group.Go(func() {
-		if err := server.Serve(l); ctx.Err() == nil {
-			n.log.Error(err, "The status server stopped")
-		}
-	})
-	context.AfterFunc(ctx, func() { server.Close() })
+	serveHTTP(ctx, &n.group, l, mux, "status server")
 }
 
 // answer sends a value as JSON, or the error. Nothing is sent before the whole answer is known.

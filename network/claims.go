@@ -3,95 +3,95 @@ package network
 import (
 	"cmp"
 	"fmt"
+	"hash/maphash"
 	"iter"
-	"net/netip"
 
 	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/pkg/multimap"
 	"github.com/flanneld/flanneld/pkg/prefixes"
 	"github.com/flanneld/flanneld/subnet"
 )
 
-// claims are what leases say that only one node can have: subnets, public addresses, and what the backend knows peers
-// by. Whoever may write to the store can publish what belongs to another node. The oldest lease counts: a record may
-// not take anything from the node that had it first.
+// claims are what leases say that only one node can have: subnets, and the identities that the backend knows peers by.
+// Whoever may write to the store can publish what belongs to another node. The oldest lease counts: a record may not
+// take anything from the node that had it first.
 type claims struct {
-	claimants  map[subnet.Subnets]*claimant
-	identities map[string][]*claimant
 	subnets    prefixes.Index[*claimant]
+	identities multimap.Map[uint64, *claimant] // by hash: the texts would take more memory than all else
+	seed       maphash.Seed
 }
 
 // A claimant is a lease that could be a peer's, or our own.
 type claimant struct {
 	subnet.Subnets
-	address    netip.Addr // the first public address, which names the node in texts
 	created    int64
-	identities []string
+	identities []uint64
 }
 
-func newClaims() claims {
-	return claims{claimants: map[subnet.Subnets]*claimant{}, identities: map[string][]*claimant{}}
-}
+func newClaims() *claims { return &claims{seed: maphash.MakeSeed()} }
+
+func (c *claims) hash(identity string) uint64 { return maphash.String(c.seed, identity) }
 
 // put records what a lease claims.
 func (c *claims) put(b backend.Backend, l subnet.Lease) {
-	n := &claimant{Subnets: l.Subnets, created: l.Created, identities: backend.Identities(b, l)}
-	if ips := l.Attrs.PublicIPs(); len(ips) > 0 {
-		n.address = ips[0]
+	n := &claimant{Subnets: l.Subnets, created: l.Created}
+	for _, id := range backend.Identities(b, l) {
+		n.identities = append(n.identities, c.hash(id))
 	}
-	c.claimants[n.Subnets] = n
 	for _, id := range n.identities {
-		c.identities[id] = append(c.identities[id], n)
+		c.identities.Add(id, n)
 	}
 	for _, p := range n.Each() {
 		c.subnets.Add(p, n)
 	}
 }
 
+// of returns the claimant that is the lease with these subnets; nil: there is none.
+func (c *claims) of(s subnet.Subnets) *claimant {
+	for _, p := range s.Each() {
+		for n := range c.subnets.Of(p) {
+			if n.Subnets == s {
+				return n
+			}
+		}
+	}
+	return nil
+}
+
 // remove forgets what the lease with these subnets claims.
 func (c *claims) remove(s subnet.Subnets) {
-	n := c.claimants[s]
+	n := c.of(s)
 	if n == nil {
 		return
 	}
-	delete(c.claimants, s)
 	for _, id := range n.identities {
-		if rest := without(c.identities[id], n); len(rest) > 0 {
-			c.identities[id] = rest
-		} else {
-			delete(c.identities, id)
-		}
+		c.identities.Remove(id, n)
 	}
 	for _, p := range n.Each() {
 		c.subnets.Remove(p, n)
 	}
 }
 
-func without(all []*claimant, n *claimant) (rest []*claimant) {
-	for _, other := range all {
-		if other != n {
-			rest = append(rest, other)
-		}
-	}
-	return rest
-}
+// A claim is what two leases claim: an identity or, if that is 0, their subnets.
+type claim struct{ identity uint64 }
 
 // rivals yields the other leases that claim something of what a lease claims, and what that is.
-func (c *claims) rivals(s subnet.Subnets) iter.Seq2[*claimant, string] {
-	return func(yield func(*claimant, string) bool) {
-		n := c.claimants[s]
+func (c *claims) rivals(s subnet.Subnets) iter.Seq2[*claimant, claim] {
+	return func(yield func(*claimant, claim) bool) {
+		n := c.of(s)
 		if n == nil {
 			return
 		}
 		for _, id := range n.identities {
-			for _, other := range c.identities[id] {
-				if other != n && !yield(other, id) {
+			for other := range c.identities.Of(id) {
+				if other != n && !yield(other, claim{id}) {
 					return
 				}
 			}
 		}
 		for _, p := range n.Each() {
-			for at, other := range c.subnets.Overlapping(p) {
-				if other != n && !yield(other, "subnet "+at.String()) {
+			for _, other := range c.subnets.Overlapping(p) {
+				if other != n && !yield(other, claim{}) {
 					return
 				}
 			}
@@ -99,29 +99,49 @@ func (c *claims) rivals(s subnet.Subnets) iter.Seq2[*claimant, string] {
 	}
 }
 
-// conflict returns why a lease is left out that claims what belongs to another lease. What is ours stays ours, whichever
-// lease is older.
-func (c *claims) conflict(s, own subnet.Subnets) error {
-	n := c.claimants[s]
+// describe returns what a lease claims, in words.
+func (c *claims) describe(b backend.Backend, l subnet.Lease, what claim) string {
+	for _, id := range backend.Identities(b, l) {
+		if c.hash(id) == what.identity {
+			return id
+		}
+	}
+	return "subnet " + l.Subnets.String()
+}
+
+// checkClaims returns why a lease is left out that claims what belongs to another lease. What is ours stays ours,
+// whichever lease is older.
+func (s *state) checkClaims(l subnet.Lease) error {
+	n := s.claims.of(l.Subnets)
 	var owner *claimant
-	var claim string
-	for other, id := range c.rivals(s) {
+	var what claim
+	for other, shared := range s.claims.rivals(l.Subnets) {
 		switch {
-		case other.Subnets == own:
+		case other.Subnets == s.own.Subnets:
+			text := fmt.Sprintf("left out, since its %s is this node's own", s.claims.describe(s.backend, l, shared))
 			if n.olderThan(other) {
-				return fmt.Errorf("left out, since its %s is this node's own, too. The lease of %s is older than ours: "+
-					"the other nodes leave this node out. Delete that lease if no node holds it", id, s)
+				return fmt.Errorf("%s, too. The lease of %s is older than ours: "+
+					"the other nodes leave this node out. Delete that lease if no node holds it", text, l.Subnets)
 			}
-			return fmt.Errorf("left out, since its %s is this node's own", id)
+			return fmt.Errorf("%s", text)
 		case other.olderThan(n) && (owner == nil || other.olderThan(owner)):
-			owner, claim = other, id
+			owner, what = other, shared
 		}
 	}
 	if owner == nil {
 		return nil
 	}
-	return fmt.Errorf("left out, since its %s belongs to the node at %s, whose lease of %s is older. "+
-		"Delete the older lease if no node holds it", claim, owner.address, owner.Subnets)
+	return fmt.Errorf("left out, since its %s belongs to the node at %v, whose lease of %s is older. "+
+		"Delete the older lease if no node holds it",
+		s.claims.describe(s.backend, l, what), firstAddress(s.leases[owner.Subnets]), owner.Subnets)
+}
+
+// firstAddress returns the public address that names a node in texts.
+func firstAddress(l subnet.Lease) any {
+	for _, ip := range l.Attrs.PublicIPs() {
+		return ip
+	}
+	return "an unknown address"
 }
 
 // olderThan tells which of two leases keeps what both claim. Where the store cannot tell their ages apart, the smaller

@@ -37,14 +37,14 @@ func (n *node) setRulesState(s firewall.State) {
 
 // recordRival records that another lease claims what is this node's own.
 func (n *node) recordRival() {
-	if n.own == nil {
+	if n.own == nil || n.claims == nil {
 		return
 	}
 	message := ""
-	for rival, claim := range n.claims.rivals(n.own.Subnets) {
-		m := fmt.Sprintf("The node at %s, with the lease of %s, claims this node's %s, and is left out here. "+
+	for rival, what := range n.claims.rivals(n.own.Subnets) {
+		m := fmt.Sprintf("The node at %v, with the lease of %s, claims this node's %s, and is left out here. "+
 			"If it is the older one, the other nodes leave this node out. Find out which node published the copy, "+
-			"and delete its lease", rival.address, rival.Subnets, claim)
+			"and delete its lease", firstAddress(n.leases[rival.Subnets]), rival.Subnets, n.claims.describe(n.backend, *n.own, what))
 		if message == "" || m < message { // always the same one of several
 			message = m
 		}

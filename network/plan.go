@@ -30,7 +30,7 @@ type state struct {
 	setup
 	own      *subnet.Lease                    // nil: none yet
 	leases   map[subnet.Subnets]subnet.Lease  // of all nodes, our own too; nil: not known yet
-	claims   claims                           // of those leases that could be a peer's, and of our own
+	claims   *claims                          // of those leases that could be a peer's, and of our own
 	problems retry.LastErrors[subnet.Subnets] // what is wrong with leases of peers
 }
 
@@ -91,7 +91,7 @@ type problem struct {
 // Without a lease of our own nothing is decided yet: planAllPeers does that later.
 func (s *state) applyUpdate(u subnet.Update) peersPlan {
 	if s.leases == nil {
-		s.leases, s.claims = map[subnet.Subnets]subnet.Lease{}, claims{}
+		s.leases, s.claims = map[subnet.Subnets]subnet.Lease{}, nil
 	}
 	p := peersPlan{
 		objects: make(map[string][]kernel.Object, len(u.Leases)+len(u.Gone)),
@@ -107,7 +107,7 @@ func (s *state) applyUpdate(u subnet.Update) peersPlan {
 	}
 	switch {
 	case s.own == nil:
-	case u.Snapshot || s.claims.claimants == nil:
+	case u.Snapshot || s.claims == nil:
 		s.claimAll()
 		s.planPeers(&p, s.leases)
 	default:
@@ -214,7 +214,7 @@ func (s *state) checkPeer(l subnet.Lease) error {
 	if err := s.checkLease(l); err != nil {
 		return err
 	}
-	return s.claims.conflict(l.Subnets, s.own.Subnets)
+	return s.checkClaims(l)
 }
 
 // checkLease returns why a lease cannot be a peer's, whatever other leases there are.

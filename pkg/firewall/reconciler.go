@@ -294,7 +294,7 @@ const (
 
 // A pace is how soon the rules may be checked after a change.
 type pace struct {
-	checked time.Time // when the last check began
+	checked time.Time     // when the last check began
 	owed    time.Duration // see debt
 	settled time.Time     // when owed was right
 	written time.Time

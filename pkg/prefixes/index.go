@@ -4,12 +4,13 @@ package prefixes
 import (
 	"iter"
 	"net/netip"
-	"slices"
+
+	"github.com/flanneld/flanneld/pkg/multimap"
 )
 
 // An Index holds prefixes, each with the values that it was added for. The zero Index is empty.
 type Index[T comparable] struct {
-	values  map[netip.Prefix][]T
+	values  multimap.Map[netip.Prefix, T]
 	lengths map[length]int // how many of the prefixes have so many bits
 }
 
@@ -20,23 +21,17 @@ func lengthOf(p netip.Prefix) length { return length{p.Bits(), p.Addr().BitLen()
 
 // Add adds a prefix for a value.
 func (x *Index[T]) Add(p netip.Prefix, v T) {
-	if x.values == nil {
-		x.values, x.lengths = map[netip.Prefix][]T{}, map[length]int{}
+	if x.lengths == nil {
+		x.lengths = map[length]int{}
 	}
-	x.values[p] = append(x.values[p], v)
+	x.values.Add(p, v)
 	x.lengths[lengthOf(p)]++
 }
 
 // Remove removes a prefix that was added for a value.
 func (x *Index[T]) Remove(p netip.Prefix, v T) {
-	i := slices.Index(x.values[p], v)
-	if i < 0 {
+	if !x.values.Remove(p, v) {
 		return
-	}
-	if rest := slices.Delete(x.values[p], i, i+1); len(rest) > 0 {
-		x.values[p] = rest
-	} else {
-		delete(x.values, p)
 	}
 	l := lengthOf(p)
 	if x.lengths[l]--; x.lengths[l] == 0 {
@@ -44,12 +39,15 @@ func (x *Index[T]) Remove(p netip.Prefix, v T) {
 	}
 }
 
+// Of yields the values that a prefix was added for.
+func (x *Index[T]) Of(p netip.Prefix) iter.Seq[T] { return x.values.Of(p) }
+
 // Overlapping yields the prefixes that overlap p, with each of their values. As a rule, all prefixes of a family have
 // the same length: then only p itself overlaps p, and is found at once.
 func (x *Index[T]) Overlapping(p netip.Prefix) iter.Seq2[netip.Prefix, T] {
 	return func(yield func(netip.Prefix, T) bool) {
 		visit := func(at netip.Prefix) bool {
-			for _, v := range x.values[at] {
+			for v := range x.values.Of(at) {
 				if !yield(at, v) {
 					return false
 				}
@@ -69,7 +67,7 @@ func (x *Index[T]) Overlapping(p netip.Prefix) iter.Seq2[netip.Prefix, T] {
 		if !inside {
 			return
 		}
-		for at := range x.values {
+		for at := range x.values.Keys() {
 			if at.Bits() > p.Bits() && p.Overlaps(at) && !visit(at) {
 				return
 			}

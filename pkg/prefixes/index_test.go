@@ -42,7 +42,7 @@ func TestOverlapping(t *testing.T) {
 	remove("10.5.1.0/24", "b")
 	remove("10.5.2.0/25", "c")
 	remove("fd00:1::/64", "e")
-	if len(x.values)+len(x.lengths) > 0 {
+	if x.values.Len()+len(x.lengths) > 0 {
 		t.Errorf("left over: %v", x)
 	}
 	add("10.5.1.0/24", "a")

@@ -2,6 +2,7 @@ package firewall
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -662,12 +663,15 @@ func TestFailure(t *testing.T) {
 		n.install("iptables-restore", "iptables-legacy-restore", `echo "the kernel says no" >&2; exit 1`)
 		d := n.driver(legacyMode)
 		err := d.Apply(ctx, both)
-		for _, w := range []string{
-			"IPv4 rules", "the kernel says no", "iptables-restore --noflush --wait=10 <<-'END'\n*nat\n:FLANNEL",
-		} {
+		for _, w := range []string{"IPv4 rules", "the kernel says no"} {
 			if err == nil || !strings.Contains(err.Error(), w) {
 				t.Errorf("%q is not in: %v", w, err)
 			}
+		}
+		var failed *commandError
+		if w := "iptables-restore --noflush --wait=10 <<-'END'\n*nat\n:FLANNEL"; !errors.As(err, &failed) ||
+			!strings.HasPrefix(failed.Command(), w) {
+			t.Errorf("the command of %v is %v", err, failed)
 		}
 		n.check(d, false)
 		n.install("iptables-restore", "iptables-legacy-restore", "")

@@ -11,6 +11,8 @@ import (
 	"strings"
 
 	"k8s.io/klog/v2"
+
+	"github.com/flanneld/flanneld/pkg/plain"
 )
 
 // A chain is one of ours, and where the jump to it stands. The names and
@@ -82,7 +84,7 @@ func newIPTables(ctx context.Context, name string) (*iptables, error) {
 	}
 	out, err := exec.CommandContext(ctx, paths[0], "--version").CombinedOutput()
 	if err != nil {
-		return nil, fmt.Errorf("%s --version: %w: %s", paths[0], err, bytes.TrimSpace(out))
+		return nil, fmt.Errorf("%s --version: %w: %s", paths[0], err, plain.Line(string(out)))
 	}
 	ipt := &iptables{name: name, save: paths[1], restore: paths[2]}
 	ipt.nft, ipt.recent = abilities(string(out))
@@ -295,7 +297,7 @@ func (ipt *iptables) dump(ctx context.Context) (string, error) {
 	cmd.Stderr = &errput
 	out, err := cmd.Output()
 	if err != nil {
-		return "", fmt.Errorf("%s: %w: %s", ipt.save, err, strings.TrimSpace(errput.String()))
+		return "", fmt.Errorf("%s: %w: %s", ipt.save, err, plain.Line(errput.String()))
 	}
 	// Without this check, a table with our rules could pass for a table without.
 	for _, c := range []chain{postrouting, forward} {
@@ -323,11 +325,23 @@ func (ipt *iptables) run(ctx context.Context, script string) error {
 	out, err := cmd.CombinedOutput()
 	heredoc := ipt.heredoc(args, script)
 	if err != nil {
-		return fmt.Errorf("%w: %s; the command was:\n%s", err, bytes.TrimSpace(out), heredoc)
+		return &commandError{fmt.Errorf("%w: %s", err, plain.Line(string(out))), heredoc}
 	}
-	klog.FromContext(ctx).Info("Applied", "command", heredoc)
+	klog.FromContext(ctx).Info("Applied", "command", plain.Block(heredoc))
 	return nil
 }
+
+// A commandError is the error of a command, which the log shows in a block of its own: see plain.Logger.
+type commandError struct {
+	error
+	command string
+}
+
+// Unwrap returns the error without the command.
+func (e *commandError) Unwrap() error { return e.error }
+
+// Command returns the command.
+func (e *commandError) Command() string { return e.command }
 
 // args returns the arguments of iptables-restore.
 func (ipt *iptables) args() []string {

@@ -9,6 +9,8 @@ import (
 
 	"k8s.io/klog/v2"
 	"sigs.k8s.io/knftables"
+
+	"github.com/flanneld/flanneld/pkg/plain"
 )
 
 // nftables is the tool of one family's table.
@@ -53,7 +55,7 @@ func (n *nftables) read(ctx context.Context) (text string, rules int, err error)
 		if strings.Contains(errput.String(), "No such file or directory") {
 			return "", 0, nil // there is no such table
 		}
-		return "", 0, fmt.Errorf("%s: %w: %s", strings.Join(cmd.Args, " "), err, strings.TrimSpace(errput.String()))
+		return "", 0, fmt.Errorf("%s: %w: %s", strings.Join(cmd.Args, " "), err, plain.Line(errput.String()))
 	}
 	// Each rule ends in its comment. Comments of the table and chains have a
 	// line of their own.
@@ -67,9 +69,9 @@ func (n *nftables) write(ctx context.Context, want Ruleset) (rules int, err erro
 	tx := n.kn.NewTransaction()
 	n.fill(tx, want)
 	if err := n.kn.Run(ctx, tx); err != nil {
-		return 0, fmt.Errorf("%w; the command was:\n%s", err, heredoc(tx))
+		return 0, &commandError{err, heredoc(tx)}
 	}
-	klog.FromContext(ctx).Info("Applied", "command", heredoc(tx))
+	klog.FromContext(ctx).Info("Applied", "command", plain.Block(heredoc(tx)))
 	return len(want.Postrouting) + len(want.Forward), nil
 }
 

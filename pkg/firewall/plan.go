@@ -47,7 +47,7 @@ func (ipt *iptables) plan(ctx context.Context, want Ruleset) (string, error) {
 		return "", err
 	}
 	script, _ := ipt.script(save, want, ipt.recent)
-	if plain, _ := ipt.script(save, want, false); script == "" || plain == "" {
+	if without, _ := ipt.script(save, want, false); script == "" || without == "" {
 		return "", nil // the rules may lack --random-fully: not every kernel knows it
 	}
 	return ipt.heredoc(ipt.args(), script), nil

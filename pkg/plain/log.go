@@ -4,6 +4,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 
 	"github.com/go-logr/logr"
 	"k8s.io/klog/v2"
@@ -15,7 +17,7 @@ import (
 // By itself, klog writes a value that has a line break as it is, over several lines, and JSON with all of its characters
 // but the control characters of ASCII.
 //
-// The command of an error that has the method Command() string is another value of the line.
+// The commands of errors that have the method Command() string are another value of the line.
 func Logger(log klog.Logger) klog.Logger {
 	// The methods of sink are one more call between the caller and klog, which logs where the caller is.
 	return log.WithSink(&sink{log.WithCallDepth(1).GetSink()})
@@ -35,12 +37,8 @@ func (s *sink) Info(level int, msg string, keysAndValues ...any) {
 
 // Error implements logr.LogSink.
 func (s *sink) Error(err error, msg string, keysAndValues ...any) {
-	var c interface {
-		error
-		Command() string
-	}
-	if errors.As(err, &c) {
-		keysAndValues = append(keysAndValues[:len(keysAndValues):len(keysAndValues)], "command", Block(c.Command()))
+	if all := commands(err); all != nil {
+		keysAndValues = append(slices.Clone(keysAndValues), "command", Block(strings.Join(all, "\n")))
 	}
 	if err != nil {
 		if text := Line(err.Error()); text != err.Error() {
@@ -48,6 +46,23 @@ func (s *sink) Error(err error, msg string, keysAndValues ...any) {
 		}
 	}
 	s.LogSink.Error(err, Line(msg), values(keysAndValues)...)
+}
+
+// commands returns the commands of an error and of the errors that it wraps.
+func commands(err error) []string {
+	switch err := err.(type) {
+	case interface{ Command() string }:
+		return []string{err.Command()}
+	case interface{ Unwrap() error }:
+		return commands(err.Unwrap())
+	case interface{ Unwrap() []error }:
+		var all []string
+		for _, err := range err.Unwrap() {
+			all = append(all, commands(err)...)
+		}
+		return all
+	}
+	return nil
 }
 
 // WithValues implements logr.LogSink.

@@ -98,10 +98,13 @@ func TestLoggerLeavesAlone(t *testing.T) {
 // TestCommandOfError: the command of an error stands in a block of its own, which has no escape sequences.
 func TestCommandOfError(t *testing.T) {
 	text := logged(t, func(l klog.Logger) {
-		l.Error(fmt.Errorf("IPv4 rules: %w", commandError{errors.New("exit status 1")}), "Failed; retrying", "operation", "Rules")
+		failed := commandError{errors.New("exit status 1")}
+		l.Error(errors.Join(fmt.Errorf("IPv4 rules: %w", failed), fmt.Errorf("IPv6 rules: %w", failed)), "Failed; retrying",
+			"operation", "Rules")
 	})
-	const want = `"Failed; retrying" err="IPv4 rules: exit status 1" operation="Rules" command=<` + "\n\t" +
-		`nft -f - <<-'END'` + "\n\t" + `add table ip \x1b[2J` + "\n\tEND\n >\n"
+	const command = "\n\t" + `nft -f - <<-'END'` + "\n\t" + `add table ip \x1b[2J` + "\n\tEND"
+	const want = `"Failed; retrying" err="IPv4 rules: exit status 1; IPv6 rules: exit status 1" operation="Rules" command=<` +
+		command + command + "\n >\n"
 	if !strings.HasSuffix(text, want) {
 		t.Errorf("the log has\n%s\nwant\n%s", text, want)
 	}

@@ -1,12 +1,15 @@
 package awsvpc
 
 import (
+	"errors"
+	"net"
 	"net/netip"
 	"strings"
 	"testing"
 
 	"github.com/aws/aws-sdk-go-v2/aws"
 	"github.com/aws/aws-sdk-go-v2/service/ec2/types"
+	"github.com/aws/smithy-go"
 
 	"github.com/flanneld/flanneld/backend/backendtest"
 )
@@ -116,9 +119,29 @@ func TestStep(t *testing.T) {
 		"aws ec2 create-route --route-table-id rtb-1 --destination-cidr-block 10.5.1.0/24 --network-interface-id eni-1":           {createRoute, "rtb-1", netip.MustParsePrefix("10.5.1.0/24"), "eni-1"},
 		"aws ec2 replace-route --route-table-id rtb-1 --destination-ipv6-cidr-block fd05:0:0:1::/64 --network-interface-id eni-1": {replaceRoute, "rtb-1", netip.MustParsePrefix("fd05:0:0:1::/64"), "eni-1"},
 		"aws ec2 delete-route --route-table-id rtb-1 --destination-cidr-block 10.5.1.0/24":                                        {deleteRoute, "rtb-1", netip.MustParsePrefix("10.5.1.0/24"), ""},
+		// What AWS, or who is in its place, answers.
+		`aws ec2 create-route --route-table-id 'rtb-1;reboot' --destination-cidr-block 10.5.1.0/24 --network-interface-id $'eni-1\012\033[2J'`: {
+			createRoute, "rtb-1;reboot", netip.MustParsePrefix("10.5.1.0/24"), "eni-1\n\x1b[2J"},
 	} {
 		if s.String() != want {
 			t.Errorf("got  %s\nwant %s", s, want)
+		}
+	}
+}
+
+// TestExplainHostile: what is answered in the place of AWS is one short line.
+func TestExplainHostile(t *testing.T) {
+	const forged = "\nE0101 00:00:00.000000       1 main.go:1] forged\x1b[2J"
+	long := forged + strings.Repeat("x", 1<<20)
+	for _, err := range []error{
+		&smithy.GenericAPIError{Code: "UnauthorizedOperation", Message: long},
+		&smithy.GenericAPIError{Code: long, Message: long},
+		errors.New(long),
+		&net.OpError{Op: "dial", Err: errors.New(forged)},
+	} {
+		text := (&cloud{region: "eu-west-1"}).explain("CreateRoute", err).Error()
+		if len(text) > 1000 || strings.ContainsAny(text, "\n\x1b") {
+			t.Errorf("%.100q is explained as %.500q", err, text)
 		}
 	}
 }

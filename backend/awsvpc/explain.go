@@ -9,6 +9,8 @@ import (
 
 	"github.com/aws/smithy-go"
 	smithyhttp "github.com/aws/smithy-go/transport/http"
+
+	"github.com/flanneld/flanneld/pkg/plain"
 )
 
 // explain returns an error that says what the error of an API call means, and what to do. The text is the same while
@@ -26,6 +28,7 @@ func (c *cloud) explain(action string, err error) error {
 	if end := strings.Index(said, " Encoded authorization failure message:"); end >= 0 {
 		said = said[:end]
 	}
+	said = plain.Text(said)
 	switch refusal.ErrorCode() {
 	case "UnauthorizedOperation":
 		return fmt.Errorf("the IAM policy of this node's role lacks ec2:%s: add it (backend/awsvpc/README.md has "+
@@ -46,7 +49,7 @@ func (c *cloud) explain(action string, err error) error {
 		"TooManyRequestsException":
 		return fmt.Errorf("EC2 throttles %s (%s): it is tried again, less and less often", action, refusal.ErrorCode())
 	}
-	return fmt.Errorf("%s fails: EC2 says: %s: %s", action, refusal.ErrorCode(), said)
+	return fmt.Errorf("%s fails: EC2 says: %s: %s", action, plain.Text(refusal.ErrorCode()), said)
 }
 
 // noTable is the error about a table that does not exist.
@@ -93,8 +96,10 @@ func outdated(err error) bool {
 	return false
 }
 
-// cause returns the innermost error.
-func cause(err error) string {
+// cause returns the innermost error, fit to be shown.
+func cause(err error) string { return plain.Text(strings.Join(strings.Fields(innermost(err)), " ")) }
+
+func innermost(err error) string {
 	var socket *net.OpError
 	var status *smithyhttp.ResponseError
 	var name *net.DNSError
@@ -111,5 +116,5 @@ func cause(err error) string {
 	for inner := errors.Unwrap(err); inner != nil; inner = errors.Unwrap(err) {
 		err = inner
 	}
-	return strings.Join(strings.Fields(err.Error()), " ")
+	return err.Error()
 }

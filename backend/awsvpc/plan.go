@@ -7,6 +7,8 @@ import (
 
 	"github.com/aws/aws-sdk-go-v2/aws"
 	"github.com/aws/aws-sdk-go-v2/service/ec2/types"
+
+	"github.com/flanneld/flanneld/pkg/plain"
 )
 
 // desired is what every route table must hold for this node.
@@ -40,9 +42,9 @@ func (s step) String() string {
 	if s.dst.Addr().Is6() {
 		option = "--destination-ipv6-cidr-block"
 	}
-	text := fmt.Sprintf("aws ec2 %s --route-table-id %s %s %s", s.verb, s.table, option, s.dst)
+	text := fmt.Sprintf("aws ec2 %s --route-table-id %s %s %s", s.verb, plain.Shell(s.table), option, s.dst)
 	if s.eni != "" {
-		text += " --network-interface-id " + s.eni
+		text += " --network-interface-id " + plain.Shell(s.eni)
 	}
 	return text
 }

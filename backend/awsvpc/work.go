@@ -12,6 +12,7 @@ import (
 	"github.com/aws/aws-sdk-go-v2/service/ec2/types"
 	"k8s.io/klog/v2"
 
+	"github.com/flanneld/flanneld/pkg/plain"
 	"github.com/flanneld/flanneld/pkg/retry"
 	"github.com/flanneld/flanneld/subnet"
 )
@@ -142,7 +143,7 @@ func (r *router) disableCheck(ctx context.Context) bool {
 		r.logOnce(ctx, "Source/destination check", err)
 	} else {
 		klog.FromContext(ctx).Error(err, "Cannot turn the source/destination check off, which must be off", "fix",
-			"aws ec2 modify-network-interface-attribute --no-source-dest-check --network-interface-id "+r.eni.id)
+			"aws ec2 modify-network-interface-attribute --no-source-dest-check --network-interface-id "+plain.Shell(r.eni.id))
 		err = nil
 	}
 	if err == nil {

@@ -18,6 +18,7 @@ import (
 
 	"github.com/flanneld/flanneld/backend"
 	"github.com/flanneld/flanneld/pkg/kernel"
+	"github.com/flanneld/flanneld/pkg/plain"
 	"github.com/flanneld/flanneld/pkg/proc"
 	"github.com/flanneld/flanneld/subnet"
 )
@@ -114,12 +115,13 @@ func cleanupCharon(ctx context.Context) (backend.Cleanup, error) {
 	names, keys, err := loaded(ctx)
 	if err != nil {
 		c.Notes = append(c.Notes,
-			fmt.Sprintf("the connections in charon, which does not answer (%v): swanctl --load-all --clear", err))
+			fmt.Sprintf("the connections in charon, which does not answer (%s): swanctl --load-all --clear",
+				plain.Text(err.Error())))
 	}
 	if len(names)+len(keys) > 0 {
 		commands := []string{"swanctl --load-all --clear"} // unloads everything that is not in the files of swanctl
 		for _, name := range names {
-			commands = append(commands, "swanctl --terminate --force --ike "+name)
+			commands = append(commands, "swanctl --terminate --force --ike "+plain.Shell(name))
 		}
 		c.Steps = []backend.CleanupStep{{
 			Command: strings.Join(commands, "\n"),
@@ -195,7 +197,7 @@ func loaded(ctx context.Context) (names, keys []string, err error) {
 	ids, _ := answer.Get("keys").([]string)
 	for _, id := range ids {
 		if ip, ok := strings.CutPrefix(id, keyPrefix); ok {
-			if _, err := netip.ParseAddr(ip); err == nil {
+			if ip, err := netip.ParseAddr(ip); err == nil && ip.Zone() == "" {
 				keys = append(keys, id)
 			}
 		}
@@ -212,7 +214,10 @@ func isTunnel(name string) bool {
 	for i, part := range parts {
 		var err error
 		if i == 0 || i == 3 {
-			_, err = netip.ParseAddr(part)
+			var ip netip.Addr
+			if ip, err = netip.ParseAddr(part); ip.Zone() != "" { // which may be any text
+				return false
+			}
 		} else {
 			_, err = netip.ParsePrefix(part)
 		}

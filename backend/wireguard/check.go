@@ -11,6 +11,7 @@ import (
 	"golang.zx2c4.com/wireguard/wgctrl"
 
 	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/pkg/plain"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -47,7 +48,7 @@ func checkHandshakes(_ context.Context, n backend.Node) []backend.Problem {
 			}
 			found = append(found, backend.Problem{
 				Text: fmt.Sprintf("%s has had no handshake with %s at %v", name, holder, peer.Endpoint),
-				Fix:  []string{"flannelctl doctor    # on that node", "wg show " + name},
+				Fix:  []string{"flannelctl doctor    # on that node", "wg show " + plain.Shell(name)},
 			})
 		}
 	}

@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 
 	"github.com/containernetworking/cni/pkg/types"
+
+	"github.com/flanneld/flanneld/pkg/plain"
 )
 
 // run runs the delegate with a CNI command, and returns its standard output. environ ("NAME=value") overrides variables
@@ -34,10 +36,10 @@ func run(command string, conf object, environ ...string) ([]byte, error) {
 	if err := cmd.Run(); err != nil {
 		failure := &types.Error{}
 		if json.Unmarshal(stdout.Bytes(), failure) != nil || failure.Msg == "" {
-			return nil, fmt.Errorf("%s %s: %w: %s", path, command, err, bytes.TrimSpace(stdout.Bytes()))
+			return nil, fmt.Errorf("%s %s: %w: it printed %s", path, command, err, plain.Quote(bytes.TrimSpace(stdout.Bytes())))
 		}
-		// The runtime evaluates the code; the operator reads the message.
-		return nil, types.NewError(failure.Code, kind+": "+failure.Msg, failure.Details)
+		// The runtime evaluates the code; the operator reads the message, in logs and in Events.
+		return nil, types.NewError(failure.Code, plain.Line(kind+": "+failure.Msg), plain.Line(failure.Details))
 	}
 	return stdout.Bytes(), nil
 }

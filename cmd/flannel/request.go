@@ -12,6 +12,7 @@ import (
 
 	"github.com/containernetworking/cni/pkg/types"
 
+	"github.com/flanneld/flanneld/pkg/plain"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -136,7 +137,7 @@ func (r *request) checkType(d object) error {
 	kind := d.text("type")
 	if kind == "" || kind != filepath.Base(kind) || kind == "." || kind == ".." {
 		return invalid("delegate.type %s is not allowed: want the file name of a CNI plugin in quotes, "+
-			"such as \"bridge\"", d["type"])
+			"such as \"bridge\"", plain.Text(string(d["type"])))
 	}
 	if kind == r.Type {
 		return invalid("delegate.type %q is not allowed: it is this plugin itself; "+

@@ -19,6 +19,7 @@ import (
 	"github.com/flanneld/flanneld/backend"
 	"github.com/flanneld/flanneld/network"
 	"github.com/flanneld/flanneld/pkg/kernel"
+	"github.com/flanneld/flanneld/pkg/plain"
 	"github.com/flanneld/flanneld/pkg/proc"
 )
 
@@ -40,6 +41,10 @@ func daemonDown(d *diagnosis) []problem {
 			[]string{fmt.Sprintf("kill -CONT %d", pids[0])}}}
 	case d.options.StatusSocket == "":
 		return nil
+	}
+	var refusal network.Refusal
+	if errors.As(d.daemonErr, &refusal) {
+		return []problem{{fmt.Sprintf("flanneld, process %d, cannot report its state: %v", pids[0], refusal), showLog}}
 	}
 	return []problem{{fmt.Sprintf("flanneld runs, process %d, but does not reply: %v", pids[0], d.daemonErr),
 		[]string{"systemctl restart flanneld"}}}
@@ -215,7 +220,7 @@ func rpFilter(d *diagnosis) []problem {
 			problem{fmt.Sprintf("strict reverse path filtering (rp_filter) on %s "+
 				"drops packets that arrive by another device than the route back",
 				dev),
-				[]string{fmt.Sprintf("sysctl -w net/ipv4/conf/%s/rp_filter=2", dev)}})
+				[]string{"sysctl -w " + plain.Shell("net/ipv4/conf/"+dev+"/rp_filter=2")}})
 	}
 	return found
 }
@@ -282,7 +287,8 @@ func forwardDrop(d *diagnosis) []problem {
 func portBlocked(d *diagnosis) []problem {
 	var found []problem
 	for _, e := range d.status.Endpoints {
-		what, iptables, nft := "IP protocol "+e.Protocol, "-p "+e.Protocol, "meta l4proto "+e.Protocol
+		protocol := plain.Shell(e.Protocol)
+		what, iptables, nft := "IP protocol "+e.Protocol, "-p "+protocol, "meta l4proto "+protocol
 		if e.Port != 0 {
 			what = fmt.Sprintf("UDP port %d", e.Port)
 			iptables += fmt.Sprintf(" --dport %d", e.Port)
@@ -328,7 +334,7 @@ func portTaken(d *diagnosis) []problem {
 		if !backend.Device(u.Device) && d.blockedBy(u) {
 			found = append(found, problem{fmt.Sprintf("the %s device %s uses UDP port %d, which flanneld's device needs",
 				u.Type, u.Device, u.Port),
-				[]string{"ip link del " + u.Device + "    # or set another Port in the network configuration, for all nodes"}})
+				[]string{"ip link del " + plain.Shell(u.Device) + "    # or set another Port in the network configuration, for all nodes"}})
 		}
 	}
 	for _, e := range d.status.Endpoints {
@@ -341,8 +347,8 @@ func portTaken(d *diagnosis) []problem {
 			if owner.name == "flanneld" || e.Program != "" && strings.HasPrefix(owner.name, e.Program) {
 				continue
 			}
-			found = append(found, problem{fmt.Sprintf("the program %s, process %d, listens on UDP port %d", owner.name,
-				owner.pid, port),
+			found = append(found, problem{fmt.Sprintf("the program %s, process %d, listens on UDP port %d",
+				plain.Quote(owner.name), owner.pid, port),
 				[]string{fmt.Sprintf("kill %d    # or set another Port in the network configuration, for all nodes", owner.pid)}})
 		}
 	}
@@ -423,7 +429,7 @@ func mtuUplink(d *diagnosis) []problem {
 	}
 	return []problem{{fmt.Sprintf("%s, but the MTU of the uplink %s is %d", text, u.Name, u.MTU),
 		[]string{fmt.Sprintf("ip link set %s mtu %d    # or set a smaller MTU in the Backend of the network configuration",
-			u.Name, needed)}}}
+			plain.Shell(u.Name), needed)}}}
 }
 
 func mtuBridge(d *diagnosis) []problem {
@@ -441,7 +447,7 @@ func mtuBridge(d *diagnosis) []problem {
 	return append(found,
 		problem{fmt.Sprintf("the MTU of %s is %d, but the backend carries at most %d: large packets are lost", name,
 			l.Attrs().MTU, s.MTU),
-			[]string{fmt.Sprintf("ip link set %s mtu %d    # then recreate the pods on this node", name, s.MTU)}})
+			[]string{fmt.Sprintf("ip link set %s mtu %d    # then recreate the pods on this node", plain.Shell(name), s.MTU)}})
 }
 
 // fixedIn are the first releases of each maintained series of Linux with the fix for checksums of zero in masqueraded
@@ -489,7 +495,7 @@ func checksumOffload(d *diagnosis) []problem {
 					release, dev.Name),
 					[]string{fmt.Sprintf("ethtool -K %s tx-checksum-ip-generic off    "+
 						"# fixed in Linux 5.6.13, 5.4.41, 4.19.123 and 4.14.181",
-						dev.Name)}})
+						plain.Shell(dev.Name))}})
 		}
 	}
 	return found

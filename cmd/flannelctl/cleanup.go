@@ -17,6 +17,7 @@ import (
 	"github.com/flanneld/flanneld/backend"
 	"github.com/flanneld/flanneld/pkg/firewall"
 	"github.com/flanneld/flanneld/pkg/kernel"
+	"github.com/flanneld/flanneld/pkg/plain"
 	"github.com/flanneld/flanneld/pkg/proc"
 	"github.com/flanneld/flanneld/subnet"
 )
@@ -69,13 +70,11 @@ func (c *cleanup) run(ctx context.Context) error {
 	}
 	defer r.kernel.Close()
 	if len(r.commands) == 0 {
-		fmt.Fprintln(c.out, "Nothing of flanneld is on this node.")
+		c.printf("Nothing of flanneld is on this node.\n")
 	}
-	for _, line := range r.commands {
-		fmt.Fprintln(c.out, line)
-	}
+	c.commands("", r.commands)
 	for _, note := range r.notes {
-		fmt.Fprintf(c.out, "%s %s\n", c.warn("to remove by hand:"), note)
+		c.printf("%s %s\n", c.warn("to remove by hand:"), note)
 	}
 	if c.dryRun || len(r.commands) == 0 {
 		return nil
@@ -88,7 +87,7 @@ func (c *cleanup) run(ctx context.Context) error {
 	if err := r.execute(ctx); err != nil {
 		return err
 	}
-	fmt.Fprintln(c.out, c.ok("Done."))
+	c.printf("%s\n", c.ok("Done."))
 	return nil
 }
 
@@ -149,7 +148,7 @@ func (c *cleanup) plan(ctx context.Context) (_ *removal, err error) {
 	}
 	r.files = c.files(left.Files, left.Dirs)
 	for _, f := range r.files {
-		r.commands = append(r.commands, "rm -rf "+f)
+		r.commands = append(r.commands, "rm -rf "+plain.Shell(f))
 	}
 	return r, nil
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"slices"
-	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -151,7 +150,7 @@ func (t *tool) doctor(ctx context.Context) error {
 		}
 	}
 	if t.output == "json" {
-		err = printJSON(found)
+		err = t.printJSON(found)
 	} else {
 		t.findings(found, len(all))
 	}
@@ -164,15 +163,11 @@ func (t *tool) doctor(ctx context.Context) error {
 // findings prints the findings as text.
 func (t *tool) findings(found []finding, checks int) {
 	if len(found) == 0 {
-		fmt.Fprintln(t.out, t.ok(fmt.Sprintf("No problems found: %d checks passed.", checks)))
+		t.printf("%s\n", t.ok(fmt.Sprintf("No problems found: %d checks passed.", checks)))
 		return
 	}
 	for _, f := range found {
-		fmt.Fprintf(t.out, "%s %s\n", t.bad(f.Check+":"), f.Text)
-		for _, command := range f.Fix {
-			for line := range strings.Lines(command) {
-				fmt.Fprintf(t.out, "    %s\n", strings.TrimRight(line, "\n"))
-			}
-		}
+		t.printf("%s %s\n", t.bad(f.Check+":"), f.Text)
+		t.commands("    ", f.Fix)
 	}
 }

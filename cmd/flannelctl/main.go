@@ -4,7 +4,6 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"os"
 	"os/signal"
@@ -38,7 +37,7 @@ func main() {
 	case errors.Is(err, errFound):
 		os.Exit(exitFound)
 	case err != nil:
-		fmt.Fprintf(os.Stderr, "flannelctl: %v\n", err)
+		printer{out: os.Stderr}.printf("flannelctl: %s\n", err)
 		os.Exit(exitTrouble)
 	}
 }

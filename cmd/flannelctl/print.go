@@ -1,16 +1,22 @@
 package main
 
 import (
+	"encoding/json"
 	"fmt"
 	"io"
 	"os"
+	"strconv"
 	"strings"
+	"unicode/utf16"
 	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/flanneld/flanneld/pkg/plain"
 )
 
-// A printer writes to standard output, with colours on a terminal.
+// A printer writes to standard output, with colours on a terminal. All that flannelctl prints passes printf or printJSON:
+// a terminal obeys no text that a store, a file or a daemon holds.
 type printer struct {
 	out      io.Writer
 	coloured bool
@@ -26,22 +32,72 @@ func isTerminal(f *os.File) bool {
 	return err == nil
 }
 
-func (p printer) colour(code, text string) string {
-	if !p.coloured {
-		return text
+// printf prints texts, each as one printable line, and numbers as they are. A plain.Block keeps its lines.
+func (p printer) printf(format string, args ...any) {
+	for i, arg := range args {
+		switch arg := arg.(type) {
+		case int, styled, plain.Block:
+		default:
+			args[i] = plain.Line(fmt.Sprint(arg))
+		}
 	}
-	return "\x1b[" + code + "m" + text + "\x1b[0m"
+	fmt.Fprintf(p.out, format, args...)
 }
 
-func (p printer) ok(text string) string   { return p.colour("32", text) }
-func (p printer) warn(text string) string { return p.colour("33", text) }
-func (p printer) bad(text string) string  { return p.colour("31", text) }
-func (p printer) bold(text string) string { return p.colour("1", text) }
+// commands prints commands, each of which may have several lines, behind an indentation.
+func (p printer) commands(indent string, all []string) {
+	for _, c := range all {
+		for line := range strings.Lines(c) {
+			p.printf("%s%s\n", styled(indent), plain.Block(strings.TrimSuffix(line, "\n")))
+		}
+	}
+}
+
+// printJSON prints a value for programs.
+func (p printer) printJSON(v any) error {
+	var text strings.Builder
+	e := json.NewEncoder(&text)
+	e.SetIndent("", "  ")
+	e.SetEscapeHTML(false) // commands have &&
+	if err := e.Encode(v); err != nil {
+		return err
+	}
+	var b strings.Builder
+	for _, r := range text.String() {
+		switch {
+		case r == '\n' || strconv.IsPrint(r):
+			b.WriteRune(r)
+		case r > 0xffff:
+			first, second := utf16.EncodeRune(r)
+			fmt.Fprintf(&b, `\u%04x\u%04x`, first, second)
+		default: // only texts have such characters, and encoding/json leaves most of them as they are
+			fmt.Fprintf(&b, `\u%04x`, r)
+		}
+	}
+	_, err := io.WriteString(p.out, b.String())
+	return err
+}
+
+// A styled text is fit for a terminal: a printable line, in a colour where there are colours.
+type styled string
+
+func (p printer) colour(code, text string) styled {
+	text = plain.Line(text)
+	if !p.coloured {
+		return styled(text)
+	}
+	return styled("\x1b[" + code + "m" + text + "\x1b[0m")
+}
+
+func (p printer) ok(text string) styled   { return p.colour("32", text) }
+func (p printer) warn(text string) styled { return p.colour("33", text) }
+func (p printer) bad(text string) styled  { return p.colour("31", text) }
+func (p printer) bold(text string) styled { return p.colour("1", text) }
 
 // A cell is a text in a table. Its colour does not count for the width.
 type cell struct {
 	text   string
-	colour func(string) string // nil: none
+	colour func(string) styled // nil: none
 }
 
 // table prints rows with aligned columns. Columns that are empty, except for the heading, are left out.
@@ -60,7 +116,7 @@ func (p printer) table(heading []string, rows [][]cell) {
 			if i == len(widths) {
 				widths = append(widths, 0)
 			}
-			widths[i] = max(widths[i], utf8.RuneCountInString(c.text))
+			widths[i] = max(widths[i], width(c.text))
 			used[i] = used[i] || c.text != "" && (r > 0 || heading == nil)
 		}
 	}
@@ -73,13 +129,16 @@ func (p printer) table(heading []string, rows [][]cell) {
 			if b.Len() > 0 {
 				b.WriteString("  ")
 			}
-			text := c.text
+			text := styled(plain.Line(c.text))
 			if c.colour != nil {
-				text = c.colour(text)
+				text = c.colour(c.text)
 			}
-			b.WriteString(text)
-			b.WriteString(strings.Repeat(" ", widths[i]-utf8.RuneCountInString(c.text)))
+			b.WriteString(string(text))
+			b.WriteString(strings.Repeat(" ", widths[i]-width(c.text)))
 		}
-		fmt.Fprintln(p.out, strings.TrimRight(b.String(), " "))
+		p.printf("%s\n", styled(strings.TrimRight(b.String(), " ")))
 	}
 }
+
+// width returns how wide a text is on a terminal.
+func width(text string) int { return utf8.RuneCountInString(plain.Line(text)) }

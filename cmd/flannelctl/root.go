@@ -3,7 +3,6 @@ package main
 import (
 	"bufio"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -178,7 +177,10 @@ func (t *tool) checkDaemon(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, daemonTimeout)
 	defer cancel()
 	_, err := network.NewClient(t.options.StatusSocket).Status(ctx)
+	var refusal network.Refusal
 	switch {
+	case errors.As(err, &refusal):
+		return fmt.Errorf("flanneld cannot report its state: %w", refusal)
 	case errors.Is(err, os.ErrNotExist):
 		return fmt.Errorf("there is no socket %s", t.options.StatusSocket)
 	case errors.Is(err, os.ErrPermission):
@@ -226,16 +228,8 @@ func (t *tool) inspect(ctx context.Context) (source, error) {
 // noteInspection prints on standard error why the daemon is not used.
 func (t *tool) noteInspection(daemonErr error) {
 	if daemonErr != nil && !t.direct {
-		fmt.Fprintf(os.Stderr, "%s flannelctl checks the node without flanneld: %v\n", t.warn("note:"), daemonErr)
+		printer{os.Stderr, t.coloured}.printf("%s flannelctl checks the node without flanneld: %s\n", t.warn("note:"), daemonErr)
 	}
-}
-
-// printJSON prints a value for programs.
-func printJSON(v any) error {
-	e := json.NewEncoder(os.Stdout)
-	e.SetIndent("", "  ")
-	e.SetEscapeHTML(false) // commands have &&
-	return e.Encode(v)
 }
 
 // outputFlag gives a command the flag -o.

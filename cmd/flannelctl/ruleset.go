@@ -9,6 +9,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"github.com/flanneld/flanneld/pkg/plain"
 )
 
 // A ruleset is one table of a firewall, read to decide whether a packet would pass. Nothing is ever changed.
@@ -170,7 +172,7 @@ func (r ruleset) insertAccept(hook, iptables, nft string) string {
 	}
 	for _, name := range slices.Sorted(maps.Keys(r.chains)) {
 		if r.chains[name].hook == hook {
-			return fmt.Sprintf("nft insert rule %s %s %s %s accept", r.family, r.table, name, nft)
+			return fmt.Sprintf("nft insert rule %s %s %s %s accept", r.family, plain.Shell(r.table), plain.Shell(name), nft)
 		}
 	}
 	return ""

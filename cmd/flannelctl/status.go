@@ -36,7 +36,7 @@ func (t *tool) withSource(collect func(context.Context, source) (result, error))
 			return err
 		}
 		if t.output == "json" {
-			if err := printJSON(r.value); err != nil {
+			if err := t.printJSON(r.value); err != nil {
 				return err
 			}
 		} else {
@@ -65,7 +65,7 @@ func (t *tool) statusCommand() *cobra.Command {
 // status prints the status as text.
 func (t *tool) status(s network.Status) {
 	var rows [][]cell
-	line := func(key, text string, colour func(string) string) {
+	line := func(key, text string, colour func(string) styled) {
 		if text != "" {
 			rows = append(rows, []cell{{key, t.bold}, {text, colour}})
 		}
@@ -111,7 +111,7 @@ func (t *tool) status(s network.Status) {
 	if s.MTU > 0 {
 		line("mtu for pods", fmt.Sprint(s.MTU), nil)
 	}
-	state := func(ok bool, yes, no string) (string, func(string) string) {
+	state := func(ok bool, yes, no string) (string, func(string) styled) {
 		if ok {
 			return yes, t.ok
 		}
@@ -174,7 +174,7 @@ func (t *tool) leasesCommand() *cobra.Command {
 func (t *tool) leases(leases []network.Lease) {
 	var rows [][]cell
 	for _, l := range leases {
-		var colour func(string) string
+		var colour func(string) styled
 		note := l.Problem
 		if l.Own {
 			colour, note = t.ok, "this node"
@@ -193,7 +193,7 @@ func (t *tool) leases(leases []network.Lease) {
 	t.table([]string{"SUBNET", "IPV6 SUBNET", "PUBLIC IP", "PUBLIC IPV6", "BACKEND", "EXPIRES IN", "NOTE"}, rows)
 }
 
-func (t *tool) warnUnless(fine bool) func(string) string {
+func (t *tool) warnUnless(fine bool) func(string) styled {
 	if fine {
 		return t.ok
 	}
@@ -222,12 +222,7 @@ difference as soon as it learns of the difference. Exit status 1: there are diff
 		Args: cobra.NoArgs,
 		RunE: t.withSource(func(ctx context.Context, src source) (result, error) {
 			commands, err := src.Diff(ctx)
-			list := func() {
-				for _, c := range commands {
-					fmt.Fprintln(t.out, c)
-				}
-			}
-			return result{commands, list, len(commands) > 0}, err
+			return result{commands, func() { t.commands("", commands) }, len(commands) > 0}, err
 		}),
 	}
 }

@@ -51,12 +51,12 @@ in the file. Exit status 1: there are errors.`,
 				if !r.warning {
 					word, wrong = t.bad("error:"), true
 				}
-				fmt.Fprintf(t.out, "%s:%d: %s %s\n", name, r.line, word, r.text)
+				t.printf("%s:%d: %s %s\n", name, r.line, word, r.text)
 			}
 			if wrong {
 				return errFound
 			}
-			fmt.Fprintf(t.out, "%s: %s\n", name, t.ok("valid"))
+			t.printf("%s: %s\n", name, t.ok("valid"))
 			return nil
 		},
 	}

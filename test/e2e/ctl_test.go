@@ -459,7 +459,7 @@ func TestCleanup(t *testing.T) {
 		{name: "ipsec, no subnet.env", config: `"Backend": {"Type": "ipsec", "PSK": "` + psk + `"}`,
 			shows: "ip xfrm policy", what: "reqid 11", says: []string{"ip xfrm policy delete src "}},
 		{name: "extension", config: `"Backend": {"Type": "extension", ` + extensionCommands + `}`,
-			shows: "ip route", what: "via 198.18.0.2 dev eth0 proto static", says: []string{"'PUBLIC_IP=198.18.0.2'"}},
+			shows: "ip route", what: "via 198.18.0.2 dev eth0 proto static", says: []string{"PUBLIC_IP=198.18.0.2"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()

@@ -261,7 +261,8 @@ func explain(err error) (cause, text string) {
 	case code == http.StatusUnauthorized:
 		return "login", text + "; it does not accept our credentials, check the service account, or --kubeconfig-file"
 	case code == http.StatusForbidden:
-		return "", text + "; the ClusterRole must allow get, list, watch of nodes, patch of nodes/status and get of pods"
+		return "", text + "; the ClusterRole must allow get, list, watch of nodes and patch of nodes/status, " +
+			"and get of pods where NODE_NAME is not set"
 	case code/100 == 3:
 		return "redirect", text + "; it redirects us, which no API server does: check --kube-api-url, " +
 			"and whether a proxy requires a login"

@@ -178,7 +178,7 @@ func (e *events) wrote(subject string, v event, count int, err error) {
 	case forbidden:
 		e.denied = true
 		e.log.V(1).Info("Cannot record Events; problems are in the log alone", "err", err,
-			"fix", "the ClusterRole would have to allow create and patch of events")
+			"fix", "a Role in the namespace default would have to allow create and patch of events")
 	default:
 		e.log.V(1).Info("Cannot record an Event; retrying", "reason", v.reason, "err", err)
 	}

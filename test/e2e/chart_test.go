@@ -3,6 +3,7 @@ package e2e
 import (
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -36,6 +37,7 @@ func TestChart(t *testing.T) {
 
 	manifest := string(labtest.Must(os.ReadFile("../../Documentation/kube-flannel.yml"))(t))
 	labtest.Do(t, k.DryRun(ctx, manifest))
+	checkToken(t, manifest)
 	for name, c := range map[string]struct {
 		set  []string
 		want string // the network's configuration
@@ -93,16 +95,63 @@ func TestChart(t *testing.T) {
 // netConf returns the network's configuration in the ConfigMap.
 func netConf(t *testing.T, text string) []byte {
 	t.Helper()
+	var o struct{ Data map[string]string }
+	object(t, text, "ConfigMap", &o)
+	return []byte(o.Data["net-conf.json"])
+}
+
+// object reads the first object of a kind in a manifest.
+func object(t *testing.T, text, kind string, into any) {
+	t.Helper()
 	for doc := range strings.SplitSeq(text, "\n---\n") {
-		var o struct {
-			Kind string
-			Data map[string]string
-		}
+		var o struct{ Kind string }
 		labtest.Do(t, yaml.Unmarshal([]byte(doc), &o))
-		if o.Kind == "ConfigMap" {
-			return []byte(o.Data["net-conf.json"])
+		if o.Kind == kind {
+			labtest.Do(t, yaml.Unmarshal([]byte(doc), into))
+			return
 		}
 	}
-	t.Fatalf("no ConfigMap in\n%s", text)
-	return nil
+	t.Fatalf("no %s in\n%s", kind, text)
+}
+
+// checkToken: no container but flanneld's gets the token of the service account, not even the container that runs only
+// at the start.
+func checkToken(t *testing.T, manifest string) {
+	t.Helper()
+	type container struct {
+		Name         string
+		VolumeMounts []struct{ Name, MountPath string }
+	}
+	var ds struct {
+		Spec struct {
+			Template struct {
+				Spec struct {
+					AutomountServiceAccountToken *bool
+					InitContainers, Containers   []container
+					Volumes                      []struct {
+						Name      string
+						Projected *struct{}
+					}
+				}
+			}
+		}
+	}
+	object(t, manifest, "DaemonSet", &ds)
+	spec := ds.Spec.Template.Spec
+	if spec.AutomountServiceAccountToken == nil || *spec.AutomountServiceAccountToken {
+		t.Error("Kubernetes mounts the token into every container")
+	}
+	var have []string
+	for _, c := range slices.Concat(spec.InitContainers, spec.Containers) {
+		for _, m := range c.VolumeMounts {
+			for _, v := range spec.Volumes {
+				if v.Name == m.Name && v.Projected != nil {
+					have = append(have, c.Name+" "+m.MountPath)
+				}
+			}
+		}
+	}
+	if want := []string{"kube-flannel " + serviceAccountDir}; !slices.Equal(have, want) {
+		t.Errorf("the token is mounted in %q, want %q", have, want)
+	}
 }

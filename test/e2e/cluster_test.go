@@ -10,7 +10,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -205,7 +207,11 @@ func ask(ctx context.Context, from *lab.Namespace, address string) (name, seen s
 	return name, seen, err
 }
 
-// checkRights checks the capabilities of the processes of the DaemonSet's pods.
+// serviceAccountDir is where a container has the token of a service account.
+const serviceAccountDir = "/var/run/secrets/kubernetes.io/serviceaccount"
+
+// checkRights checks the capabilities of the processes of the DaemonSet's pods, which files of the node they can write,
+// and that flanneld alone has the token of the service account.
 func checkRights(ctx context.Context, t *testing.T, c *lab.Cluster) {
 	t.Helper()
 	for _, p := range labtest.Must(c.Pods(ctx, "kube-flannel", "app=flannel"))(t) {
@@ -230,10 +236,38 @@ func checkRights(ctx context.Context, t *testing.T, c *lab.Cluster) {
 			if got := strings.Join(rights, " "); got != want[program] {
 				t.Errorf("%s on %s has %s, want %s", program, p.Spec.NodeName, got, want[program])
 			}
+			wantMounts := map[string]string{
+				"flanneld": "/run/flannel /run/xtables.lock",
+				"flannel":  "/etc/cni/net.d /opt/cni/bin",
+			}
+			if got := writableMounts(t, pid); got != wantMounts[program] {
+				t.Errorf("%s on %s can write %q, want %q", program, p.Spec.NodeName, got, wantMounts[program])
+			}
+			_, err := os.Stat("/proc/" + pid + "/root" + serviceAccountDir + "/token")
+			if hasToken := err == nil; hasToken != (program == "flanneld") {
+				t.Errorf("%s on %s has a token: %t, %v", program, p.Spec.NodeName, hasToken, err)
+			}
 			delete(want, program)
 		}
 		if len(want) > 0 {
 			t.Errorf("on %s these do not run: %v", p.Spec.NodeName, want)
 		}
 	}
+}
+
+// writableMounts returns where files of the node are mounted for a process that the process can write.
+func writableMounts(t *testing.T, pid string) string {
+	t.Helper()
+	// What belongs to the container alone, and the kernel's files.
+	own := regexp.MustCompile(`^/(dev|proc|sys)(/|$)|^/etc/hosts$`)
+	var found []string
+	for line := range strings.Lines(string(labtest.Must(os.ReadFile("/proc/" + pid + "/mountinfo"))(t))) {
+		f := strings.Fields(line) // proc_pid_mountinfo(5)
+		at, options := f[4], strings.Split(f[5], ",")
+		if slices.Contains(options, "rw") && !own.MatchString(at) {
+			found = append(found, at)
+		}
+	}
+	slices.Sort(found)
+	return strings.Join(found, " ")
 }

@@ -21,6 +21,7 @@ func TestSystemd(t *testing.T) {
 	for name, config := range map[string]string{
 		"vxlan, iptables": `{` + ipv4Network + `, ` + ipv6Network + `, "Backend": {"Type": "vxlan"}}`,
 		"udp, nftables":   `{` + ipv4Network + `, "EnableNFTables": true, "Backend": {"Type": "udp"}}`,
+		"wireguard":       `{` + ipv4Network + `, "Backend": {"Type": "wireguard"}}`,
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -42,6 +43,12 @@ func TestSystemd(t *testing.T) {
 			}
 			if rules := labtest.Must(n.Run(ctx, command))(t); !strings.Contains(strings.ToLower(rules), "masquerade") {
 				t.Errorf("%s says\n%s", command, rules)
+			}
+			if name == "wireguard" {
+				// Also where it runs in user space, and wg finds it by a socket.
+				if out := labtest.Must(s.Run(ctx, "wg show flannel-wg peers"))(t); len(strings.Fields(out)) != 1 {
+					t.Errorf("wg shows the peers %q", out)
+				}
 			}
 			for _, want := range []string{"NoNewPrivs:\t1", "Seccomp:\t2", "CapEff:\t0000000000003000"} {
 				if status := labtest.Must(s.Run(ctx, "cat /proc/"+mainPID(ctx, t,

@@ -19,8 +19,8 @@ type Systemd struct {
 
 // bootSystemd starts it as a container's: in a control group that is the root of
 // its own, with /proc of its processes. What it would set or make for the whole
-// machine it cannot: sysctls, files in /etc, /run and /usr/local/bin, and in the
-// directory of control groups, where it mounts what it misses and then forbids
+// machine it cannot: sysctls, files in /etc, /run, /var/lib and /usr/local/bin, and in
+// the directory of control groups, where it mounts what it misses and then forbids
 // all others to write.
 const bootSystemd = `set -e
 for group in /sys/fs/cgroup/"$1" /sys/fs/cgroup/*/"$1"; do
@@ -29,7 +29,7 @@ done
 exec unshare --pid --ipc --mount --fork --kill-child --mount-proc sh -ec '
 	mount --bind /proc/sys /proc/sys
 	mount -o remount,bind,ro /proc/sys
-	for own in etc usr/local/bin; do
+	for own in etc usr/local/bin var/lib; do
 		mkdir -p "$1"/root/$own "$1"/work/$own
 		mount -t overlay -o lowerdir=/$own,upperdir="$1"/root/$own,workdir="$1"/work/$own overlay /$own
 	done
@@ -112,6 +112,9 @@ func (n *Node) StartSystemd(ctx context.Context, units map[string]string) (*Syst
 func (s *Systemd) Run(ctx context.Context, line string) (string, error) {
 	return s.node.Run(ctx, fmt.Sprintf("nsenter --target %d --pid --ipc --mount %s", s.pid, line))
 }
+
+// Path returns where this process finds a file of those that systemd and its services see.
+func (s *Systemd) Path(name string) string { return fmt.Sprintf("/proc/%d/root%s", s.pid, name) }
 
 // Log returns what systemd and its services have logged.
 func (s *Systemd) Log() string {

@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -364,5 +365,49 @@ func TestWireGuardPSK(t *testing.T) {
 				t.Errorf("the log of %s tells a preshared key", n.Hostname)
 			}
 		}
+	}
+}
+
+// TestWireGuardStranger: a node answers no host whose key is not that of a peer, even one that knows the node's key.
+func TestWireGuardStranger(t *testing.T) {
+	t.Parallel()
+	ctx := labtest.Context(t, time.Minute)
+	const lower, upper = `"SubnetMax": "10.5.127.0"`, `"SubnetMin": "10.5.128.0"`
+	config := func(half string) string {
+		return fmt.Sprintf(`{%s, %s, "Backend": {"Type": "wireguard"}}`, ipv4Network, half)
+	}
+	l := labtest.New(ctx, t, config(lower), make([]lab.NodeOptions, 2)...)
+	const elsewhere = "/elsewhere"
+	labtest.Do(t, l.Etcd.Put(ctx, elsewhere+"/config", config(upper)))
+	n, stranger := l.Nodes()[0], l.Nodes()[1]
+	labtest.Do(t, n.Start())
+	labtest.Do(t, stranger.Start("--etcd-prefix="+elsewhere))
+	for _, n := range l.Nodes() {
+		labtest.Do(t, n.WaitReady(ctx))
+	}
+	pods := addPods(ctx, t, l)
+	peers := labtest.Must(l.Etcd.List(ctx, lab.Prefix+"/subnets/"))(t)
+	for key, text := range peers {
+		labtest.Do(t, l.Etcd.Put(ctx, strings.Replace(key, lab.Prefix, elsewhere, 1), text))
+	}
+	var received string
+	labtest.Do(t, lab.Poll(ctx, "the stranger to try some handshakes", func() error {
+		pods[1].Ping(ctx, pods[0].IPv4, lab.PingOptions{})
+		out, err := stranger.Run(ctx, "wg show flannel-wg transfer") // key, received, sent
+		if err != nil {
+			return err
+		}
+		f := strings.Fields(out)
+		if len(f) != 3 {
+			return fmt.Errorf("the stranger has no peer: %q", out)
+		}
+		received = f[1]
+		if sent, err := strconv.Atoi(f[2]); err != nil || sent < 2*148 { // the size of a handshake's first message
+			return fmt.Errorf("%s bytes were sent, %v", f[2], err)
+		}
+		return nil
+	}))
+	if received != "0" {
+		t.Errorf("the node has answered with %s bytes", received)
 	}
 }

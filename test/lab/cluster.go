@@ -110,25 +110,6 @@ func (c *Cluster) Import(ctx context.Context, file string) error {
 	})
 }
 
-// Kubectl runs kubectl as an administrator and returns what it prints.
-func (c *Cluster) Kubectl(ctx context.Context, args ...string) (string, error) {
-	return c.kubectl(ctx, "", args...)
-}
-
-// KubectlApply is kubectl apply, of a file with that text.
-func (c *Cluster) KubectlApply(ctx context.Context, text string) (string, error) {
-	return c.kubectl(ctx, text, "apply", "--filename=-")
-}
-
-func (c *Cluster) kubectl(ctx context.Context, stdin string, args ...string) (string, error) {
-	program, err := c.lab.Program("kube/kubectl")
-	if err != nil {
-		return "", err
-	}
-	return c.lab.net.run(ctx, stdin, append([]string{program, "--kubeconfig=" + c.Kubeconfig(kubeAdmin),
-		"--cache-dir=" + c.file("cache")}, args...)...)
-}
-
 // A ClusterPod has the fields of a pod that tests read.
 type ClusterPod struct {
 	Metadata struct{ Name, Namespace, UID string }

@@ -212,16 +212,95 @@ func (k *Kube) Install(ctx context.Context, manifest string) error {
 // WriteToken puts a new token in the place of the daemons'. What is asked for is
 // the spec of a TokenRequest, JSON.
 func (k *Kube) WriteToken(ctx context.Context, spec string) error {
-	answer, err := k.Do(ctx, http.MethodPost, "/api/v1/namespaces/"+kubeNamespace+"/serviceaccounts/"+kubeAccount+"/token",
-		[]byte(`{"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": `+spec+`}`))
+	token, err := k.token(ctx, kubeAccount, spec)
 	if err != nil {
 		return err
 	}
-	var request struct{ Status struct{ Token string } }
-	if err := json.Unmarshal(answer, &request); err != nil {
-		return err
+	return replaceFile(k.TokenFile(), []byte(token))
+}
+
+// token returns a new token of a service account.
+func (k *Kube) token(ctx context.Context, account, spec string) (string, error) {
+	answer, err := k.Do(ctx, http.MethodPost, "/api/v1/namespaces/"+kubeNamespace+"/serviceaccounts/"+account+"/token",
+		[]byte(`{"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": `+spec+`}`))
+	if err != nil {
+		return "", err
 	}
-	return replaceFile(k.TokenFile(), []byte(request.Status.Token))
+	var request struct{ Status struct{ Token string } }
+	err = json.Unmarshal(answer, &request)
+	return request.Status.Token, err
+}
+
+// Rights asks the API server, as a service account of the manifest's namespace,
+// what that may do in a namespace and with what is in none. Each right is a verb
+// and a resource, such as "patch nodes/status" or "get apps/deployments", or a
+// verb and a path.
+func (k *Kube) Rights(ctx context.Context, account, namespace string) ([]string, error) {
+	token, err := k.token(ctx, account, "{}")
+	if err != nil {
+		return nil, err
+	}
+	roots := x509.NewCertPool()
+	roots.AddCert(k.ca.certificate)
+	as := *k
+	as.http = &http.Client{Timeout: 10 * time.Second, Transport: bearer{token, &http.Transport{
+		DialContext: k.lab.net.Dial, TLSClientConfig: &tls.Config{RootCAs: roots}, DisableKeepAlives: true,
+	}}}
+	answer, err := as.Do(ctx, http.MethodPost, "/apis/authorization.k8s.io/v1/selfsubjectrulesreviews",
+		fmt.Appendf(nil, `{"spec": {"namespace": %q}}`, namespace))
+	if err != nil {
+		return nil, err
+	}
+	var review struct {
+		Status struct {
+			ResourceRules []struct {
+				Verbs, APIGroups, Resources, ResourceNames []string
+			}
+			NonResourceRules []struct{ Verbs, NonResourceURLs []string }
+			Incomplete       bool
+		}
+	}
+	if err := json.Unmarshal(answer, &review); err != nil {
+		return nil, err
+	}
+	if review.Status.Incomplete {
+		return nil, fmt.Errorf("the API server does not know all rights: %s", answer)
+	}
+	var rights []string
+	for _, rule := range review.Status.ResourceRules {
+		for _, verb := range rule.Verbs {
+			for _, group := range rule.APIGroups {
+				for _, resource := range rule.Resources {
+					right := verb + " " + strings.TrimPrefix(group+"/"+resource, "/")
+					if len(rule.ResourceNames) > 0 {
+						right += " " + strings.Join(rule.ResourceNames, ",")
+					}
+					rights = append(rights, right)
+				}
+			}
+		}
+	}
+	for _, rule := range review.Status.NonResourceRules {
+		for _, verb := range rule.Verbs {
+			for _, path := range rule.NonResourceURLs {
+				rights = append(rights, verb+" "+path)
+			}
+		}
+	}
+	slices.Sort(rights)
+	return slices.Compact(rights), nil
+}
+
+// A bearer sends a token with each request.
+type bearer struct {
+	token string
+	next  http.RoundTripper
+}
+
+func (b bearer) RoundTrip(r *http.Request) (*http.Response, error) {
+	r = r.Clone(r.Context())
+	r.Header.Set("Authorization", "Bearer "+b.token)
+	return b.next.RoundTrip(r)
 }
 
 // replaceFile puts a new file in the place of another, as kubelet does, rather
@@ -460,6 +539,25 @@ func (k *Kube) apply(ctx context.Context, objects []kubeObject, query string) er
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
+}
+
+// Kubectl runs kubectl as an administrator and returns what it prints.
+func (k *Kube) Kubectl(ctx context.Context, args ...string) (string, error) {
+	return k.kubectl(ctx, "", args...)
+}
+
+// KubectlApply is kubectl apply, of a file with that text.
+func (k *Kube) KubectlApply(ctx context.Context, text string) (string, error) {
+	return k.kubectl(ctx, text, "apply", "--filename=-")
+}
+
+func (k *Kube) kubectl(ctx context.Context, stdin string, args ...string) (string, error) {
+	program, err := k.lab.Program("kube/kubectl")
+	if err != nil {
+		return "", err
+	}
+	return k.lab.net.run(ctx, stdin, append([]string{program, "--kubeconfig=" + k.Kubeconfig(kubeAdmin),
+		"--cache-dir=" + k.file("cache")}, args...)...)
 }
 
 // A kubeObject is one of the objects of a YAML file.

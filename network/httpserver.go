@@ -1,7 +1,10 @@
 package network
 
 import (
+	"bytes"
 	"context"
+	"errors"
+	"log"
 	"net"
 	"net/http"
 	"slices"
@@ -9,6 +12,8 @@ import (
 	"time"
 
 	"k8s.io/klog/v2"
+
+	"github.com/flanneld/flanneld/pkg/retry"
 )
 
 // The limits of an HTTP server: how much of the daemon's memory and how many of its descriptors clients can take. A
@@ -33,6 +38,7 @@ const (
 // serveHTTP serves HTTP on l until ctx ends. name is the server's name in the log.
 func serveHTTP(ctx context.Context, group *sync.WaitGroup, l net.Listener, handler http.Handler, name string) {
 	var open connections
+	logged := &loggedListener{Listener: l, log: klog.FromContext(ctx), name: name}
 	server := &http.Server{
 		Handler:        handler,
 		MaxHeaderBytes: maxHeaderBytes,
@@ -40,11 +46,12 @@ func serveHTTP(ctx context.Context, group *sync.WaitGroup, l net.Listener, handl
 		WriteTimeout:   writeTimeout,
 		IdleTimeout:    idleTimeout,
 		ConnState:      open.changed,
+		ErrorLog:       log.New(logged, "", 0),
 		BaseContext:    func(net.Listener) context.Context { return ctx },
 	}
 	group.Go(func() {
-		if err := server.Serve(l); ctx.Err() == nil {
-			klog.FromContext(ctx).Error(err, "The "+name+" stopped")
+		if err := server.Serve(logged); ctx.Err() == nil {
+			logged.log.Error(err, "The "+name+" stopped")
 		}
 	})
 	context.AfterFunc(ctx, func() { server.Close() })
@@ -71,4 +78,28 @@ func (c *connections) changed(conn net.Conn, state http.ConnState) {
 		c.list[0].Close() // its goroutine ends
 		c.list = slices.Delete(c.list, 0, 1)
 	}
+}
+
+// A loggedListener logs once why it cannot accept connections: net/http tries again each second, and logs all attempts.
+type loggedListener struct {
+	net.Listener
+	log  klog.Logger
+	name string
+	last retry.LastError
+}
+
+func (l *loggedListener) Accept() (net.Conn, error) {
+	conn, err := l.Listener.Accept()
+	if !errors.Is(err, net.ErrClosed) {
+		l.last.Log(l.log, l.name, err)
+	}
+	return conn, err
+}
+
+// Write logs a line of net/http, such as that a handler has panicked.
+func (l *loggedListener) Write(line []byte) (int, error) {
+	if !bytes.HasPrefix(line, []byte("http: Accept error: ")) {
+		l.log.Error(nil, "The "+l.name+" reports", "message", string(bytes.TrimSpace(line)))
+	}
+	return len(line), nil
 }

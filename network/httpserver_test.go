@@ -2,6 +2,7 @@ package network
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"fmt"
 	"io"
@@ -10,10 +11,15 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"k8s.io/klog/v2"
+	"k8s.io/klog/v2/textlogger"
 
 	"github.com/flanneld/flanneld/pkg/nstest"
 )
@@ -110,17 +116,22 @@ func (m memory) Addr() net.Addr { return net.TCPAddrFromAddrPort(netip.AddrPort{
 // onMemory serves a handler, and calls a client with a connection to the server.
 func onMemory(t *testing.T, handler http.HandlerFunc, client func(net.Conn)) {
 	synctest.Test(t, func(t *testing.T) {
-		ctx, cancel := context.WithCancel(t.Context())
-		var group sync.WaitGroup
-		l := make(memory)
-		serveHTTP(ctx, &group, l, handler, "server")
-		here, there := net.Pipe()
-		l <- there
-		client(here)
-		here.Close()
-		cancel()
-		group.Wait()
+		m := make(memory)
+		onListener(t.Context(), m, m, handler, client)
 	})
+}
+
+// onListener does the same by a listener that takes its connections from m.
+func onListener(ctx context.Context, l net.Listener, m memory, handler http.HandlerFunc, client func(net.Conn)) {
+	ctx, cancel := context.WithCancel(ctx)
+	var group sync.WaitGroup
+	serveHTTP(ctx, &group, l, handler, "test server")
+	here, there := net.Pipe()
+	m <- there
+	client(here)
+	here.Close()
+	cancel()
+	group.Wait()
 }
 
 // TestSlowClients: the server closes the connection of a client that keeps the server waiting. A server that did not
@@ -185,4 +196,38 @@ func TestSlowRequests(t *testing.T) {
 			time.Sleep(time.Minute)
 		}
 	})
+}
+
+// crowded is a listener in a process that has so many descriptors that it cannot accept connections for a while.
+type crowded struct {
+	memory
+	attempts int // that fail
+}
+
+func (c *crowded) Accept() (net.Conn, error) {
+	if c.attempts > 0 {
+		c.attempts--
+		return nil, &net.OpError{Op: "accept", Net: "memory", Err: os.NewSyscallError("accept4", syscall.EMFILE)}
+	}
+	return c.memory.Accept()
+}
+
+// TestFewDescriptors: what keeps a server from accepting connections is logged once, and other faults are logged still.
+func TestFewDescriptors(t *testing.T) {
+	var log bytes.Buffer
+	synctest.Test(t, func(t *testing.T) {
+		ctx := klog.NewContext(t.Context(), textlogger.NewLogger(textlogger.NewConfig(textlogger.Output(&log))))
+		m := make(memory)
+		handler := func(http.ResponseWriter, *http.Request) { panic("a fault of ours") }
+		onListener(ctx, &crowded{m, 20}, m, handler, func(conn net.Conn) {
+			io.WriteString(conn, "GET / HTTP/1.1\r\nHost: flanneld\r\n\r\n")
+			io.Copy(io.Discard, conn)
+		})
+	})
+	for text, want := range map[string]int{"too many open files": 1, `"Recovered" operation="test server"`: 1,
+		"a fault of ours": 1, "Accept error": 0, "stopped": 0} {
+		if got := strings.Count(log.String(), text); got != want {
+			t.Errorf("%q is logged %d times, want %d:\n%s", text, got, want, &log)
+		}
+	}
 }

@@ -97,6 +97,14 @@ func (d *Daemon) Freeze(ctx context.Context) error {
 	})
 }
 
+// PID returns the daemon's process id.
+func (d *Daemon) PID() int { return d.proc.cmd.Process.Pid }
+
+// LimitFiles lets the daemon have no more than so many descriptors from now on.
+func (d *Daemon) LimitFiles(most uint64) error {
+	return unix.Prlimit(d.proc.cmd.Process.Pid, unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: most, Max: most}, nil)
+}
+
 func (d *Daemon) Thaw() error { return d.proc.cmd.Process.Signal(unix.SIGCONT) }
 
 // LimitFiles lets the daemon open only so many files more. Restore ends that.

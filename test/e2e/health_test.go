@@ -19,7 +19,7 @@ func TestIdleConnections(t *testing.T) {
 	l := labtest.New(ctx, t, vxlanConfig, lab.NodeOptions{})
 	n := l.Nodes()[0]
 	labtest.Start(ctx, t, l, "--ip-masq")
-	labtest.Do(t, n.LimitFiles(128))
+	labtest.Must(n.LimitFiles(128))(t)
 	var conns []net.Conn
 	defer func() {
 		for _, conn := range conns {

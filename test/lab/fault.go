@@ -100,28 +100,17 @@ func (d *Daemon) Freeze(ctx context.Context) error {
 // PID returns the daemon's process id.
 func (d *Daemon) PID() int { return d.proc.cmd.Process.Pid }
 
-// LimitFiles lets the daemon have no more than so many descriptors from now on.
-func (d *Daemon) LimitFiles(most uint64) error {
-	return unix.Prlimit(d.proc.cmd.Process.Pid, unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: most, Max: most}, nil)
-}
-
 func (d *Daemon) Thaw() error { return d.proc.cmd.Process.Signal(unix.SIGCONT) }
 
-// LimitFiles lets the daemon open only so many files more. Restore ends that.
-func (d *Daemon) LimitFiles(more int) (restore func() error, err error) {
-	pid := d.proc.cmd.Process.Pid
-	open, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
-	if err != nil {
-		return nil, err
-	}
+// LimitFiles lets the daemon open no file whose descriptor is not below most. Restore ends that.
+func (d *Daemon) LimitFiles(most uint64) (restore func() error, err error) {
+	pid := d.PID()
 	var before unix.Rlimit
-	few := unix.Rlimit{Cur: uint64(len(open) + more)}
 	if err := unix.Prlimit(pid, unix.RLIMIT_NOFILE, nil, &before); err != nil {
 		return nil, err
 	}
-	few.Max = before.Max
 	restore = func() error { return unix.Prlimit(pid, unix.RLIMIT_NOFILE, &before, nil) }
-	return restore, unix.Prlimit(pid, unix.RLIMIT_NOFILE, &few, nil)
+	return restore, unix.Prlimit(pid, unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: most, Max: before.Max}, nil)
 }
 
 // NetlinkDrops returns how many notifications the namespace's netlink sockets

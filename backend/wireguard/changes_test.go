@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+
+	"github.com/flanneld/flanneld/subnet"
 )
 
 var (
@@ -319,6 +321,32 @@ func TestMoves(t *testing.T) {
 		have = applied(have, wgtypes.Config{Peers: []wgtypes.PeerConfig{p}})
 		if text := fmt.Sprint(have.Peers[len(have.Peers)-1].AllowedIPs); !strings.Contains(text, "10.5.2.0") {
 			t.Errorf("after %d changes, nobody has the subnet", i+1)
+		}
+	}
+}
+
+// TestIdentities: nodes are told apart by their public keys alone, since nodes behind one NAT share a public address.
+func TestIdentities(t *testing.T) {
+	lease := func(data, dataV6 string) subnet.Lease {
+		return subnet.Lease{Attrs: subnet.Attrs{
+			PublicIP: netip.MustParseAddr("198.18.0.2"), BackendType: Type,
+			BackendData: []byte(data), BackendV6Data: []byte(dataV6),
+		}}
+	}
+	data := func(name byte) string { return fmt.Sprintf(`{"PublicKey":%q,"Port":51820}`, key(name)) }
+	one, other := "public key "+key('a').String(), "public key "+key('b').String()
+	for _, c := range []struct {
+		lease subnet.Lease
+		want  []string
+	}{
+		{lease(data('a'), ""), []string{one}},
+		{lease(data('a'), data('a')), []string{one}},
+		{lease(data('a'), data('b')), []string{one, other}},
+		{lease("{}", data('b')), []string{other}},
+		{lease("", ""), nil},
+	} {
+		if got := (&wireguard{}).Identities(c.lease); !slices.Equal(got, c.want) {
+			t.Errorf("%s, %s: got %q, want %q", c.lease.Attrs.BackendData, c.lease.Attrs.BackendV6Data, got, c.want)
 		}
 	}
 }

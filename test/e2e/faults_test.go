@@ -162,7 +162,7 @@ var daemonFaults = []fault{
 		}, undo: restart},
 	{name: "daemon killed, peers change", undo: restart, restore: peersBack,
 		inject: func(ctx context.Context, s *testbed) error { return s.all(ctx, kill, peersChange) }},
-	{name: "daemon killed while many peers join", inject: killWhileJoining, undo: restart, restore: othersLeave},
+	{name: "daemon killed while many peers join", on: fewPeers, inject: killWhileJoining, undo: restart, restore: othersLeave},
 	{name: "few descriptors, routes and rules flushed",
 		inject: func(ctx context.Context, s *testbed) (err error) {
 			if s.unlimit, err = s.node.LimitFiles(0); err != nil {
@@ -253,7 +253,7 @@ func flushRules(ctx context.Context, s *testbed) error {
 }
 
 // The leases of so many other strangers appear and go in killWhileJoining.
-const firstOther, lastOther = 400, 460
+const firstOther, lastOther = 10, 70
 
 // killWhileJoining kills the daemon in the middle of a change: when the kernel holds the first of many new peers.
 func killWhileJoining(ctx context.Context, s *testbed) error {

@@ -13,8 +13,8 @@ import (
 )
 
 // claims are what leases say that only one node can have: subnets, and the identities that the backend knows peers by.
-// Whoever may write to the store can publish what belongs to another node. The oldest lease counts: a record may not
-// take anything from the node that had it first.
+// A program that may write to the store can publish what belongs to another node. The oldest lease counts: a record may
+// not take anything from the node that had it first.
 type claims struct {
 	subnets    prefixes.Index[*claimant]
 	identities multimap.Map[uint64, *claimant] // by hash: the texts would take more memory than all else

@@ -57,3 +57,14 @@ func TestNoWatchdog(t *testing.T) {
 		}
 	}
 }
+
+// TestWaitingIsALine: what the node waits for is one field of what systemd is told, and one line for a probe.
+func TestWaitingIsALine(t *testing.T) {
+	next := notifySocket(t)
+	h := &health{missing: "to start"}
+	h.waitFor("the device: refused\nMAINPID=1\x1b[2J")
+	const want = `the device: refused; MAINPID=1\x1b[2J`
+	if got := next(); got != "STATUS=Waiting for "+want || h.waitingFor() != want {
+		t.Errorf("systemd is told %q, and a probe %q", got, h.waitingFor())
+	}
+}

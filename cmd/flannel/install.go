@@ -20,6 +20,8 @@ import (
 	"github.com/fsnotify/fsnotify"
 	"github.com/google/renameio/v2"
 	"github.com/spf13/pflag"
+
+	"github.com/flanneld/flanneld/pkg/plain"
 )
 
 // settle is how long the installer waits after a change before it checks the files. A burst of changes costs one check,
@@ -121,7 +123,7 @@ func (in *installer) install() error {
 	if text := strings.Join(remarks, "\n"); text != in.logged {
 		in.logged = text
 		for _, r := range remarks {
-			log.Print(r)
+			log.Print(plain.Line(r)) // it has names of files and plugins
 		}
 	}
 	return nil

@@ -236,3 +236,19 @@ func TestKeepWithoutDirectory(t *testing.T) {
 		t.Error("no error")
 	}
 }
+
+// TestHostileNames: a remark is a line, whatever the names of files and plugins are.
+func TestHostileNames(t *testing.T) {
+	out := logged(t)
+	in := newInstaller(t)
+	write(t, in.conf, `{"cniVersion": "1.0.0", "name": "cbr0", "plugins": [{"type": "x\nforged\u001b[2J"}]}`, 0o644)
+	write(t, filepath.Join(in.confDir, "00\nforged\x1b[2J.conf"), "{}", 0o644)
+	if err := in.install(); err != nil {
+		t.Fatal(err)
+	}
+	text := out.String()
+	if strings.Count(text, "Pods will not start") != 1 || strings.Count(text, "The container runtime uses") != 1 ||
+		strings.Contains(text, "\nforged") || strings.Contains(text, "\x1b") {
+		t.Errorf("it says\n%q", text)
+	}
+}

@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"github.com/flanneld/flanneld/pkg/family"
+	"github.com/flanneld/flanneld/pkg/plain"
 )
 
 // A candidate is a link that the selector matches.
@@ -177,7 +178,7 @@ func (h host) matching(sel Selector, re *regexp.Regexp, on func(netip.Addr) bool
 // uplink returns the candidate as the uplink, or an error that says why the candidate cannot be the uplink.
 func (c candidate) uplink(sel Selector, ipv4, ipv6 bool) (Uplink, error) {
 	if !c.up {
-		return Uplink{}, fmt.Errorf("%s (%s) is down: ip link set %s up", c.name, c.selectedBy, c.name)
+		return Uplink{}, fmt.Errorf("%s (%s) is down: ip link set %s up", c.name, c.selectedBy, plain.Shell(c.name))
 	}
 	if a := c.find(c.exact); a != nil && a.unusable(true) != "" {
 		return Uplink{}, fmt.Errorf("%s (%s) cannot be reached at %s: the address is %s",

@@ -211,6 +211,8 @@ eth2 fe80::2/64,link 2001:db8:2::1/64,tentative`
 			want: "no interface matches --iface=eth9 or --iface=192.0.2.1 or --iface-regex=^wlan: " + has},
 		{name: "down", host: node, sel: Selector{Names: []string{"eth1"}}, v4: true,
 			want: "eth1 (--iface=eth1) is down: ip link set eth1 up"},
+		{name: "a name that a shell would obey", host: "e;reboot down 198.18.5.1/24", sel: Selector{Names: []string{"e;reboot"}},
+			v4: true, want: "e;reboot (--iface=e;reboot) is down: ip link set 'e;reboot' up"},
 		{name: "one is down, one is not there", host: node, sel: Selector{Names: []string{"eth9", "eth1"}}, v4: true,
 			want: "eth1 (--iface=eth1) is down: ip link set eth1 up; no interface matches --iface=eth9: " + has},
 		{name: "no address of a family", host: node, sel: Selector{Names: []string{"eth2"}}, v4: true, v6: true,

@@ -144,7 +144,7 @@ func TestNodeDeletedWhilePublishing(t *testing.T) {
 	if lease, err := acquired(); err != nil || lease.Subnets.String() != "10.5.9.0/24" {
 		t.Errorf("acquired %+v, %v", lease, err)
 	}
-	if text := said(); strings.Count(text, `missing="Node n1"`) > 1 || strings.Contains(text, "not found") {
+	if text := said(); strings.Count(text, `"Waiting for the Node" missing="Node n1"`) > 1 || strings.Contains(text, "not found") {
 		t.Errorf("said\n%s", text)
 	}
 }

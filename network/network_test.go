@@ -25,7 +25,7 @@ import (
 )
 
 // Run works in goroutines of many threads, so that all of the test's process
-// has to live in a network namespace of its own.
+// has to live in a network namespace of its own, and in a mount namespace.
 func TestMain(m *testing.M) {
 	const inside = "NETWORK_TEST_INSIDE"
 	if os.Getuid() != 0 || os.Getenv(inside) != "" {
@@ -34,7 +34,7 @@ func TestMain(m *testing.M) {
 	self := exec.Command(os.Args[0], os.Args[1:]...)
 	self.Env = append(os.Environ(), inside+"=1")
 	self.Stdin, self.Stdout, self.Stderr = os.Stdin, os.Stdout, os.Stderr
-	self.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
+	self.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Unshareflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
 	err := self.Run()
 	var exit *exec.ExitError
 	switch {
@@ -145,6 +145,12 @@ const healthPort = 8471
 // begin makes a host with an uplink and starts the main loop.
 func begin(t *testing.T, m *manager, change func(*Options)) *flanneld {
 	t.Helper()
+	return beginIn(t.Context(), t, m, change)
+}
+
+// beginIn is begin with the logger of a context.
+func beginIn(ctx context.Context, t *testing.T, m *manager, change func(*Options)) *flanneld {
+	t.Helper()
 	nstest.NeedRoot(t)
 	nstest.Need(t, "ip", "iptables", "nft")
 	nstest.Run(t, "ip link set lo up")
@@ -161,7 +167,7 @@ func begin(t *testing.T, m *manager, change func(*Options)) *flanneld {
 	if change != nil {
 		change(&o)
 	}
-	ctx, cancel := context.WithCancel(t.Context())
+	ctx, cancel := context.WithCancel(ctx)
 	d.stop = func() {
 		cancel()
 		if err := <-d.done; err != nil {

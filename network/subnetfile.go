@@ -2,6 +2,7 @@ package network
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"path/filepath"
 
@@ -20,17 +21,12 @@ type fileWatch struct {
 	dir     string // not the file, which is replaced
 }
 
+// watchFile returns the watch of a file. It signals nothing before again has succeeded.
 func watchFile(ctx context.Context, path string) (*fileWatch, error) {
 	log := klog.FromContext(ctx)
 	f := &fileWatch{changes: make(chan struct{}, 1), dir: filepath.Dir(path)}
 	var err error
-	if f.watcher, err = fsnotify.NewWatcher(); err == nil {
-		err = f.again()
-	}
-	if err != nil {
-		if f.watcher != nil {
-			f.watcher.Close()
-		}
+	if f.watcher, err = fsnotify.NewWatcher(); err != nil {
 		return nil, err
 	}
 	go func() {
@@ -62,24 +58,30 @@ func (f *fileWatch) again() error {
 	if err := os.MkdirAll(f.dir, 0o755); err != nil { // as the file's first writer would
 		return err
 	}
-	return f.watcher.Add(f.dir)
+	if err := f.watcher.Add(f.dir); err != nil {
+		return fmt.Errorf("inotify for %s: %w", f.dir, err)
+	}
+	return nil
 }
 
 // writeFile writes the subnet file and logs a failure, which is retried.
 func (n *node) writeFile() {
-	n.watchFileAgain()
+	unwatched := n.watchFileAgain()
 	err := n.planNode(n.Options).env.WriteFile(n.SubnetFile)
 	n.logOnce("Subnet file", err)
 	if n.fileSet = err == nil; !n.fileSet {
 		n.health.waitFor(err.Error())
+		return // without the directory, the file cannot be watched for the same reason
 	}
+	n.logOnce("Watching the subnet file", unwatched)
 }
 
 // watchFileAgain has the subnet file watched where it is now.
-func (n *node) watchFileAgain() {
-	if n.file != nil {
-		n.logOnce("Watching the subnet file", n.file.again())
+func (n *node) watchFileAgain() error {
+	if n.file == nil {
+		return nil
 	}
+	return n.file.again()
 }
 
 // checkFile finds out whether the subnet file still has the right content.
@@ -87,9 +89,11 @@ func (n *node) checkFile() {
 	if !n.fileSet {
 		return
 	}
-	n.watchFileAgain()
+	unwatched := n.watchFileAgain()
 	env, err := subnet.ReadEnv(n.SubnetFile)
 	if n.fileSet = err == nil && env == n.planNode(n.Options).env; !n.fileSet {
 		n.log.Info("The subnet file was changed or removed by another program; writing it again", "path", n.SubnetFile)
+		return
 	}
+	n.logOnce("Watching the subnet file", unwatched)
 }

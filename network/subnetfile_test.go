@@ -1,11 +1,20 @@
 package network
 
 import (
+	"bytes"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+	"k8s.io/klog/v2"
+	"k8s.io/klog/v2/textlogger"
+
+	"github.com/flanneld/flanneld/pkg/nstest"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -37,3 +46,112 @@ func TestSubnetFile(t *testing.T) {
 		})
 	}
 }
+
+// A logBuffer is what was logged. Several goroutines use it.
+type logBuffer struct {
+	mu   sync.Mutex
+	text bytes.Buffer
+}
+
+func (l *logBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.Write(p)
+}
+
+// lines returns the lines that have a text.
+func (l *logBuffer) lines(with string) (found []string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for line := range strings.Lines(l.text.String()) {
+		if strings.Contains(line, with) {
+			found = append(found, line)
+		}
+	}
+	return found
+}
+
+// As long as the subnet file cannot be written, that is logged once, however often flanneld tries.
+func TestSubnetFileCannotBeWritten(t *testing.T) {
+	nstest.NeedRoot(t)
+	const often = 50 * time.Millisecond
+	for _, c := range []struct {
+		name   string
+		dir    string                  // of the subnet file, in the file system
+		size   string                  // of the file system
+		before func(root string) error // makes writing impossible
+		after  func(root string) error // makes writing possible again
+		want   string                  // the error, after the path
+
+		resync   time.Duration // at which flanneld tries, too
+		attempts int           // that are made meanwhile
+	}{
+		{"full", ".", "size=4096",
+			func(root string) error { return os.WriteFile(filepath.Join(root, "big"), make([]byte, 4096), 0o600) },
+			func(root string) error { return os.Remove(filepath.Join(root, "big")) },
+			"no space left on device", often, 10},
+		{"without a free inode", ".", "nr_inodes=1",
+			func(root string) error { return nil },
+			func(root string) error { return unix.Mount("", root, "", unix.MS_REMOUNT, "nr_inodes=9") },
+			"no space left on device", often, 10},
+		{"read-only", ".", "", readOnly, writable, "read-only file system", often, 10},
+		{"read-only, without the directory", "flannel", "", readOnly, writable, "read-only file system",
+			time.Hour, 2},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			root := t.TempDir()
+			if err := unix.Mount("tmpfs", root, "tmpfs", 0, c.size); err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { _ = unix.Unmount(root, unix.MNT_DETACH) })
+			if err := c.before(root); err != nil {
+				t.Fatal(err)
+			}
+			log := &logBuffer{}
+			logger := textlogger.NewLogger(textlogger.NewConfig(textlogger.Output(log)))
+			m := newManager(vxlanConfig)
+			file := filepath.Join(root, c.dir, "subnet.env")
+			d := beginIn(klog.NewContext(t.Context(), logger), t, m, func(o *Options) {
+				o.SubnetFile, o.KernelResync = file, c.resync
+			})
+			m.grants <- lease("10.5.1.0-24", "")
+			m.updates <- snapshot(peer2)
+			eventually(t, "many attempts", func() bool {
+				_, text := get("/metrics")
+				return attempts(text) >= c.attempts
+			})
+			errors := log.lines(`operation="Subnet file"`)
+			if len(errors) != 1 || !strings.Contains(errors[0], c.want) || !strings.Contains(errors[0], root) {
+				t.Errorf("logged %q", errors)
+			}
+			if others := log.lines(root); len(others) != 1 {
+				t.Errorf("logged %q", others)
+			}
+			if err := c.after(root); err != nil {
+				t.Fatal(err)
+			}
+			eventually(t, "ready", ready)
+			if errors := log.lines(`operation="Subnet file"`); len(errors) != 2 || !strings.Contains(errors[1], "Recovered") {
+				t.Errorf("logged in the end %q", errors)
+			}
+			// From now on, the file is watched.
+			if err := os.Remove(file); err != nil {
+				t.Fatal(err)
+			}
+			eventually(t, "the file", func() bool { _, err := subnet.ReadEnv(file); return err == nil })
+			d.stop()
+			d.done <- nil
+		})
+	}
+}
+
+// attempts returns how often writing the subnet file has failed.
+func attempts(metrics string) int {
+	_, after, _ := strings.Cut(metrics, `flannel_errors_total{operation="subnet_file"} `)
+	number, _, _ := strings.Cut(after, "\n")
+	n, _ := strconv.Atoi(number)
+	return n
+}
+
+func readOnly(root string) error { return unix.Mount("", root, "", unix.MS_REMOUNT|unix.MS_RDONLY, "") }
+func writable(root string) error { return unix.Mount("", root, "", unix.MS_REMOUNT, "") }

@@ -10,8 +10,7 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/google/renameio/v2"
-
+	"github.com/flanneld/flanneld/pkg/atomicfile"
 	"github.com/flanneld/flanneld/pkg/plain"
 )
 
@@ -93,12 +92,10 @@ func (e Env) WriteFile(path string) error {
 	if old, err := os.ReadFile(path); err == nil && bytes.Equal(old, text) {
 		return nil
 	}
-	dir := filepath.Dir(path)
-	if err := os.MkdirAll(dir, 0o755); err != nil {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return fmt.Errorf("subnet file: %w", err)
 	}
-	err := renameio.WriteFile(path, text, 0o644, renameio.WithTempDir(dir), renameio.WithStaticPermissions(0o644))
-	if err != nil {
+	if err := atomicfile.Write(path, text, 0o644); err != nil {
 		return fmt.Errorf("subnet file: %w", err)
 	}
 	return nil

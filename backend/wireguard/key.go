@@ -9,10 +9,10 @@ import (
 	"path/filepath"
 	"strings"
 
-	"github.com/google/renameio/v2"
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/pkg/atomicfile"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -108,15 +108,22 @@ func makeKey(file string, replace bool) error {
 	if err != nil {
 		return err
 	}
-	dir := filepath.Dir(file)
-	if err := os.MkdirAll(dir, 0o755); err != nil {
+	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
 		return err
 	}
 	text := []byte(key.String() + "\n")
 	if replace {
-		return renameio.WriteFile(file, text, 0o600)
+		return atomicfile.Write(file, text, 0o600)
 	}
-	temp, err := os.CreateTemp(dir, ".wgkey") // 0600
+	if err := create(file, text); !errors.Is(err, fs.ErrExist) {
+		return atomicfile.NameError(err, file)
+	}
+	return nil
+}
+
+// create creates a file as a whole, for its owner only. The error is fs.ErrExist if the file exists.
+func create(file string, text []byte) error {
+	temp, err := os.CreateTemp(filepath.Dir(file), ".wgkey") // 0600
 	if err != nil {
 		return err
 	}
@@ -125,10 +132,7 @@ func makeKey(file string, replace bool) error {
 	if err = errors.Join(err, temp.Sync(), temp.Close()); err != nil {
 		return err
 	}
-	if err := os.Link(temp.Name(), file); !errors.Is(err, fs.ErrExist) {
-		return err
-	}
-	return nil
+	return os.Link(temp.Name(), file)
 }
 
 // cleanup finds the private key, and the sockets of a daemon that was killed.

@@ -9,7 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 
-	"github.com/google/renameio/v2"
+	"github.com/flanneld/flanneld/pkg/atomicfile"
 )
 
 // An attachment is one interface of one container.
@@ -79,8 +79,7 @@ func (dir records) write(path string, a attachment, conf object) error {
 	if err != nil {
 		return err
 	}
-	return renameio.WriteFile(path, text, 0o600,
-		renameio.WithTempDir(string(dir)), renameio.WithStaticPermissions(0o600))
+	return atomicfile.Write(path, text, 0o600)
 }
 
 // of returns the attachments of a network whose records name the network and the interface. Records of flannel's plugin

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/pkg/command"
 	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/kernel"
@@ -66,7 +67,7 @@ type options struct {
 type extension struct {
 	options
 	networks subnet.Subnets
-	runner   runner
+	runner   *command.Runner
 	record   string        // path of the file
 	pause    retry.Backoff // after a command that failed
 }
@@ -77,7 +78,7 @@ var _ backend.Worker = (*extension)(nil)
 func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
 	x := &extension{
 		networks: cfg.Networks(),
-		runner:   runner{limit: timeLimit, grace: graceLimit},
+		runner:   newRunner(),
 		record:   filepath.Join(stateDir, "extension-"+cfg.Networks().Key()+".json"),
 		pause:    retry.Backoff{Most: time.Minute},
 	}
@@ -103,7 +104,7 @@ func (x *extension) Attrs(ctx context.Context, _ subnet.Attrs) (subnet.Attrs, er
 	if x.PreStartupCommand == "" {
 		return attrs, nil
 	}
-	out, err := x.runner.run(ctx, "PreStartupCommand", x.PreStartupCommand, nil, "")
+	out, err := run(ctx, x.runner, "PreStartupCommand", x.PreStartupCommand, nil, "")
 	if err != nil {
 		return attrs, err
 	}

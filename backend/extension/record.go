@@ -4,17 +4,16 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"maps"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 
-	"github.com/google/renameio/v2"
 	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/pkg/atomicfile"
 	"github.com/flanneld/flanneld/pkg/plain"
 	"github.com/flanneld/flanneld/subnet"
 )
@@ -65,15 +64,10 @@ func (r record) write(path string) error {
 	if err != nil {
 		return err
 	}
-	dir := filepath.Dir(path)
-	if err := os.MkdirAll(dir, 0o755); err != nil {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return err
 	}
-	if err := renameio.WriteFile(path, text, 0o600, renameio.WithTempDir(dir),
-		renameio.WithStaticPermissions(0o600)); err != nil {
-		return fmt.Errorf("writing: %w", err)
-	}
-	return nil
+	return atomicfile.Write(path, text, 0o600)
 }
 
 // cleanup finds what SubnetAddCommand has added for peers, from the records of all
@@ -107,8 +101,7 @@ func (c call) removal(s subnet.Subnets) backend.CleanupStep {
 		command += " " + plain.Shell(v)
 	}
 	return backend.CleanupStep{Command: command + " sh -c " + plain.Shell(c.Remove), Do: func(ctx context.Context) error {
-		r := runner{timeLimit, graceLimit}
-		_, err := r.run(ctx, "SubnetRemoveCommand for "+s.String(), c.Remove, c.Variables[:], c.Data)
+		_, err := run(ctx, newRunner(), "SubnetRemoveCommand for "+s.String(), c.Remove, c.Variables[:], c.Data)
 		return err
 	}}
 }

@@ -42,6 +42,7 @@ type worker struct {
 	own      subnet.Lease
 	peers    map[subnet.Subnets]*peer
 	recorded record
+	unsaved  retry.LastError // of recorded
 }
 
 // Work implements backend.Worker.
@@ -110,7 +111,7 @@ func (w *worker) run(ctx context.Context, name, command string, environment []st
 	if command == "" {
 		return nil
 	}
-	_, err := w.runner.run(ctx, name, command, environment, stdin)
+	_, err := run(ctx, w.runner, name, command, environment, stdin)
 	return err
 }
 
@@ -238,9 +239,12 @@ func (w *worker) save() {
 	if maps.Equal(all, w.recorded) {
 		return
 	}
-	if err := all.write(w.record); err != nil {
+	err := all.write(w.record)
+	if w.unsaved.Changed(err) && err != nil {
 		w.log.Error(err, "Cannot record peers; those that leave while flanneld is down will not be removed",
 			"path", w.record)
 	}
-	w.recorded = all
+	if err == nil {
+		w.recorded = all
+	}
 }

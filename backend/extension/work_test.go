@@ -2,6 +2,7 @@ package extension
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -14,7 +15,10 @@ import (
 	"testing"
 	"time"
 
+	"k8s.io/klog/v2/textlogger"
+
 	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/pkg/command"
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/nstest"
 	"github.com/flanneld/flanneld/subnet"
@@ -253,7 +257,7 @@ func TestFailure(t *testing.T) {
 func TestHang(t *testing.T) {
 	n := newNode(t)
 	x := n.extension(options{PreStartupCommand: `sleep 1000 & echo $! >$OUT; echo so far; wait`})
-	x.runner.limit = 200 * time.Millisecond
+	x.runner = &command.Runner{Limit: 200 * time.Millisecond}
 	_, err := x.Attrs(t.Context(), subnet.Attrs{})
 	if want := "PreStartupCommand: ended, since it took longer than 200ms; it printed: so far"; err == nil ||
 		err.Error() != want {
@@ -262,7 +266,7 @@ func TestHang(t *testing.T) {
 	n.expectEnd()
 
 	// One that runs when flanneld ends gets a little time.
-	x.runner = runner{limit: time.Minute, grace: 200 * time.Millisecond}
+	x.runner = &command.Runner{Grace: 200 * time.Millisecond}
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error)
 	go func() {
@@ -327,6 +331,45 @@ func TestOutput(t *testing.T) {
 	if _, err := x.Attrs(t.Context(), subnet.Attrs{}); err == nil ||
 		err.Error() != "PreStartupCommand: exit status 3; it printed: one | two | three" {
 		t.Errorf("got %v", err)
+	}
+}
+
+// Commands get the environment of flanneld, without its settings.
+func TestEnvironment(t *testing.T) {
+	t.Setenv("FLANNELD_ETCD_PASSWORD", "hunter2")
+	t.Setenv("AWS_PROFILE", "of the operator")
+	n := newNode(t)
+	x := n.extension(options{PreStartupCommand: `echo "$FLANNELD_ETCD_PASSWORD$AWS_PROFILE"`})
+	attrs, err := x.Attrs(t.Context(), subnet.Attrs{})
+	if err != nil || string(attrs.BackendData) != `"of the operator"` {
+		t.Errorf("got %s, %v", attrs.BackendData, err)
+	}
+}
+
+// As long as the record cannot be written, that is logged once. Then the record is written.
+func TestRecordCannotBeWritten(t *testing.T) {
+	n := newNode(t)
+	var log bytes.Buffer
+	logger := textlogger.NewLogger(textlogger.NewConfig(textlogger.Output(&log)))
+	path := filepath.Join(n.dir, "run", "record.json")
+	if err := os.MkdirAll(filepath.Join(path, "in the way"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	x := n.extension(options{SubnetRemoveCommand: remove})
+	w := &worker{extension: x, log: logger, peers: map[subnet.Subnets]*peer{}, recorded: record{}}
+	for i := range 3 {
+		w.update(change(peerLease(i+2, "")))
+		w.save()
+	}
+	if n := strings.Count(log.String(), "Cannot record peers"); n != 1 {
+		t.Errorf("logged %d times:\n%s", n, &log)
+	}
+	if err := os.RemoveAll(path); err != nil {
+		t.Fatal(err)
+	}
+	w.save()
+	if r := readRecord(logger, path); len(r) != 3 {
+		t.Errorf("the record is %v", r)
 	}
 }
 

@@ -4,14 +4,12 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
-	"os"
-	"os/exec"
 	"strings"
 	"time"
 
 	"github.com/strongswan/govici/vici"
-	"golang.org/x/sys/unix"
 
+	"github.com/flanneld/flanneld/pkg/command"
 	"github.com/flanneld/flanneld/pkg/kernel"
 )
 
@@ -37,12 +35,6 @@ const (
 // mark is in the environment of a charon that we have started, and of no other charon.
 const mark = "STARTED_BY=flanneld"
 
-// A process is a charon that we have started.
-type process struct {
-	*exec.Cmd
-	ended chan struct{} // closed when the process has ended
-}
-
 // errNoCharon means that charon is not installed.
 var errNoCharon = fmt.Errorf("there is no charon, neither in PATH nor at %s: install strongSwan with its VICI "+
 	"plugin (Debian: strongswan-charon, strongswan-swanctl)",
@@ -51,7 +43,7 @@ var errNoCharon = fmt.Errorf("there is no charon, neither in PATH nor at %s: ins
 // findCharon returns the path of the program.
 func findCharon() (string, error) {
 	for _, path := range charonPaths {
-		if path, err := exec.LookPath(path); err == nil {
+		if path, err := command.Find(path); err == nil {
 			return path, nil
 		}
 	}
@@ -59,50 +51,16 @@ func findCharon() (string, error) {
 }
 
 // start starts charon. charon outlives flanneld, so that packets pass while flanneld restarts.
-func start() (*process, error) {
+func start() (*command.Process, error) {
 	path, err := findCharon()
 	if err != nil {
 		return nil, err
 	}
-	p := &process{exec.Command(path), make(chan struct{})}
-	p.Stdout, p.Stderr = os.Stdout, os.Stderr
-	p.Env = append(os.Environ(), mark)
-	p.SysProcAttr = &unix.SysProcAttr{Setsid: true}
-	if err := p.Start(); err != nil {
+	p, err := command.Start(command.Command{Path: path, Env: []string{mark}})
+	if err != nil {
 		return nil, fmt.Errorf("starting charon: %w", err)
 	}
-	go func() {
-		_ = p.Wait() // charon logs the reason
-		close(p.ended)
-	}()
 	return p, nil
-}
-
-// running reports whether the process is running.
-func (p *process) running() bool {
-	if p == nil {
-		return false
-	}
-	select {
-	case <-p.ended:
-		return false
-	default:
-		return true
-	}
-}
-
-// stop ends the process.
-func (p *process) stop() {
-	if !p.running() {
-		return
-	}
-	_ = p.Process.Signal(unix.SIGTERM)
-	select {
-	case <-p.ended:
-	case <-time.After(stopTimeout):
-		_ = p.Process.Kill()
-		<-p.ended
-	}
 }
 
 // A connection is a tunnel in the configuration of charon (swanctl.conf(5)).

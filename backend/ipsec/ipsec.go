@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/pkg/command"
 	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/kernel"
@@ -55,8 +56,11 @@ type ipsec struct {
 	options
 	uplink iface.Uplink
 	info   backend.Info
-	socket string        // charon's
-	check  time.Duration // interval of the checks of charon's state
+
+	socket                   string         // charon's
+	check                    time.Duration  // interval of the checks of charon's state
+	startLimit, startTimeout time.Duration  // of a charon that was started
+	waits                    *command.Waits // for answers of charon
 }
 
 var (
@@ -66,7 +70,8 @@ var (
 
 // New makes the backend.
 func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
-	b := &ipsec{options: defaults, uplink: uplink, socket: charonSocket, check: checkEvery}
+	b := &ipsec{options: defaults, uplink: uplink, socket: charonSocket, check: checkEvery, startLimit: startLimit,
+		startTimeout: startTimeout, waits: &command.Waits{}}
 	if err := backend.Options(cfg, &b.options); err != nil {
 		return nil, err
 	}

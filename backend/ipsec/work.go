@@ -3,6 +3,7 @@ package ipsec
 import (
 	"context"
 	"errors"
+	"fmt"
 	"maps"
 	"net/netip"
 	"slices"
@@ -10,17 +11,22 @@ import (
 	"time"
 
 	"github.com/strongswan/govici/vici"
+	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/pkg/command"
 	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/pkg/retry"
 	"github.com/flanneld/flanneld/subnet"
 )
 
 const (
-	// charonStart is about how long charon takes to start.
-	charonStart = 100 * time.Millisecond
+	// charonStart is about how long charon takes to start, startLimit the time after which a charon that does not listen
+	// yet is an error, and startTimeout the time after which such a charon is ended, and another started.
+	charonStart  = 100 * time.Millisecond
+	startLimit   = 5 * time.Second
+	startTimeout = time.Minute
 
 	// checkEvery is the time between checks of what charon holds, checkTimeout the limit of a check.
 	checkEvery   = 10 * time.Second
@@ -35,7 +41,8 @@ type charonSync struct {
 	peers     map[subnet.Subnets]subnet.Lease
 	keys      map[netip.Addr]bool // the keys that were loaded into the running charon
 	client    client              // zero: not connected
-	charon    *process            // the charon that we have started, if any
+	charon    *command.Process    // the charon that we have started, if any
+	started   time.Time           // when
 	lastError retry.LastError
 }
 
@@ -53,9 +60,9 @@ func (b *ipsec) Work(ctx context.Context, own subnet.Lease, peers <-chan subnet.
 	defer timer.Stop()
 	pause := retry.Backoff{First: charonStart}
 	for {
-		var ended chan struct{}
+		var ended <-chan struct{}
 		if c.charon != nil {
-			ended = c.charon.ended
+			ended = c.charon.Done()
 		}
 		select {
 		case <-ctx.Done():
@@ -63,12 +70,15 @@ func (b *ipsec) Work(ctx context.Context, own subnet.Lease, peers <-chan subnet.
 		case news := <-peers:
 			news.Apply(c.peers)
 		case <-ended:
-			c.log.Error(nil, "charon has ended; starting it again", "reason", c.charon.ProcessState.String())
+			c.log.Error(nil, "charon has ended; starting it again", "reason", c.charon.Reason())
 			c.charon = nil
 			c.disconnect()
 		case <-timer.C:
 		}
 		err := c.sync(ctx)
+		if ctx.Err() != nil {
+			return nil
+		}
 		if !errors.Is(err, errStarting) {
 			c.lastError.Log(c.log, "ipsec", err)
 		}
@@ -95,14 +105,32 @@ func (c *charonSync) connect() error {
 	case err == nil:
 		c.client, c.keys = client{s}, map[netip.Addr]bool{}
 		return nil
-	case c.charon.running():
-		return errStarting
+	case errors.Is(err, unix.EAGAIN): // the queue of connections is full
+		return fmt.Errorf("charon hangs: it accepts no connection at %s", c.socket)
+	case c.charon != nil && !c.charon.Ended():
+		return c.awaitStart()
 	}
 	if c.charon, err = start(); err != nil {
+		c.charon = nil
 		return err
 	}
-	c.log.Info("Started charon", "path", c.charon.Path)
+	c.started = time.Now()
+	c.log.Info("Started charon", "path", c.charon.Path())
 	return errStarting
+}
+
+// awaitStart returns the error for a charon that runs and does not listen. A charon that takes too long is ended.
+func (c *charonSync) awaitStart() error {
+	took := time.Since(c.started)
+	if took < c.startLimit {
+		return errStarting
+	}
+	if took >= c.startTimeout {
+		c.charon.Stop(stopTimeout)
+		c.charon = nil
+	}
+	return fmt.Errorf("charon was started, and does not listen at %s after %v; ending it after %v, and starting it again",
+		c.socket, c.startLimit, c.startTimeout)
 }
 
 func (c *charonSync) disconnect() {
@@ -117,6 +145,17 @@ func (c *charonSync) sync(ctx context.Context) error {
 	if err := c.connect(); err != nil {
 		return err
 	}
+	end := c.waits.Begin(c.log, c.socket, "charon", "socket", c.socket, "limit", checkTimeout.String())
+	err := c.load(ctx)
+	if errors.Is(err, context.DeadlineExceeded) {
+		err = fmt.Errorf("charon hangs, or is busy: %w after %v", err, checkTimeout)
+	}
+	end(err)
+	return err
+}
+
+// load is sync with a charon that it is connected to.
+func (c *charonSync) load(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
 	defer cancel()
 	tunnels := map[string]tunnel{}
@@ -217,5 +256,7 @@ func (c *charonSync) close(ctx context.Context) {
 			c.log.Error(err, "charon may keep connections that are no longer needed")
 		}
 	}
-	c.charon.stop()
+	if c.charon != nil {
+		c.charon.Stop(stopTimeout)
+	}
 }

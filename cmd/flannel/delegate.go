@@ -2,24 +2,30 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
+	"time"
 
 	"github.com/containernetworking/cni/pkg/types"
 
+	"github.com/flanneld/flanneld/pkg/command"
 	"github.com/flanneld/flanneld/pkg/plain"
 )
 
-// run runs the delegate with a CNI command, and returns its standard output. environ ("NAME=value") overrides variables
-// of this process's environment.
+// delegateLimit is how long the delegate may take. kubelet gives a pod's sandbox four minutes (twice its
+// --runtime-request-timeout), in which a DEL may have to undo an ADD.
+const delegateLimit = 90 * time.Second
+
+// run runs the delegate with a CNI command, such as ADD, and returns its standard output. environ ("NAME=value")
+// overrides variables of this process's environment.
 //
 // The package invoke of the CNI project has functions for this, but it would add a tracing library to a program that
 // runs for milliseconds.
-func run(command string, conf object, environ ...string) ([]byte, error) {
+func run(verb string, conf object, environ ...string) ([]byte, error) {
 	kind := conf.text("type")
 	path, err := find(kind)
 	if err != nil {
@@ -29,19 +35,20 @@ func run(command string, conf object, environ ...string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	var stdout bytes.Buffer
-	cmd := exec.Command(path)
-	cmd.Env = append(append(os.Environ(), "CNI_COMMAND="+command), environ...)
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(stdin), &stdout, os.Stderr
-	if err := cmd.Run(); err != nil {
+	programs := command.Runner{Limit: delegateLimit}
+	out, err := programs.Run(context.Background(), command.Command{
+		Path: path, Env: append([]string{"CNI_COMMAND=" + verb}, environ...), Stdin: string(stdin),
+		Name: path + " " + verb, Stderr: os.Stderr, Operators: true,
+	})
+	if err != nil {
 		failure := &types.Error{}
-		if json.Unmarshal(stdout.Bytes(), failure) != nil || failure.Msg == "" {
-			return nil, fmt.Errorf("%s %s: %w: it printed %s", path, command, err, plain.Quote(bytes.TrimSpace(stdout.Bytes())))
+		if json.Unmarshal(out.Stdout, failure) != nil || failure.Msg == "" {
+			return nil, fmt.Errorf("%s %s: %w: it printed %s", path, verb, err, plain.Quote(bytes.TrimSpace(out.Stdout)))
 		}
 		// The runtime evaluates the code; the operator reads the message, in logs and in Events.
 		return nil, types.NewError(failure.Code, plain.Line(kind+": "+failure.Msg), plain.Line(failure.Details))
 	}
-	return stdout.Bytes(), nil
+	return out.Stdout, nil
 }
 
 // find returns the path of a plugin in the directories of CNI_PATH.

@@ -8,8 +8,11 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 
 	"github.com/containernetworking/cni/pkg/types"
 )
@@ -29,7 +32,8 @@ func TestMain(m *testing.M) {
 }
 
 // fakeDelegate writes down how it is called. It fails as the file COMMAND.error
-// says; with picky.error it fails for any namespace that is not there.
+// says; with picky.error it fails for any namespace that is not there. With the
+// file COMMAND.child it leaves a child that keeps its output open.
 func fakeDelegate() {
 	dir, command, netns := os.Getenv("FAKE"), os.Getenv("CNI_COMMAND"), os.Getenv("CNI_NETNS")
 	stdin, _ := io.ReadAll(os.Stdin)
@@ -52,6 +56,16 @@ func fakeDelegate() {
 	}
 	if command == "ADD" {
 		fmt.Print(theResult)
+	}
+	if _, err := os.Stat(filepath.Join(dir, command+".child")); err == nil {
+		child := exec.Command("sleep", "1000")
+		child.Stdout = os.Stdout
+		if err := child.Start(); err != nil {
+			panic(err)
+		}
+		if err := os.WriteFile(filepath.Join(dir, "child"), fmt.Append(nil, child.Process.Pid), 0o600); err != nil {
+			panic(err)
+		}
 	}
 }
 
@@ -539,5 +553,25 @@ func TestVersionAndHint(t *testing.T) {
 	out, err = exec.Command(plugin).CombinedOutput()
 	if err != nil || !strings.Contains(string(out), "CNI_COMMAND=STATUS") {
 		t.Errorf("by hand: %v: %s", err, out)
+	}
+}
+
+// A delegate that has ended is not waited for, although a child of it keeps its output open.
+func TestDelegateLeavesChild(t *testing.T) {
+	n := newNode(t)
+	n.write("ADD.child", "")
+	t.Cleanup(func() {
+		text, _ := os.ReadFile(n.path("child"))
+		if pid, err := strconv.Atoi(string(text)); err == nil {
+			_ = syscall.Kill(pid, syscall.SIGKILL)
+		}
+	})
+	result := make(chan string, 1)
+	go func() { result <- n.call("ADD", n.request("cbr0")) }()
+	select {
+	case got := <-result:
+		n.want("ADD", got, theResult)
+	case <-time.After(30 * time.Second):
+		t.Error("the plugin waits for the child")
 	}
 }

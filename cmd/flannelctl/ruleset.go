@@ -5,11 +5,12 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
-	"os/exec"
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
+	"github.com/flanneld/flanneld/pkg/command"
 	"github.com/flanneld/flanneld/pkg/plain"
 )
 
@@ -178,8 +179,12 @@ func (r ruleset) insertAccept(hook, iptables, nft string) string {
 	return ""
 }
 
-// rulesets reads the rules from all programs that are installed.
+// rulesetLimit is how long a program may take to print its rules. A user waits for all of the programs.
+const rulesetLimit = 10 * time.Second
+
+// rulesets reads the rules from all programs that are installed and work.
 func rulesets(ctx context.Context) []ruleset {
+	programs := &command.Runner{Limit: rulesetLimit}
 	var all []ruleset
 	for _, f := range []struct{ family, program string }{{"ip", "iptables"}, {"ip6", "ip6tables"}} {
 		read := false
@@ -187,19 +192,20 @@ func rulesets(ctx context.Context) []ruleset {
 			if variant == "" && read {
 				break // the plain name is one of the two
 			}
-			out, err := exec.CommandContext(ctx, f.program+variant+"-save").Output()
+			out, err := programs.Run(ctx, command.Command{Path: f.program + variant + "-save"})
 			if err != nil {
 				continue
 			}
 			read = true
-			if r, ok := parseIPTables(string(out)); ok {
+			if r, ok := parseIPTables(string(out.Stdout)); ok {
 				r.program, r.family = f.program+variant, f.family
 				all = append(all, r)
 			}
 		}
 	}
-	if out, err := exec.CommandContext(ctx, "nft", "-j", "list", "ruleset").Output(); err == nil {
-		all = append(all, parseNFT(out)...)
+	list := command.Command{Path: "nft", Args: []string{"-j", "list", "ruleset"}}
+	if out, err := programs.Run(ctx, list); err == nil {
+		all = append(all, parseNFT(out.Stdout)...)
 	}
 	return all
 }

@@ -7,6 +7,7 @@ import (
 
 	"k8s.io/klog/v2"
 
+	"github.com/flanneld/flanneld/pkg/command"
 	"github.com/flanneld/flanneld/pkg/family"
 )
 
@@ -59,15 +60,19 @@ type familyRules struct {
 // work here; the error names the package to install. A node may lack ip6tables
 // as long as no IPv6 rules are desired. Nothing is written before Apply.
 func New(ctx context.Context, nftables bool) (*Driver, error) {
+	return newDriver(ctx, &command.Runner{}, nftables)
+}
+
+func newDriver(ctx context.Context, programs *command.Runner, nftables bool) (*Driver, error) {
 	d := &Driver{mode: "iptables"}
 	if nftables {
 		d.mode = "nftables"
 	}
 	for f, p := range protocols.Each() {
-		ipt, iptErr := findIPTables(ctx, p)
-		nft, nftErr := findNFT(p)
+		ipt, iptErr := findIPTables(ctx, programs, p)
+		nft, nftErr := findNFT(programs, p)
 		if nftables && nftErr == nil {
-			nftErr = nft.open()
+			nftErr = nft.open(ctx)
 		}
 		s := &familyRules{protocol: p}
 		switch {

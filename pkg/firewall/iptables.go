@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"fmt"
-	"os/exec"
 	"regexp"
 	"slices"
 	"strconv"
@@ -12,6 +11,7 @@ import (
 
 	"k8s.io/klog/v2"
 
+	"github.com/flanneld/flanneld/pkg/command"
 	"github.com/flanneld/flanneld/pkg/plain"
 )
 
@@ -31,6 +31,7 @@ var (
 
 // iptables is the tool of one variant of iptables, legacy or nft.
 type iptables struct {
+	programs      *command.Runner
 	name          string // "iptables", "ip6tables-legacy"
 	save, restore string // paths
 	nft           bool
@@ -43,10 +44,10 @@ type iptables struct {
 // the variant in which kubelet made its chain; without such a chain, the variant
 // with the plain name, or else nft, the younger. It is an error when there is no
 // variant.
-func findIPTables(ctx context.Context, p protocol) (found []tool, missing error) {
+func findIPTables(ctx context.Context, programs *command.Runner, p protocol) (found []tool, missing error) {
 	var have []*iptables
 	for _, variant := range []string{"", "-nft", "-legacy"} {
-		ipt, err := newIPTables(ctx, p.iptables+variant)
+		ipt, err := newIPTables(ctx, programs, p.iptables+variant)
 		switch {
 		case err != nil && variant == "":
 			missing = err
@@ -67,44 +68,50 @@ func findIPTables(ctx context.Context, p protocol) (found []tool, missing error)
 // for programs in containers, whose iptables may differ from the node's
 // (KEP-3178; before 1.24, a chain by which kubelet notices flushes).
 func (ipt *iptables) marked(ctx context.Context) bool {
-	out, err := exec.CommandContext(ctx, ipt.save).Output()
-	return err == nil &&
-		(bytes.Contains(out, []byte("\n:KUBE-IPTABLES-HINT ")) || bytes.Contains(out, []byte("\n:KUBE-KUBELET-CANARY ")))
+	out, err := ipt.programs.Run(ctx, command.Command{Path: ipt.save})
+	has := func(chain string) bool { return bytes.Contains(out.Stdout, []byte("\n:"+chain+" ")) }
+	return err == nil && (has("KUBE-IPTABLES-HINT") || has("KUBE-KUBELET-CANARY"))
 }
 
-func newIPTables(ctx context.Context, name string) (*iptables, error) {
+func newIPTables(ctx context.Context, programs *command.Runner, name string) (*iptables, error) {
 	var paths []string
 	for _, program := range []string{name, name + "-save", name + "-restore"} {
-		path, err := exec.LookPath(program)
+		path, err := command.Find(program)
 		if err != nil {
 			return nil, fmt.Errorf("iptables mode needs the program %s: install the package iptables "+
 				`(iptables-nft on Fedora and RHEL), or set "EnableNFTables": true in the network configuration: %w`, program, err)
 		}
 		paths = append(paths, path)
 	}
-	out, err := exec.CommandContext(ctx, paths[0], "--version").CombinedOutput()
+	out, err := programs.Run(ctx, command.Command{Path: paths[0], Args: []string{"--version"}})
 	if err != nil {
-		return nil, fmt.Errorf("%s --version: %w: %s", paths[0], err, plain.Line(string(out)))
+		return nil, fmt.Errorf("%s --version: %w%s", paths[0], err, printed(out.Stderr))
 	}
-	ipt := &iptables{name: name, save: paths[1], restore: paths[2]}
-	ipt.nft, ipt.recent = abilities(string(out))
+	ipt := &iptables{programs: programs, name: name, save: paths[1], restore: paths[2]}
+	ipt.nft, ipt.recent = abilities(string(out.Stdout))
 	return ipt, nil
 }
 
 var versionForm = regexp.MustCompile(`v(\d+)\.(\d+)\.(\d+)`)
 
-// abilities reads the output of --version: "iptables v1.8.9 (nf_tables)",
-// "iptables v1.6.1". Release 1.6.2 brought --random-fully (the number that
-// coreos/go-iptables has, too) and --wait for iptables-restore (Kubernetes has
-// the same).
-func abilities(version string) (nft, recent bool) {
-	var v [3]int
-	if m := versionForm.FindStringSubmatch(version); m != nil {
-		for i := range v {
+// version reads the output of --version: "iptables v1.8.9 (nf_tables)",
+// "nftables v1.0.6 (Lester Gooch #5)".
+func version(text string) (v [3]int, known bool) {
+	m := versionForm.FindStringSubmatch(text)
+	for i := range v {
+		if m != nil {
 			v[i], _ = strconv.Atoi(m[i+1])
 		}
 	}
-	return strings.Contains(version, "(nf_tables)"), slices.Compare(v[:], []int{1, 6, 2}) >= 0
+	return v, m != nil
+}
+
+// abilities reads the output of --version of iptables. Release 1.6.2 brought
+// --random-fully (the number that coreos/go-iptables has, too) and --wait for
+// iptables-restore (Kubernetes has the same).
+func abilities(text string) (nft, recent bool) {
+	v, _ := version(text)
+	return strings.Contains(text, "(nf_tables)"), slices.Compare(v[:], []int{1, 6, 2}) >= 0
 }
 
 func (ipt *iptables) String() string { return ipt.name }
@@ -292,21 +299,18 @@ func (ipt *iptables) script(save string, want Ruleset, randomFully bool) (script
 
 // dump returns what iptables-save prints, of all tables at once.
 func (ipt *iptables) dump(ctx context.Context) (string, error) {
-	var errput strings.Builder
-	cmd := exec.CommandContext(ctx, ipt.save)
-	cmd.Stderr = &errput
-	out, err := cmd.Output()
+	out, err := ipt.programs.Run(ctx, command.Command{Path: ipt.save})
 	if err != nil {
-		return "", fmt.Errorf("%s: %w: %s", ipt.save, err, plain.Line(errput.String()))
+		return "", fmt.Errorf("%s: %w%s", ipt.save, err, printed(out.Stderr))
 	}
 	// Without this check, a table with our rules could pass for a table without.
 	for _, c := range []chain{postrouting, forward} {
-		if bytes.Contains(out, []byte("# Table `"+c.table+"' is incompatible")) {
+		if bytes.Contains(out.Stdout, []byte("# Table `"+c.table+"' is incompatible")) {
 			return "", fmt.Errorf("%s cannot read table %s, "+
 				"in which another program has put rules that iptables does not know: find them with `nft list table %s` and move them to a table of their own", ipt.save, c.table, c.table)
 		}
 	}
-	return string(out), nil
+	return string(out.Stdout), nil
 }
 
 // lockSeconds is how long iptables-restore waits while another program holds
@@ -320,12 +324,10 @@ func (ipt *iptables) run(ctx context.Context, script string) error {
 		return nil
 	}
 	args := ipt.args()
-	cmd := exec.CommandContext(ctx, ipt.restore, args...)
-	cmd.Stdin = strings.NewReader(script)
-	out, err := cmd.CombinedOutput()
+	out, err := ipt.programs.Run(ctx, command.Command{Path: ipt.restore, Args: args, Stdin: script})
 	heredoc := ipt.heredoc(args, script)
 	if err != nil {
-		return &commandError{fmt.Errorf("%w: %s", err, plain.Line(string(out))), heredoc}
+		return &commandError{fmt.Errorf("%w%s", err, printed(out.Stderr)), heredoc}
 	}
 	klog.FromContext(ctx).Info("Applied", "command", plain.Block(heredoc))
 	return nil

@@ -1,44 +1,103 @@
 package firewall
 
 import (
+	"bytes"
 	"context"
 	"fmt"
-	"os"
-	"os/exec"
+	"slices"
 	"strings"
 
 	"k8s.io/klog/v2"
 	"sigs.k8s.io/knftables"
 
+	"github.com/flanneld/flanneld/pkg/command"
 	"github.com/flanneld/flanneld/pkg/plain"
 )
 
-// nftables is the tool of one family's table.
+// nftables is the tool of one family's table. knftables checks and writes the
+// commands; we run nft ourselves, as knftables would wait for it without limit.
 type nftables struct {
 	protocol
-	path string              // of the program
-	kn   knftables.Interface // nil until first needed: making one starts nft
+	programs *command.Runner
+	path     string // of nft
+	works    bool   // nft was found to work
+	bare     bool   // the kernel knows no comments on tables and chains, which came with Linux 5.10
 }
 
-func findNFT(p protocol) (*nftables, error) {
-	path, err := exec.LookPath("nft")
+func findNFT(programs *command.Runner, p protocol) (*nftables, error) {
+	path, err := command.Find("nft")
 	if err != nil {
 		return nil, fmt.Errorf("nftables mode needs the program nft: install the package nftables (1.0.1 or later), "+
 			`or remove "EnableNFTables" from the network configuration: %w`, err)
 	}
-	return &nftables{protocol: p, path: path}, nil
+	return &nftables{protocol: p, programs: programs, path: path}, nil
 }
 
 // open finds out whether nft works here. It runs nft without changing anything.
-func (n *nftables) open() (err error) {
-	if n.kn == nil {
-		n.kn, err = knftables.New(knftables.Family(n.nft), n.table)
+func (n *nftables) open(ctx context.Context) error {
+	if n.works {
+		return nil
 	}
-	if err != nil {
+	if err := n.try(ctx); err != nil {
 		return fmt.Errorf("nftables mode needs root, a kernel with nf_tables, and nft 1.0.1 or later: provide these, "+
 			`or remove "EnableNFTables" from the network configuration: %w`, err)
 	}
+	n.works = true
 	return nil
+}
+
+// try finds out whether nft is recent enough, and can make a table.
+func (n *nftables) try(ctx context.Context) error {
+	out, err := n.run(ctx, "", "--version")
+	if err != nil {
+		return err
+	}
+	if v, known := version(string(out.Stdout)); known && slices.Compare(v[:], []int{1, 0, 1}) < 0 {
+		return fmt.Errorf("this is %s", bytes.TrimSpace(out.Stdout))
+	}
+	check := func() error {
+		tx := n.transaction()
+		tx.Add(&knftables.Table{Comment: n.comment("test")})
+		_, err := n.run(ctx, tx.String(), "--check", "-f", "-")
+		return err
+	}
+	if err = check(); err != nil {
+		n.bare = true
+		err = check()
+	}
+	return err
+}
+
+// transaction returns an empty transaction. Of what knftables exports, only its
+// fake makes one without running nft.
+func (n *nftables) transaction() *knftables.Transaction {
+	return knftables.NewFake(knftables.Family(n.nft), n.table).NewTransaction()
+}
+
+// comment returns the comment for a table or a chain, if the kernel takes one.
+func (n *nftables) comment(text string) *string {
+	if n.bare {
+		return nil
+	}
+	return &text
+}
+
+// run runs nft.
+func (n *nftables) run(ctx context.Context, stdin string, args ...string) (command.Output, error) {
+	c := command.Command{Path: n.path, Args: args, Stdin: stdin, Env: []string{"LC_ALL=C"}}
+	out, err := n.programs.Run(ctx, c)
+	if err != nil {
+		err = fmt.Errorf("%s: %w%s", c, err, printed(out.Stderr))
+	}
+	return out, err
+}
+
+// printed returns what a program that failed has printed, as the end of an error.
+func printed(output []byte) string {
+	if output = bytes.TrimSpace(output); len(output) == 0 {
+		return ""
+	}
+	return ": " + plain.Line(string(output))
 }
 
 func (n *nftables) String() string { return "nft" }
@@ -46,43 +105,39 @@ func (n *nftables) String() string { return "nft" }
 func (n *nftables) inNFTables() bool { return true }
 
 func (n *nftables) read(ctx context.Context) (text string, rules int, err error) {
-	var errput strings.Builder
-	cmd := exec.CommandContext(ctx, n.path, "--stateless", "list", "table", n.nft, n.table)
-	cmd.Env = append(os.Environ(), "LC_ALL=C")
-	cmd.Stderr = &errput
-	out, err := cmd.Output()
+	out, err := n.run(ctx, "", "--stateless", "list", "table", n.nft, n.table)
 	if err != nil {
-		if strings.Contains(errput.String(), "No such file or directory") {
+		if strings.Contains(string(out.Stderr), "No such file or directory") {
 			return "", 0, nil // there is no such table
 		}
-		return "", 0, fmt.Errorf("%s: %w: %s", strings.Join(cmd.Args, " "), err, plain.Line(errput.String()))
+		return "", 0, err
 	}
 	// Each rule ends in its comment. Comments of the table and chains have a
 	// line of their own.
-	return string(out), strings.Count(string(out), ` comment "`), nil
+	return string(out.Stdout), strings.Count(string(out.Stdout), ` comment "`), nil
 }
 
 func (n *nftables) write(ctx context.Context, want Ruleset) (rules int, err error) {
-	if err := n.open(); err != nil {
+	if err := n.open(ctx); err != nil {
 		return 0, err
 	}
-	tx := n.kn.NewTransaction()
-	n.fill(tx, want)
-	if err := n.kn.Run(ctx, tx); err != nil {
-		return 0, &commandError{err, heredoc(tx)}
+	script := n.script(want)
+	if _, err := n.run(ctx, script, "-f", "-"); err != nil {
+		return 0, &commandError{err, heredoc(script)}
 	}
-	klog.FromContext(ctx).Info("Applied", "command", plain.Block(heredoc(tx)))
+	klog.FromContext(ctx).Info("Applied", "command", plain.Block(heredoc(script)))
 	return len(want.Postrouting) + len(want.Forward), nil
 }
 
-// fill adds to tx the commands that replace the whole table.
-func (n *nftables) fill(tx *knftables.Transaction, want Ruleset) {
+// script returns the commands of nft that replace the whole table.
+func (n *nftables) script(want Ruleset) string {
+	tx := n.transaction()
 	tx.Add(&knftables.Table{}) // a table that does not exist cannot be deleted
 	tx.Delete(&knftables.Table{})
 	if want.IsZero() {
-		return
+		return tx.String()
 	}
-	tx.Add(&knftables.Table{Comment: knftables.PtrTo("flanneld's: replaced as a whole when changed")})
+	tx.Add(&knftables.Table{Comment: n.comment("flanneld's: replaced as a whole when changed")})
 	for _, part := range []struct {
 		chain knftables.Chain
 		rules []Rule
@@ -93,7 +148,7 @@ func (n *nftables) fill(tx *knftables.Transaction, want Ruleset) {
 			Hook:     knftables.PtrTo(knftables.PostroutingHook),
 			Priority: knftables.PtrTo(knftables.SNATPriority),
 			Policy:   knftables.PtrTo(knftables.AcceptPolicy),
-			Comment:  knftables.PtrTo("masquerade traffic that crosses the border of the overlay"),
+			Comment:  n.comment("masquerade traffic that crosses the border of the overlay"),
 		}, want.Postrouting},
 		{knftables.Chain{
 			Name:     "forward",
@@ -101,7 +156,7 @@ func (n *nftables) fill(tx *knftables.Transaction, want Ruleset) {
 			Hook:     knftables.PtrTo(knftables.ForwardHook),
 			Priority: knftables.PtrTo(knftables.FilterPriority),
 			Policy:   knftables.PtrTo(knftables.AcceptPolicy),
-			Comment:  knftables.PtrTo("forward the overlay's traffic; cannot overrule a drop in another table"),
+			Comment:  n.comment("forward the overlay's traffic; cannot overrule a drop in another table"),
 		}, want.Forward},
 	} {
 		if len(part.rules) == 0 {
@@ -112,6 +167,7 @@ func (n *nftables) fill(tx *knftables.Transaction, want Ruleset) {
 			tx.Add(&knftables.Rule{Chain: part.chain.Name, Rule: n.render(r), Comment: knftables.PtrTo(r.Why)})
 		}
 	}
+	return tx.String()
 }
 
 // render writes a rule in the language of nft.
@@ -142,6 +198,6 @@ func (n *nftables) render(r Rule) string {
 	return strings.Join(words, " ")
 }
 
-// heredoc returns the shell command that runs tx. "<<-" ignores the tabs that
-// klog puts before each line.
-func heredoc(tx *knftables.Transaction) string { return fmt.Sprintf("nft -f - <<-'END'\n%sEND", tx) }
+// heredoc returns the shell command that runs a script. "<<-" ignores the tabs
+// that klog puts before each line.
+func heredoc(script string) string { return fmt.Sprintf("nft -f - <<-'END'\n%sEND", script) }

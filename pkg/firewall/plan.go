@@ -68,12 +68,10 @@ func (n *nftables) plan(ctx context.Context, want Ruleset) (string, error) {
 	if slices.Equal(rules, listed(text)) {
 		return "", nil
 	}
-	if err := n.open(); err != nil {
+	if err := n.open(ctx); err != nil {
 		return "", err
 	}
-	tx := n.kn.NewTransaction()
-	n.fill(tx, want)
-	return heredoc(tx), nil
+	return heredoc(n.script(want)), nil
 }
 
 // marks matches the numbers that nft pads with zeros in its output.

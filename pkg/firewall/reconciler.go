@@ -7,6 +7,7 @@ import (
 
 	"k8s.io/klog/v2"
 
+	"github.com/flanneld/flanneld/pkg/command"
 	"github.com/flanneld/flanneld/pkg/fight"
 	"github.com/flanneld/flanneld/pkg/retry"
 )
@@ -69,10 +70,11 @@ type driver interface {
 // NewReconciler returns a Reconciler that checks the rules every resync, and
 // sooner when another program changes them.
 func NewReconciler(resync time.Duration) *Reconciler {
+	programs := &command.Runner{} // of all drivers: it remembers which programs take long
 	return &Reconciler{
 		resync: resync, desired: make(chan target, 1), states: make(chan State, 1),
 		open: func(ctx context.Context, nftables bool) (driver, error) {
-			d, err := New(ctx, nftables)
+			d, err := newDriver(ctx, programs, nftables)
 			if err != nil {
 				return nil, err
 			}

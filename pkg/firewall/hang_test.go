@@ -1,0 +1,207 @@
+package firewall
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"k8s.io/klog/v2"
+	"k8s.io/klog/v2/textlogger"
+
+	"github.com/flanneld/flanneld/pkg/command"
+)
+
+// hang makes a program hang when its arguments match a pattern of the shell. It
+// starts a child that does not end with it, in a session of its own, and keeps
+// its outputs open.
+func (n *node) hang(name, realName, arguments string) {
+	n.t.Helper()
+	pid := filepath.Join(n.bin, "child")
+	n.install(name, realName, fmt.Sprintf(`case "$*" in %s)
+	PATH=%s; setsid sleep 1000 & echo $! >%s.new; mv %[3]s.new %[3]s; exec sleep 1000;;
+esac`, arguments, n.path, pid))
+	n.t.Cleanup(func() { n.killChild() })
+}
+
+// child returns the process that a program that hangs has started, 0 if none hangs.
+func (n *node) child() int {
+	text, err := os.ReadFile(filepath.Join(n.bin, "child"))
+	if err != nil {
+		return 0
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(text)))
+	if err != nil {
+		n.t.Error(err)
+	}
+	return pid
+}
+
+func (n *node) killChild() {
+	if pid := n.child(); pid != 0 {
+		_ = unix.Kill(pid, unix.SIGKILL)
+	}
+}
+
+// programs are those that a driver runs, with the arguments at which each hangs.
+var programs = []struct {
+	mode
+	name, realName, arguments string
+	limit                     bool // tried with the limit, too, which takes some seconds
+}{
+	{legacyMode, "iptables", "iptables-legacy", "--version", false},
+	{legacyMode, "iptables-save", "iptables-legacy-save", "*", true},
+	{legacyMode, "iptables-restore", "iptables-legacy-restore", "*", false},
+	{nftMode, "ip6tables-save", "ip6tables-nft-save", "*", false},
+	{tablesMode, "nft", "nft", "--version", true},
+	{tablesMode, "nft", "nft", "--check*", false},
+	{tablesMode, "nft", "nft", "*list*", false},
+	{tablesMode, "nft", "nft", "'-f -'", true},
+}
+
+// A program that hangs is given up after a time, with an error that is the same
+// each time.
+func TestHang(t *testing.T) {
+	for _, p := range programs {
+		if !p.limit {
+			continue
+		}
+		t.Run(p.name+" "+p.arguments, func(t *testing.T) {
+			n := newNode(t, p.variant)
+			n.remove("*-legacy*", "*-nft*") // the other variant would do instead
+			n.hang(p.name, p.realName, p.arguments)
+			// The others are done well within that.
+			runner := &command.Runner{Limit: 3 * time.Second}
+			d, err := newDriver(t.Context(), runner, p.nftables)
+			if err == nil {
+				err = d.Apply(t.Context(), both)
+			}
+			if err == nil || !strings.Contains(err.Error(), "ended, since it took longer than 3s") {
+				t.Errorf("got %v", err)
+			}
+			if n.child() == 0 {
+				t.Error("nothing has hung")
+			}
+		})
+	}
+}
+
+// A logBuffer is what was logged. Several goroutines use it.
+type logBuffer struct {
+	mu   sync.Mutex
+	text bytes.Buffer
+}
+
+func (l *logBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.Write(p)
+}
+
+func (l *logBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.String()
+}
+
+// A reconciler ends with its context, whatever hangs. Until then, the log says
+// what it waits for.
+func TestReconcilerEndsWhileProgramHangs(t *testing.T) {
+	for _, p := range programs {
+		t.Run(p.name+" "+p.arguments, func(t *testing.T) {
+			n := newNode(t, p.variant)
+			n.remove("*-legacy*", "*-nft*")
+			n.hang(p.name, p.realName, p.arguments)
+			want := `"Waiting for a program" program="` + filepath.Join(n.bin, p.name)
+			log := &logBuffer{}
+			logger := textlogger.NewLogger(textlogger.NewConfig(textlogger.Output(log)))
+			ctx, cancel := context.WithCancel(klog.NewContext(t.Context(), logger))
+			defer cancel()
+			ended := make(chan struct{})
+			late := atomic.Bool{}
+			go func() {
+				for n.child() == 0 || !strings.Contains(log.String(), want) {
+					time.Sleep(5 * time.Millisecond)
+				}
+				cancel()
+				select {
+				case <-ended:
+				case <-time.After(30 * time.Second):
+					late.Store(true)
+					n.killChild()
+				}
+			}()
+			r := NewReconciler(resync)
+			runner := &command.Runner{Waits: command.Waits{Notice: 500 * time.Millisecond}}
+			r.open = func(ctx context.Context, nftables bool) (driver, error) { return newDriver(ctx, runner, nftables) }
+			r.Set(both, p.nftables)
+			r.Run(ctx) // in this thread's namespace
+			close(ended)
+			if late.Load() {
+				t.Error("it ends when the child of the program does")
+			}
+			if strings.Contains(log.String(), "Failed") {
+				t.Errorf("it has logged:\n%s", log)
+			}
+		})
+	}
+}
+
+// No program gets the secrets of this process's environment.
+func TestEnvironment(t *testing.T) {
+	t.Setenv("FLANNELD_ETCD_PASSWORD", "hunter2")
+	t.Setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
+	t.Setenv("NODE_NAME", "n1")
+	eachMode(t, modes, func(t *testing.T, m mode, n *node) {
+		file := filepath.Join(n.bin, "environment")
+		names := map[string]string{"nft": "nft"}
+		if !m.nftables {
+			names = map[string]string{}
+			for _, action := range []string{"", "-save", "-restore"} {
+				names["iptables"+action] = "iptables-" + m.variant + action
+			}
+		}
+		for name, realName := range names {
+			n.install(name, realName, fmt.Sprintf("export -p >>%s", file))
+		}
+		n.apply(n.driver(m), both)
+		text, err := os.ReadFile(file)
+		if err != nil || strings.Contains(string(text), "hunter2") || !strings.Contains(string(text), "NODE_NAME=") {
+			t.Errorf("%v\n%s", err, text)
+		}
+	})
+}
+
+// A kernel that knows no comments on tables and chains, as Linux before 5.10,
+// has the same rules without these comments.
+func TestNoComments(t *testing.T) {
+	n := newNode(t, "nft")
+	// Such a kernel is played by a program that refuses what such a kernel refuses.
+	n.install("nft", "nft", fmt.Sprintf(`PATH=%s
+case "$*" in *"-f -") in=$(cat)
+	if printf '%%s\n' "$in" | grep -q '^add \(table\|chain\) .*comment'; then
+		echo "Operation not supported" >&2
+		exit 1
+	fi
+	printf '%%s\n' "$in" | exec %s "$@"; exit;;
+esac`, n.path, "$(which nft)"))
+	d := n.driver(tablesMode)
+	n.apply(d, both)
+	n.check(d, true)
+	rules := n.sh("nft list ruleset")
+	if strings.Contains(rules, "flanneld's") || !strings.Contains(rules, "counter") {
+		t.Errorf("got\n%s", rules)
+	}
+	plan, err := d.Plan(t.Context(), both)
+	if err != nil || len(plan) > 0 {
+		t.Errorf("got %v, %v", plan, err)
+	}
+}

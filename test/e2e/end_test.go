@@ -80,7 +80,9 @@ func TestEnd(t *testing.T) {
 		"the cloud": {config: backend(`"Type": "aws-vpc"`), until: "aws-vpc",
 			env: []string{"AWS_EC2_METADATA_SERVICE_ENDPOINT=http://198.18.0.254:1",
 				"AWS_ENDPOINT_URL_EC2=http://198.18.0.254:1"}},
-		"nothing": {config: vxlanConfig, until: `"Ready" after=`},
+		"iptables, that hangs": {config: vxlanConfig, env: hanging(t, "iptables-save"), until: "Waiting for a program"},
+		"nft, that hangs":      {config: nftablesConfig, env: hanging(t, "nft"), until: "Waiting for a program"},
+		"nothing":              {config: vxlanConfig, until: `"Ready" after=`},
 		"etcd, that has gone": {config: vxlanConfig, until: `"Ready" after=`,
 			after: etcd(func(ctx context.Context, e *lab.Etcd) error { return e.Cut(ctx) })},
 		"etcd, that has died": {config: vxlanConfig, until: `"Ready" after=`,
@@ -126,32 +128,62 @@ func TestEndKubernetes(t *testing.T) {
 	through(`missing="spec.podCIDR of Node n1"`)
 }
 
-// TestSecondSignal: who does not want to wait for a daemon's end has it by a
-// second signal.
+// nftablesConfig is vxlanConfig with nftables.
+const nftablesConfig = `{` + ipv4Network + `, "EnableNFTables": true, "Backend": {"Type": "vxlan"}}`
+
+// hanging returns the environment for a daemon on whose host a program hangs, and leaves a child that cannot be ended
+// together with the program, and keeps the program's output open.
+func hanging(t *testing.T, program string) []string {
+	t.Helper()
+	dir := t.TempDir()
+	script := "#!/bin/sh\nsetsid sleep 1000 &\nexec sleep 1000\n"
+	labtest.Do(t, os.WriteFile(filepath.Join(dir, program), []byte(script), 0o755))
+	return []string{"PATH=" + dir + ":" + os.Getenv("PATH")}
+}
+
+// TestSecondSignal: a second signal ends a daemon at once, whatever the daemon waits for.
 func TestSecondSignal(t *testing.T) {
 	t.Parallel()
-	ctx := labtest.Context(t, time.Minute)
-	pidFile := filepath.Join(t.TempDir(), "pid")
-	command := fmt.Sprintf("echo $$ >%[1]s.new; mv %[1]s.new %[1]s; exec sleep 600", pidFile)
-	l := labtest.New(ctx, t, fmt.Sprintf(`{%s, "Backend": {"Type": "extension", "ShutdownCommand": %q}}`, ipv4Network,
-		command), lab.NodeOptions{})
-	n := l.Nodes()[0]
-	labtest.Start(ctx, t, l)
-	labtest.Do(t, n.Signal(syscall.SIGTERM))
-	var pid int
-	labtest.Do(t, lab.Poll(ctx, "ShutdownCommand", func() error {
-		text, err := os.ReadFile(pidFile)
-		if err == nil {
-			pid, err = strconv.Atoi(strings.TrimSpace(string(text)))
-		}
-		return err
-	}))
-	t.Cleanup(func() { syscall.Kill(pid, syscall.SIGKILL) })
-	if n.Exited() {
-		t.Fatal("flanneld has not waited for ShutdownCommand")
-	}
-	labtest.Do(t, n.Signal(syscall.SIGTERM))
-	if status := n.Wait().Sys().(syscall.WaitStatus); !status.Signaled() || status.Signal() != syscall.SIGTERM {
-		t.Errorf("flanneld: %v", n.Wait())
+	for name, c := range map[string]struct {
+		program, config string
+	}{
+		"ShutdownCommand hangs":             {},
+		"ShutdownCommand and iptables hang": {program: "iptables-restore"},
+		"ShutdownCommand and nft hang":      {program: "nft", config: `"EnableNFTables": true,`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			ctx := labtest.Context(t, time.Minute)
+			pidFile := filepath.Join(t.TempDir(), "pid")
+			command := fmt.Sprintf("echo $$ >%[1]s.new; mv %[1]s.new %[1]s; exec sleep 600", pidFile)
+			config := fmt.Sprintf(`{%s, %s "Backend": {"Type": "extension", "ShutdownCommand": %q}}`, ipv4Network,
+				c.config, command)
+			l := labtest.New(ctx, t, config, lab.NodeOptions{})
+			n := l.Nodes()[0]
+			if c.program == "" {
+				labtest.Start(ctx, t, l)
+			} else {
+				n.Env = hanging(t, c.program)
+				labtest.Do(t, n.Start())
+				waitLog(ctx, t, n, "Waiting for a program")
+			}
+			labtest.Do(t, n.Signal(syscall.SIGTERM))
+			var pid int
+			labtest.Do(t, lab.Poll(ctx, "ShutdownCommand", func() error {
+				text, err := os.ReadFile(pidFile)
+				if err == nil {
+					pid, err = strconv.Atoi(strings.TrimSpace(string(text)))
+				}
+				return err
+			}))
+			t.Cleanup(func() { syscall.Kill(pid, syscall.SIGKILL) })
+			if n.Exited() {
+				t.Fatal("flanneld has not waited for ShutdownCommand")
+			}
+			labtest.Do(t, n.Signal(syscall.SIGTERM))
+			if status := n.Wait().Sys().(syscall.WaitStatus); !status.Signaled() || status.Signal() != syscall.SIGTERM {
+				t.Errorf("flanneld: %v", n.Wait())
+			}
+		})
 	}
 }

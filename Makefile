@@ -25,12 +25,11 @@ NEED := $(addprefix need-,lab demo image demo-kube e2e vm tools)
 INSTALL := $(NEED:need-%=install-%)
 
 export PATH := $(PATH):/usr/sbin:/sbin
-# The version comes from git describe below; git may refuse to serve root.
-export GOFLAGS := $(GOFLAGS) -buildvcs=false
-# Without the tag, gRPC's tracing keeps the linker from leaving out what is unused.
-STATIC := CGO_ENABLED=0 go build -trimpath -tags grpcnotrace
-# The race detector needs cgo, and that a C compiler.
-RACE := $(if $(shell command -v gcc),-race)
+# The same flags everywhere, so that a package is compiled once for the binaries, vet and tests, and not again in another
+# clone (-trimpath). The version comes from git describe below; git may refuse to serve root. Without the tag, gRPC's
+# tracing keeps the linker from leaving out what is unused.
+export GOFLAGS := $(GOFLAGS) -buildvcs=false -trimpath -tags=grpcnotrace
+export CGO_ENABLED := 0
 
 BINARIES := $(patsubst cmd/%/main.go,build/bin/%,$(wildcard cmd/*/main.go))
 SOURCES := $(shell find . -path ./test -prune -o -path ./build -prune -o -path ./.git -prune -o \
@@ -58,7 +57,7 @@ help: ## List the targets
 build: $(BINARIES) ## Build the static binaries into build/bin
 
 $(BINARIES): build/bin/%: $(SOURCES) build/version
-	$(STATIC) -ldflags "-s -w -X main.version=$$(cat build/version)" -o $@ ./cmd/$*
+	go build -ldflags "-s -w -X main.version=$$(cat build/version)" -o $@ ./cmd/$*
 
 # Rewritten only when the version has changed.
 build/version: FORCE
@@ -67,7 +66,7 @@ build/version: FORCE
 	[ "$$version" = "$$(cat $@ 2>/dev/null)" ] || echo "$$version" > $@
 
 build/image/bin/$(ARCH)/%: $(SOURCES) build/version
-	GOARCH=$(ARCH) $(STATIC) -ldflags "-s -w -X main.version=$$(cat build/version)" -o $@ ./cmd/$*
+	GOARCH=$(ARCH) go build -ldflags "-s -w -X main.version=$$(cat build/version)" -o $@ ./cmd/$*
 
 # The files of two packages and of what they depend on, and nothing to run them
 # with. For any architecture: none of them is executed.
@@ -120,7 +119,7 @@ build/cni/bridge build/cni/loopback: package = github.com/containernetworking/pl
 build/cni/host-local: package = github.com/containernetworking/plugins/plugins/ipam/$(@F)
 build/cni/portmap: package = github.com/containernetworking/plugins/plugins/meta/$(@F)
 $(ETCD) $(CNI): test/go.mod
-	cd test && $(STATIC) -ldflags "-s -w" -o "$(CURDIR)/$@" $(package)
+	cd test && go build -ldflags "-s -w" -o "$(CURDIR)/$@" $(package)
 	@touch $@
 
 # The oldest etcd that people run, out of Debian 12's package, whatever system
@@ -132,11 +131,11 @@ build/stores/etcd-3.4:
 
 build/stores/etcd-3.6: test/stores/etcd-3.6/go.mod
 	@mkdir -p $(@D)
-	cd test/stores/etcd-3.6 && $(STATIC) -ldflags "-s -w" -o "$(CURDIR)/$@" go.etcd.io/etcd/server/v3
+	cd test/stores/etcd-3.6 && go build -ldflags "-s -w" -o "$(CURDIR)/$@" go.etcd.io/etcd/server/v3
 	@touch $@
 
 build/bin/helm: test/helm/go.mod
-	cd test/helm && $(STATIC) -ldflags "-s -w" -o "$(CURDIR)/$@" helm.sh/helm/v4/cmd/helm
+	cd test/helm && go build -ldflags "-s -w" -o "$(CURDIR)/$@" helm.sh/helm/v4/cmd/helm
 	@touch $@
 
 # A real control plane and node, and an older API server; some minutes, once. They
@@ -147,13 +146,13 @@ $(KUBE): program = $(@F)
 build/stores/kube-apiserver-1.34: program = kube-apiserver
 $(KUBE) build/stores/kube-apiserver-1.34:
 	cd $(<D) && version=$$(awk '$$1 == "k8s.io/kubernetes" { print $$2 }' go.mod) && \
-	$(STATIC) -ldflags "-s -w -X k8s.io/component-base/version.gitVersion=$$version" -o "$(CURDIR)/$@" \
+	go build -ldflags "-s -w -X k8s.io/component-base/version.gitVersion=$$version" -o "$(CURDIR)/$@" \
 		k8s.io/kubernetes/cmd/$(program)
 	@touch $@
 
 # With SQLite as Go code: no C compiler is needed.
 build/stores/kine: test/stores/kine/go.mod
-	cd $(<D) && $(STATIC) -ldflags "-s -w" -o "$(CURDIR)/$@" github.com/k3s-io/kine
+	cd $(<D) && go build -ldflags "-s -w" -o "$(CURDIR)/$@" github.com/k3s-io/kine
 	@touch $@
 
 # The manifest is the chart with its default values.
@@ -205,9 +204,11 @@ test: check-source fuzz unit e2e ## Check, fuzz, unit and end-to-end tests (root
 
 # check vets all packages. Without debug information the linker takes half of the time.
 GO_TEST := go test -vet=off -ldflags=-w
+# The race detector needs cgo, and that a C compiler.
+RACE_TEST := $(if $(shell command -v gcc),CGO_ENABLED=1 $(GO_TEST) -race,$(GO_TEST))
 
 unit: ## Unit and in-namespace tests of the main module; what lacks root or a program is skipped
-	$(GO_TEST) $(RACE) $(TESTFLAGS) ./pkg/firewall ./pkg/kernel ./... # the longest first
+	$(RACE_TEST) $(TESTFLAGS) ./pkg/firewall ./pkg/kernel ./... # the longest first
 
 fuzz: ## Each fuzz target for FUZZTIME
 	@grep -r --include=*_test.go '^func Fuzz' . | sed -E 's|^(.*)/[^/]*:func (Fuzz[A-Za-z0-9_]*).*|\1 \2|' | \
@@ -230,7 +231,7 @@ test-stores: build need-lab $(SERVERS) $(OLD_ETCD) ## Every version of etcd and 
 
 test-long: build need-e2e $(SERVERS) $(OLD_ETCD) build/bin/helm image ## What test leaves out: all stores and combinations
 	cd test && LONG=rest $(GO_TEST) $(E2E) -run '^Test(Matrix|Cluster|Faults|Stores)$$' ./e2e ./stores
-	cd test && LONG=all $(GO_TEST) $(RACE) $(E2E) ./etcd ./ec2 ./lab
+	cd test && LONG=all $(RACE_TEST) $(E2E) ./etcd ./ec2 ./lab
 
 # The kernel, and what tests run, from Debian's packages. Some 100 MB, once.
 build/vm/root.cpio: test/vm/root

@@ -60,7 +60,7 @@ func TestReconfigure(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			ctx := labtest.Context(t, time.Minute)
-			l := labtest.New(ctx, t, configuration(ipv4Network, c.from, false), make([]lab.NodeOptions, 3)...)
+			l := labtest.New(ctx, t, configuration(ipv4Network, c.from, false), oneLink...)
 			labtest.Start(ctx, t, l, "--ip-masq")
 			pods := addPods(ctx, t, l)
 			lossless := startPings(ctx, t, pods)

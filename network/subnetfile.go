@@ -2,6 +2,7 @@ package network
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -58,7 +59,7 @@ func (f *fileWatch) again() error {
 	if err := os.MkdirAll(f.dir, 0o755); err != nil { // as the file's first writer would
 		return err
 	}
-	if err := f.watcher.Add(f.dir); err != nil {
+	if err := f.watcher.Add(f.dir); err != nil && !errors.Is(err, fsnotify.ErrClosed) { // closed: flanneld ends
 		return fmt.Errorf("inotify for %s: %w", f.dir, err)
 	}
 	return nil

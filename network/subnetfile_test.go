@@ -2,6 +2,8 @@ package network
 
 import (
 	"bytes"
+	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -10,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/fsnotify/fsnotify"
 	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
 	"k8s.io/klog/v2/textlogger"
@@ -155,3 +158,17 @@ func attempts(metrics string) int {
 
 func readOnly(root string) error { return unix.Mount("", root, "", unix.MS_REMOUNT|unix.MS_RDONLY, "") }
 func writable(root string) error { return unix.Mount("", root, "", unix.MS_REMOUNT, "") }
+
+// That the file is no longer watched when flanneld ends is no failure.
+func TestSubnetFileAtTheEnd(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	f, err := watchFile(ctx, filepath.Join(t.TempDir(), "subnet.env"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	cancel()
+	eventually(t, "the end of the watch", func() bool { return errors.Is(f.watcher.Add(f.dir), fsnotify.ErrClosed) })
+	if err := f.again(); err != nil {
+		t.Error(err)
+	}
+}

@@ -237,6 +237,7 @@ func TestNodeAddresses(t *testing.T) {
 	labtest.Do(t, n3.Start(append(args, "--iface-node-address")...))
 	waitSaid(ctx, t, n1, conflictsNoLonger("n2", "n3", "the public address "+lab.NATAddress))
 	waitAnnotation(ctx, t, k, n3, "public-ip", "198.18.0.3")
+	before := labtest.Must(n2.SubnetEnv())(t).Subnets
 	labtest.Do(t, k.DeleteNode(ctx, "n2")) // which brings a new lease, with the old address
 	labtest.Do(t, k.AddNode(ctx, n2))
 	waitAnnotation(ctx, t, k, n2, "public-ip", lab.NATAddress)
@@ -253,6 +254,13 @@ func TestNodeAddresses(t *testing.T) {
 	labtest.Do(t, k.Annotate(ctx, "n2", "node-public-ip=198.18.0.2"))
 	waitAnnotation(ctx, t, k, n2, "public-ip", "198.18.0.2")
 	waitSaid(ctx, t, n2, `uplink="eth0 198.18.0.2`)
+	labtest.Do(t, lab.Poll(ctx, "the new subnet in n2's subnet file", func() error {
+		env, err := n2.SubnetEnv()
+		if err == nil && env.Subnets == before {
+			err = fmt.Errorf("it has %s", before)
+		}
+		return err
+	}))
 	pods := addPodsTo(ctx, t, nodes[:3])
 	for _, from := range pods {
 		for _, to := range pods {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"testing"
 )
 
@@ -16,10 +17,17 @@ func TestMain(m *testing.M) {
 	main()
 }
 
-// start starts flanneld, which is killed when ctx ends, and returns a scanner of the lines that flanneld logs.
+// start starts flanneld, which is killed when ctx ends, and returns a scanner of the lines that flanneld logs. The subnet
+// file and the status socket are in a directory of the test's own. The path of a socket has at most 107 bytes, and the
+// names of some tests are too long for that.
 func start(ctx context.Context, t *testing.T, env []string, args ...string) (*exec.Cmd, *bufio.Scanner) {
 	t.Helper()
-	cmd := exec.CommandContext(ctx, os.Args[0], args...)
+	dir, err := os.MkdirTemp("", "flanneld")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	cmd := exec.CommandContext(ctx, os.Args[0], append(args, "--subnet-file="+filepath.Join(dir, "subnet.env"))...)
 	cmd.Env = append(env, "TEST_IS_FLANNELD=1", "PATH="+os.Getenv("PATH"))
 	r, w, err := os.Pipe()
 	if err != nil {

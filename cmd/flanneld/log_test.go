@@ -32,7 +32,7 @@ func TestLogIsLines(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 		defer cancel()
 		cmd, lines := start(ctx, t, []string{"NODE_NAME=n1"}, "--kube-subnet-mgr", server,
-			"--net-config-path="+config, "--status-socket=")
+			"--net-config-path="+config)
 		lines.Buffer(nil, 1<<24)
 		header := regexp.MustCompile(`^[IWE]\d{4} \d\d:\d\d:\d\d\.\d{6} +\d+ (main|network|health)\.go:\d+\] "`)
 		for n := 0; lines.Scan(); n++ {

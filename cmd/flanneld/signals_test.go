@@ -87,8 +87,7 @@ func TestEndWhileStarting(t *testing.T) {
 				if c.silent {
 					address, accepted = silent(t)
 				}
-				args := append(c.store(address), "--subnet-file="+filepath.Join(t.TempDir(), "subnet.env"))
-				cmd, lines := start(ctx, t, c.env, args...)
+				cmd, lines := start(ctx, t, c.env, c.store(address)...)
 				if c.silent {
 					go func() {
 						select {
@@ -130,8 +129,7 @@ func TestEndAtOnce(t *testing.T) {
 		t.Run(pause.String(), func(t *testing.T) {
 			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 			defer cancel()
-			cmd, lines := start(ctx, t, nil, "--etcd-endpoints=http://"+refusing(t),
-				"--subnet-file="+filepath.Join(t.TempDir(), "subnet.env"))
+			cmd, lines := start(ctx, t, nil, "--etcd-endpoints=http://"+refusing(t))
 			time.Sleep(pause) // flanneld may be at any step by then
 			cmd.Process.Signal(syscall.SIGTERM)
 			logged := ""
@@ -154,8 +152,7 @@ func TestHangUp(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	address, accepted := silent(t)
-	cmd, lines := start(ctx, t, nil, "--etcd-endpoints=http://"+address,
-		"--subnet-file="+filepath.Join(t.TempDir(), "subnet.env"))
+	cmd, lines := start(ctx, t, nil, "--etcd-endpoints=http://"+address)
 	go func() {
 		select {
 		case <-accepted:

@@ -361,16 +361,18 @@ func (m *Manager) overwrite(own *ownNode, attrs subnet.Attrs) subnet.Attrs {
 }
 
 // checkAddress logs, once, a public address that was found on this host but is not one of the Node's addresses of its
-// family: a frequent mistake on hosts with two interfaces.
+// family: a frequent mistake on hosts with two interfaces. A Node that has no addresses for a while changes nothing.
 func (m *Manager) checkAddress(own *ownNode, found netip.Addr) {
 	m.mu.Lock()
 	asked := m.selector
 	m.mu.Unlock()
 	sameFamily := func(ip netip.Addr) bool { return ip.BitLen() == found.BitLen() }
-	if found == asked.PublicIP || found == asked.PublicIPv6 ||
-		!slices.ContainsFunc(own.addresses, sameFamily) || slices.Contains(own.addresses, found) {
+	switch {
+	case found == asked.PublicIP || found == asked.PublicIPv6 || slices.Contains(own.addresses, found):
 		m.ownRecords.Forget(found.String())
 		return
+	case !slices.ContainsFunc(own.addresses, sameFamily):
+		return // not known: kubelet registers a Node before it publishes the addresses
 	}
 	m.ownRecords.Error(found.String(), fmt.Sprint(own.addresses), nil, "The public address is not an address of the Node",
 		"address", found, "node", m.name, "nodeAddresses", own.addresses,

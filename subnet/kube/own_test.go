@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/flanneld/flanneld/pkg/iface"
@@ -354,4 +355,32 @@ func TestWaits(t *testing.T) {
 	if text := said(); text != `"No longer waiting for the Node" missing="Node n1"`+"\n"+`"No longer waiting for the Node" missing="status.addresses"` {
 		t.Errorf("logged\n%s", text)
 	}
+}
+
+// TestForeignAddress: a public address that is not the Node's is logged once, even if the Node has no addresses for a
+// while, as when it is registered again. It is logged again after it was right.
+func TestForeignAddress(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store, _, logged := checkedPeers()
+		found := netip.MustParseAddr("10.0.2.15")
+		check := func(what string, lines int, addresses ...string) {
+			t.Helper()
+			time.Sleep(time.Hour) // each may be logged again
+			own := &ownNode{}
+			for _, a := range addresses {
+				own.addresses = append(own.addresses, netip.MustParseAddr(a))
+			}
+			store.checkAddress(own, found)
+			if got := logged(); len(got) != lines {
+				t.Errorf("%s: logged %q, want %d lines", what, got, lines)
+			}
+		}
+		check("another address", 1, "198.18.0.1", "fd18::1")
+		check("the same", 0, "198.18.0.1", "fd18::1")
+		check("no address", 0)
+		check("no address of the family", 0, "fd18::1")
+		check("back again", 0, "198.18.0.1", "fd18::1")
+		check("right", 0, "10.0.2.15", "fd18::1")
+		check("wrong again", 1, "198.18.0.1", "fd18::1")
+	})
 }

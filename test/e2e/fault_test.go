@@ -14,6 +14,7 @@ import (
 	"text/tabwriter"
 	"time"
 
+	"github.com/flanneld/flanneld/pkg/nstest"
 	"github.com/flanneld/flanneld/subnet"
 	"github.com/flanneld/flanneld/test/lab"
 	"github.com/flanneld/flanneld/test/lab/labtest"
@@ -63,7 +64,12 @@ type testbed struct {
 	want       string        // the state without a fault
 	others     []string      // routes of other programs, while the routes are gone
 	unlimit    func() error  // ends a limit of the daemon
+	memory     error         // why the daemon's memory has no limit; nil: it has
 }
+
+// memoryLimit is the limit of the daemon's memory during all faults, in bytes: what Documentation/kube-flannel.yml
+// requests. The manifest sets no limit.
+const memoryLimit = 30 << 20
 
 // newTestbed starts a testbed whose probes send a packet in each interval.
 func newTestbed(ctx context.Context, t testing.TB, g scenario, interval time.Duration) *testbed {
@@ -79,6 +85,7 @@ func newTestbed(ctx context.Context, t testing.TB, g scenario, interval time.Dur
 	l := labtest.New(ctx, t, config, lab.NodeOptions{}, lab.NodeOptions{})
 	s := &testbed{Lab: l, scenario: g, node: l.Nodes()[0], peer: l.Nodes()[1], interval: interval}
 	labtest.Do(t, joinAll(ctx, s))
+	s.memory = s.node.LimitMemory(memoryLimit)
 	s.startDaemons(ctx, t)
 	s.startProbes(ctx, t)
 	labtest.Do(t, s.waitTraffic(ctx, time.Now()))
@@ -326,6 +333,18 @@ func (s *testbed) recoverFrom(ctx context.Context, f fault, now daemonState) (r 
 	return r, err
 }
 
+// needs skips the test of a fault if the machine cannot do it.
+func (s *testbed) needs(t testing.TB, f fault) {
+	t.Helper()
+	switch {
+	case !f.memory || s.memory == nil:
+	case errors.Is(s.memory, errors.ErrUnsupported):
+		t.Skip(s.memory)
+	default:
+		nstest.Missing(t, "%v", s.memory)
+	}
+}
+
 // timedState is the state of the daemon for a fault whose recovery is measured.
 func (f fault) timedState() daemonState {
 	if f.daemon == either {
@@ -376,6 +395,7 @@ func TestFaults(t *testing.T) {
 					name += ", frozen"
 				}
 				t.Run(name, func(t *testing.T) {
+					s.needs(t, f)
 					r, err := s.recoverFrom(ctx, f, now)
 					if err != nil {
 						t.Error(err)
@@ -388,6 +408,9 @@ func TestFaults(t *testing.T) {
 			}
 			for _, n := range s.Nodes() {
 				labtest.Do(t, waitDiff(ctx, n, "")) // the daemon agrees
+			}
+			if s.memory == nil {
+				t.Logf("flanneld and its programs have used %d MiB at most", labtest.Must(s.node.MemoryPeak())(t)>>20)
 			}
 		})
 	}
@@ -406,6 +429,7 @@ func BenchmarkFaults(b *testing.B) {
 					continue
 				}
 				b.Run(f.name, func(b *testing.B) {
+					s.needs(b, f)
 					var all []recovery
 					for range b.N {
 						// Faults in quick succession are taken for a fight, and not repaired at once.

@@ -10,6 +10,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 
@@ -26,6 +27,7 @@ type fault struct {
 	inject  action
 	undo    action
 	restore action // for a fault after which pods talk again, but not all is as before
+	memory  bool   // the daemon's memory must have a limit
 }
 
 // daemonState is what the daemon does while a fault is injected.
@@ -162,7 +164,8 @@ var daemonFaults = []fault{
 		}, undo: restart},
 	{name: "daemon killed, peers change", undo: restart, restore: peersBack,
 		inject: func(ctx context.Context, s *testbed) error { return s.all(ctx, kill, peersChange) }},
-	{name: "daemon killed while many peers join", on: fewPeers, inject: killWhileJoining, undo: restart, restore: othersLeave},
+	{name: "daemon killed while many peers join", on: fewPeers, inject: killWhileJoining, undo: restart,
+		restore: othersLeave(someOthers)},
 	{name: "few descriptors, routes and rules flushed",
 		inject: func(ctx context.Context, s *testbed) (err error) {
 			if s.unlimit, err = s.node.LimitFiles(0); err != nil {
@@ -171,6 +174,15 @@ var daemonFaults = []fault{
 			return s.all(ctx, commands("ip -{4} route flush proto 70"), flushRules)
 		},
 		undo: func(_ context.Context, s *testbed) error { return s.unlimit() }},
+	{name: "memory limited, many peers join, a route deleted, rules flushed", on: fewPeers, memory: true,
+		inject: joinWithinLimit, restore: othersLeave(manyOthers)},
+	{name: "daemon killed for its memory while many peers join", on: fewPeers, memory: true, inject: exhaustWhileJoining,
+		undo: func(ctx context.Context, s *testbed) error {
+			return errors.Join(s.node.LimitMemory(memoryLimit), restart(ctx, s))
+		},
+		restore: func(ctx context.Context, s *testbed) error {
+			return s.all(ctx, waitOthers(someOthers), othersLeave(someOthers))
+		}},
 	{name: "daemon frozen, peers change", restore: peersBack,
 		inject: func(ctx context.Context, s *testbed) error {
 			return errors.Join(s.node.Freeze(ctx), peersChange(ctx, s))
@@ -252,42 +264,101 @@ func flushRules(ctx context.Context, s *testbed) error {
 	return commands("{iptables} -F", "{iptables} -t nat -F")(ctx, s)
 }
 
-// The leases of so many other strangers appear and go in killWhileJoining.
-const firstOther, lastOther = 10, 70
+// The leases of other strangers, from firstOther on, appear and go while the daemon is killed or limited. So many others
+// are enough for a change that takes a while; so many are most of the peers up to which no nexthop objects are used: later
+// such objects would stay.
+const firstOther, someOthers, manyOthers = 10, 60, 200
+
+// joinOther writes the lease of the i-th other stranger.
+func (s *testbed) joinOther(ctx context.Context, i int) error {
+	return s.join(ctx, s.stranger(firstOther+i, false))
+}
+
+// joinOthers writes the leases of so many other strangers.
+func joinOthers(number int) action {
+	return func(ctx context.Context, s *testbed) error {
+		for i := range number {
+			if err := s.joinOther(ctx, i); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+}
+
+// waitOthers waits until the kernel holds the first so many other strangers.
+func waitOthers(number int) action {
+	return func(ctx context.Context, s *testbed) error {
+		last := s.stranger(firstOther+number-1, false).IPv4.String()
+		return lab.Poll(ctx, fmt.Sprintf("%d new peers", number), func() error {
+			out, err := s.node.Run(ctx, "ip route show "+last)
+			if err == nil && out == "" {
+				err = errors.New("there is no route to " + last)
+			}
+			return err
+		})
+	}
+}
+
+// othersLeave removes the leases of other strangers, and waits until the node has followed.
+func othersLeave(number int) action {
+	return func(ctx context.Context, s *testbed) error {
+		for i := range number {
+			if err := s.Etcd.Delete(ctx, subnetKey(s.stranger(firstOther+i, false).Key())); err != nil {
+				return err
+			}
+		}
+		last := s.stranger(firstOther+number-1, false).IPv4.String()
+		return lab.Poll(ctx, "the peers to be gone", func() error {
+			out, err := s.node.Run(ctx, "ip route show "+last)
+			if err == nil && out != "" {
+				err = errors.New(out)
+			}
+			return err
+		})
+	}
+}
 
 // killWhileJoining kills the daemon in the middle of a change: when the kernel holds the first of many new peers.
 func killWhileJoining(ctx context.Context, s *testbed) error {
-	first := s.stranger(firstOther, false)
-	for i := firstOther; i < lastOther; i++ {
-		if err := s.join(ctx, s.stranger(i, false)); err != nil {
-			return err
-		}
-	}
-	err := lab.Poll(ctx, "the first of many peers", func() error {
-		out, err := s.node.Run(ctx, "ip route show "+first.IPv4.String())
-		if err == nil && out == "" {
-			err = errors.New("there is no route to it")
-		}
-		return err
-	})
+	err := s.all(ctx, joinOthers(someOthers), waitOthers(1))
 	s.node.Kill()
 	return err
 }
 
-// othersLeave removes the leases of killWhileJoining, and waits until the nodes have followed.
-func othersLeave(ctx context.Context, s *testbed) error {
-	for i := firstOther; i < lastOther; i++ {
-		if err := s.Etcd.Delete(ctx, subnetKey(s.stranger(i, false).Key())); err != nil {
-			return err
-		}
+// joinWithinLimit lets many peers join, and removes what the daemon must restore. The daemon stays within its
+// limit of memory.
+func joinWithinLimit(ctx context.Context, s *testbed) error {
+	pid := s.node.PID()
+	kills, err := s.node.OOMKills()
+	if err != nil {
+		return err
 	}
-	last := s.stranger(lastOther-1, false).IPv4.String()
-	return lab.Poll(ctx, "the peers to be gone", func() error {
-		out, err := s.node.Run(ctx, "ip route show "+last)
-		if err == nil && out != "" {
-			err = errors.New(out)
+	err = s.all(ctx, joinOthers(manyOthers), waitOthers(1), commands("ip route del {subnet}"), flushRules,
+		waitOthers(manyOthers))
+	now, errNow := s.node.OOMKills()
+	if err = errors.Join(err, errNow); err == nil && (now > kills || s.node.PID() != pid || s.node.Exited()) {
+		err = fmt.Errorf("the OOM killer has killed %d processes: flanneld or its programs", now-kills)
+	}
+	return err
+}
+
+// exhaustWhileJoining has the OOM killer kill the daemon in the middle of a change: while many peers join. Pods talk
+// without the daemon.
+func exhaustWhileJoining(ctx context.Context, s *testbed) error {
+	joined := 0
+	err := s.node.ExhaustMemory(ctx, func() (err error) {
+		if joined < someOthers {
+			err = s.joinOther(ctx, joined)
+			joined++
 		}
 		return err
+	})
+	if err != nil {
+		return err
+	}
+	return s.all(ctx, joinOthers(someOthers), func(ctx context.Context, s *testbed) error {
+		return s.waitTraffic(ctx, time.Now())
 	})
 }
 

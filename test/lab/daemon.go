@@ -25,9 +25,10 @@ const healthzIP, healthzPort = "127.0.0.1", "10255"
 type Daemon struct {
 	Env []string // what its environment has besides, as os.Environ has it
 
-	node *Node
-	args []string
-	proc *Process // nil before the first Start
+	node   *Node
+	args   []string
+	proc   *Process    // nil before the first Start
+	memory memoryFiles // zero: there is no limit
 }
 
 // Start starts build/bin/flanneld. Unless args have others, it gets the endpoint of the lab's etcd, the node's subnet
@@ -59,6 +60,10 @@ func (d *Daemon) Start(args ...string) error {
 	}
 	defer log.Close()
 	cmd := exec.Command(program, full...)
+	if d.memory.root != "" { // memory counts in the control group in which a process was when it allocated the memory
+		enter := []string{"-c", `echo $$ >"$0" && exec "$@"`, d.memoryFile("cgroup.procs"), program}
+		cmd = exec.Command("sh", append(enter, full...)...)
+	}
 	cmd.Env = append(os.Environ(),
 		"NODE_NAME="+d.node.Hostname, // for Kubernetes
 		"WIREGUARD_KEY_FILE="+d.KeyFile())

@@ -97,7 +97,13 @@ func (c checkedNodes) check(n *Node) {
 	if annotation(managed) != "true" {
 		return
 	}
-	if _, err := readAttrs(annotation); err != nil {
+	attrs, err := readAttrs(annotation)
+	for _, name := range []string{publicIP, publicIPv6} {
+		if err == nil && len(attrs.PublicIPs()) == 0 {
+			_, err = parseAddress(annotation(name), name)
+		}
+	}
+	if err != nil {
 		c.records.Error(n.Name, err.Error(), err, "The annotations of a Node cannot be read; the node is not reachable",
 			"node", plain.Text(n.Name), "fix", "flanneld on that node writes them; find out which other program does")
 	} else {

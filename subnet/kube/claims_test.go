@@ -240,3 +240,17 @@ func counting(nodes map[string]testNode) []string {
 	slices.Sort(out)
 	return out
 }
+
+// TestOutsideTheNetwork: a podCIDR that is not in the network keeps no younger node out, whatever it overlaps.
+func TestOutsideTheNetwork(t *testing.T) {
+	c := newCluster(t, onlyIPv4)
+	everything := peerNode(1)
+	everything.cidrs = []string{"0.0.0.0/0"}
+	c.Replace(objects(everything, peerNode(2)), "")
+	c.add(peerNode(3))
+	for _, name := range []string{"n2", "n3"} {
+		if n := c.byName[name]; !n.accepted || len(n.conflicts) > 0 {
+			t.Errorf("%s is kept out: %+v", name, n.conflicts)
+		}
+	}
+}

@@ -168,10 +168,18 @@ func (p *peers) markChanged(n *peer) {
 	}
 }
 
-// claimed returns a node's claims of the families that are on, each with the index that it belongs to.
+// claimed returns a node's claims of the families that are on, each with the index that it belongs to. A podCIDR that is
+// not in the network claims nothing: 0.0.0.0/0 would keep all younger nodes out.
 func (p *peers) claimed(n *peer) iter.Seq2[*prefixes.Index[*peer], netip.Prefix] {
 	return func(yield func(*prefixes.Index[*peer], netip.Prefix) bool) {
 		for _, s := range n.lease.Each() {
+			network := p.manager.on.IPv4
+			if s.Addr().Is6() {
+				network = p.manager.on.IPv6
+			}
+			if !network.Contains(s.Addr()) || s.Bits() < network.Bits() {
+				continue
+			}
 			if !yield(&p.subnets, s) {
 				return
 			}

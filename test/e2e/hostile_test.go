@@ -4,13 +4,16 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"net/netip"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 	"unicode"
 
 	"github.com/flanneld/flanneld/network"
+	"github.com/flanneld/flanneld/subnet"
 	"github.com/flanneld/flanneld/test/lab"
 	"github.com/flanneld/flanneld/test/lab/labtest"
 )
@@ -47,6 +50,7 @@ var hostileVXLAN = []hostileRecord{
 	{"no text", "10.5.220.0-24", "\xff\x00\xfe", ""},
 	{"a line in the key", "10.5.221.0-24\nforged", vxlanRecord("198.18.0.221", "0e:00:00:00:00:21"), ""},
 	{"a megabyte", "10.5.222.0-24", vxlanRecord("198.18.0.222", strings.Repeat("forged ", 140000)), ""},
+	{"a text for an address", "10.5.224.0-24", vxlanRecord(`198.18.0.224\nE0101 forged\u001b[2J`, "0e:00:00:00:00:24"), ""},
 	{"a large MAC", "10.5.223.0-24", vxlanRecord("198.18.0.223", strings.Repeat("forged ", 500)), "backend data"},
 }
 
@@ -75,64 +79,183 @@ func TestHostileRecords(t *testing.T) {
 			ctx := labtest.Context(t, 2*time.Minute)
 			l := labtest.New(ctx, t, fmt.Sprintf(`{%s, "Backend": {"Type": %q}}`, ipv4Network, backend), oneLink...)
 			labtest.Start(ctx, t, l, "--ip-masq")
-			pods := addPods(ctx, t, l)
-			labtest.Do(t, pods[0].WaitPing(ctx, pods[1].IPv4))
-			node := l.Nodes()[0]
-			labtest.Do(t, waitDiff(ctx, node, ""))
-			before := labtest.Must(node.Holds(ctx))(t)
-			ping := labtest.Must(pods[0].StartPing(ctx, pods[1].IPv4))(t)
-
-			records := forVictim(ctx, t, l, records)
-			for _, r := range records {
-				labtest.Do(t, l.Etcd.Put(ctx, lab.Prefix+"/subnets/"+r.key, r.value))
+			var own []subnet.Lease
+			for _, n := range l.Nodes() {
+				_, lease := leaseOf(ctx, t, l, n)
+				own = append(own, lease)
 			}
-			waitLeftOut(ctx, t, node, records)
-			expectUnharmed(ctx, t, node, before)
-			if got := labtest.Must(ping.Stop())(t); len(got.Lost) > 0 {
-				t.Errorf("lost %d of %d packets, numbers %v", len(got.Lost), got.Sent, got.Lost)
-			}
-			// The victim goes on renewing its lease, and the daemon starts again, with all records there.
-			labtest.Do(t, node.Stop(ctx))
-			labtest.Do(t, node.Start("--ip-masq"))
-			labtest.Do(t, node.WaitReady(ctx))
-			waitLeftOut(ctx, t, node, records)
-			expectUnharmed(ctx, t, node, before)
-			labtest.Do(t, pods[0].WaitPing(ctx, pods[1].IPv4))
-			labtest.Must(pods[0].Ping(ctx, pods[1].IPv4, lab.PingOptions{Count: 25}))(t)
-			checkLog(t, node)
-			for _, command := range []string{"status", "leases", "diff", "doctor"} {
-				out, _, err := node.Ctl(ctx, command)
-				if command != "doctor" { // which may have findings
-					labtest.Do(t, err)
-				}
-				if strings.ContainsFunc(out, notPlain) || strings.Contains(out, "\nforged") || len(out) > 20000 {
-					t.Errorf("flannelctl %s prints %d bytes: %q", command, len(out), out[:min(len(out), 20000)])
-				}
-			}
-
-			for _, r := range records {
-				labtest.Do(t, l.Etcd.Delete(ctx, lab.Prefix+"/subnets/"+r.key))
-			}
-			waitLeftOut(ctx, t, node, nil)
-			expectUnharmed(ctx, t, node, before)
+			records := forVictim(t, own, records)
+			testHostile(ctx, t, l, records, hostileStore{
+				put: func(r hostileRecord) error { return l.Etcd.Put(ctx, lab.Prefix+"/subnets/"+r.key, r.value) },
+				remove: func(r hostileRecord) error {
+					return l.Etcd.Delete(ctx, lab.Prefix+"/subnets/"+r.key)
+				},
+			}, "--ip-masq")
 		})
 	}
 }
 
-// forVictim fills in what records take from others: the second node is the victim, the first one reads.
-func forVictim(ctx context.Context, t *testing.T, l *lab.Lab, records []hostileRecord) []hostileRecord {
+// TestHostileAnnotations: the same for the annotations of Nodes that somebody registers, as a node that was taken over
+// may do with its own. What an API server refuses is refused, and nothing else of the records.
+func TestHostileAnnotations(t *testing.T) {
+	t.Parallel()
+	ctx := labtest.Context(t, 2*time.Minute)
+	l, k := newKube(ctx, t, "", oneLink)
+	args := daemonArgs(t, k, vxlanConfig)
+	var own []subnet.Lease
+	for i, n := range l.Nodes() {
+		podCIDR := netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 5, byte(i + 1), 0}), 24)
+		labtest.Do(t, k.AddNode(ctx, n, podCIDR.String()))
+		labtest.Do(t, n.Start(args...))
+		labtest.Do(t, n.WaitReady(ctx))
+		annotations := labtest.Must(k.Node(ctx, n.Hostname))(t).Metadata.Annotations
+		own = append(own, subnet.Lease{Subnets: subnet.Subnets{IPv4: podCIDR}, Attrs: subnet.Attrs{PublicIP: n.IPv4,
+			BackendData: json.RawMessage(annotations["flannel.alpha.coreos.com/backend-data"])}})
+	}
+
+	// Some records cannot be Nodes. Others are refused before they are leases: the log names them.
+	var records []hostileRecord
+	said := map[string]string{} // what the log says about a Node, by its name
+	// Of two Nodes that were registered within a second, the names decide: those that overlap others come last.
+	nodeOf := func(r hostileRecord) string {
+		name := "z" + strings.NewReplacer(".", "-", "/", "-").Replace(r.key)
+		if !strings.HasSuffix(r.key, "-24") {
+			name = "z" + name
+		}
+		return name
+	}
+	for _, r := range forVictim(t, own, hostileVXLAN) {
+		switch {
+		case len(r.value) > 1<<18 || strings.Contains(r.key, "\n"):
+			if err := registerHostile(ctx, k, "refused", r); err == nil {
+				t.Errorf("the API server takes %s", r.name)
+			}
+			continue
+		case r.reason == "subnet" || r.name == "the whole network":
+			r.reason = ""
+			said[nodeOf(r)] = `younger="` + nodeOf(r) + `" conflict="podCIDRs that overlap, `
+		case r.name == "everything": // a key in etcd has this form without IPv4
+			r.reason = "in its own subnet"
+		case r.reason == "":
+			said[nodeOf(r)] = `node="` + nodeOf(r) + `"`
+		}
+		records = append(records, r)
+	}
+	slices.SortStableFunc(records, func(a, b hostileRecord) int {
+		return strings.Count(nodeOf(a), "zz") - strings.Count(nodeOf(b), "zz")
+	})
+	testHostile(ctx, t, l, records, hostileStore{
+		put:    func(r hostileRecord) error { return registerHostile(ctx, k, nodeOf(r), r) },
+		remove: func(r hostileRecord) error { return k.DeleteNode(ctx, nodeOf(r)) },
+		check: func() {
+			for _, text := range said {
+				waitSaid(ctx, t, l.Nodes()[0], text)
+			}
+			// The victims are told.
+			for _, n := range l.Nodes() {
+				waitEvent(ctx, t, k, n.Hostname, "DuplicateIdentity", 1, "claims this node's ")
+			}
+		},
+	}, args...)
+}
+
+// registerHostile registers a Node that has what a record in etcd would have.
+func registerHostile(ctx context.Context, k *lab.Kube, name string, r hostileRecord) error {
+	var attrs struct {
+		PublicIP, BackendType string
+		BackendData           json.RawMessage
+	}
+	if err := json.Unmarshal([]byte(r.value), &attrs); err != nil { // no JSON at all
+		attrs.PublicIP, attrs.BackendType, attrs.BackendData = "198.18.0.200", "vxlan", json.RawMessage(r.value)
+	}
+	prefix := "flannel.alpha.coreos.com/"
+	podCIDR := strings.Replace(r.key, "-", "/", 1)
+	body, err := json.Marshal(map[string]any{
+		"apiVersion": "v1", "kind": "Node",
+		"metadata": map[string]any{"name": name, "annotations": map[string]string{
+			prefix + "kube-subnet-manager": "true", prefix + "public-ip": attrs.PublicIP,
+			prefix + "backend-type": attrs.BackendType, prefix + "backend-data": string(attrs.BackendData)}},
+		"spec": map[string]any{"podCIDR": podCIDR, "podCIDRs": []string{podCIDR}},
+	})
+	if err != nil {
+		return err
+	}
+	_, err = k.Do(ctx, "POST", "/api/v1/nodes", body)
+	return err
+}
+
+// A hostileStore writes records as somebody does who may write into the store of leases.
+type hostileStore struct {
+	put, remove func(hostileRecord) error
+	check       func() // that the records are in the store; nil: nothing else is to be checked
+}
+
+// testHostile lets somebody write records while the first node's daemon runs, and starts the daemon again with all
+// records there. The daemons run with args already.
+func testHostile(ctx context.Context, t *testing.T, l *lab.Lab, records []hostileRecord, store hostileStore,
+	args ...string) {
+	t.Helper()
+	pods := addPods(ctx, t, l)
+	labtest.Do(t, pods[0].WaitPing(ctx, pods[1].IPv4))
+	node := l.Nodes()[0]
+	labtest.Do(t, waitDiff(ctx, node, ""))
+	before := labtest.Must(node.Holds(ctx))(t)
+	ping := labtest.Must(pods[0].StartPing(ctx, pods[1].IPv4))(t)
+
+	for _, r := range records {
+		labtest.Do(t, store.put(r))
+	}
+	waitLeftOut(ctx, t, node, records)
+	expectUnharmed(ctx, t, node, before)
+	if got := labtest.Must(ping.Stop())(t); len(got.Lost) > 0 {
+		t.Errorf("lost %d of %d packets, numbers %v", len(got.Lost), got.Sent, got.Lost)
+	}
+	// The victim goes on renewing its lease, and the daemon starts again, with all records there.
+	labtest.Do(t, node.Stop(ctx))
+	labtest.Do(t, node.Start(args...))
+	labtest.Do(t, node.WaitReady(ctx))
+	waitLeftOut(ctx, t, node, records)
+	expectUnharmed(ctx, t, node, before)
+	labtest.Do(t, pods[0].WaitPing(ctx, pods[1].IPv4))
+	labtest.Must(pods[0].Ping(ctx, pods[1].IPv4, lab.PingOptions{Count: 25}))(t)
+	if store.check != nil {
+		store.check()
+	}
+	checkLog(t, node)
+	for _, command := range []string{"status", "leases", "diff", "doctor"} {
+		out, _, err := node.Ctl(ctx, command)
+		if command != "doctor" { // which may have findings
+			labtest.Do(t, err)
+		}
+		if strings.ContainsFunc(out, notPlain) || strings.Contains(out, "\nforged") || len(out) > 20000 {
+			t.Errorf("flannelctl %s prints %d bytes: %q", command, len(out), out[:min(len(out), 20000)])
+		}
+		for _, r := range records {
+			if command != "diff" && !strings.Contains(out, r.reason) {
+				t.Errorf("flannelctl %s does not print %q for %s:\n%s", command, r.reason, r.name, out)
+			}
+		}
+	}
+
+	for _, r := range records {
+		labtest.Do(t, store.remove(r))
+	}
+	waitLeftOut(ctx, t, node, nil)
+	expectUnharmed(ctx, t, node, before)
+}
+
+// forVictim fills in what records take from others. The second of two leases is the victim's, the first one that of the
+// node that reads.
+func forVictim(t *testing.T, own []subnet.Lease, records []hostileRecord) []hostileRecord {
 	t.Helper()
 	var data [2]struct{ VtepMAC, PublicKey string }
-	var lease [2]string
-	for i, n := range l.Nodes() {
-		_, own := leaseOf(ctx, t, l, n)
-		labtest.Do(t, json.Unmarshal(own.Attrs.BackendData, &data[i]))
-		half := own.IPv4.Addr().As4()
-		half[3] = 128
-		lease[i] = fmt.Sprintf("%d.%d.%d.%d", half[0], half[1], half[2], half[3])
+	for i := range data {
+		labtest.Do(t, json.Unmarshal(own[i].Attrs.BackendData, &data[i]))
 	}
-	fill := strings.NewReplacer("{ip}", l.Nodes()[1].IPv4.String(), "{mac}", data[1].VtepMAC, "{key}", data[1].PublicKey,
-		"{own}", data[0].VtepMAC+data[0].PublicKey, "{half}", lease[1])
+	half := own[1].IPv4.Addr().As4()
+	half[3] = 128
+	fill := strings.NewReplacer("{ip}", own[1].Attrs.PublicIP.String(), "{mac}", data[1].VtepMAC,
+		"{key}", data[1].PublicKey, "{own}", data[0].VtepMAC+data[0].PublicKey, "{half}", netip.AddrFrom4(half).String())
 	var filled []hostileRecord
 	for _, r := range records {
 		r.key, r.value = fill.Replace(r.key), fill.Replace(r.value)

@@ -12,7 +12,8 @@ import (
 )
 
 // Logger returns a logger that writes to log, and each line of which is printable and bounded, whatever its values are:
-// see Line. Only a Block has several lines.
+// see Line. Only a Block has several lines. The lines with one message are bounded, too, whatever other programs and
+// nodes do again and again: at most mostLines at once, and then linesPerMinute. With --v=2 and more, all are logged.
 //
 // By itself, klog writes a value that has a line break as it is, over several lines, and JSON with all of its characters
 // but the control characters of ASCII.
@@ -20,10 +21,13 @@ import (
 // The commands of errors that have the method Command() string are another value of the line.
 func Logger(log klog.Logger) klog.Logger {
 	// The methods of sink are one more call between the caller and klog, which logs where the caller is.
-	return log.WithSink(&sink{log.WithCallDepth(1).GetSink()})
+	return log.WithSink(&sink{log.WithCallDepth(1).GetSink(), &budget{messages: map[string]*allowance{}}})
 }
 
-type sink struct{ logr.LogSink }
+type sink struct {
+	logr.LogSink
+	budget *budget
+}
 
 var _ logr.CallDepthLogSink = (*sink)(nil)
 
@@ -32,11 +36,31 @@ func (s *sink) Enabled(level int) bool { return s.LogSink.Enabled(level) }
 
 // Info implements logr.LogSink.
 func (s *sink) Info(level int, msg string, keysAndValues ...any) {
-	s.LogSink.Info(level, Line(msg), values(keysAndValues)...)
+	msg = Line(msg)
+	if level == 0 {
+		ok, leftOut, warn := s.budget.take(msg)
+		if warn {
+			s.LogSink.Info(level, tooMany, "message", msg, "perMinute", linesPerMinute)
+		}
+		if !ok {
+			return
+		}
+		keysAndValues = addLeftOut(keysAndValues, leftOut)
+	}
+	s.LogSink.Info(level, msg, values(keysAndValues)...)
 }
 
 // Error implements logr.LogSink.
 func (s *sink) Error(err error, msg string, keysAndValues ...any) {
+	msg = Line(msg)
+	ok, leftOut, warn := s.budget.take(msg)
+	if warn {
+		s.LogSink.Error(nil, tooMany, "message", msg, "perMinute", linesPerMinute)
+	}
+	if !ok {
+		return
+	}
+	keysAndValues = addLeftOut(keysAndValues, leftOut)
 	if all := commands(err); all != nil {
 		keysAndValues = append(slices.Clone(keysAndValues), "command", Block(strings.Join(all, "\n")))
 	}
@@ -45,7 +69,7 @@ func (s *sink) Error(err error, msg string, keysAndValues ...any) {
 			err = errors.New(text)
 		}
 	}
-	s.LogSink.Error(err, Line(msg), values(keysAndValues)...)
+	s.LogSink.Error(err, msg, values(keysAndValues)...)
 }
 
 // commands returns the commands of an error and of the errors that it wraps.
@@ -67,16 +91,16 @@ func commands(err error) []string {
 
 // WithValues implements logr.LogSink.
 func (s *sink) WithValues(keysAndValues ...any) logr.LogSink {
-	return &sink{s.LogSink.WithValues(values(keysAndValues)...)}
+	return &sink{s.LogSink.WithValues(values(keysAndValues)...), s.budget}
 }
 
 // WithName implements logr.LogSink.
-func (s *sink) WithName(name string) logr.LogSink { return &sink{s.LogSink.WithName(name)} }
+func (s *sink) WithName(name string) logr.LogSink { return &sink{s.LogSink.WithName(name), s.budget} }
 
 // WithCallDepth implements logr.CallDepthLogSink.
 func (s *sink) WithCallDepth(depth int) logr.LogSink {
 	if inner, ok := s.LogSink.(logr.CallDepthLogSink); ok {
-		return &sink{inner.WithCallDepth(depth)}
+		return &sink{inner.WithCallDepth(depth), s.budget}
 	}
 	return s
 }

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"k8s.io/klog/v2"
@@ -93,6 +94,33 @@ func TestLoggerLeavesAlone(t *testing.T) {
 	if strip(got) != strip(want) || strings.Count(want, "log_test.go:") != 5 {
 		t.Errorf("got\n%s\nwant\n%s", got, want)
 	}
+}
+
+// TestBudget: whatever happens again and again, the log has some lines about it, and says how many it lacks.
+func TestBudget(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		text := logged(t, func(l klog.Logger) {
+			named := l.WithName("name").WithValues("a", 1).WithCallDepth(0)
+			for i := range 2000 {
+				l.Info("Applied", "command", i)
+				named.Error(errors.New("refused"), "Failed; retrying", "number", i)
+			}
+			time.Sleep(10 * time.Second)
+			l.Info("Applied", "command", "last")
+			for i := range 2 * maxMessages {
+				l.Info(fmt.Sprint("Message ", i))
+			}
+			l.Info("Another message")
+		})
+		for part, want := range map[string]int{
+			`"Applied" command=`: mostLines + 1, `"Failed; retrying" err="refused" logger="name" a=1 number=`: mostLines,
+			`"Applied" command="last" leftOut=1500`: 1, tooMany: 3, `"Message `: maxMessages - 1 + mostLines, `"Another message"`: 0,
+		} {
+			if got := strings.Count(text, part); got != want {
+				t.Errorf("%s is there %d times, want %d", part, got, want)
+			}
+		}
+	})
 }
 
 // TestCommandOfError: the command of an error stands in a block of its own, which has no escape sequences.

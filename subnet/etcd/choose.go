@@ -29,7 +29,7 @@ func choose(records []record, cfg *subnet.Config, want subnet.Lease, wrote recor
 	for _, r := range records {
 		if r.valid && sameNode(r.attrs, want.Attrs) || r.key == wrote.key && r.changed == wrote.changed {
 			own = append(own, r)
-		} else {
+		} else if canHave(cfg, r.subnets) {
 			others = append(others, r)
 		}
 	}
@@ -44,7 +44,8 @@ func choose(records []record, cfg *subnet.Config, want subnet.Lease, wrote recor
 		}
 	}
 	if len(usable) == 0 {
-		c.create = freeSubnets(records, cfg, want.Subnets, pick)
+		own = slices.DeleteFunc(own, func(r record) bool { return !canHave(cfg, r.subnets) })
+		c.create = freeSubnets(slices.Concat(own, others), cfg, want.Subnets, pick)
 		return c
 	}
 	c.take = preferred(usable, want.Subnets, wrote)
@@ -54,6 +55,18 @@ func choose(records []record, cfg *subnet.Config, want subnet.Lease, wrote recor
 		}
 	}
 	return c
+}
+
+// canHave tells whether the networks can have been divided into the subnets. No node takes others for a peer's. So they
+// occupy nothing: a single record could keep all new nodes out of the network.
+func canHave(cfg *subnet.Config, s subnet.Subnets) bool {
+	for f, pool := range cfg.Pools().Each() {
+		p := s.Of(f)
+		if pool.Enabled() && p.IsValid() && p.Bits() < pool.Network.Bits()+2 && p.Overlaps(pool.Network) {
+			return false
+		}
+	}
+	return true
 }
 
 // preferred returns the record that the node takes, of several of its own: a reservation before the wanted subnets,

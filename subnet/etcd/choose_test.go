@@ -100,6 +100,13 @@ func TestChoose(t *testing.T) {
 		{name: "full", config: four, self: self, records: `
 			10.5.0.0-22 198.18.0.2
 			10.5.4.128-25 198.18.0.3`, want: "full"},
+		{name: "what no node can have occupies nothing", config: dual, self: self, records: `
+			10.5.0.0-16 198.18.0.2
+			8.0.0.0-5 198.18.0.3
+			0.0.0.0-0&8000::-1 fd18::3
+			0.0.0.0-1 unreadable
+			10.5.0.0-17&fd00:5:0:1::-64 198.18.0.4
+			10.5.0.0-16 198.18.0.1 reserved`, want: "unfit 10.5.0.0-16, create 10.5.1.0-24&fd00:5:0:1::-64"},
 		{name: "full in one family", config: dual, self: self, records: `
 			10.5.0.0-21 198.18.0.2`, want: "full"},
 

@@ -73,11 +73,17 @@ func newClientConfig(log klog.Logger, o Options, files *tlsFiles, dialer *iface.
 		// Requests are repeated by do, which also logs why. The second attempt here uses the next endpoint after one that
 		// fails.
 		MaxUnaryRetries: 2,
+		// The default is no limit. A watch whose events are larger ends, and all leases are read again.
+		MaxCallRecvMsgSize: maxAnswer,
 		Logger: zap.New(zapcore.NewCore(
 			zapcore.NewConsoleEncoder(zapcore.EncoderConfig{MessageKey: "msg"}), toKlog{log}, zap.DebugLevel)),
 		DialOptions: options,
 	}, nil
 }
+
+// maxAnswer is the size of the largest message that is taken from etcd, in bytes: it stands in memory twice. 20000
+// leases have about 5 MB.
+const maxAnswer = 8 << 20
 
 // failFast makes requests fail at once, with the reason, when no server can be reached. By default the client lets
 // requests wait until their time is over, and its error has no reason.

@@ -3,13 +3,17 @@ package etcd
 import (
 	"bytes"
 	"context"
-	"iter"
+	"errors"
+	"slices"
 	"strings"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/flanneld/flanneld/pkg/plain"
 	"github.com/flanneld/flanneld/subnet"
@@ -58,6 +62,7 @@ func (m *Manager) parse(kv *mvccpb.KeyValue) (r record, ok bool) {
 		return record{}, false
 	}
 	if r.attrs, err = subnet.ParseAttrs(kv.Value); err != nil {
+		r.value = bytes.Clone(kv.Value[:min(len(kv.Value), plain.Most+1)]) // which may be all of a megabyte
 		m.records.Error(r.key, r.changed, err, "A lease in etcd cannot be read; its node is not reachable",
 			"key", r.key, "fix", "if no node holds the lease: etcdctl del "+plain.Shell(r.key))
 		return r, true
@@ -66,37 +71,83 @@ func (m *Manager) parse(kv *mvccpb.KeyValue) (r record, ok bool) {
 	return r, true
 }
 
-// list reads all records, in one request.
+// list reads all records as of one revision: in one request, or in several where the answer would be larger than
+// maxAnswer. Others may write any number of records of etcd's largest size.
 func (m *Manager) list(ctx context.Context) ([]record, watchPoint, error) {
-	var found *clientv3.GetResponse
-	read := func(ctx context.Context, c *clientv3.Client) (h *pb.ResponseHeader, err error) {
-		if found, err = c.Get(ctx, m.subnetsPrefix(), clientv3.WithPrefix()); err != nil {
-			return nil, err
-		}
-		return found.Header, nil
-	}
-	at, err := m.do(ctx, "read the leases", read)
-	if err != nil {
-		return nil, watchPoint{}, err
-	}
-	m.records.ForgetOthers(keysOf(found.Kvs))
-	records := make([]record, 0, len(found.Kvs))
-	for _, kv := range found.Kvs {
-		if r, ok := m.parse(kv); ok {
-			records = append(records, r)
-		}
-	}
-	return records, at, nil
-}
-
-func keysOf(kvs []*mvccpb.KeyValue) iter.Seq[string] {
-	return func(yield func(string) bool) {
-		for _, kv := range kvs {
-			if !yield(string(kv.Key)) {
-				return
+	for {
+		l := listing{Manager: m, next: m.subnetsPrefix()}
+		for !l.done {
+			at, err := m.do(ctx, "read the leases", l.read)
+			if err != nil {
+				return nil, watchPoint{}, err
+			}
+			if l.at.invalid == nil {
+				l.at = at
 			}
 		}
+		if l.lost {
+			continue
+		}
+		m.records.ForgetOthers(slices.Values(l.keys))
+		return l.records, l.at, nil
 	}
+}
+
+// A listing is the state of reading all records.
+type listing struct {
+	*Manager
+	at      watchPoint // of the first answer; zero: there was none
+	next    string     // the key to go on from
+	limit   int64      // of keys per answer; 0: none
+	done    bool
+	lost    bool // etcd no longer has the revision of the first answer
+	keys    []string
+	records []record
+}
+
+// read is a request for the next records.
+func (l *listing) read(ctx context.Context, c *clientv3.Client) (*pb.ResponseHeader, error) {
+	found, err := l.get(ctx, c)
+	switch {
+	case errors.Is(err, rpctypes.ErrCompacted) || errors.Is(err, rpctypes.ErrFutureRev):
+		l.done, l.lost = true, true
+		return nil, nil
+	case tooLarge(err) && l.limit == 1: // this one is larger than any record that is read
+		found, err = l.get(ctx, c, clientv3.WithKeysOnly())
+	case tooLarge(err) && l.limit == 0:
+		l.limit = 1024
+		return nil, nil
+	case tooLarge(err):
+		l.limit = max(1, l.limit/8)
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	for _, kv := range found.Kvs {
+		l.keys = append(l.keys, string(kv.Key))
+		if r, ok := l.parse(kv); ok {
+			l.records = append(l.records, r)
+		}
+	}
+	l.done = !found.More || len(found.Kvs) == 0
+	if !l.done {
+		l.next = string(found.Kvs[len(found.Kvs)-1].Key) + "\x00"
+	}
+	l.limit *= 2
+	return found.Header, nil
+}
+
+func (l *listing) get(ctx context.Context, c *clientv3.Client, options ...clientv3.OpOption) (
+	*clientv3.GetResponse, error,
+) {
+	return c.Get(ctx, l.next, append(options, clientv3.WithRange(clientv3.GetPrefixRangeEnd(l.subnetsPrefix())),
+		clientv3.WithLimit(l.limit), clientv3.WithRev(l.at.revision))...)
+}
+
+// tooLarge tells whether an answer was larger than maxAnswer.
+func tooLarge(err error) bool {
+	return status.Code(err) == codes.ResourceExhausted && strings.Contains(err.Error(), "received message")
 }
 
 // publish gives the node's record the value, and renews its etcd lease, or replaces an etcd lease that has ended; a

@@ -230,8 +230,8 @@ func explain(err error) (cause, text string) {
 	case errors.Is(err, rpctypes.ErrNoSpace):
 		return "", text + ": compact and defragment etcd, or raise its --quota-backend-bytes, and then: etcdctl alarm disarm"
 	case errors.Is(err, rpctypes.ErrPermissionDenied):
-		return "", text + ": the user must be allowed to read and write all keys under --etcd-prefix, " +
-			"see etcdctl role grant-permission --prefix"
+		return "", text + ": the user must be allowed to read config under --etcd-prefix, and to read and " +
+			"write subnets/ and nodes/ there, see etcdctl role grant-permission --prefix"
 	case contains("x509:"):
 		return "certificate", text + ": the server's certificate cannot be verified, " +
 			"check --etcd-cafile and the names in --etcd-endpoints"

@@ -7,6 +7,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"errors"
 	"math/big"
 	"net"
 	"os"
@@ -239,6 +240,13 @@ func (s *site) waits(o etcd.Options, parts ...string) {
 	}
 }
 
+// grantPrefix lets flannel's role read and write the keys with a prefix.
+func (s *site) grantPrefix(prefix string) error {
+	_, err := s.client.RoleGrantPermission(s.ctx(), "flannel", s.prefix+prefix, clientv3.GetPrefixRangeEnd(s.prefix+prefix),
+		clientv3.PermissionType(clientv3.PermReadWrite))
+	return err
+}
+
 func TestPassword(t *testing.T) {
 	s := newOwnSite(t)
 	s.up()
@@ -249,11 +257,13 @@ func TestPassword(t *testing.T) {
 		func() error { _, err := s.client.UserAdd(ctx, "root", "r00t"); return err },
 		func() error { _, err := s.client.UserGrantRole(ctx, "root", "root"); return err },
 		func() error { _, err := s.client.RoleAdd(ctx, "flannel"); return err },
+		// As Documentation/configuration.md has it.
 		func() error {
-			_, err := s.client.RoleGrantPermission(ctx, "flannel", s.prefix+"/", clientv3.GetPrefixRangeEnd(s.prefix+"/"),
-				clientv3.PermissionType(clientv3.PermReadWrite))
+			_, err := s.client.RoleGrantPermission(ctx, "flannel", s.prefix+"/config", "", clientv3.PermissionType(clientv3.PermRead))
 			return err
 		},
+		func() error { return s.grantPrefix("/subnets/") },
+		func() error { return s.grantPrefix("/nodes/") },
 		func() error { _, err := s.client.UserAdd(ctx, "flannel", "secret"); return err },
 		func() error { _, err := s.client.UserAdd(ctx, "stranger", "secret"); return err },
 		func() error { _, err := s.client.UserGrantRole(ctx, "flannel", "flannel"); return err },
@@ -287,6 +297,17 @@ func TestPassword(t *testing.T) {
 	s.keep(m, l)
 	s.delete("subnets/10.5.1.0-24")
 	s.until("subnets/10.5.1.0-24", func(e entry) bool { return e.value == record("198.18.0.1") })
+
+	// A node that was taken over may not run commands on the others.
+	node, err := clientv3.New(clientv3.Config{Endpoints: []string{s.server.addr()}, Username: "flannel", Password: "secret",
+		Logger: zap.NewNop()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer node.Close()
+	if _, err := node.Put(ctx, s.prefix+"/config", `{"Backend": {"Type": "extension"}}`); !errors.Is(err, rpctypes.ErrPermissionDenied) {
+		t.Errorf("writing the configuration as a node: %v, want %v", err, rpctypes.ErrPermissionDenied)
+	}
 
 	// The password is put right while we wait.
 	o.Password = "changed"

@@ -5,18 +5,28 @@ import (
 	"fmt"
 	"hash/maphash"
 	"iter"
+	"net/netip"
+	"slices"
 
 	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/pkg/multimap"
 	"github.com/flanneld/flanneld/pkg/prefixes"
 	"github.com/flanneld/flanneld/subnet"
 )
 
-// claims are what leases say that only one node can have: subnets, and the identities that the backend knows peers by.
-// A program that may write to the store can publish what belongs to another node. The oldest lease counts: a record may
-// not take anything from the node that had it first.
+// claims are what leases say that only one node can have: subnets, public addresses inside the network, which no other
+// node's subnet can contain, and the identities that the backend knows peers by. A program that may write to the store
+// can publish what belongs to another node. The oldest lease counts: a record may not take anything from the node that
+// had it first.
+//
+// Such a program can also publish any number of leases that all claim the same. So the oldest lease comes first in each
+// of the indexes: no decision about a lease takes a look at all of its rivals.
 type claims struct {
+	networks   subnet.Subnets
+	leases     map[subnet.Subnets]*claimant
 	subnets    prefixes.Index[*claimant]
+	publics    prefixes.Index[*claimant]       // as prefixes of full length
 	identities multimap.Map[uint64, *claimant] // by hash: the texts would take more memory than all else
 	seed       maphash.Seed
 }
@@ -25,10 +35,17 @@ type claims struct {
 type claimant struct {
 	subnet.Subnets
 	created    int64
+	publics    []netip.Prefix // inside the network: there are none, as a rule
 	identities []uint64
 }
 
-func newClaims() *claims { return &claims{seed: maphash.MakeSeed()} }
+func newClaims(networks subnet.Subnets) *claims {
+	c := &claims{networks: networks, leases: map[subnet.Subnets]*claimant{}, seed: maphash.MakeSeed()}
+	c.subnets.SetOrder(compareAge)
+	c.publics.SetOrder(compareAge)
+	c.identities.Compare = compareAge
+	return c
+}
 
 func (c *claims) hash(identity string) uint64 { return maphash.String(c.seed, identity) }
 
@@ -38,66 +55,138 @@ func (c *claims) put(b backend.Backend, l subnet.Lease) {
 	for _, id := range backend.Identities(b, l) {
 		n.identities = append(n.identities, c.hash(id))
 	}
+	for _, f := range family.All {
+		if ip := l.Attrs.PublicIPOf(f); ip.IsValid() && c.networks.Of(f).Contains(ip) {
+			n.publics = append(n.publics, netip.PrefixFrom(ip, ip.BitLen()))
+		}
+	}
+	c.leases[l.Subnets] = n
 	for _, id := range n.identities {
 		c.identities.Add(id, n)
 	}
 	for _, p := range n.Each() {
 		c.subnets.Add(p, n)
 	}
-}
-
-// of returns the claimant that is the lease with these subnets; nil: there is none.
-func (c *claims) of(s subnet.Subnets) *claimant {
-	for _, p := range s.Each() {
-		for n := range c.subnets.Of(p) {
-			if n.Subnets == s {
-				return n
-			}
-		}
+	for _, p := range n.publics {
+		c.publics.Add(p, n)
 	}
-	return nil
 }
 
 // remove forgets what the lease with these subnets claims.
 func (c *claims) remove(s subnet.Subnets) {
-	n := c.of(s)
+	n := c.leases[s]
 	if n == nil {
 		return
 	}
+	delete(c.leases, s)
 	for _, id := range n.identities {
 		c.identities.Remove(id, n)
 	}
 	for _, p := range n.Each() {
 		c.subnets.Remove(p, n)
 	}
+	for _, p := range n.publics {
+		c.publics.Remove(p, n)
+	}
 }
 
-// A claim is what two leases claim: an identity or, if that is 0, their subnets.
-type claim struct{ identity uint64 }
+// A claim is what two leases claim.
+type claim struct {
+	identity uint64       // 0: addresses
+	public   netip.Prefix // a public address of one of the two, which is in the subnet of the other; zero: none
+	ours     bool         // it is that of the lease that was asked about
+}
+
+// A scope tells which rivals are asked for.
+type scope int
+
+const (
+	all     scope = iota
+	oldest        // those that are the oldest of all that claim one thing: the oldest rival is among them
+	decided       // those that may be left out, or not, because of the lease that is asked about
+)
 
 // rivals yields the other leases that claim something of what a lease claims, and what that is.
-func (c *claims) rivals(s subnet.Subnets) iter.Seq2[*claimant, claim] {
+func (c *claims) rivals(n *claimant, of scope) iter.Seq2[*claimant, claim] {
 	return func(yield func(*claimant, claim) bool) {
-		n := c.of(s)
-		if n == nil {
-			return
+		visit := func(values iter.Seq[*claimant], what claim) bool {
+			for other := range values {
+				if other != n && !yield(other, what) {
+					return false
+				}
+				if of == oldest {
+					break
+				}
+			}
+			return true
 		}
 		for _, id := range n.identities {
-			for other := range c.identities.Of(id) {
-				if other != n && !yield(other, claim{id}) {
+			if first, _ := c.identities.First(id); of == decided && first != n {
+				continue
+			}
+			if !visit(c.identities.Of(id), claim{identity: id}) {
+				return
+			}
+		}
+		for _, p := range n.Each() {
+			switch first, _ := c.subnets.First(p); {
+			case of == decided && first != n:
+				continue
+			case of == oldest && first != n: // which has the same rivals
+				if !yield(first, claim{}) {
+					return
+				}
+				continue
+			}
+			for q := range c.subnets.Prefixes(p) {
+				if !visit(c.subnets.Of(q), claim{}) {
+					return
+				}
+			}
+			for q := range c.publics.Prefixes(p) {
+				if !visit(c.publics.Of(q), claim{public: q}) {
 					return
 				}
 			}
 		}
-		for _, p := range n.Each() {
-			for _, other := range c.subnets.Overlapping(p) {
-				if other != n && !yield(other, claim{}) {
+		for _, ip := range n.publics {
+			if first, _ := c.publics.First(ip); of == decided && first != n {
+				continue
+			}
+			for q := range c.subnets.Prefixes(ip) {
+				if !visit(c.subnets.Of(q), claim{public: ip, ours: true}) {
 					return
 				}
 			}
 		}
 	}
 }
+
+// common returns what two leases claim, if they claim the same.
+func (n *claimant) common(other *claimant) (what claim, ok bool) {
+	for _, id := range n.identities {
+		if slices.Contains(other.identities, id) {
+			return claim{identity: id}, true
+		}
+	}
+	if n.overlaps(other.IPv4) || n.overlaps(other.IPv6) {
+		return claim{}, true
+	}
+	for _, ip := range n.publics {
+		if other.overlaps(ip) {
+			return claim{public: ip, ours: true}, true
+		}
+	}
+	for _, ip := range other.publics {
+		if n.overlaps(ip) {
+			return claim{public: ip}, true
+		}
+	}
+	return claim{}, false
+}
+
+// overlaps tells whether a prefix shares an address with the subnets.
+func (n *claimant) overlaps(p netip.Prefix) bool { return n.IPv4.Overlaps(p) || n.IPv6.Overlaps(p) }
 
 // describe returns what a lease claims, in words.
 func (c *claims) describe(b backend.Backend, l subnet.Lease, what claim) string {
@@ -106,26 +195,32 @@ func (c *claims) describe(b backend.Backend, l subnet.Lease, what claim) string 
 			return id
 		}
 	}
-	return "subnet " + l.Subnets.String()
+	switch {
+	case !what.public.IsValid():
+		return "subnet " + l.Subnets.String()
+	case what.ours:
+		return "public address " + what.public.Addr().String() + ", which is in a subnet,"
+	}
+	return "subnet " + l.Subnets.String() + ", which contains the public address " + what.public.Addr().String() + ","
 }
 
 // checkClaims returns why a lease is left out that claims what belongs to another lease. What is ours stays ours,
 // whichever lease is older.
 func (s *state) checkClaims(l subnet.Lease) error {
-	n := s.claims.of(l.Subnets)
+	n, own := s.claims.leases[l.Subnets], s.claims.leases[s.own.Subnets]
+	if what, ok := n.common(own); ok {
+		text := fmt.Sprintf("left out, since its %s is this node's own", s.claims.describe(s.backend, l, what))
+		if n.olderThan(own) {
+			return fmt.Errorf("%s, too. The lease of %s is older than ours: "+
+				"the other nodes leave this node out. Delete that lease if no node holds it", text, l.Subnets)
+		}
+		return fmt.Errorf("%s", text)
+	}
 	var owner *claimant
 	var what claim
-	for other, shared := range s.claims.rivals(l.Subnets) {
-		switch {
-		case other.Subnets == s.own.Subnets:
-			text := fmt.Sprintf("left out, since its %s is this node's own", s.claims.describe(s.backend, l, shared))
-			if n.olderThan(other) {
-				return fmt.Errorf("%s, too. The lease of %s is older than ours: "+
-					"the other nodes leave this node out. Delete that lease if no node holds it", text, l.Subnets)
-			}
-			return fmt.Errorf("%s", text)
-		case other.olderThan(n) && (owner == nil || other.olderThan(owner)):
-			owner, what = other, shared
+	for other, common := range s.claims.rivals(n, oldest) {
+		if other.olderThan(n) && (owner == nil || other.olderThan(owner)) {
+			owner, what = other, common
 		}
 	}
 	if owner == nil {
@@ -144,8 +239,11 @@ func firstAddress(l subnet.Lease) any {
 	return "an unknown address"
 }
 
-// olderThan tells which of two leases keeps what both claim. Where the store cannot tell their ages apart, the smaller
-// subnet keeps it, so that all nodes decide alike.
-func (n *claimant) olderThan(other *claimant) bool {
-	return cmp.Or(cmp.Compare(n.created, other.created), n.IPv4.Compare(other.IPv4), n.IPv6.Compare(other.IPv6)) < 0
+// olderThan tells which of two leases keeps what both claim.
+func (n *claimant) olderThan(other *claimant) bool { return compareAge(n, other) < 0 }
+
+// compareAge sorts by age, the oldest first. Where the store cannot tell the ages apart, the smaller subnet counts as
+// older, so that all nodes decide alike.
+func compareAge(n, other *claimant) int {
+	return cmp.Or(cmp.Compare(n.created, other.created), n.IPv4.Compare(other.IPv4), n.IPv6.Compare(other.IPv6))
 }

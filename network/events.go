@@ -40,14 +40,18 @@ func (n *node) recordRival() {
 	if n.own == nil || n.claims == nil {
 		return
 	}
-	message := ""
-	for rival, what := range n.claims.rivals(n.own.Subnets) {
-		m := fmt.Sprintf("The node at %v, with the lease of %s, claims this node's %s, and is left out here. "+
-			"If it is the older one, the other nodes leave this node out. Find out which node published the copy, "+
-			"and delete its lease", firstAddress(n.leases[rival.Subnets]), rival.Subnets, n.claims.describe(n.backend, *n.own, what))
-		if message == "" || m < message { // always the same one of several
-			message = m
+	var first *claimant // always the same one of several
+	var what claim
+	for rival, common := range n.claims.rivals(n.claims.leases[n.own.Subnets], all) {
+		if first == nil || rival.olderThan(first) {
+			first, what = rival, common
 		}
+	}
+	message := ""
+	if first != nil {
+		message = fmt.Sprintf("The node at %v, with the lease of %s, claims this node's %s, and is left out here. "+
+			"If it is the older one, the other nodes leave this node out. Find out which node published the copy, "+
+			"and delete its lease", firstAddress(n.leases[first.Subnets]), first.Subnets, n.claims.describe(n.backend, *n.own, what))
 	}
 	if message != n.rival {
 		n.rival = message

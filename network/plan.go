@@ -127,7 +127,7 @@ func (s *state) planAllPeers() peersPlan {
 
 // claimAll records what all leases claim.
 func (s *state) claimAll() {
-	s.claims = newClaims()
+	s.claims = newClaims(s.cfg.Networks())
 	s.claim(*s.own)
 	for subnets, l := range s.leases {
 		if subnets != s.own.Subnets {
@@ -151,13 +151,21 @@ func (s *state) claim(l subnet.Lease) {
 }
 
 // updateClaims records what leases claim after an update. It returns the leases to
-// plan for: the new and the changed ones, and those that claim the same as one of
-// these or as a lease that is gone.
+// plan for: the new and the changed ones, and those that may be left out because of
+// one of these or because of a lease that is gone.
 func (s *state) updateClaims(u subnet.Update, gone []subnet.Subnets) map[subnet.Subnets]subnet.Lease {
 	leases := make(map[subnet.Subnets]subnet.Lease, len(u.Leases))
 	maps.Copy(leases, u.Leases)
 	addRivals := func(of subnet.Subnets) {
-		for rival := range s.claims.rivals(of) {
+		n := s.claims.leases[of]
+		if n == nil {
+			return
+		}
+		which := decided
+		if of == s.own.Subnets { // what is ours stays ours, even if it is the younger one
+			which = all
+		}
+		for rival := range s.claims.rivals(n, which) {
 			if l, ok := s.leases[rival.Subnets]; ok {
 				leases[rival.Subnets] = l
 			}
@@ -248,6 +256,8 @@ func (s *state) checkLease(l subnet.Lease) error {
 			return fmt.Errorf("left out, since %s is not in the network %s", peer, pool.Network)
 		case peer.Overlaps(s.own.Of(f)):
 			return fmt.Errorf("left out, since %s overlaps this node's own %s", peer, s.own.Of(f))
+		case s.uplink.Conflict(pool.Network, peer).IsValid():
+			return fmt.Errorf("left out, since %s overlaps %s on %s", peer, s.uplink.Conflict(pool.Network, peer), s.uplink.Name)
 		}
 	}
 	return nil

@@ -9,6 +9,9 @@ import (
 
 // A Map has any number of values for a key. The zero Map is empty.
 type Map[K, V comparable] struct {
+	// Compare orders the values of a key. Nil: they are in the order in which they were added.
+	Compare func(a, b V) int
+
 	first map[K]V
 	more  map[K][]V // beside the first
 }
@@ -18,11 +21,20 @@ func (m *Map[K, V]) Add(k K, v V) {
 	if m.first == nil {
 		m.first, m.more = map[K]V{}, map[K][]V{}
 	}
-	if _, taken := m.first[k]; taken {
-		m.more[k] = append(m.more[k], v)
-	} else {
+	first, taken := m.first[k]
+	if !taken {
 		m.first[k] = v
+		return
 	}
+	more := m.more[k]
+	at := len(more)
+	if m.Compare != nil {
+		if m.Compare(v, first) < 0 {
+			m.first[k], v = v, first
+		}
+		at, _ = slices.BinarySearchFunc(more, v, m.Compare)
+	}
+	m.more[k] = slices.Insert(more, at, v)
 }
 
 // Remove removes a value of a key, and reports whether it was there.
@@ -61,6 +73,12 @@ func (m *Map[K, V]) Of(k K) iter.Seq[V] {
 			}
 		}
 	}
+}
+
+// First returns the first value of a key.
+func (m *Map[K, V]) First(k K) (first V, ok bool) {
+	first, ok = m.first[k]
+	return first, ok
 }
 
 // Keys yields the keys that have values.

@@ -1,6 +1,7 @@
 package prefixes
 
 import (
+	"math/rand/v2"
 	"net/netip"
 	"slices"
 	"strings"
@@ -49,5 +50,53 @@ func TestOverlapping(t *testing.T) {
 	add("10.5.0.0/16", "b")
 	for range x.Overlapping(netip.MustParsePrefix("10.5.1.0/24")) {
 		break // must not call yield again, which panics
+	}
+}
+
+// TestOverlappingAtRandom compares an Index with a plain list while prefixes of all lengths come and go.
+func TestOverlappingAtRandom(t *testing.T) {
+	random := rand.New(rand.NewPCG(1, 2))
+	prefix := func() netip.Prefix {
+		ip := netip.AddrFrom4([4]byte{10, 0, byte(random.IntN(2)), byte(random.IntN(256))})
+		if random.IntN(4) == 0 {
+			ip = netip.AddrFrom16([16]byte{0: 0xfd, 15: byte(random.IntN(256))})
+		}
+		return netip.PrefixFrom(ip, random.IntN(ip.BitLen()+1)).Masked()
+	}
+	var x Index[int]
+	x.SetOrder(func(a, b int) int { return b - a })
+	var plain []netip.Prefix // the value is the place
+	for i := range 3000 {
+		if n := random.IntN(100); n < len(plain) {
+			x.Remove(plain[n], n)
+			plain[n] = prefix()
+			x.Add(plain[n], n)
+		} else {
+			plain = append(plain, prefix())
+			x.Add(plain[len(plain)-1], len(plain)-1)
+		}
+		p := prefix()
+		var got, want []int
+		for at, v := range x.Overlapping(p) {
+			if plain[v] != at {
+				t.Fatalf("%d is at %v, want %v", v, at, plain[v])
+			}
+			if first, ok := x.First(at); !ok || first < v {
+				t.Fatalf("the first of %v is %d, want the largest, at least %d", at, first, v)
+			}
+			got = append(got, v)
+		}
+		for v, at := range plain {
+			if at.Overlaps(p) {
+				want = append(want, v)
+			}
+		}
+		slices.Sort(got)
+		if !slices.Equal(got, want) {
+			t.Fatalf("step %d: %v overlaps %v, want %v", i, p, got, want)
+		}
+		if len(x.sorted) != x.values.Len() && x.sorted != nil || !slices.IsSortedFunc(x.sorted, compare) {
+			t.Fatalf("step %d: the prefixes %v are not those of %v", i, x.sorted, x.values)
+		}
 	}
 }

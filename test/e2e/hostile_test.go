@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/netip"
+	"os"
 	"regexp"
 	"slices"
 	"strings"
@@ -242,6 +243,30 @@ func testHostile(ctx context.Context, t *testing.T, l *lab.Lab, records []hostil
 	}
 	waitLeftOut(ctx, t, node, nil)
 	expectUnharmed(ctx, t, node, before)
+}
+
+// TestManyLargeRecords: records of etcd's largest size take no more memory when they are many.
+func TestManyLargeRecords(t *testing.T) {
+	t.Parallel()
+	ctx := labtest.Context(t, 2*time.Minute)
+	l := labtest.New(ctx, t, vxlanConfig, oneLink[:1]...)
+	n := l.Nodes()[0]
+	large := vxlanRecord("198.18.0.99", strings.Repeat("forged ", 200000))
+	for i := range 60 {
+		key := fmt.Sprintf("%s/subnets/10.5.%d.0-24", lab.Prefix, 100+i)
+		labtest.Do(t, lab.Poll(ctx, "etcd to take a record", func() error { return l.Etcd.Put(ctx, key, large) }))
+	}
+	labtest.Do(t, n.Start("--ip-masq"))
+	labtest.Do(t, n.WaitReady(ctx))
+	// The records are 84 MB.
+	status := string(labtest.Must(os.ReadFile(fmt.Sprintf("/proc/%d/status", n.PID())))(t))
+	var most int
+	_, peak, _ := strings.Cut(status, "VmHWM:")
+	if _, err := fmt.Sscan(peak, &most); err != nil || most > 128<<10 {
+		t.Errorf("flanneld has taken %d kB of memory, %v", most, err)
+	}
+	t.Logf("flanneld has taken %d kB of memory", most)
+	checkLog(t, n)
 }
 
 // forVictim fills in what records take from others. The second of two leases is the victim's, the first one that of the

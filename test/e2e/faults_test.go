@@ -10,7 +10,6 @@ import (
 	"regexp"
 	"slices"
 	"strings"
-	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 
@@ -176,13 +175,6 @@ var daemonFaults = []fault{
 		undo: func(_ context.Context, s *testbed) error { return s.unlimit() }},
 	{name: "memory limited, many peers join, a route deleted, rules flushed", on: fewPeers, memory: true,
 		inject: joinWithinLimit, restore: othersLeave(manyOthers)},
-	{name: "daemon killed for its memory while many peers join", on: fewPeers, memory: true, inject: exhaustWhileJoining,
-		undo: func(ctx context.Context, s *testbed) error {
-			return errors.Join(s.node.LimitMemory(memoryLimit), restart(ctx, s))
-		},
-		restore: func(ctx context.Context, s *testbed) error {
-			return s.all(ctx, waitOthers(someOthers), othersLeave(someOthers))
-		}},
 	{name: "daemon frozen, peers change", restore: peersBack,
 		inject: func(ctx context.Context, s *testbed) error {
 			return errors.Join(s.node.Freeze(ctx), peersChange(ctx, s))
@@ -341,25 +333,6 @@ func joinWithinLimit(ctx context.Context, s *testbed) error {
 		err = fmt.Errorf("the OOM killer has killed %d processes: flanneld or its programs", now-kills)
 	}
 	return err
-}
-
-// exhaustWhileJoining has the OOM killer kill the daemon in the middle of a change: while many peers join. Pods talk
-// without the daemon.
-func exhaustWhileJoining(ctx context.Context, s *testbed) error {
-	joined := 0
-	err := s.node.ExhaustMemory(ctx, func() (err error) {
-		if joined < someOthers {
-			err = s.joinOther(ctx, joined)
-			joined++
-		}
-		return err
-	})
-	if err != nil {
-		return err
-	}
-	return s.all(ctx, joinOthers(someOthers), func(ctx context.Context, s *testbed) error {
-		return s.waitTraffic(ctx, time.Now())
-	})
 }
 
 func hasDevice(g scenario) bool       { return len(g.devices) > 0 }

@@ -1,7 +1,6 @@
 package lab
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -15,15 +14,14 @@ type memoryFiles struct {
 	root  string // the hierarchy
 	limit string // bytes that its processes may use, with what the kernel allocates for them
 	swap  string // 0 keeps them from using swap
-	usage string
 	peak  string // the greatest usage
 	kills string // has a line "oom_kill N": how many of its processes the OOM killer has killed
 }
 
 var (
-	memoryV1 = memoryFiles{cgroupRoot + "/memory", "memory.limit_in_bytes", "memory.swappiness", "memory.usage_in_bytes",
+	memoryV1 = memoryFiles{cgroupRoot + "/memory", "memory.limit_in_bytes", "memory.swappiness",
 		"memory.max_usage_in_bytes", "memory.oom_control"}
-	memoryV2 = memoryFiles{cgroupRoot, "memory.max", "memory.swap.max", "memory.current", "memory.peak", "memory.events"}
+	memoryV2 = memoryFiles{cgroupRoot, "memory.max", "memory.swap.max", "memory.peak", "memory.events"}
 )
 
 // findMemoryFiles returns the files of this machine, on which control groups can limit memory. An error wraps
@@ -72,33 +70,6 @@ func (d *Daemon) OOMKills() (int, error) {
 		}
 	}
 	return 0, fmt.Errorf("%s does not tell how many were killed: %s", d.memoryFile(d.memory.kills), text)
-}
-
-// ExhaustMemory keeps the limit where the use is until the OOM killer has killed the daemon. It calls meanwhile again
-// and again, which is to make the daemon need more memory.
-func (d *Daemon) ExhaustMemory(ctx context.Context, meanwhile func() error) error {
-	before, err := d.OOMKills()
-	if err != nil {
-		return err
-	}
-	err = Poll(ctx, "the OOM killer to kill flanneld", func() error {
-		if d.Exited() {
-			return nil
-		}
-		usage, err := d.readMemory(d.memory.usage)
-		if err != nil {
-			return err
-		}
-		_ = d.setMemory(d.memory.limit, usage) // fails if the kernel cannot keep the use so low
-		return errors.Join(meanwhile(), errors.New("flanneld runs"))
-	})
-	if err != nil {
-		return err
-	}
-	if kills, err := d.OOMKills(); err != nil || kills == before {
-		return fmt.Errorf("something else has ended flanneld: %v, %v", d.Wait(), err)
-	}
-	return nil
 }
 
 // memoryFile is the path of a file of the daemon's control group.

@@ -230,7 +230,7 @@ test-stores: build need-lab $(SERVERS) $(OLD_ETCD) ## Every version of etcd and 
 	cd test && LONG=all $(GO_TEST) $(E2E) ./stores ./etcd
 
 test-long: build need-e2e $(SERVERS) $(OLD_ETCD) build/bin/helm image ## What test leaves out: all stores and combinations
-	cd test && LONG=rest $(GO_TEST) $(E2E) -run '^Test(Matrix|Cluster|Faults|Stores)$$' ./e2e ./stores
+	cd test && LONG=rest $(GO_TEST) $(E2E) -run '^Test(Cleanup|Cluster|DoctorTunnels|Faults|HostileRecords|Matrix|Reconfigure|Restart|Stores)$$' ./e2e ./stores
 	cd test && LONG=rest $(RACE_TEST) $(E2E) ./etcd ./ec2
 
 # The kernel, and what tests run, from Debian's packages. Some 100 MB, once.

@@ -71,8 +71,9 @@ func (r *reader) until(t *testing.T, dev string, mtu int) (routes, addrs, change
 	nstest.Run(t, fmt.Sprintf("ip link set %s mtu %d", dev, mtu))
 	mark := string(binary.NativeEndian.AppendUint32(binary.NativeEndian.AppendUint16(nil, unix.IFLA_MTU), uint32(mtu)))
 	buf := make([]byte, 1<<16)
+	defer r.SetReadDeadline(time.Time{})
 	for {
-		if err := r.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
+		if err := r.SetReadDeadline(time.Now().Add(time.Minute)); err != nil {
 			t.Fatal(err)
 		}
 		datagram, isChange, err := r.next(buf)

@@ -27,28 +27,29 @@ func TestReconfigure(t *testing.T) {
 		lossless    bool // pods' packets are not lost either
 		keeps       bool // the device that is there
 		mtu         int  // afterwards
+		long        bool // left to make test-long
 	}{
 		{name: "VNI", from: vxlan, to: `{"Type": "vxlan", "VNI": 7}`, mtu: 1450,
 			want: []trace{{"ip -d link show flannel.7", "vxlan id 7 "}}, never: []trace{{"ip link show type vxlan",
 				"flannel.1:"}}},
-		{name: "Port", from: vxlan, to: `{"Type": "vxlan", "Port": 4789}`, mtu: 1450,
+		{name: "Port", from: vxlan, to: `{"Type": "vxlan", "Port": 4789}`, mtu: 1450, long: true,
 			want: []trace{{"ip -d link show flannel.1", "dstport 4789 "}}},
-		{name: "MTU", from: vxlan, to: `{"Type": "vxlan", "MTU": 1400}`, mtu: 1350, keeps: true, lossless: true,
+		{name: "MTU", from: vxlan, to: `{"Type": "vxlan", "MTU": 1400}`, mtu: 1350, long: true, keeps: true, lossless: true,
 			want: []trace{{"ip link show flannel.1", "mtu 1350 "}}},
 		{name: "DirectRouting", from: vxlan, to: `{"Type": "vxlan", "DirectRouting": true}`, mtu: 1450,
 			keeps: true, lossless: true,
 			want: []trace{{"ip route show proto 70", "dev eth0"}}, never: []trace{{"ip route show proto 70", "dev flannel.1"},
 				{"bridge fdb show dev flannel.1", "dst 198.18"}}},
-		{name: "no DirectRouting", from: `{"Type": "vxlan", "DirectRouting": true}`, to: vxlan, mtu: 1450,
+		{name: "no DirectRouting", from: `{"Type": "vxlan", "DirectRouting": true}`, to: vxlan, mtu: 1450, long: true,
 			keeps: true, lossless: true,
 			want: []trace{{"ip route show proto 70", "dev flannel.1"}}, never: []trace{{"ip route show proto 70", "dev eth0"}}},
 		{name: "vxlan to host-gw", from: vxlan, to: hostgw, mtu: 1500,
 			want: []trace{{"ip route show proto 70", "dev eth0"}}, never: []trace{{"ip link show", "flannel.1"}}},
-		{name: "host-gw to vxlan", from: hostgw, to: vxlan, mtu: 1450,
+		{name: "host-gw to vxlan", from: hostgw, to: vxlan, mtu: 1450, long: true,
 			want: []trace{{"ip route show proto 70", "dev flannel.1"}}, never: []trace{{"ip route show proto 70", "dev eth0"}}},
 		{name: "vxlan to wireguard", from: vxlan, to: wireguard, mtu: 1420,
 			want: []trace{{"ip route show proto 70", "dev flannel-wg"}}, never: []trace{{"ip link show", "flannel.1"}}},
-		{name: "wireguard to vxlan", from: wireguard, to: vxlan, mtu: 1450,
+		{name: "wireguard to vxlan", from: wireguard, to: vxlan, mtu: 1450, long: true,
 			want: []trace{{"ip route show proto 70", "dev flannel.1"}}, never: []trace{{"ip link show", "flannel-wg"}}},
 		{name: "ListenPort and keepalive", from: wireguard,
 			to: `{"Type": "wireguard", "ListenPort": 5182, "PersistentKeepaliveInterval": 7}`, mtu: 1420,
@@ -57,6 +58,9 @@ func TestReconfigure(t *testing.T) {
 		{name: "EnableNFTables", from: vxlan, to: vxlan, nftables: true, mtu: 1450, keeps: true, lossless: true,
 			want: []trace{{"nft list tables", "flannel-ipv4"}}, never: []trace{{"iptables-save", "FLANNEL"}}},
 	} {
+		if !labtest.Selected(!c.long) {
+			continue
+		}
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			ctx := labtest.Context(t, time.Minute)

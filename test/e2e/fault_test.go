@@ -37,8 +37,7 @@ var scenarios = []scenario{
 	{name: "vxlan", backend: `{"Type": "vxlan"}`, devices: vteps, strangers: 2, faults: everyFault},
 	{name: "host-gw", backend: `{"Type": "host-gw"}`, strangers: 2, long: true, faults: everyFault},
 	{name: "vxlan direct", backend: `{"Type": "vxlan", "DirectRouting": true}`, nftables: true, devices: vteps,
-		strangers: 2,
-		faults:    slices.Concat(routeFaults, uplinkFaults, ruleFaults)},
+		strangers: 2, long: true, faults: slices.Concat(routeFaults, uplinkFaults, ruleFaults)},
 	{name: "host-gw, iptables-legacy", backend: `{"Type": "host-gw"}`, legacy: true, strangers: 2, faults: ruleFaults},
 	// With so many peers, routes go through nexthop objects.
 	{name: "vxlan, 300 peers", backend: `{"Type": "vxlan"}`, nftables: true, devices: vteps, strangers: 300, long: true,

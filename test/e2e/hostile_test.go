@@ -75,6 +75,9 @@ func wireguardRecord(ip, key string) string {
 func TestHostileRecords(t *testing.T) {
 	t.Parallel()
 	for backend, records := range map[string][]hostileRecord{"vxlan": hostileVXLAN, "wireguard": hostileWireGuard} {
+		if !labtest.Selected(backend == "vxlan") {
+			continue
+		}
 		t.Run(backend, func(t *testing.T) {
 			t.Parallel()
 			ctx := labtest.Context(t, 2*time.Minute)

@@ -25,6 +25,9 @@ func TestRestart(t *testing.T) {
 		"host-gw":      `{"Type": "host-gw"}`,
 	} {
 		for _, rules := range []string{"iptables", "nftables"} {
+			if !labtest.Selected(name == "vxlan" && rules == "iptables" || name == "host-gw" && rules == "nftables") {
+				continue
+			}
 			t.Run(name+"/"+rules, func(t *testing.T) {
 				t.Parallel()
 				ctx := labtest.Context(t, 2*time.Minute)

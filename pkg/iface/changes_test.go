@@ -22,7 +22,7 @@ func signalled(t *testing.T, changes <-chan struct{}, what string) {
 		if !ok {
 			t.Fatalf("%s: the channel was closed", what)
 		}
-	case <-time.After(10 * time.Second):
+	case <-time.After(time.Minute):
 		t.Fatalf("%s: no signal", what)
 	}
 }

@@ -26,7 +26,7 @@ func mark(t *testing.T, mtu int) (is func(datagram []byte) bool) {
 // await reads until the condition holds.
 func await(t *testing.T, l *Listener, what string, condition func(datagram []byte, err error) bool) {
 	t.Helper()
-	if err := l.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
+	if err := l.SetReadDeadline(time.Now().Add(time.Minute)); err != nil {
 		t.Fatal(err)
 	}
 	buf := make([]byte, 1<<16)

@@ -261,8 +261,6 @@ type recovery struct {
 
 // recoverFrom injects a fault and waits until everything is as before.
 func (s *testbed) recoverFrom(ctx context.Context, f fault, now daemonState) (r recovery, err error) {
-	ctx, cancel := context.WithTimeout(ctx, lab.Patiently(recoveryLimit))
-	defer cancel()
 	before := ""
 	if now == frozen {
 		// A frozen daemon repairs nothing, so that the fault must be visible.
@@ -296,6 +294,8 @@ func (s *testbed) recoverFrom(ctx context.Context, f fault, now daemonState) (r 
 		}
 	}
 	done := time.Now()
+	ctx, cancel := context.WithTimeout(ctx, lab.Patiently(recoveryLimit))
+	defer cancel()
 	if err := s.waitTraffic(ctx, done); err != nil {
 		return r, err
 	}

@@ -254,6 +254,9 @@ func (s *state) checkLease(l subnet.Lease) error {
 		case !pool.Enabled() || !peer.IsValid():
 		case !pool.Network.Contains(peer.Addr()) || peer.Bits() < pool.Network.Bits():
 			return fmt.Errorf("left out, since %s is not in the network %s", peer, pool.Network)
+		case !pool.Admits(peer):
+			return fmt.Errorf("left out, since %s is more than a quarter of the network %s: no node leases so much. "+
+				"Delete that lease", peer, pool.Network)
 		case peer.Overlaps(s.own.Of(f)):
 			return fmt.Errorf("left out, since %s overlaps this node's own %s", peer, s.own.Of(f))
 		case s.uplink.Conflict(pool.Network, peer).IsValid():

@@ -83,6 +83,9 @@ func (s *scenario) step(input string) (string, error) {
 		case "config":
 			s.cfg, err = subnet.ParseConfig([]byte(rest))
 			setUp = true
+		case "divide": // as etcd's manager does, and Kubernetes' does not
+			err = s.cfg.Divide()
+			setUp = true
 		case "uplink":
 			s.uplink, err = backendtest.ParseUplink(rest)
 			setUp = true

@@ -199,10 +199,12 @@ func (c *Config) Divide() error {
 	return nil
 }
 
+// fourSubnets is how many bits a subnet is longer than its network, at least. The first subnet is not handed out, since its
+// base is the network's own address.
+const fourSubnets = 2
+
 func (p *Pool) divide(f familyRules) error {
-	// The first subnet is not handed out, since its base is the network's own address. A network holds at least four
-	// subnets, hence two bits more.
-	shortest := p.Network.Bits() + 2
+	shortest := p.Network.Bits() + fourSubnets
 	switch {
 	case shortest > f.maxLen:
 		return fmt.Errorf("%sNetwork %s is too small: /%d is the longest that can be divided",

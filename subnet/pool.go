@@ -25,6 +25,16 @@ func (p Pool) Fits(s netip.Prefix) bool {
 	return s.Bits() == p.SubnetLen && p.Min.Compare(s.Addr()) <= 0 && s.Addr().Compare(p.Max) <= 0
 }
 
+// Admits tells whether another node can have the subnet. It may have had it under another SubnetLen. A network that is
+// divided (see Config.Divide) holds at least four subnets: a larger one is nobody's, and could keep new nodes out.
+func (p Pool) Admits(s netip.Prefix) bool {
+	shortest := p.Network.Bits()
+	if p.Min.IsValid() {
+		shortest += fourSubnets
+	}
+	return p.Network.Contains(s.Addr()) && s.Bits() >= shortest
+}
+
 // Free returns the first subnets, limit at most, that overlap none of taken.
 func (p Pool) Free(taken []netip.Prefix, limit int) []netip.Prefix {
 	taken = slices.Clone(taken)

@@ -105,10 +105,11 @@ func (u Uplink) CheckPeer(peer netip.Addr) error {
 }
 
 // Conflict returns what of this host's link a route to a subnet of a network would take the place of: a prefix of the
-// link that the network contains, or an address of u. It returns the zero Prefix if there is neither.
+// link inside the network, or an address of u. It returns the zero Prefix if there is neither. Of a prefix that is the
+// network itself, every subnet is a part: then only the addresses of u count.
 func (u Uplink) Conflict(network, subnet netip.Prefix) netip.Prefix {
 	for _, p := range u.Prefixes {
-		if p.Bits() >= network.Bits() && network.Contains(p.Addr()) && p.Overlaps(subnet) {
+		if p.Bits() > network.Bits() && network.Contains(p.Addr()) && p.Overlaps(subnet) {
 			return p
 		}
 	}

@@ -35,9 +35,9 @@ type allowance struct {
 	warned  time.Time // when it was logged that lines are left out
 }
 
-// take reports whether a line with a message may be logged now, and how many were left out since the last one. warn is
-// true, once a minute, where it is to be logged that lines are left out.
-func (b *budget) take(msg string) (ok bool, leftOut int, warn bool) {
+// take returns the values of a line with a message, with the number of lines that were left out since the last one. ok is
+// false if the line is to be left out, too; then warn is true, once a minute, for that to be logged.
+func (b *budget) take(msg string, keysAndValues []any) (values []any, ok, warn bool) {
 	now := time.Now()
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -57,17 +57,12 @@ func (b *budget) take(msg string) (ok bool, leftOut int, warn bool) {
 		if warn = now.Sub(a.warned) >= time.Minute; warn {
 			a.warned = now
 		}
-		return false, 0, warn
+		return nil, false, warn
 	}
 	a.lines = max(0, a.lines-1)
-	leftOut, a.leftOut = a.leftOut, 0
-	return true, leftOut, false
-}
-
-// addLeftOut adds the number of lines that were left out to the values of a line.
-func addLeftOut(keysAndValues []any, leftOut int) []any {
-	if leftOut == 0 {
-		return keysAndValues
+	if a.leftOut > 0 {
+		keysAndValues = append(slices.Clone(keysAndValues), "leftOut", a.leftOut)
+		a.leftOut = 0
 	}
-	return append(slices.Clone(keysAndValues), "leftOut", leftOut)
+	return keysAndValues, true, false
 }

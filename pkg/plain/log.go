@@ -37,15 +37,15 @@ func (s *sink) Enabled(level int) bool { return s.LogSink.Enabled(level) }
 // Info implements logr.LogSink.
 func (s *sink) Info(level int, msg string, keysAndValues ...any) {
 	msg = Line(msg)
+	ok, warn := true, false
 	if level == 0 {
-		ok, leftOut, warn := s.budget.take(msg)
-		if warn {
-			s.LogSink.Info(level, tooMany, "message", msg, "perMinute", linesPerMinute)
-		}
-		if !ok {
-			return
-		}
-		keysAndValues = addLeftOut(keysAndValues, leftOut)
+		keysAndValues, ok, warn = s.budget.take(msg, keysAndValues)
+	}
+	if warn {
+		s.LogSink.Info(level, tooMany, "message", msg, "perMinute", linesPerMinute)
+	}
+	if !ok {
+		return
 	}
 	s.LogSink.Info(level, msg, values(keysAndValues)...)
 }
@@ -53,14 +53,13 @@ func (s *sink) Info(level int, msg string, keysAndValues ...any) {
 // Error implements logr.LogSink.
 func (s *sink) Error(err error, msg string, keysAndValues ...any) {
 	msg = Line(msg)
-	ok, leftOut, warn := s.budget.take(msg)
+	keysAndValues, ok, warn := s.budget.take(msg, keysAndValues)
 	if warn {
 		s.LogSink.Error(nil, tooMany, "message", msg, "perMinute", linesPerMinute)
 	}
 	if !ok {
 		return
 	}
-	keysAndValues = addLeftOut(keysAndValues, leftOut)
 	if all := commands(err); all != nil {
 		keysAndValues = append(slices.Clone(keysAndValues), "command", Block(strings.Join(all, "\n")))
 	}

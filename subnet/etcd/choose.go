@@ -57,12 +57,12 @@ func choose(records []record, cfg *subnet.Config, want subnet.Lease, wrote recor
 	return c
 }
 
-// canHave tells whether the networks can have been divided into the subnets. No node takes others for a peer's. So they
-// occupy nothing: a single record could keep all new nodes out of the network.
+// canHave tells whether a node can have the subnets. What no node takes for a peer's occupies nothing: a single record
+// could keep all new nodes out of the network.
 func canHave(cfg *subnet.Config, s subnet.Subnets) bool {
 	for f, pool := range cfg.Pools().Each() {
 		p := s.Of(f)
-		if pool.Enabled() && p.IsValid() && p.Bits() < pool.Network.Bits()+2 && p.Overlaps(pool.Network) {
+		if pool.Enabled() && p.Overlaps(pool.Network) && !pool.Admits(p) {
 			return false
 		}
 	}

@@ -12,6 +12,7 @@ import (
 
 	"k8s.io/client-go/tools/cache"
 
+	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/pkg/prefixes"
 	"github.com/flanneld/flanneld/subnet"
 )
@@ -173,11 +174,7 @@ func (p *peers) markChanged(n *peer) {
 func (p *peers) claimed(n *peer) iter.Seq2[*prefixes.Index[*peer], netip.Prefix] {
 	return func(yield func(*prefixes.Index[*peer], netip.Prefix) bool) {
 		for _, s := range n.lease.Each() {
-			network := p.manager.on.IPv4
-			if s.Addr().Is6() {
-				network = p.manager.on.IPv6
-			}
-			if !network.Contains(s.Addr()) || s.Bits() < network.Bits() {
+			if network := p.manager.on.Of(family.Of(s.Addr())); !network.Contains(s.Addr()) || s.Bits() < network.Bits() {
 				continue
 			}
 			if !yield(&p.subnets, s) {

@@ -263,16 +263,11 @@ func flushRules(ctx context.Context, s *testbed) error {
 // such objects would stay.
 const firstOther, someOthers, manyOthers = 10, 60, 200
 
-// joinOther writes the lease of the i-th other stranger.
-func (s *testbed) joinOther(ctx context.Context, i int) error {
-	return s.join(ctx, s.stranger(firstOther+i, false))
-}
-
 // joinOthers writes the leases of so many other strangers.
 func joinOthers(number int) action {
 	return func(ctx context.Context, s *testbed) error {
 		for i := range number {
-			if err := s.joinOther(ctx, i); err != nil {
+			if err := s.join(ctx, s.stranger(firstOther+i, false)); err != nil {
 				return err
 			}
 		}

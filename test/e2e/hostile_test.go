@@ -41,7 +41,7 @@ var hostileVXLAN = []hostileRecord{
 	{"in itself", "10.5.211.0-24", vxlanRecord("10.5.211.7", "0e:00:00:00:00:11"), "its own subnet"},
 	{"a group's MAC", "10.5.212.0-24", vxlanRecord("198.18.0.212", "ff:ff:ff:ff:ff:ff"), "VtepMAC"},
 	{"everything", "0.0.0.0-0", vxlanRecord("198.18.0.213", "0e:00:00:00:00:13"), ""},
-	{"the whole network", "10.5.0.0-16", vxlanRecord("198.18.0.214", "0e:00:00:00:00:14"), "overlaps"},
+	{"the whole network", "10.5.0.0-16", vxlanRecord("198.18.0.214", "0e:00:00:00:00:14"), "more than a quarter"},
 	{"metadata's subnet", "169.254.169.254-32", vxlanRecord("198.18.0.215", "0e:00:00:00:00:15"), "not in the network"},
 	{"a line in the backend's name", "10.5.216.0-24", strings.Replace(vxlanRecord("198.18.0.216", "0e:00:00:00:00:16"),
 		`"vxlan"`, `"x\nE0101 00:00:00.000000 1 forged.go:1] forged"`, 1), "its backend is"},

@@ -39,16 +39,21 @@ func newWireGuardTestbed(ctx context.Context, t *testing.T) *wireguardTestbed {
 	return s
 }
 
-// keeps returns what the node's devices hold of WireGuard.
+// keeps returns what the node's devices hold of WireGuard, each line with its device before it.
+// wg itself, asked for all devices, names the device of a first peer's endpoint alone.
 func (s *wireguardTestbed) keeps(ctx context.Context) (string, error) {
 	var lines []string
-	for _, what := range []string{"public-key", "listen-port", "allowed-ips", "endpoints", "preshared-keys",
-		"persistent-keepalive"} {
-		out, err := s.node.Run(ctx, "wg show all "+what)
-		if err != nil {
-			return "", err
+	for _, device := range []string{"flannel-wg", "flannel-wg-v6"} {
+		for _, what := range []string{"public-key", "listen-port", "allowed-ips", "endpoints", "preshared-keys",
+			"persistent-keepalive"} {
+			out, err := s.node.Run(ctx, "wg show "+device+" "+what)
+			if err != nil {
+				return "", err
+			}
+			for line := range strings.Lines(out) {
+				lines = append(lines, device+"\t"+strings.TrimSpace(line))
+			}
 		}
-		lines = append(lines, strings.Split(out, "\n")...)
 	}
 	slices.Sort(lines)
 	return strings.Join(lines, "\n") + "\n", nil

@@ -92,6 +92,12 @@ func (r *Reconciler) applyKind(k Kind, todo []*entry, add bool, log *changes) {
 			r.done(e, d.unsupported, log)
 			continue
 		}
+		if add && d.blocked != nil {
+			if err := d.blocked(r, e); err != nil {
+				r.done(e, err, log)
+				continue
+			}
+		}
 		o, by := e.have, e.via
 		if add {
 			o, by = e.want, r.viaNexthop(e)
@@ -104,7 +110,11 @@ func (r *Reconciler) applyKind(k Kind, todo []*entry, add bool, log *changes) {
 			r.done(e, err, log)
 			continue
 		}
-		batch, via, requests = append(batch, e), append(via, by), append(requests, d.encode(o, dev, by, add))
+		request := d.encode(o, dev, by, add)
+		if add && d.blocked != nil && e.have == nil && !e.held {
+			request.flags = unix.NLM_F_CREATE | unix.NLM_F_EXCL
+		}
+		batch, via, requests = append(batch, e), append(via, by), append(requests, request)
 	}
 	if len(batch) == 0 {
 		return
@@ -119,6 +129,9 @@ func (r *Reconciler) applyKind(k Kind, todo []*entry, add bool, log *changes) {
 			r.done(e, err, log)
 			r.mustCompare = true
 			continue
+		}
+		if requests[i].flags&unix.NLM_F_EXCL != 0 && errors.Is(results[i], unix.EEXIST) {
+			r.mustCompare = true // another program has set an object with the same key, and its notification is to come
 		}
 		if !add && isGone(results[i]) {
 			results[i] = nil
@@ -203,8 +216,11 @@ func (r *Reconciler) done(e *entry, err error, log *changes) {
 		log.add(e)
 	}
 	r.count(e, fought)
+	if f, ok := e.have.(foreign); ok { // it has been replaced or removed
+		delete(r.foreign, f)
+	}
 	if e.want == nil {
 		delete(r.entries, e.key())
 	}
-	e.have, e.drift = e.want, false
+	e.have, e.drift, e.held = e.want, false, true
 }

@@ -62,7 +62,7 @@ func init() {
 			protocol: unix.NETLINK_ROUTE, groups: []int{unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE},
 			get: unix.RTM_GETROUTE, set: unix.RTM_NEWROUTE, del: unix.RTM_DELROUTE,
 			dumps: dumpRoutes, decode: decodeRoute, body: routeBody, ours: (*Reconciler).ownsRoute,
-			notified: (*Reconciler).routeNotified,
+			notified: (*Reconciler).routeNotified, blocked: (*Reconciler).blockedRoute,
 		},
 		KindPolicy: {
 			name: "policy", plural: "policies", removeFirstInDiff: true,
@@ -119,6 +119,9 @@ type descriptor struct {
 	// change returns the command for Diff that makes the object that the kernel has (nil: none) the desired one,
 	// where this is not the desired object's String.
 	change func(have, want Object) string
+	// blocked returns why an object must not be set in the place of the one that the kernel holds. Objects of a kind
+	// with this function are not set in the place of an object that we do not know of, either.
+	blocked func(*Reconciler, *entry) error
 	// skip tells that an object is not to be added now.
 	skip func(*Reconciler, *entry) bool
 	// notified follows up on a notification, after the object was observed, if its device is in use.
@@ -137,6 +140,9 @@ type decoded struct {
 	Object        // nil: something that we never make
 	dev    string // also of a blackhole, which the kernel may put on lo
 	via    uint32 // the nexthop that a route goes through, 0 if none
+
+	behind   bool // a route: there is another with the same key, which comes first
+	replaced bool // a route: it has replaced any other with the same key
 }
 
 func (k Kind) String() string { return kindTable[k].name }

@@ -26,7 +26,7 @@ func samples() map[Kind][]Object {
 // optional are the fields of a descriptor that a kind may leave empty.
 var optional = []string{
 	"bestEffort", "removeFirst", "removeFirstInDiff", "evict", "probe", "unsupported", "lower", "change", "skip",
-	"notified", "removed",
+	"notified", "removed", "blocked",
 }
 
 // Every kind has all properties that the reconciler needs.
@@ -67,7 +67,7 @@ func TestKindsAreComplete(t *testing.T) {
 func TestObjectsEncodeAndDecodeToThemselves(t *testing.T) {
 	at := newDevices()
 	for index, name := range []string{"lo", "eth0", "flannel.1", "flannel-v6.1"} {
-		at.put(index+1, device{name, true})
+		at.put(index+1, device{name: name, enabled: true, up: true})
 	}
 	keys := map[Key]Object{}
 	for k, objects := range samples() {

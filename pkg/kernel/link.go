@@ -110,8 +110,10 @@ type devices struct {
 }
 
 type device struct {
-	name string
-	up   bool // and has a carrier
+	name    string
+	enabled bool // set up by whoever manages the device
+	up      bool // and has a carrier
+	bridge  bool
 }
 
 func newDevices() devices { return devices{map[int]device{}, map[string]int{}} }
@@ -211,7 +213,7 @@ func (r *Reconciler) changeLink(e *entry, name string) error {
 	if err := r.links.LinkSetUp(at); err != nil {
 		return fmt.Errorf("setting it up: %w", err)
 	}
-	r.devices.put(attrs.Index, device{name, true})
+	r.devices.put(attrs.Index, device{name: name, enabled: true, up: true})
 	// A new MAC flushes the neighbours, going down flushes routes and IPv6 addresses: all objects on the device are
 	// set again, to be sure.
 	r.forgetObjectsOn(name)
@@ -341,13 +343,16 @@ func (r *Reconciler) linkNotified(gone bool, body []byte) {
 			return // a later notification says that the device is gone
 		}
 		own = r.readLink(l)
-		now.up = usable(l.Attrs().RawFlags)
+		now.enabled, now.up = l.Attrs().RawFlags&unix.IFF_UP != 0, usable(l.Attrs().RawFlags)
 	}
 	before := r.devices.at[index]
 	if now.name == "" {
 		r.devices.delete(index)
 	} else {
 		r.devices.put(index, now)
+	}
+	if before.name != now.name || before.enabled && !now.enabled {
+		r.foreignMayBeGone(before.name)
 	}
 	if before.name != now.name && r.uses[before.name] > 0 {
 		r.observe(decoded{Object: Link{Name: before.name}}, true)
@@ -376,13 +381,20 @@ func linkHeader(body []byte) (index int, d device, alias string, ok bool) {
 		return 0, device{}, "", false
 	}
 	index = int(int32(binary.NativeEndian.Uint32(body[4:])))
-	d.up = usable(binary.NativeEndian.Uint32(body[8:]))
+	flags := binary.NativeEndian.Uint32(body[8:])
+	d.enabled, d.up = flags&unix.IFF_UP != 0, usable(flags)
 	rtnl.EachAttr(body[unix.SizeofIfInfomsg:], func(kind uint16, value []byte) {
 		switch kind {
 		case unix.IFLA_IFNAME:
 			d.name = strings.TrimRight(string(value), "\x00")
 		case unix.IFLA_IFALIAS:
 			alias = strings.TrimRight(string(value), "\x00")
+		case unix.IFLA_LINKINFO:
+			rtnl.EachAttr(value, func(kind uint16, value []byte) {
+				if kind == unix.IFLA_INFO_KIND {
+					d.bridge = strings.TrimRight(string(value), "\x00") == "bridge"
+				}
+			})
 		}
 	})
 	return index, d, alias, d.name != ""

@@ -29,7 +29,7 @@ func (r *Reconciler) receive() {
 			datagram, err := l.TryNext(r.buf)
 			if errors.Is(err, rtnl.ErrLost) {
 				r.log.V(1).Info("Kernel notifications were lost; reading all of the kernel's tables")
-				r.mustCompare = true
+				r.lost()
 			} else if err != nil || datagram == nil {
 				break
 			} else if l.protocol == unix.NETLINK_ROUTE {
@@ -49,7 +49,7 @@ func (r *Reconciler) receive() {
 func (r *Reconciler) handle(datagram []byte) {
 	err := rtnl.EachMessage(datagram, func(h unix.NlMsghdr, body []byte) error {
 		if h.Type == unix.NLMSG_OVERRUN {
-			r.mustCompare = true
+			r.lost()
 		}
 		for k := range kindTable {
 			d := &kindTable[k]
@@ -60,7 +60,12 @@ func (r *Reconciler) handle(datagram []byte) {
 				d.handle(r, gone, body)
 			default:
 				o := d.decode(body, r.devices)
+				o.behind = !gone && h.Flags&unix.NLM_F_APPEND != 0
+				o.replaced = !gone && h.Flags&unix.NLM_F_REPLACE != 0
 				r.observe(o, gone)
+				if Kind(k) == KindAddr && gone {
+					r.foreignMayBeGone(o.dev)
+				}
 				if d.notified != nil && r.uses[o.dev] > 0 {
 					d.notified(r, o, gone)
 				}
@@ -69,7 +74,7 @@ func (r *Reconciler) handle(datagram []byte) {
 		return nil
 	})
 	if err != nil {
-		r.mustCompare = true
+		r.lost()
 	}
 }
 
@@ -80,6 +85,9 @@ func (r *Reconciler) observe(d decoded, gone bool) {
 	}
 	k := d.Key()
 	kind := &kindTable[k.Kind]
+	if k.Kind == KindRoute {
+		r.noteForeign(d, gone)
+	}
 	e := r.entries[k]
 	if e == nil {
 		if gone || !kind.ours(r, d.Object) {
@@ -87,6 +95,13 @@ func (r *Reconciler) observe(d decoded, gone bool) {
 		}
 		e = &entry{kind: k.Kind} // left over: to be removed
 		r.entries[k] = e
+	}
+	if k.Kind == KindRoute {
+		_, theirs := d.Object.(foreign)
+		e.held = e.held || !theirs && !gone
+		if r.beside(e, d, gone) {
+			return
+		}
 	}
 	r.changed = true
 	before := e.have
@@ -144,7 +159,10 @@ func (r *Reconciler) forgetObjectsOn(dev string) {
 func (r *Reconciler) compare() error {
 	r.round++
 	r.mustCompare, r.changed = false, true
+	foreignBefore := r.foreign
+	r.foreign = map[foreign]struct{}{}
 	err := r.readAll()
+	r.compareForeign(foreignBefore, err)
 	if err != nil {
 		r.mustCompare = true
 		if !errors.Is(err, errInterrupted) {
@@ -186,6 +204,15 @@ func (r *Reconciler) readAll() error {
 	return interrupted
 }
 
+// hasSeen tells whether this comparison has seen an object with the same key. The kernel lists first what counts.
+func (r *Reconciler) hasSeen(d decoded) bool {
+	if d.Object == nil {
+		return false
+	}
+	e := r.entries[d.Key()]
+	return e != nil && e.have != nil && e.round == r.round
+}
+
 // read observes the objects of one kind.
 func (r *Reconciler) read(d *descriptor) error {
 	if d.read != nil {
@@ -194,7 +221,9 @@ func (r *Reconciler) read(d *descriptor) error {
 	var interrupted error
 	for _, request := range d.dumps(r) {
 		err := r.sockets[d.protocol].dump(d.get, request, func(_ uint16, body []byte) {
-			r.observe(d.decode(body, r.devices), false)
+			o := d.decode(body, r.devices)
+			o.behind = r.hasSeen(o)
+			r.observe(o, false)
 		})
 		if errors.Is(err, errInterrupted) {
 			interrupted = err

@@ -27,6 +27,9 @@ import (
 //   - gateway routes inside Networks that carry no protocol of their own (RTPROT_BOOT): upstream flannel leaves these;
 //   - IPsec policies with PolicyID between subnets inside Networks.
 //
+// A route of the kernel or of another program that was there before ours is never replaced: ours is refused while the
+// other is there. What another program puts in the place of ours later is replaced.
+//
 // A Reconciler is for one goroutine. To reconcile after each receive from Wake and after each Set is always right.
 type Reconciler struct {
 	Networks []netip.Prefix
@@ -46,6 +49,10 @@ type Reconciler struct {
 	closed    chan struct{}
 	buf       []byte // for one notification
 	wake      chan struct{}
+
+	overlays    []netip.Prefix       // see SetOverlays
+	foreign     map[foreign]struct{} // that concern the overlays
+	foreignLost bool                 // foreign must be read again
 
 	entries map[Key]*entry
 	owners  map[string][]*entry // what an owner claims
@@ -84,6 +91,7 @@ type entry struct {
 	kind  Kind
 	state state
 	drift bool // the kernel changed, not what is desired
+	held  bool // routes: the kernel has held ours; a route that another program puts in its place is replaced
 	seen  bool // by Stats, while it counts
 }
 
@@ -133,6 +141,7 @@ func New(log klog.Logger) (*Reconciler, error) {
 	r := &Reconciler{
 		log: log, links: links, sockets: map[int]*socket{},
 		closed: make(chan struct{}), buf: make([]byte, 1<<16), wake: make(chan struct{}, 1),
+		foreign: map[foreign]struct{}{}, foreignLost: true,
 		entries: map[Key]*entry{}, owners: map[string][]*entry{},
 		fights:  newFights(log),
 		devices: newDevices(), uses: map[string]int{}, fewGateways: fewGateways,

@@ -55,25 +55,18 @@ func (r Route) command(verb string, protocol uint8) string {
 	return b.String()
 }
 
-// foreign is a route that another program wrote, with a key that a route of ours may have.
-type foreign struct {
-	Route
-	protocol uint8
-}
-
-func (f foreign) Undo() string   { return f.command("del", f.protocol) }
-func (f foreign) String() string { return f.command("replace", f.protocol) }
-
 // defaultMetricIPv6 is the metric of IPv6 routes that were added without one (IP6_RT_PRIO_USER, linux/ipv6_route.h).
 const defaultMetricIPv6 = 1024
 
-// routeBody is a struct rtmsg with attributes. To remove a route, the request names only destination and metric: the
-// kernel removes the route that has our key, also where another daemon has changed its protocol or gateway. A route
-// through a nexthop must name the nexthop, and nothing that the nexthop implies.
+// routeBody is a struct rtmsg with attributes. To remove a route, the request names destination, metric, gateway and
+// protocol, so that the kernel removes no route of another program with the same key. A route through a nexthop must
+// name the nexthop, and nothing that the nexthop implies.
 func routeBody(o Object, dev int, via uint32, add bool) []byte {
+	protocol := uint8(RouteProtocol)
 	r, ok := o.(Route)
 	if !ok {
-		r = o.(foreign).Route
+		f := o.(foreign)
+		r, protocol = f.Route, f.protocol
 	}
 	kind, flags := uint8(unix.RTN_UNICAST), uint32(0)
 	if r.Blackhole {
@@ -86,9 +79,8 @@ func routeBody(o Object, dev int, via uint32, add bool) []byte {
 	if !r.Via.IsValid() && !r.Blackhole && r.Dst.Addr().Is4() {
 		scope = unix.RT_SCOPE_LINK
 	}
-	protocol := uint8(RouteProtocol)
 	if !add {
-		kind, scope, protocol = unix.RTN_UNSPEC, unix.RT_SCOPE_NOWHERE, unix.RTPROT_UNSPEC // wildcards
+		kind, scope = unix.RTN_UNSPEC, unix.RT_SCOPE_NOWHERE // wildcards
 	}
 	b := []byte{family(r.Dst.Addr()), uint8(r.Dst.Bits()), 0, 0, unix.RT_TABLE_MAIN, protocol, scope, kind}
 	b = binary.NativeEndian.AppendUint32(b, flags)
@@ -117,6 +109,7 @@ func decodeRoute(body []byte, devices devices) decoded {
 	var d decoded
 	flags := binary.NativeEndian.Uint32(body[8:])
 	r := Route{Onlink: flags&unix.RTNH_F_ONLINK != 0}
+	var src netip.Addr
 	dst := netip.IPv4Unspecified()
 	if fam == unix.AF_INET6 {
 		dst = netip.IPv6Unspecified()
@@ -128,6 +121,8 @@ func decodeRoute(body []byte, devices devices) decoded {
 			dst, _ = netip.AddrFromSlice(value)
 		case unix.RTA_GATEWAY:
 			r.Via, _ = netip.AddrFromSlice(value)
+		case unix.RTA_PREFSRC:
+			src, _ = netip.AddrFromSlice(value)
 		case unix.RTA_OIF:
 			d.dev = devices.name(int(binary.NativeEndian.Uint32(value)))
 		case unix.RTA_PRIORITY:
@@ -143,11 +138,14 @@ func decodeRoute(body []byte, devices devices) decoded {
 	if table != unix.RT_TABLE_MAIN || flags&unix.RTM_F_CLONED != 0 || !dst.IsValid() {
 		return decoded{}
 	}
+	other := uint8(0) // a kind that we never make
 	switch kind {
 	case unix.RTN_UNICAST:
 		r.Dev = d.dev
 	case unix.RTN_BLACKHOLE:
 		r.Blackhole = true
+	case unix.RTN_UNREACHABLE, unix.RTN_PROHIBIT, unix.RTN_THROW:
+		other = kind
 	default:
 		return decoded{}
 	}
@@ -156,9 +154,10 @@ func decodeRoute(body []byte, devices devices) decoded {
 	}
 	r.Dst = netip.PrefixFrom(dst, bits)
 	d.Object = r
-	if !plain || protocol != RouteProtocol {
+	if !plain || protocol != RouteProtocol || other != 0 {
 		// It has the key of a route that may be desired, but is another route.
-		d.Object = foreign{r, protocol}
+		connected := plain && r.Dev != "" && !r.Via.IsValid() && d.via == 0
+		d.Object = foreign{r, protocol, other, connected, src}
 	}
 	return d
 }
@@ -168,7 +167,7 @@ func decodeRoute(body []byte, devices devices) decoded {
 func (r *Reconciler) ownsRoute(o Object) bool {
 	f, ok := o.(foreign)
 	switch {
-	case !ok:
+	case !ok || f.protocol == RouteProtocol:
 		return true
 	case f.protocol == unix.RTPROT_KERNEL:
 		return false

@@ -15,12 +15,15 @@ import (
 	"github.com/flanneld/flanneld/pkg/plain"
 )
 
-// Config is the network's configuration, the same for all nodes.
+// Config is the network's configuration, the same for all nodes but for Obstacles.
 type Config struct {
 	IPv4, IPv6     Pool
 	EnableNFTables bool            // rules go to nftables instead of iptables
 	BackendType    string          // Backend's Type; "udp" where there is no Backend
 	Backend        json.RawMessage // the whole Backend object; nil where there is none
+
+	// Obstacles are parts of the networks that this host uses for something else: see Around.
+	Obstacles []Obstacle
 
 	// Warnings are remarks on a configuration that works, such as unknown keys, one line each.
 	Warnings []string
@@ -40,8 +43,12 @@ func (c *Config) Each() []Pool {
 // Networks returns the network of each family.
 func (c *Config) Networks() Subnets { return Subnets{c.IPv4.Network, c.IPv6.Network} }
 
-// Fits tells whether the configuration allows the subnets: one of each family that is on, and none of any other.
-func (c *Config) Fits(s Subnets) bool { return c.IPv4.Fits(s.IPv4) && c.IPv6.Fits(s.IPv6) }
+// Fits tells whether this node may have the subnets under this configuration: one of each family that is on, and none
+// of any other, which no obstacle hinders.
+func (c *Config) Fits(s Subnets) bool {
+	_, hindered := c.Hinders(s)
+	return !hindered && c.IPv4.Fits(s.IPv4) && c.IPv6.Fits(s.IPv6)
+}
 
 // configJSON is the document as operators write it. make docs copies the comments of the keys to
 // Documentation/configuration.md.

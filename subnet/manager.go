@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"maps"
+	"net/netip"
 	"time"
 
 	"github.com/flanneld/flanneld/pkg/iface"
@@ -37,7 +38,7 @@ type Manager interface {
 
 	// Acquire leases subnets of cfg's network for this node and publishes want.Attrs with them. It takes the lease that
 	// this node already holds; or else want.Subnets, if they are set, fit cfg and are free; or else free subnets. It
-	// waits while no subnets are free.
+	// waits while no subnets are free. Subnets that conflict with an obstacle of cfg are not free, and not held.
 	Acquire(ctx context.Context, cfg *Config, want Lease) (Lease, error)
 
 	// Keep renews the lease, and restores it when somebody deletes or changes it, until ctx ends. It returns ErrLost
@@ -78,13 +79,14 @@ type EventRecorder interface {
 
 // A State is how a node stands with its Manager's store.
 type State struct {
-	Kind      string    // of the store: "etcd", "kubernetes"
-	Store     string    // its name for people: "etcd at http://127.0.0.1:2379"
-	Endpoints []string  // its URLs
-	Check     string    // a command that asks the store whether it works
-	Connected bool      // the store does what it is asked
-	Problem   string    // why it does not, once the reason is known
-	Expires   time.Time // when this node's lease ends unless it is renewed; zero: never, or there is no lease
+	Kind      string       // of the store: "etcd", "kubernetes"
+	Store     string       // its name for people: "etcd at http://127.0.0.1:2379"
+	Endpoints []string     // its URLs
+	Addresses []netip.Addr // of those that this node is connected to
+	Check     string       // a command that asks the store whether it works
+	Connected bool         // the store does what it is asked
+	Problem   string       // why it does not, once the reason is known
+	Expires   time.Time    // when this node's lease ends unless it is renewed; zero: never, or there is no lease
 }
 
 // Backoff returns the pauses between attempts to use a store. After an outage of the store, nodes come back soon, but

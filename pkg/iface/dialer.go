@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -122,6 +123,20 @@ func (d *Dialer) DialContext(ctx context.Context, network, address string) (net.
 	}
 	d.conns[c] = struct{}{}
 	return c, nil
+}
+
+// Remotes returns the remote addresses of the connections that are watched, sorted.
+func (d *Dialer) Remotes() []netip.Addr {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	var all []netip.Addr
+	for c := range d.conns {
+		if !slices.Contains(all, c.to) {
+			all = append(all, c.to)
+		}
+	}
+	slices.SortFunc(all, netip.Addr.Compare)
+	return all
 }
 
 func (c *conn) Close() error {

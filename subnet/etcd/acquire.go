@@ -38,12 +38,17 @@ func (m *Manager) Acquire(ctx context.Context, cfg *subnet.Config, want subnet.L
 		c := choose(records, cfg, want, m.wrote, rand.IntN)
 		for _, r := range c.unfit {
 			m.records.Error(r.key, r.changed, nil, "The reservation of this node cannot be used", "key", r.key,
-				"reason", "it does not fit the network's configuration, or overlaps another lease")
+				"reason", unfit(cfg, r))
 		}
 		switch {
 		case len(c.drop) > 0:
 			for _, r := range c.drop {
-				m.log.Info("Deleting a lease that this node no longer needs", "subnet", r.subnets, "key", r.key)
+				if o, hindered := cfg.Hinders(r.subnets); hindered {
+					m.log.Error(nil, "Giving up a lease that overlaps what this host uses", "subnet", r.subnets, "key", r.key,
+						"overlaps", o.Name)
+				} else {
+					m.log.Info("Deleting a lease that this node no longer needs", "subnet", r.subnets, "key", r.key)
+				}
 				if err := m.remove(ctx, r); err != nil {
 					return subnet.Lease{}, err
 				}
@@ -89,11 +94,26 @@ func (m *Manager) Acquire(ctx context.Context, cfg *subnet.Config, want subnet.L
 	}
 }
 
+// unfit returns why a reservation cannot be used.
+func unfit(cfg *subnet.Config, r record) string {
+	if o, hindered := cfg.Hinders(r.subnets); hindered {
+		return "it overlaps " + o.Name + " of this host"
+	}
+	return "it does not fit the network's configuration, or overlaps another lease"
+}
+
 // describePools returns the subnets that there are, such as "/24 from 10.5.1.0 to 10.5.255.0".
 func describePools(cfg *subnet.Config) string {
 	var pools []string
 	for _, p := range cfg.Each() {
 		pools = append(pools, fmt.Sprintf("/%d from %v to %v", p.SubnetLen, p.Min, p.Max))
 	}
-	return strings.Join(pools, ", ")
+	text := strings.Join(pools, ", ")
+	if n := len(cfg.Obstacles); n > 0 {
+		text += ", without what this host uses: " + cfg.Obstacles[0].Name
+		if n > 1 {
+			text += fmt.Sprintf(" and %d more", n-1)
+		}
+	}
+	return text
 }

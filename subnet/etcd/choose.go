@@ -114,7 +114,7 @@ func freeSubnets(records []record, cfg *subnet.Config, want subnet.Subnets, pick
 				taken = append(taken, p)
 			}
 		}
-		free := family.pool.Free(taken, freeEnough)
+		free := cfg.Free(family.pool, taken, freeEnough)
 		if len(free) == 0 {
 			return subnet.Subnets{}
 		}

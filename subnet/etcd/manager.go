@@ -73,6 +73,7 @@ type Manager struct {
 	log        klog.Logger
 	options    Options
 	tls        *tlsFiles
+	dialer     *iface.Dialer
 	connection *connection
 	hostname   string
 
@@ -131,6 +132,7 @@ func New(ctx context.Context, o Options) (*Manager, error) {
 		log:        log,
 		options:    o,
 		tls:        files,
+		dialer:     dialer,
 		connection: newConnection(log, config, o.Username, o.Password),
 		hostname:   hostname,
 		ctx:        ctx,
@@ -271,7 +273,7 @@ func (m *Manager) State() subnet.State {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	s := m.health.State()
-	s.Expires = m.expires
+	s.Expires, s.Addresses = m.expires, m.dialer.Remotes()
 	return s
 }
 

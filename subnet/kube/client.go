@@ -51,6 +51,7 @@ type client struct {
 	server     string // URL
 	load       func() (*rest.Config, error)
 	kubeconfig string
+	dialer     *iface.Dialer
 
 	mu     sync.Mutex
 	files  []string // what load reads
@@ -70,7 +71,7 @@ func newClient(ctx context.Context, apiURL, kubeconfig string) (*client, error) 
 		},
 		Control: limitWait,
 	}
-	c := &client{log: klog.FromContext(ctx), load: func() (*rest.Config, error) {
+	c := &client{log: klog.FromContext(ctx), dialer: dialer, load: func() (*rest.Config, error) {
 		config, err := readConfig(apiURL, kubeconfig)
 		if err == nil {
 			config.Dial = dialer.DialContext

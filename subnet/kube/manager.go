@@ -299,6 +299,11 @@ func (m *Manager) Acquire(ctx context.Context, cfg *subnet.Config, want subnet.L
 				return fmt.Sprintf("spec.podCIDRs of Node %s for each family of the network %s: they are %s",
 					m.name, cfg.Networks(), have)
 			}
+			if o, hindered := cfg.Hinders(have); hindered {
+				return fmt.Sprintf("a spec.podCIDR of Node %s that does not overlap %s of this host (it is %s): give "+
+					"kube-controller-manager another --cluster-cidr, with the same Network in %s, and register the Node again",
+					m.name, o.Name, have, m.options.ConfigPath)
+			}
 			return ""
 		})
 		if err != nil {
@@ -425,7 +430,9 @@ func (m *Manager) Ready() {
 
 // State implements subnet.Manager. A lease lasts as long as the Node.
 func (m *Manager) State() subnet.State {
-	return m.health.State()
+	s := m.health.State()
+	s.Addresses = m.client.dialer.Remotes()
+	return s
 }
 
 // Keep implements subnet.Manager: it writes the annotations again when somebody changes them, and so the condition,

@@ -189,7 +189,7 @@ func free(cfg *subnet.Config, want subnet.Subnets, taken []netip.Prefix) (s subn
 		if !f.pool.Enabled() {
 			continue
 		}
-		first := f.pool.Free(slices.DeleteFunc(slices.Clone(taken), func(p netip.Prefix) bool {
+		first := cfg.Free(f.pool, slices.DeleteFunc(slices.Clone(taken), func(p netip.Prefix) bool {
 			return p.Addr().BitLen() != f.pool.Network.Addr().BitLen()
 		}), 1)
 		if len(first) == 0 {

@@ -103,6 +103,9 @@ func (i *Inspection) inspect(ctx context.Context) (err error) {
 	if i.backend, err = backend.New(i.cfg, i.uplink); err != nil {
 		return err
 	}
+	i.kernel.SetOverlays(i.cfg.Networks().Each())
+	i.host.routes = i.kernel.Foreign()
+	i.host.store, i.host.stores = storeOf(i.Manager.State())
 	select {
 	case u, ok := <-i.Manager.Watch(ctx):
 		if !ok {

@@ -3,6 +3,7 @@ package network
 import (
 	"context"
 	"errors"
+	"sync/atomic"
 
 	"k8s.io/klog/v2"
 
@@ -17,8 +18,9 @@ type leaseKeeper struct {
 	*task.Task               // fails with what neither waiting nor retrying can solve
 	leases     chan acquired // each lease that was acquired
 
-	manager subnet.Manager
-	metrics *metrics
+	manager   subnet.Manager
+	metrics   *metrics
+	obstacles atomic.Pointer[[]subnet.Obstacle] // which subnets must not be leased
 
 	// Of the task alone.
 	held *subnet.Lease  // nil: none
@@ -32,8 +34,13 @@ type acquired struct {
 }
 
 func newLeaseKeeper(m subnet.Manager, s *metrics) *leaseKeeper {
-	return &leaseKeeper{Task: task.New(), leases: make(chan acquired), manager: m, metrics: s}
+	k := &leaseKeeper{Task: task.New(), leases: make(chan acquired), manager: m, metrics: s}
+	k.setObstacles(nil)
+	return k
 }
+
+// setObstacles sets what the subnets that are leased from now on must not conflict with.
+func (k *leaseKeeper) setObstacles(o []subnet.Obstacle) { k.obstacles.Store(&o) }
 
 // acquire has a lease for s acquired and kept, in place of any earlier one: of these
 // subnets, if possible.
@@ -51,7 +58,7 @@ func (k *leaseKeeper) keep(ctx context.Context, s setup, subnets subnet.Subnets)
 	}
 	for k.cfg = s.cfg; ; {
 		if k.held == nil {
-			lease, err := k.manager.Acquire(ctx, s.cfg, subnet.Lease{Subnets: subnets, Attrs: attrs})
+			lease, err := k.manager.Acquire(ctx, s.cfg.Around(*k.obstacles.Load()), subnet.Lease{Subnets: subnets, Attrs: attrs})
 			if err != nil {
 				return err
 			}

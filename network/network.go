@@ -9,6 +9,8 @@ import (
 	"net/netip"
 	"os"
 	"runtime/debug"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -69,10 +71,11 @@ type node struct {
 	kernelWoken bool                         // the kernel's reconciler has something to do
 	kernelErr   error                        // that it returned last
 
-	rulesSet bool   // the rules of the lease are in place
-	fight    string // over the rules, see firewall.State
-	rival    string // that claims what is ours, see recordRival
-	fileSet  bool   // the subnet file has the right content
+	rulesSet bool     // the rules of the lease are in place
+	fight    string   // over the rules, see firewall.State
+	rival    string   // that claims what is ours, see recordRival
+	overlaps []string // of the network with what the host uses, as logged
+	fileSet  bool     // the subnet file has the right content
 	ready    bool
 	errors   retry.LastErrors[string] // of each duty
 	records  *subnet.RecordLog        // what is wrong with leases of peers
@@ -137,6 +140,7 @@ func (n *node) run(ctx context.Context) error {
 	defer compare.Stop()
 	close(n.status.serving)
 	for running := true; running && err == nil; {
+		n.refreshHost(ctx)
 		n.reconcile()
 		n.updateMetrics()
 		running, err = n.handleEvent(ctx, compare.C)
@@ -285,6 +289,7 @@ func (n *node) refreshUplink(ctx context.Context, cfg *subnet.Config) error {
 	}
 	n.logWarnings(cfg) // of the backend's keys too
 	n.target = setup{cfg, uplink, b}
+	n.keeper.setObstacles(n.target.obstacles(n.readHost()))
 	if n.own == nil {
 		n.setup = n.target
 		n.watchLeases(ctx)
@@ -298,6 +303,54 @@ func (n *node) refreshUplink(ctx context.Context, cfg *subnet.Config) error {
 	}
 	n.keeper.acquire(ctx, n.target, n.own.Subnets)
 	return nil
+}
+
+// readHost returns what the network may not take from the host.
+func (n *node) readHost() host {
+	overlays := n.target.cfg.Networks().Each()
+	if n.cfg != n.target.cfg {
+		overlays = append(overlays, n.cfg.Networks().Each()...)
+	}
+	n.kernel.SetOverlays(overlays)
+	h := host{routes: n.kernel.Foreign()}
+	h.store, h.stores = storeOf(n.Manager.State())
+	return h
+}
+
+// refreshHost has the peers and the lease follow what belongs to the host now.
+func (n *node) refreshHost(ctx context.Context) {
+	h := n.readHost()
+	if h.equal(n.host) {
+		n.logOverlaps() // the uplink, the configuration or the lease may be new
+		return
+	}
+	before := n.target.obstacles(n.host)
+	u := n.setHost(h)
+	now := n.target.obstacles(h)
+	n.keeper.setObstacles(now)
+	n.logOverlaps()
+	switch {
+	case n.own == nil && n.target.backend != nil && !slices.Equal(before, now):
+		n.keeper.acquire(ctx, n.target, n.previousSubnets()) // other subnets are free now
+	case n.own != nil && len(u.Leases) > 0:
+		n.applyPeers(n.applyUpdate(u))
+		n.forgetProblems(u)
+	}
+}
+
+// logOverlaps logs, once, where the network overlaps what the host uses.
+func (n *node) logOverlaps() {
+	now := n.target.overlaps(n.host, n.own)
+	if slices.Equal(now, n.overlaps) {
+		return
+	}
+	for _, text := range now {
+		if !slices.Contains(n.overlaps, text) {
+			n.log.Error(nil, "The network overlaps what this host uses", "overlap", text)
+		}
+	}
+	n.overlaps = now
+	n.recordEvent("overlap", "NetworkOverlap", strings.Join(now, "; "))
 }
 
 // watchLeases has the manager watch leases, if the backend has peers at all.

@@ -10,6 +10,7 @@ import (
 	"github.com/flanneld/flanneld/pkg/firewall"
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/kernel"
+	"github.com/flanneld/flanneld/pkg/prefixes"
 	"github.com/flanneld/flanneld/pkg/retry"
 	"github.com/flanneld/flanneld/subnet"
 )
@@ -31,7 +32,11 @@ type state struct {
 	own      *subnet.Lease                    // nil: none yet
 	leases   map[subnet.Subnets]subnet.Lease  // of all nodes, our own too; nil: not known yet
 	claims   *claims                          // of those leases that could be a peer's, and of our own
+	host     host                             // what the network may not take from the host
 	problems retry.LastErrors[subnet.Subnets] // what is wrong with leases of peers
+
+	obstacleList []subnet.Obstacle // of the setup and the host
+	obstacles    prefixes.Index[subnet.Obstacle]
 }
 
 // A nodePlan is what the node itself needs, independent of the peers.
@@ -125,8 +130,9 @@ func (s *state) planAllPeers() peersPlan {
 	return p
 }
 
-// claimAll records what all leases claim.
+// claimAll records what all leases claim, and what the host does.
 func (s *state) claimAll() {
+	s.updateObstacles()
 	s.claims = newClaims(s.cfg.Networks())
 	s.claim(*s.own)
 	for subnets, l := range s.leases {
@@ -259,11 +265,9 @@ func (s *state) checkLease(l subnet.Lease) error {
 				"Delete that lease", peer, pool.Network)
 		case peer.Overlaps(s.own.Of(f)):
 			return fmt.Errorf("left out, since %s overlaps this node's own %s", peer, s.own.Of(f))
-		case s.uplink.Conflict(pool.Network, peer).IsValid():
-			return fmt.Errorf("left out, since %s overlaps %s on %s", peer, s.uplink.Conflict(pool.Network, peer), s.uplink.Name)
 		}
 	}
-	return nil
+	return s.checkObstacles(l)
 }
 
 // peers returns the leases that are peers'.

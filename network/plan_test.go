@@ -3,6 +3,7 @@ package network
 import (
 	"fmt"
 	"maps"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -12,6 +13,7 @@ import (
 	"github.com/flanneld/flanneld/backend"
 	"github.com/flanneld/flanneld/backend/backendtest"
 	"github.com/flanneld/flanneld/pkg/firewall"
+	"github.com/flanneld/flanneld/pkg/kernel"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -27,6 +29,9 @@ import (
 //	lease    a new or changed lease, likewise; new leases are younger than those before them
 //	gone     the last element of the etcd key of a lease that was removed
 //	snapshot the leases of this step are all there are
+//	foreign  a route of the kernel or another program, see parseForeign; those of a step replace the earlier ones
+//	store    the addresses of the store
+//	host     replace routes and store by what this step has, which may be nothing
 //	#        a remark
 func TestPlans(t *testing.T) {
 	files, err := filepath.Glob("testdata/*.txt")
@@ -70,7 +75,8 @@ type scenario struct {
 // step takes one step's events and returns the plan as text.
 func (s *scenario) step(input string) (string, error) {
 	var u subnet.Update
-	var setUp, updated bool
+	var setUp, updated, hosted bool
+	var h host
 	for line := range strings.Lines(input) {
 		word, rest, _ := strings.Cut(strings.TrimSpace(line), " ")
 		var err error
@@ -109,6 +115,15 @@ func (s *scenario) step(input string) (string, error) {
 			updated = true
 		case "snapshot":
 			u.Snapshot, updated = true, true
+		case "foreign":
+			var r kernel.ForeignRoute
+			r, err = parseForeign(rest)
+			h.routes, hosted = append(h.routes, r), true
+		case "store":
+			h.store, h.stores = storeOf(subnet.State{Kind: "etcd", Endpoints: strings.Fields(rest)})
+			hosted = true
+		case "host":
+			hosted = true
 		default:
 			err = fmt.Errorf("unknown word %q", word)
 		}
@@ -117,6 +132,14 @@ func (s *scenario) step(input string) (string, error) {
 		}
 	}
 	var out strings.Builder
+	var concerned subnet.Update
+	if hosted {
+		if setUp {
+			s.host = h
+		} else {
+			concerned = s.setHost(h)
+		}
+	}
 	if setUp {
 		var err error
 		if s.backend, err = backend.New(s.cfg, s.uplink); err != nil {
@@ -129,11 +152,44 @@ func (s *scenario) step(input string) (string, error) {
 			}
 		}
 	}
+	if hosted {
+		for _, o := range s.setup.obstacles(h) {
+			fmt.Fprintf(&out, "obstacle: %s\n", o.Name)
+		}
+		for _, text := range s.setup.overlaps(h, s.own) {
+			fmt.Fprintf(&out, "warning: %s\n", text)
+		}
+	}
+	if len(concerned.Leases) > 0 {
+		writePeersPlan(&out, s.applyUpdate(concerned))
+	}
 	if updated {
 		writePeersPlan(&out, s.applyUpdate(u))
 		fmt.Fprintf(&out, "other leases: %d\n", s.others())
 	}
 	return out.String(), nil
+}
+
+// parseForeign reads a route as kernel.ForeignRoute.Text has it. The word "bridge" after it says that it is of a bridge
+// with the first address.
+func parseForeign(text string) (r kernel.ForeignRoute, err error) {
+	r.Text, r.Bridge = strings.CutSuffix(text, " bridge")
+	words := strings.Fields(r.Text)
+	if r.Dst, err = netip.ParsePrefix(words[0]); err != nil {
+		return r, err
+	}
+	for i, word := range words[1:] {
+		switch word {
+		case "via":
+			r.Via, err = netip.ParseAddr(words[i+2])
+		case "dev":
+			r.Dev = words[i+2]
+		case "proto":
+			r.Kernel = words[i+2] == "kernel"
+		}
+	}
+	r.Connected = r.Dev != "" && !r.Via.IsValid()
+	return r, err
 }
 
 func writeNodePlan(out *strings.Builder, p nodePlan) {

@@ -28,6 +28,9 @@ type Status struct {
 	Peers   int            `json:"peers"`
 	LeftOut []Lease        `json:"leftOut,omitempty"` // that are no peers, or cannot be reached in full
 
+	// Overlaps say where the network, or this node's own subnet, overlaps what the host uses for something else.
+	Overlaps []string `json:"overlaps,omitempty"`
+
 	MTU        int        `json:"mtu,omitempty"`      // for pods
 	Overhead   int        `json:"overhead,omitempty"` // bytes that the backend puts around their packets
 	Devices    []Device   `json:"devices,omitempty"`
@@ -168,6 +171,7 @@ func (v view) status() Status {
 		Name: v.uplink.Name, MTU: v.uplink.MTU,
 		Addresses: family.Valid(v.uplink.Addrs()), PublicIPs: family.Valid(v.uplink.PublicIPs()),
 	}
+	s.Overlaps = v.setup.overlaps(v.host, v.own)
 	if v.own == nil {
 		return s
 	}

@@ -104,25 +104,6 @@ func (u Uplink) CheckPeer(peer netip.Addr) error {
 	return nil
 }
 
-// Conflict returns what of this host's link a route to a subnet of a network would take the place of: a prefix of the
-// link inside the network, or an address of u. It returns the zero Prefix if there is neither. Of a prefix that is the
-// network itself, every subnet is a part: then only the addresses of u count.
-func (u Uplink) Conflict(network, subnet netip.Prefix) netip.Prefix {
-	for _, p := range u.Prefixes {
-		if p.Bits() > network.Bits() && network.Contains(p.Addr()) && p.Overlaps(subnet) {
-			return p
-		}
-	}
-	for _, ips := range []family.Pair[netip.Addr]{u.Addrs(), u.PublicIPs()} {
-		for _, ip := range ips.Each() {
-			if subnet.Contains(ip) {
-				return netip.PrefixFrom(ip, ip.BitLen())
-			}
-		}
-	}
-	return netip.Prefix{}
-}
-
 // broadcast returns the last address of an IPv4 prefix.
 func broadcast(p netip.Prefix) netip.Addr {
 	a := p.Addr().As4()

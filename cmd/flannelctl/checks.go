@@ -107,6 +107,14 @@ func peerLeftOut(d *diagnosis) []problem {
 	return found
 }
 
+func networkOverlap(d *diagnosis) []problem {
+	var found []problem
+	for _, text := range d.status.Overlaps {
+		found = append(found, problem{text, []string{"ip route show proto kernel    # the prefixes of this host"}})
+	}
+	return found
+}
+
 func outOfSync(d *diagnosis) []problem {
 	if d.status.Lease == nil {
 		return nil

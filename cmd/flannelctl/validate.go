@@ -17,6 +17,7 @@ import (
 	"go.yaml.in/yaml/v3"
 
 	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/network"
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/subnet"
 )
@@ -33,7 +34,7 @@ func (t *tool) validateCommand() *cobra.Command {
 		Short: "Check a network configuration before it is used",
 		Long: `validate checks a network configuration: a file such as net-conf.json, or a manifest for
 Kubernetes with a ConfigMap that contains one. "-" is standard input. It prints all errors and warnings with their lines
-in the file. Exit status 1: there are errors.`,
+in the file. It also warns of a Network that overlaps a prefix of this host's uplink. Exit status 1: there are errors.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error {
 			text, err := readFile(args[0])
@@ -44,7 +45,7 @@ in the file. Exit status 1: there are errors.`,
 			if name == "-" {
 				name = "standard input"
 			}
-			issues := validate(text)
+			issues := validate(text, t.uplink())
 			wrong := false
 			for _, r := range issues {
 				word := t.warn("warning:")
@@ -62,6 +63,19 @@ in the file. Exit status 1: there are errors.`,
 	}
 }
 
+// uplink returns the uplink of this host, with as many families as it has; the zero Uplink if there is none.
+func (t *tool) uplink() iface.Uplink {
+	if t.complete() != nil {
+		return iface.Uplink{}
+	}
+	for _, on := range [][2]bool{{true, true}, {true, false}, {false, true}} {
+		if u, err := iface.Find(t.options.Uplink, on[0], on[1]); err == nil {
+			return u
+		}
+	}
+	return iface.Uplink{}
+}
+
 func readFile(name string) ([]byte, error) {
 	if name == "-" {
 		return io.ReadAll(os.Stdin)
@@ -76,16 +90,16 @@ type issue struct {
 	text    string
 }
 
-// validate returns the issues of a file, sorted by line.
-func validate(text []byte) []issue {
-	issues := read(text)
+// validate returns the issues of a file on a host with this uplink, sorted by line.
+func validate(text []byte, uplink iface.Uplink) []issue {
+	issues := read(text, uplink)
 	slices.SortStableFunc(issues, func(a, b issue) int { return a.line - b.line })
 	return issues
 }
 
-func read(text []byte) []issue {
+func read(text []byte, uplink iface.Uplink) []issue {
 	if trimmed := bytes.TrimSpace(text); bytes.HasPrefix(trimmed, []byte("{")) && !isManifest(trimmed) {
-		return validateConfig(text, linesOf(text), true)
+		return validateConfig(text, linesOf(text), true, uplink)
 	}
 	var issues []issue
 	found := false
@@ -106,7 +120,7 @@ func read(text []byte) []issue {
 		for _, data := range configMaps(root) {
 			if config := value(data, configKey); config != nil {
 				found = true
-				check := func(text []byte, at lines) []issue { return validateConfig(text, at, false) }
+				check := func(text []byte, at lines) []issue { return validateConfig(text, at, false, uplink) }
 				issues = append(issues, validateText(document, config, check)...)
 			}
 			if conflist := value(data, conflistKey); conflist != nil {
@@ -276,7 +290,7 @@ func validateSyntax(text []byte, at lines) []issue {
 
 // validateConfig checks a configuration. divided is set if the configuration may be for etcd: flanneld then divides the
 // network into subnets.
-func validateConfig(text []byte, at lines, divided bool) []issue {
+func validateConfig(text []byte, at lines, divided bool, uplink iface.Uplink) []issue {
 	if wrong := validateSyntax(text, at); wrong != nil {
 		return wrong
 	}
@@ -292,7 +306,7 @@ func validateConfig(text []byte, at lines, divided bool) []issue {
 	}
 	// The parser stops at the first error. The draft is repaired, so that the parser finds the next error.
 	for d := newDraft(text); ; {
-		warnings, err := d.check(divided)
+		warnings, err := d.check(divided, uplink)
 		for _, w := range warnings {
 			report(w, true)
 		}
@@ -341,8 +355,8 @@ func written(keys map[string]json.RawMessage, key string) string {
 	return key
 }
 
-// check returns the warnings of the parser, and the first error of parser and backend.
-func (d *draft) check(divided bool) (warnings []string, err error) {
+// check returns the warnings of the parser and about the host's uplink, and the first error of parser and backend.
+func (d *draft) check(divided bool, host iface.Uplink) (warnings []string, err error) {
 	text := d.text
 	if d.keys != nil {
 		text, _ = json.Marshal(d.keys) // cannot fail: it was JSON before
@@ -351,14 +365,15 @@ func (d *draft) check(divided bool) (warnings []string, err error) {
 	if err != nil {
 		return nil, err
 	}
+	known := *cfg
+	for i, pool := range []*subnet.Pool{&known.IPv4, &known.IPv6} {
+		if d.unknown[i] {
+			*pool = subnet.Pool{}
+		}
+	}
+	cfg.Warnings = append(cfg.Warnings, network.UplinkOverlaps(&known, host)...)
 	warnings = cfg.Warnings
 	if divided {
-		known := *cfg
-		for i, pool := range []*subnet.Pool{&known.IPv4, &known.IPv6} {
-			if d.unknown[i] {
-				*pool = subnet.Pool{}
-			}
-		}
 		if err := known.Divide(); err != nil {
 			return warnings, err
 		}

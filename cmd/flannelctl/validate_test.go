@@ -3,15 +3,22 @@ package main
 import (
 	"flag"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/pkg/iface"
 )
 
 var update = flag.Bool("update", false, "write testdata")
+
+// testUplink is the uplink of the host that the configurations are for.
+var testUplink = iface.Uplink{
+	Name: "eth0", Prefixes: []netip.Prefix{netip.MustParsePrefix("198.18.4.0/24"), netip.MustParsePrefix("fd18::/64")},
+}
 
 // TestValidate: the issues of testdata/FILE are testdata/FILE.golden.
 func TestValidate(t *testing.T) {
@@ -31,7 +38,7 @@ func TestValidate(t *testing.T) {
 				t.Fatal(err)
 			}
 			var out strings.Builder
-			for _, r := range validate(text) {
+			for _, r := range validate(text, testUplink) {
 				kind := "error"
 				if r.warning {
 					kind = "warning"

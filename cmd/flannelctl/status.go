@@ -108,6 +108,9 @@ func (t *tool) status(s network.Status) {
 	for _, l := range s.LeftOut {
 		line("", join(l.Subnets)+": "+l.Problem, t.warn)
 	}
+	for _, text := range s.Overlaps {
+		line("overlap", text, t.warn)
+	}
 	if s.MTU > 0 {
 		line("mtu for pods", fmt.Sprint(s.MTU), nil)
 	}

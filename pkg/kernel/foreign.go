@@ -140,7 +140,7 @@ func (r *Reconciler) precedes(f foreign) bool {
 // had it first.
 func (r *Reconciler) blockedRoute(e *entry) error {
 	f, ok := e.have.(foreign)
-	if !ok || r.ownsRoute(f) || f.protocol != unix.RTPROT_KERNEL && e.held {
+	if !ok || r.ownsRoute(f) || r.ownsDevice(f.Dev) || f.protocol != unix.RTPROT_KERNEL && e.held {
 		return nil
 	}
 	return fmt.Errorf("the route %s is not ours, and stays in its place", f.show())

@@ -192,10 +192,19 @@ func TestForeign(t *testing.T) {
 		"ip route replace 10.5.3.0/24 dev eth1 proto static", "ip route prepend 10.5.3.0/24 via 198.18.0.66 dev eth0 proto static",
 	} {
 		nstest.Run(t, line)
-		settle(t, r, "the place is taken", func() bool { return !slices.Contains(foreignTexts(r), line) })
-		settle(t, r, "our route again", func() bool { return r.Has("direct") && len(routes(t, "10.5.3.0/24")) == 1 })
-		if slices.ContainsFunc(foreignTexts(r), func(text string) bool { return strings.HasPrefix(text, "10.5.3.0/24") }) {
-			t.Errorf("after %s: foreign are %q", line, foreignTexts(r))
+		hear(r, func(have Object) bool { _, theirs := have.(foreign); return theirs })
+		if got := foreignTexts(r); slices.ContainsFunc(got, func(text string) bool { return strings.HasPrefix(text, "10.5.3.0/24") }) {
+			t.Errorf("after %s: foreign are %q", line, got)
 		}
+		settle(t, r, "our route again", func() bool { return r.Has("direct") && len(routes(t, "10.5.3.0/24")) == 1 })
+	}
+	// What we drop is our own route, also behind another's with the same gateway.
+	nstest.Run(t, "ip route prepend 10.5.3.0/24 via 198.18.0.3 dev eth0 proto static")
+	hear(r, func(have Object) bool { _, theirs := have.(foreign); return theirs })
+	r.Set("direct", nil)
+	r.Compare()
+	apply(t, r)
+	if got := routes(t, "10.5.3.0/24"); !slices.Equal(got, []string{"10.5.3.0/24 via 198.18.0.3 dev eth0 proto static"}) {
+		t.Errorf("the routes are %q", got)
 	}
 }

@@ -22,3 +22,16 @@ func newFights(log klog.Logger) *fight.Detector[Key, Object] {
 			"and configure it to leave this object alone",
 	})
 }
+
+// change returns what another program has undone: that an object is set, or that it is removed.
+func (e *entry) change() Object {
+	if e.want == nil {
+		return removal{e.have}
+	}
+	return e.want
+}
+
+// A removal stands for the removal of an object that another program sets again.
+type removal struct{ Object }
+
+func (x removal) String() string { return x.Undo() }

@@ -160,3 +160,49 @@ func TestFightOverFormerWish(t *testing.T) {
 		t.Errorf("dropped: there %t, pending %t, waits %t", there(t), r.pending(), r.waiting())
 	}
 }
+
+// Somebody sets a route on our device whenever we remove it, as a DHCP client does.
+func TestFightOverRemoval(t *testing.T) {
+	host(t)
+	log := logged(t)
+	r := start(t)
+	r.fights.Burst, r.backoff.First, r.backoff.Most = 0, time.Hour, time.Hour
+	k := Route{Dst: prefix("198.51.100.0/24"), Dev: "flannel.1"}.Key()
+	add := func() {
+		t.Helper()
+		nstest.Run(t, "ip route add 198.51.100.0/24 dev flannel.1")
+		for r.entries[k] == nil || r.entries[k].have == nil {
+			<-r.Wake()
+			r.receive()
+		}
+	}
+	there := func() bool {
+		t.Helper()
+		return nstest.Run(t, "ip route show 198.51.100.0/24") != ""
+	}
+	for i := 1; i < r.fights.Times; i++ {
+		add()
+		apply(t, r)
+		if there() || r.waiting() {
+			t.Fatalf("after %d times the route is there: %t; waits: %t", i, there(), r.waiting())
+		}
+	}
+	for i := range 3 {
+		add()
+		if r.pending() || !r.waiting() {
+			t.Fatalf("round %d: no wait", i)
+		}
+		r.retry()
+		apply(t, r)
+		if there() || r.waiting() {
+			t.Fatalf("round %d: the route is there: %t; waits: %t", i, there(), r.waiting())
+		}
+	}
+	if got := strings.Count(log(), `again and again`); got != 1 ||
+		!strings.Contains(log(), `command="ip route del 198.51.100.0/24 dev flannel.1`) {
+		t.Errorf("the fight is logged %d times:\n%s", got, log())
+	}
+	if s := r.Stats(); s.Fights != 1 || !strings.HasPrefix(s.Fight.String(), "ip route del 198.51.100.0/24") {
+		t.Errorf("the counts are %+v", s)
+	}
+}

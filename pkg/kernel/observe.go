@@ -129,7 +129,7 @@ func (r *Reconciler) drifted(e *entry, before Object) {
 	e.drift = e.drift || e.have != before // else it is late news of what we did ourselves
 	switch {
 	case e.state == paced:
-	case e.want != nil && e.want == before && r.fights.Undone(e.want.Key(), e.want):
+	case e.want == before && r.fights.Undone(e.key(), e.change()):
 		e.state = paced
 		r.paced = append(r.paced, e)
 	default:

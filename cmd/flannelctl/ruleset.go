@@ -69,6 +69,7 @@ func (r ruleset) decide(c *chain, p packet, depth int) string {
 	if depth > 20 {
 		return "accept"
 	}
+	returned := false // a rule may have ended the chain
 	for _, rule := range c.rules {
 		may, must := rule.matches(p)
 		verdict := rule.verdict
@@ -76,10 +77,14 @@ func (r ruleset) decide(c *chain, p packet, depth int) string {
 			verdict = r.decide(to, p, depth+1)
 		}
 		switch {
-		case may && verdict == "accept", must && verdict == "drop":
+		case may && verdict == "accept":
 			return verdict
-		case must && verdict == "return":
+		case must && verdict == "return", must && verdict == "drop" && returned:
 			return ""
+		case must && verdict == "drop":
+			return verdict
+		case may && verdict == "return":
+			returned = true
 		}
 	}
 	return ""

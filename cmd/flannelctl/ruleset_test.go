@@ -42,6 +42,11 @@ func TestPasses(t *testing.T) {
 		{drop + ":OURS - [0:0]\n-A INPUT -j OURS\n-A OURS -p udp -j ACCEPT", true},
 		{drop + ":OURS - [0:0]\n-A INPUT -p tcp -j OURS\n-A OURS -j ACCEPT", false},
 		{drop + ":OURS - [0:0]\n-A INPUT -j OURS\n-A OURS -j RETURN\n-A OURS -j ACCEPT", false},
+		// As ufw has it.
+		{drop + ":OURS - [0:0]\n-A INPUT -j OURS\n-A INPUT -p udp -j ACCEPT\n" +
+			"-A OURS -m addrtype --dst-type LOCAL -j RETURN\n-A OURS -j DROP", true},
+		{drop + ":OURS - [0:0]\n-A INPUT -j OURS\n-A OURS -m addrtype --dst-type LOCAL -j RETURN\n-A OURS -j DROP", false},
+		{accept + ":OURS - [0:0]\n-A INPUT -j OURS\n-A OURS -p tcp -j RETURN\n-A OURS -j DROP", false},
 		{accept + "-A INPUT -j REJECT --reject-with icmp-host-prohibited", false},
 		{accept + "-A INPUT -p udp -j DROP", false},
 		{accept + "-A INPUT -p udp -m udp --dport 8472 -j DROP", false},

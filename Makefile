@@ -88,7 +88,7 @@ build/image/flannel-$(ARCH).tar: Dockerfile Documentation/kube-flannel.yml $(if 
 
 image: need-image build/image/flannel-$(ARCH).tar ## An image for Kubernetes: IMAGE=name ARCH=arm64 BASE=image
 
-BUILT := build/bin/staticcheck build/bin/helm $(ETCD) $(OLD_ETCD) $(CNI) $(KUBE) $(OTHER_KUBE)
+BUILT := build/bin/staticcheck build/bin/helm build/debian $(ETCD) $(OLD_ETCD) $(CNI) $(KUBE) $(OTHER_KUBE)
 tools: install-tools $(BUILT) ## Install what checks and tests need
 
 # need-X fails where a program of X is missing. install-X installs the program first, where apt-get is.
@@ -137,6 +137,18 @@ build/stores/etcd-3.6: test/stores/etcd-3.6/go.mod
 build/bin/helm: test/helm/go.mod
 	cd test/helm && go build -ldflags "-s -w" -o "$(CURDIR)/$@" helm.sh/helm/v4/cmd/helm
 	@touch $@
+
+# What manages networks and firewalls on hosts: Debian 12's programs, in a system of their own, which only nodes of
+# the lab run. Nothing is installed on this machine, and no service started.
+build/debian: test/lab/debian.packages
+	@mkdir -p build
+	rm -rf $@ $@.new
+	mmdebstrap --quiet --variant=essential --format=directory --include="$$(paste -sd, $<)" --skip=output/dev \
+		--dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
+		--dpkgopt='path-exclude=/usr/share/locale/*' bookworm $@.new
+	rm -rf --one-file-system $@.new/dev/*
+	touch $@.new
+	mv $@.new $@
 
 # A real control plane and node, and an older API server; some minutes, once. They
 # ask for their version.
@@ -223,14 +235,14 @@ fuzz: ## Each fuzz target for FUZZTIME
 E2E = -count=1 -p=2 -parallel=4 -timeout=30m $(TESTFLAGS)
 
 SERVERS := $(ETCD) build/stores/etcd-3.4 $(CNI) $(KUBE) $(OTHER_KUBE)
-e2e: build need-e2e $(SERVERS) build/bin/helm image ## End-to-end tests in the lab
+e2e: build need-e2e $(SERVERS) build/bin/helm build/debian image ## End-to-end tests in the lab
 	cd test && $(GO_TEST) $(E2E) ./e2e ./stores ./... # the longest first
 
 test-stores: build need-lab $(SERVERS) $(OLD_ETCD) ## Every version of etcd and Kubernetes that is tested
 	cd test && LONG=all $(GO_TEST) $(E2E) ./stores ./etcd
 
-test-long: build need-e2e $(SERVERS) $(OLD_ETCD) build/bin/helm image ## What test leaves out: all stores and combinations
-	cd test && LONG=rest $(GO_TEST) $(E2E) -run '^Test(Cleanup|Cluster|DoctorTunnels|Faults|HostileRecords|Matrix|Reconfigure|Restart|Stores)$$' ./e2e ./stores
+test-long: build need-e2e $(SERVERS) $(OLD_ETCD) build/bin/helm build/debian image ## What test leaves out: all stores and combinations
+	cd test && LONG=rest $(GO_TEST) $(E2E) -run '^Test(Cleanup|Cluster|DoctorTunnels|Faults|HostileRecords|Matrix|Neighbours|Reconfigure|Restart|Stores)$$' ./e2e ./stores
 	cd test && LONG=rest $(RACE_TEST) $(E2E) ./etcd ./ec2
 
 # The kernel, and what tests run, from Debian's packages. Some 100 MB, once.

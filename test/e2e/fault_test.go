@@ -55,6 +55,7 @@ type testbed struct {
 	*lab.Lab
 	scenario
 	node, peer *lab.Node
+	pods       []*lab.Pod // one of each node
 	probes     []*lab.Probe
 	underlay   []*lab.Probe  // between the nodes' own addresses
 	key        string        // of the node's lease
@@ -145,6 +146,7 @@ func (s *testbed) startProbes(ctx context.Context, t testing.TB) {
 		labtest.Do(t, p.Mirror())
 		pods = append(pods, p)
 	}
+	s.pods = pods
 	labtest.Do(t, s.Outside.Mirror())
 	for i, from := range pods {
 		for j, as := range from.Addrs() {
@@ -369,8 +371,35 @@ func (s *testbed) reset(ctx context.Context) error {
 	return errors.Join(s.waitTraffic(ctx, time.Now()), s.waitRestored(ctx))
 }
 
+// others are objects of other programs, of each kind that the daemon sets too. Some are inside the network.
+var others = []string{
+	"link add other0 type veth peer name other9", "link set other0 up", "link set other9 up",
+	"link add other1 type bridge", "link add other2 type vxlan id 77 dstport 4790 dev other0",
+	"addr add 198.18.9.1/24 dev other0", "addr add fd18:9::1/64 dev other0 nodad", "addr add 10.7.251.1/32 dev lo",
+	"neigh add 198.18.9.2 lladdr 02:00:00:00:09:02 dev other0 nud permanent",
+	"neigh add fd18:9::2 lladdr 02:00:00:00:09:02 dev other0 nud permanent",
+	"route add 10.7.250.0/24 via 198.18.9.2 proto static", "route add 10.7.252.0/24 dev other0 proto 99 metric 50",
+	"route add blackhole 203.0.113.0/24", "route add 10.4.0.0/14 via 198.18.9.2 table 77",
+	"route add fd00:5:0:f::/64 via fd18:9::2 proto static", "route add fd00:5::/48 via fd18:9::2 table 77",
+	"rule add pref 100 to 198.51.100.0/24 lookup 77", "rule add pref 101 fwmark 7 lookup 77",
+	"nexthop add id 777 via 198.18.9.2 dev other0 proto static",
+}
+
+// otherObjects returns what is not the daemon's on the node, except for the uplink, which faults take away.
+func (s *testbed) otherObjects(ctx context.Context, t testing.TB) string {
+	t.Helper()
+	var b strings.Builder
+	for line := range strings.Lines(labtest.Must(s.node.OtherObjects(ctx))(t)) {
+		if !strings.Contains(line, "eth0") && !strings.Contains(line, "fe80::/64") { // flushRoutes does not restore these
+			b.WriteString(line)
+		}
+	}
+	return b.String()
+}
+
 // TestFaults: after each fault pods talk again, and the state is as before. A fault in the kernel happens while the
-// daemon runs in one scenario, and while the daemon is frozen in the next.
+// daemon runs in one scenario, and while the daemon is frozen in the next. After all faults, what belongs to other
+// programs is as it was before.
 func TestFaults(t *testing.T) {
 	t.Parallel()
 	for i, g := range scenarios {
@@ -381,6 +410,8 @@ func TestFaults(t *testing.T) {
 			t.Parallel()
 			ctx := labtest.Context(t, 10*time.Minute)
 			s := newTestbed(ctx, t, g, 60*time.Millisecond) // more packets would keep the processors busy
+			labtest.Do(t, s.node.Script(ctx, others...))
+			before := s.otherObjects(ctx, t)
 			for j, f := range g.faults {
 				if f.on != nil && !f.on(g) {
 					continue
@@ -410,6 +441,9 @@ func TestFaults(t *testing.T) {
 			}
 			if s.memory == nil {
 				t.Logf("flanneld and its programs have used %d MiB at most", labtest.Must(s.node.MemoryPeak())(t)>>20)
+			}
+			if after := s.otherObjects(ctx, t); after != before {
+				t.Errorf("of what belongs to other programs, this has changed:%s", difference(before, after))
 			}
 		})
 	}

@@ -33,7 +33,7 @@ type Cluster struct {
 // More users, with the rights that Kubernetes gives these names.
 const (
 	kubeScheduler = "system:kube-scheduler"
-	kubeProxy     = "system:kube-proxy"
+	KubeProxy     = "system:kube-proxy"
 )
 
 // NewCluster starts a cluster, on nodes that it adds to the lab. They are
@@ -46,7 +46,7 @@ func (l *Lab) NewCluster(ctx context.Context, o ClusterOptions) (*Cluster, error
 	if err := k.StartControllers(o.ClusterCIDR, "--controllers=*"); err != nil {
 		return nil, err
 	}
-	if err := errors.Join(k.AddUser(kubeScheduler), k.AddUser(kubeProxy)); err != nil {
+	if err := errors.Join(k.AddUser(kubeScheduler), k.AddUser(KubeProxy)); err != nil {
 		return nil, err
 	}
 	if _, err := k.launch("kube/kube-scheduler", "--kubeconfig="+k.Kubeconfig(kubeScheduler), "--leader-elect=false",
@@ -84,7 +84,8 @@ func (l *Lab) NewCluster(ctx context.Context, o ClusterOptions) (*Cluster, error
 		if err != nil {
 			return fmt.Errorf("%w\n%s", err, tail(n.logOf("kubelet")))
 		}
-		return n.startProxy(k, o.ProxyMode, o.ClusterCIDR)
+		_, err = n.StartProxy(k, o.ProxyMode, o.ClusterCIDR)
+		return err
 	})
 }
 

@@ -168,17 +168,16 @@ func (n *Node) startKubelet(k *Kube) error {
 	return err
 }
 
-// startProxy starts kube-proxy.
-func (n *Node) startProxy(k *Kube, mode, clusterCIDR string) error {
+// StartProxy starts kube-proxy.
+func (n *Node) StartProxy(k *Kube, mode, clusterCIDR string) (*Process, error) {
 	program, err := n.lab.Program("kube/kube-proxy")
 	if err != nil {
-		return err
+		return nil, err
 	}
-	_, err = n.launch(program, "--kubeconfig="+k.Kubeconfig(kubeProxy), "--proxy-mode="+mode,
+	return n.launch(program, "--kubeconfig="+k.Kubeconfig(KubeProxy), "--proxy-mode="+mode,
 		"--cluster-cidr="+clusterCIDR,
 		// These belong to the machine.
 		"--conntrack-max-per-core=0", "--conntrack-tcp-timeout-established=0", "--conntrack-tcp-timeout-close-wait=0", "--oom-score-adj=0")
-	return err
 }
 
 const cgroupRoot = "/sys/fs/cgroup"

@@ -22,11 +22,24 @@ func (n *Node) StartDocker(ctx context.Context, options ...string) error {
 	if err := os.MkdirAll(data, 0o711); err != nil {
 		return err
 	}
-	proc, err := n.launch("dockerd", append([]string{"--data-root=" + data, "--cgroup-parent=/" + n.Namespace.Name},
-		options...)...)
+	n.dockerd = append([]string{"--data-root=" + data, "--cgroup-parent=/" + n.Namespace.Name}, options...)
+	return n.launchDocker(ctx)
+}
+
+// RestartDocker stops the node's Docker engine, and starts it again.
+func (n *Node) RestartDocker(ctx context.Context) error {
+	if err := n.docker.Stop(ctx); err != nil {
+		return err
+	}
+	return n.launchDocker(ctx)
+}
+
+func (n *Node) launchDocker(ctx context.Context) error {
+	proc, err := n.launch("dockerd", n.dockerd...)
 	if err != nil {
 		return err
 	}
+	n.docker = proc
 	return Poll(ctx, "dockerd on "+n.Hostname, func() error {
 		if proc.Exited() {
 			return fmt.Errorf("it has exited\n%s", tail(n.logOf("dockerd")))

@@ -175,6 +175,79 @@ func (ns *Namespace) lacks(list string) bool {
 	return err != nil || len(text) == 0
 }
 
+// Others returns what of the node's kernel is not the daemon's: links, addresses, routes, rules and all else that other
+// programs set, or that the kernel sets for these. What changes by itself is left out. Numbers of devices are in it, so
+// that a link that was replaced shows.
+func (n *Node) Others(ctx context.Context) (string, error) {
+	kernel, err := n.OtherObjects(ctx)
+	if err != nil {
+		return "", err
+	}
+	rules, err := n.others(ctx, []show{
+		{"", "nft -s list ruleset"},
+		{"", "iptables-legacy-save"},
+		{"", "ip6tables-legacy-save"},
+	})
+	return kernel + rules, err
+}
+
+// OtherObjects is Others without the rules of firewalls.
+func (n *Node) OtherObjects(ctx context.Context) (string, error) {
+	return n.others(ctx, []show{
+		{"link show\naddr show\nroute show table all\nrule show\nnexthop show\nneigh show nud permanent", "ip -d -o -force -batch -"},
+		{"route show table all\nrule show\nneigh show nud permanent", "ip -d -o -6 -force -batch -"},
+		{"", "ip xfrm policy list nosock"},
+		{"", "bridge fdb show"},
+	})
+}
+
+// A show is a command that shows something, and its input.
+type show struct{ stdin, command string }
+
+func (n *Node) others(ctx context.Context, shows []show) (string, error) {
+	var b strings.Builder
+	for _, show := range shows {
+		out, err := n.run(ctx, show.stdin, strings.Fields(show.command)...)
+		if err != nil {
+			return "", err
+		}
+		lines := leaveOut(out)
+		slices.Sort(lines)
+		fmt.Fprintf(&b, "# %s\n%s\n", show.command, strings.Join(lines, "\n"))
+	}
+	return b.String(), nil
+}
+
+// byItself matches what changes by itself in the lines of Others.
+var byItself = regexp.MustCompile(`\b(valid_lft|preferred_lft|expires|qdisc|state|qlen|\w+_timer) \S+|\blinkdown\b|<\S*>|` +
+	`\[[0-9:]+\]|\b(numtxqueues|bridge_id) .*`)
+
+// leaveOut returns the lines that are not the daemon's: the counterpart of keep.
+func leaveOut(out string) (lines []string) {
+	table, chain := false, false
+	for line := range strings.Lines(out) {
+		text := strings.Join(strings.Fields(line), " ")
+		ours := ofDaemon.MatchString(text)
+		switch {
+		case strings.HasPrefix(text, "table "):
+			table, chain = ours, false
+		case strings.HasPrefix(text, "chain "):
+			chain = ours
+		case text == "}":
+			chain = false
+			continue
+		case text == "" || strings.HasPrefix(text, "#"), strings.Contains(line, "Peer netns reference is invalid"):
+			continue
+		}
+		learned := strings.Contains(text, " master ") && strings.Contains(text, " dev ") &&
+			!strings.Contains(text, "permanent") && !strings.Contains(text, "static")
+		if !table && !chain && !ours && !learned {
+			lines = append(lines, strings.Join(strings.Fields(byItself.ReplaceAllString(text, "")), " "))
+		}
+	}
+	return lines
+}
+
 var (
 	// ofDaemon matches what the daemon's objects have in their lines.
 	ofDaemon = regexp.MustCompile(`\bflannel|FLANNEL|proto 70`)

@@ -40,6 +40,9 @@ type Node struct {
 	lab  *Lab
 	opts NodeOptions
 	pods []*Pod
+
+	docker  *Process // the engine; nil before StartDocker
+	dockerd []string // its arguments
 }
 
 // AddNode adds a node, without starting the daemon.

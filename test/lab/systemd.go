@@ -85,11 +85,16 @@ func (n *Node) StartSystemd(ctx context.Context, units map[string]string) (*Syst
 	s := &Systemd{node: n, log: filepath.Join(n.Dir, "systemd.log")}
 	cmd := exec.Command("sh", "-c", bootSystemd, "sh", n.Namespace.Name, n.Dir, s.log)
 	cmd.Env = append(os.Environ(), "container=lab", "SYSTEMD_UNIT_PATH="+dir+":/etc/systemd/system")
-	proc, err := n.Launch(cmd)
+	return s, s.boot(ctx, cmd)
+}
+
+// boot runs the command, whose only child becomes systemd, and waits until systemd has started.
+func (s *Systemd) boot(ctx context.Context, cmd *exec.Cmd) error {
+	proc, err := s.node.Launch(cmd)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	return s, Poll(ctx, "systemd on "+n.Hostname, func() error {
+	return Poll(ctx, "systemd on "+s.node.Hostname, func() error {
 		if proc.Exited() {
 			return fmt.Errorf("it has exited\n%s", tail(s.log))
 		}

@@ -195,7 +195,7 @@ func (c *cleanup) config(ctx context.Context) *subnet.Config {
 
 // files returns the files that exist, and the directories that flanneld creates for them if these contain nothing else.
 func (c *cleanup) files(patterns, dirs []string) []string {
-	patterns = append([]string{c.options.SubnetFile, c.options.StatusSocket}, patterns...)
+	patterns = append([]string{c.options.SubnetFile, c.options.LeaseFile(), c.options.StatusSocket}, patterns...)
 	if c.cni {
 		patterns = append(patterns, c.cniDir)
 	}

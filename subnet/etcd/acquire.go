@@ -35,6 +35,9 @@ func (m *Manager) Acquire(ctx context.Context, cfg *subnet.Config, want subnet.L
 		if err != nil {
 			return subnet.Lease{}, err
 		}
+		if err := m.recall(ctx, records, want.Attrs); err != nil {
+			return subnet.Lease{}, err
+		}
 		c := choose(records, cfg, want, m.wrote, rand.IntN)
 		for _, r := range c.unfit {
 			m.records.Error(r.key, r.changed, nil, "The reservation of this node cannot be used", "key", r.key,
@@ -60,7 +63,12 @@ func (m *Manager) Acquire(ctx context.Context, cfg *subnet.Config, want subnet.L
 				return subnet.Lease{}, err
 			}
 			if ok {
-				m.wrote, m.verified = r, r.created
+				if c.take.valid && !sameNode(c.take.attrs, want.Attrs) {
+					m.log.Info("This node's public address changed; it takes its lease along", "subnet", r.subnets,
+						"addresses", ips, "before", c.take.attrs.PublicIPs())
+				}
+				m.setWrote(r)
+				m.verified = r.created
 				return subnet.Lease{Subnets: r.subnets, Attrs: want.Attrs, Expires: expires}, nil
 			}
 		case len(c.create.Each()) > 0:
@@ -70,7 +78,7 @@ func (m *Manager) Acquire(ctx context.Context, cfg *subnet.Config, want subnet.L
 			}
 			if ok {
 				// The next turn takes it, if no older lease overlaps it.
-				m.wrote = r
+				m.setWrote(r)
 				continue
 			}
 		default:

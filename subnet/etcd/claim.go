@@ -1,6 +1,7 @@
 package etcd
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"net/netip"
@@ -20,6 +21,7 @@ type holder struct {
 	Identity string    // of the machine, see Options
 	Hostname string    // for people
 	Since    time.Time // when the daemon claimed the address
+	AskedBy  string    `json:",omitempty"` // host name of the node that asks whether the holder is alive, see silent
 
 	ip      netip.Addr
 	key     string
@@ -39,25 +41,45 @@ type claim struct {
 	lease clientv3.LeaseID
 }
 
-// claimAll claims the node's public addresses, and waits until no other node holds one of them.
+// claimAll claims the node's public addresses, and waits until no other node holds one of them. A holder that does not
+// answer, such as a machine that this one replaces, does not hold them any more.
 func (m *Manager) claimAll(ctx context.Context, ips []netip.Addr) error {
-	var logged holder
+	answered := map[string]string{} // identities of the holders that are alive, by key
+	waited := false
 	for {
-		other, at, err := m.tryClaim(ctx, ips)
-		switch {
-		case err != nil:
+		others, at, err := m.tryClaim(ctx, ips)
+		if err != nil {
 			return err
-		case other == nil && logged.changed != 0:
-			m.log.Info("The public address is free now", "addresses", ips)
-			return nil
-		case other == nil:
+		}
+		if len(others) == 0 {
+			if waited {
+				m.log.Info("The public address is free now", "addresses", ips)
+			}
 			return nil
 		}
-		if other.Identity != logged.Identity || other.ip != logged.ip || logged.changed == 0 {
-			logged = *other
-			m.logHolder(logged)
+		if unknown := slices.DeleteFunc(slices.Clone(others), func(h holder) bool {
+			return h.lease == clientv3.NoLease || h.AskedBy == "" && answered[h.key] == h.Identity
+		}); len(unknown) > 0 {
+			dead, err := m.silent(ctx, unknown, at)
+			if err != nil {
+				return err
+			}
+			for _, h := range unknown {
+				answered[h.key] = h.Identity
+			}
+			for _, h := range dead {
+				delete(answered, h.key)
+				m.log.Info("The machine that held the public address is gone: it does not answer. Taking its place",
+					"address", h.ip, "hostname", plain.Text(h.Hostname), "key", h.key,
+					"fix", "if that machine still runs, give one of the two an address of its own")
+			}
+			continue
 		}
-		if err := m.awaitChange(ctx, at, []string{other.key}); err != nil {
+		waited = true
+		for _, h := range others {
+			m.logHolder(h)
+		}
+		if err := m.awaitChange(ctx, at, keysOfHolders(others)); err != nil {
 			return err
 		}
 	}
@@ -65,18 +87,107 @@ func (m *Manager) claimAll(ctx context.Context, ips []netip.Addr) error {
 
 // logHolder logs that another node holds our public address, and what to do about it.
 func (m *Manager) logHolder(h holder) {
-	fix := "Give this node an address of its own with --iface, --iface-regex, --iface-can-reach or --public-ip. " +
+	name := plain.Text(h.Hostname)
+	message := "Another node holds the public address, and is alive; waiting until it is free"
+	fix := "If this machine replaces " + name + ", stop flanneld there. If not, give this node an address of its own with " +
+		"--iface, --iface-regex, --iface-can-reach or --public-ip. " +
 		"Machines behind NAT may all have the same address, such as 10.0.2.15"
 	if h.lease == clientv3.NoLease {
+		message = "Another node holds the public address; waiting until it is free"
 		fix += ". If no such node exists: etcdctl del " + plain.Shell(h.key)
 	}
-	m.ownRecords.Error(h.key, h.changed, nil, "Another node holds the public address; waiting until it is free",
-		"address", h.ip, "hostname", plain.Text(h.Hostname), "key", h.key, "fix", fix)
+	m.ownRecords.Error(h.key, h.Identity, nil, message,
+		"address", h.ip, "hostname", name, "key", h.key, "fix", fix)
 }
 
-// tryClaim claims all of the addresses, or none. When another node holds an address, tryClaim returns this node, and
+// claimGrace is how long a live daemon may take to claim its address again when it is asked. It takes milliseconds,
+// unless its node or etcd is overloaded.
+const claimGrace = 5 * time.Second
+
+// silent asks holders of addresses whether they are alive, and returns those that do not answer within claimGrace; they
+// hold their addresses no longer. At is the point at which the holders were read.
+//
+// The question is the holder's own claim, with AskedBy set, and on an etcd lease of the node that asks. A live daemon
+// claims its address again at once. Meanwhile nobody else can claim the address, and any number of nodes may ask.
+func (m *Manager) silent(ctx context.Context, holders []holder, at watchPoint) ([]holder, error) {
+	lease, _, err := m.grant(ctx, claimTTL)
+	if err != nil {
+		return nil, err
+	}
+	defer m.revoke(lease) // a question without an answer is deleted
+	if holders, at, err = m.ask(ctx, holders, lease); err != nil {
+		return nil, err
+	}
+	for len(holders) > 0 {
+		grace, cancel := context.WithTimeout(ctx, claimGrace)
+		late := m.awaitChange(grace, at, keysOfHolders(holders))
+		cancel()
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
+		now, readAt, err := m.holders(ctx, addressesOf(holders))
+		if err != nil {
+			return nil, err
+		}
+		at, holders = readAt, slices.DeleteFunc(holders, func(h holder) bool {
+			return !slices.ContainsFunc(now, func(n holder) bool { return n.key == h.key && n.changed == h.changed })
+		})
+		if late != nil {
+			return holders, nil
+		}
+	}
+	return nil, nil
+}
+
+// ask writes the question to the keys of holders that nobody has asked yet, and returns the holders that have not
+// answered by then, as they are now.
+func (m *Manager) ask(ctx context.Context, holders []holder, lease clientv3.LeaseID) ([]holder, watchPoint, error) {
+	for _, h := range holders {
+		if h.AskedBy != "" {
+			continue
+		}
+		question := h
+		question.AskedBy = cmp.Or(m.hostname, "unknown")
+		value, err := json.Marshal(question)
+		if err != nil {
+			return nil, watchPoint{}, err
+		}
+		_, err = m.do(ctx, "ask whether the holder of the public address is alive",
+			func(ctx context.Context, c *clientv3.Client) (*pb.ResponseHeader, error) {
+				answer, err := c.Txn(ctx).
+					If(clientv3.Compare(clientv3.ModRevision(h.key), "=", h.changed)).
+					Then(clientv3.OpPut(h.key, string(value), clientv3.WithLease(lease))).
+					Commit()
+				if err != nil {
+					return nil, err
+				}
+				return answer.Header, nil
+			})
+		if err != nil {
+			return nil, watchPoint{}, err
+		}
+	}
+	now, at, err := m.holders(ctx, addressesOf(holders))
+	return slices.DeleteFunc(now, func(h holder) bool { return h.AskedBy == "" }), at, err
+}
+
+func keysOfHolders(holders []holder) (keys []string) {
+	for _, h := range holders {
+		keys = append(keys, h.key)
+	}
+	return keys
+}
+
+func addressesOf(holders []holder) (ips []netip.Addr) {
+	for _, h := range holders {
+		ips = append(ips, h.ip)
+	}
+	return ips
+}
+
+// tryClaim claims all of the addresses, or none. When other nodes hold an address, tryClaim returns these nodes, and
 // the point from which to watch for a change.
-func (m *Manager) tryClaim(ctx context.Context, ips []netip.Addr) (*holder, watchPoint, error) {
+func (m *Manager) tryClaim(ctx context.Context, ips []netip.Addr) (others []holder, at watchPoint, err error) {
 	now := time.Now().UTC().Truncate(time.Second)
 	value, err := json.Marshal(holder{Identity: m.options.Identity, Hostname: m.hostname, Since: now})
 	if err != nil {
@@ -91,8 +202,11 @@ func (m *Manager) tryClaim(ctx context.Context, ips []netip.Addr) (*holder, watc
 		for _, h := range holders {
 			// A claim with our own identity is left from an earlier run of this daemon.
 			if h.isOther(m.options.Identity) {
-				return &h, at, nil
+				others = append(others, h)
 			}
+		}
+		if len(others) > 0 {
+			return others, at, nil
 		}
 		lease, _, err := m.grant(ctx, claimTTL)
 		if err != nil {

@@ -77,7 +77,7 @@ func (k *keptLease) checkClaim(ctx context.Context) (repaired bool, err error) {
 		return false, err
 	}
 	claim := k.held(k.ips)
-	unclaimed := claim == nil
+	unclaimed, asked := claim == nil, false
 	for _, h := range holders {
 		switch {
 		case h.changed == 0:
@@ -87,16 +87,23 @@ func (k *keptLease) checkClaim(ctx context.Context) (repaired bool, err error) {
 				"Another node holds the public address, which was ours; giving up the lease", "address", h.ip,
 				"hostname", plain.Text(h.Hostname), "key", h.key, "subnet", k.Subnets)
 			return false, subnet.ErrLost
+		case h.AskedBy != "":
+			asked = true
+			k.ownRecords.Error("asked "+h.key, h.AskedBy, nil,
+				"Another node wants the public address, which is this node's: it waits", "address", h.ip,
+				"hostname", plain.Text(h.AskedBy), "key", h.key,
+				"fix", "give one of the two an address of its own with --iface or --public-ip; "+
+					"if that node replaces this one, stop flanneld here")
 		case claim != nil && h.lease != claim.lease && !k.duplicate:
 			k.duplicate = true
 			k.log.Error(nil, "Another daemon with this machine's identity claimed the public address", "address", h.ip,
 				"fix", "stop the second flanneld on this machine; a cloned machine needs a /etc/machine-id of its own")
 		}
 	}
-	if !unclaimed {
+	if !unclaimed && !asked {
 		return false, nil
 	}
-	if claim != nil {
+	if claim != nil && unclaimed {
 		// Somebody deleted the key, or etcd lost the key with everything else.
 		k.mu.Lock()
 		k.invalidate()
@@ -114,7 +121,7 @@ func (k *keptLease) checkRecord(ctx context.Context, now record) (repaired bool,
 	switch state {
 	case intact:
 		if now.reserved() || time.Now().Before(k.renewAt) {
-			k.wrote = now
+			k.setWrote(now)
 			return false, nil
 		}
 	case taken:
@@ -139,7 +146,7 @@ func (k *keptLease) checkRecord(ctx context.Context, now record) (repaired bool,
 	}
 	r, expires, ok, err := k.publish(ctx, now, k.key, k.value)
 	if ok && err == nil {
-		k.wrote = r
+		k.setWrote(r)
 		k.setExpires(expires)
 		k.renewAt = expires.Add(-min(k.options.RenewMargin, time.Until(expires)-time.Second))
 	}

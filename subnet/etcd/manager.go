@@ -9,8 +9,9 @@
 // gives a node a subnet for good.
 //
 // A key under nodes is the claim of a running daemon on its public address. It ends with the daemon: it hangs on an
-// etcd lease of 30 seconds. A daemon writes a lease only while it holds the claims on the lease's addresses. This keeps
-// two nodes that believe in the same public address from sharing one subnet.
+// etcd lease of 30 seconds. Another node that needs the address need not wait for that: it asks whether the daemon is
+// alive, by a change of the key that a live daemon undoes. A daemon writes a lease only while it holds the claims on the
+// lease's addresses. This keeps two nodes that believe in the same public address from sharing one subnet.
 package etcd
 
 import (
@@ -21,6 +22,7 @@ import (
 	"net/netip"
 	"os"
 	"path"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -30,6 +32,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/pkg/iface"
+	"github.com/flanneld/flanneld/pkg/retry"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -65,10 +68,13 @@ type Options struct {
 	// Identity distinguishes this machine from others. It must survive restarts of the daemon and of the machine, and no
 	// two machines may share it.
 	Identity string
+
+	// LeaseFile is where the node keeps its lease while the daemon does not run; "": nowhere.
+	LeaseFile string
 }
 
-// Manager is a subnet.Manager. Acquire and Keep are for one caller at a time; the other methods may be called at any
-// time.
+// Manager is a subnet.Manager. Previous, Acquire and Keep are for one caller at a time; the other methods may be called
+// at any time.
 type Manager struct {
 	log        klog.Logger
 	options    Options
@@ -94,10 +100,14 @@ type Manager struct {
 	claim   *claim    // nil: none held
 	expires time.Time // of the lease that is kept
 
-	// Of Acquire and Keep alone: our own record as we wrote or found it last, and the revision of its creation once we
-	// know that no older lease overlaps it.
-	wrote    record
-	verified int64
+	// Of Previous, Acquire and Keep alone: our own record as we wrote or found it last, maybe before a restart, and the
+	// revision of its creation once we know that no older lease overlaps it.
+	wrote     record
+	verified  int64
+	known     []netip.Addr // the addresses of wrote at the start
+	recalled  bool         // wrote is ours, or was dropped: see recall
+	kept      bool         // LeaseFile has wrote
+	keepError retry.LastError
 }
 
 var _ subnet.Manager = (*Manager)(nil)
@@ -145,6 +155,10 @@ func New(ctx context.Context, o Options) (*Manager, error) {
 			Kind: "etcd", Store: "etcd at " + strings.Join(o.Endpoints, ","), Endpoints: o.Endpoints, Check: checkCommand(o),
 		}),
 	}
+	if m.wrote, err = m.readKept(); err != nil {
+		log.Error(err, "Cannot tell which lease this node held before")
+	}
+	m.known = m.wrote.attrs.PublicIPs()
 	m.running.Go(m.runHeartbeat)
 	return m, nil
 }
@@ -255,8 +269,9 @@ func (m *Manager) parseConfig(text []byte) (*subnet.Config, error) {
 	return cfg, nil
 }
 
-// Select implements subnet.Manager. etcd knows nothing about uplinks.
+// Select implements subnet.Manager. etcd knows nothing about uplinks, but LeaseFile has the addresses that peers know.
 func (m *Manager) Select(ctx context.Context, sel iface.Selector) <-chan iface.Selector {
+	sel.Prefer = append(slices.Clone(sel.Prefer), m.known...)
 	out := make(chan iface.Selector, 1)
 	out <- sel
 	closed := sync.OnceFunc(func() { close(out) })
@@ -291,12 +306,21 @@ func (m *Manager) Previous(ctx context.Context, self subnet.Attrs) (subnet.Attrs
 		return subnet.Attrs{}, err
 	}
 	var found subnet.Attrs
+	if err := m.recall(ctx, records, self); err != nil {
+		return subnet.Attrs{}, err
+	}
 	for _, r := range records {
+		if r.key == m.wrote.key && r.changed == m.wrote.changed {
+			return r.attrs, nil
+		}
 		// A reservation that was never used has no backend data.
 		unused := found.BackendType == "" && len(found.BackendData) == 0 && len(found.BackendV6Data) == 0
 		if r.valid && unused && sameNode(r.attrs, self) {
 			found = r.attrs
 		}
+	}
+	if found.BackendType == "" && m.wrote.valid { // the record is gone from etcd
+		return m.wrote.attrs, nil
 	}
 	return found, nil
 }

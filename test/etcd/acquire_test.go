@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -282,44 +283,52 @@ func TestPublicAddressOfAnotherNode(t *testing.T) {
 	cfg := s.configure(small)
 	holder := s.manager("a")
 	held := s.acquire(holder, cfg, want("10.0.2.15"))
-	before := s.list("")
+	s.keep(holder, held)
+	before := s.list("subnets/")
 
 	done := s.acquireLater(s.ctx(), s.manager("b"), cfg, want("10.0.2.15"))
 	said := log.await(t, 1, "Another node holds the public address", `address="10.0.2.15"`, s.prefix+"/nodes/10.0.2.15")[0]
 	if !strings.HasPrefix(said, "E") {
 		t.Errorf("not an error: %s", said)
 	}
-	for _, part := range []string{"--iface", "--iface-regex", "--iface-can-reach", "--public-ip"} {
+	for _, part := range []string{"is alive", "--iface", "--iface-regex", "--iface-can-reach", "--public-ip", "stop flanneld"} {
 		if !strings.Contains(said, part) {
 			t.Errorf("%q does not say %q", said, part)
 		}
 	}
-	for i, e := range s.list("") {
-		if e != before[i] {
-			t.Errorf("touched: %+v, was %+v", e, before[i])
-		}
+	if after := s.list("subnets/"); !slices.Equal(after, before) {
+		t.Errorf("touched: %+v, was %+v", after, before)
 	}
+	if e := s.get("nodes/10.0.2.15"); !strings.Contains(e.value, `"Identity":"a"`) || strings.Contains(e.value, "AskedBy") {
+		t.Errorf("the claim is %+v", e)
+	}
+	log.await(t, 1, "Another node wants the public address", s.prefix+"/nodes/10.0.2.15")
 	holder.Close()
 	if got := receive(t, done); got.err != nil || got.lease.Subnets != held.Subnets {
 		t.Errorf("got %v, %v; the address had %v", got.lease.Subnets, got.err, held.Subnets)
 	}
 }
 
+// A machine that died holds its addresses no longer than it takes to ask it; the one in its place gets its subnet. With
+// two families, both are asked at the same time.
 func TestHolderThatDied(t *testing.T) {
 	s := newSite(t)
-	cfg := s.configure(small)
-	s.acquire(s.manager("a"), cfg, want("10.0.2.15"))
-	done := s.acquireLater(s.ctx(), s.manager("b"), cfg, want("10.0.2.15"))
-	log.await(t, 1, "Another node holds the public address", `address="10.0.2.15"`, s.prefix+"/nodes/10.0.2.15")
-	// As if its time had run out: a minute in this test is better spent.
-	if _, err := s.client.Revoke(s.ctx(), s.get("nodes/10.0.2.15").lease); err != nil {
-		t.Fatal(err)
+	cfg := s.configure(`{"Network": "10.5.0.0/16", "EnableIPv6": true, "IPv6Network": "fd00:5::/48"}`)
+	w := want("10.0.2.15")
+	w.Attrs.PublicIPv6 = netip.MustParseAddr("fd18::15")
+	died := s.acquire(s.manager("a"), cfg, w) // and does not keep it
+	got := s.acquire(s.manager("b"), cfg, w)
+	if got.Subnets != died.Subnets {
+		t.Errorf("got %v, want the subnet %v of the machine that it replaces", got.Subnets, died.Subnets)
 	}
-	if got := receive(t, done); got.err != nil {
-		t.Error(got.err)
+	for _, key := range []string{"nodes/10.0.2.15", "nodes/fd18::15"} {
+		if e := s.get(key); !strings.Contains(e.value, `"Identity":"b"`) {
+			t.Errorf("the claim is %+v", e)
+		}
+		log.await(t, 1, "does not answer. Taking its place", s.prefix+"/"+key)
 	}
-	if e := s.get("nodes/10.0.2.15"); !strings.Contains(e.value, `"Identity":"b"`) {
-		t.Errorf("the claim is %+v", e)
+	if lines, _ := log.lines("Another node holds the public address", "10.0.2.15", s.prefix); len(lines) > 0 {
+		t.Errorf("logged as alive: %q", lines)
 	}
 }
 
@@ -336,6 +345,9 @@ func TestOneOfManyStrangersGetsTheAddress(t *testing.T) {
 			<-start
 			l, err := m.Acquire(ctx, cfg, want("10.0.2.15"))
 			results <- acquired{l, err}
+			if err == nil {
+				m.Keep(s.t.Context(), l) // and so answers the others
+			}
 		}()
 	}
 	close(start)

@@ -11,6 +11,9 @@ import (
 	"github.com/flanneld/flanneld/subnet/kube"
 )
 
+// LeaseFile returns the path of the file in which a node with etcd keeps its lease: beside the subnet file.
+func (o *Options) LeaseFile() string { return o.SubnetFile + ".lease" }
+
 // Network returns the options of network.Run.
 func (o *Options) Network(m subnet.Manager) network.Options {
 	return network.Options{
@@ -39,6 +42,7 @@ var managers = map[string]func(context.Context, *Options) (subnet.Manager, error
 			Username: o.EtcdUsername, Password: string(o.EtcdPassword),
 			RenewMargin: o.LeaseRenewMargin,
 			Identity:    identity(),
+			LeaseFile:   o.LeaseFile(),
 		})
 	},
 	"kubernetes": func(ctx context.Context, o *Options) (subnet.Manager, error) {

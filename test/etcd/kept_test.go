@@ -1,0 +1,112 @@
+package etcd_test
+
+import (
+	"net/netip"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/flanneld/flanneld/pkg/iface"
+	"github.com/flanneld/flanneld/subnet"
+	"github.com/flanneld/flanneld/subnet/etcd"
+)
+
+// stopped is a node that has had a lease at 198.18.0.1, and whose daemon has been stopped.
+func stopped(s *site) (cfg *subnet.Config, had subnet.Lease, o etcd.Options) {
+	s.t.Helper()
+	cfg = s.configure(small)
+	o = s.options("a")
+	dir := filepath.Join(s.t.TempDir(), "flannel") // which flanneld makes
+	o.LeaseFile = filepath.Join(dir, "subnet.env.lease")
+	m := s.managerWith(o)
+	w := want("198.18.0.1")
+	w.Attrs.BackendData = []byte(`{"VNI":1,"VtepMAC":"02:00:00:00:00:01"}`)
+	had = s.acquire(m, cfg, w)
+	m.Close()
+	return cfg, had, o
+}
+
+// TestAddressThatChangedOverARestart: the node takes its lease, and what it published, along.
+func TestAddressThatChangedOverARestart(t *testing.T) {
+	s := newSite(t)
+	cfg, had, o := stopped(s)
+	if info, err := os.Stat(o.LeaseFile); err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("%s: %v, %v", o.LeaseFile, info.Mode(), err)
+	}
+	m := s.managerWith(o)
+	known := netip.MustParseAddr("198.18.0.1")
+	if sel := <-m.Select(s.ctx(), iface.Selector{}); len(sel.Prefer) != 1 || sel.Prefer[0] != known {
+		t.Errorf("prefers %v", sel.Prefer)
+	}
+	w := want("198.18.0.2")
+	previous, err := m.Previous(s.ctx(), w.Attrs)
+	if err != nil || !previous.Equal(had.Attrs) {
+		t.Errorf("published before: %+v, %v", previous, err)
+	}
+	w.Attrs.BackendData = previous.BackendData
+	if l := s.acquire(m, cfg, w); l.Subnets != had.Subnets {
+		t.Errorf("got %v, had %v", l.Subnets, had.Subnets)
+	}
+	if e := s.list("subnets/"); len(e) != 1 || e[0].value != `{"PublicIP":"198.18.0.2","PublicIPv6":null,"BackendType":"vxlan",`+
+		`"BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:01"}}` {
+		t.Errorf("etcd has %+v", e)
+	}
+	// And once more: the file has what was written last.
+	m.Close()
+	w = want("198.18.0.3")
+	if l := s.acquire(s.managerWith(o), cfg, w); l.Subnets != had.Subnets {
+		t.Errorf("the second time: got %v, had %v", l.Subnets, had.Subnets)
+	}
+}
+
+// TestLeaseThatIsNoLongerOurs: the file alone is no proof.
+func TestLeaseThatIsNoLongerOurs(t *testing.T) {
+	for name, meanwhile := range map[string]func(s *site, cfg *subnet.Config, had subnet.Lease, file string){
+		"another program wrote the record": func(s *site, _ *subnet.Config, had subnet.Lease, _ string) {
+			key := "subnets/" + had.Key()
+			s.putLeased(key, s.get(key).value)
+		},
+		"a node lives at the former address": func(s *site, cfg *subnet.Config, had subnet.Lease, _ string) {
+			b := s.manager("b")
+			s.keep(b, s.acquire(b, cfg, subnet.Lease{Attrs: had.Attrs}))
+		},
+		"the original of this copy lives": func(s *site, cfg *subnet.Config, had subnet.Lease, _ string) {
+			original := s.manager("a")
+			s.keep(original, s.acquire(original, cfg, subnet.Lease{Attrs: had.Attrs}))
+		},
+		"others may write to the file": func(s *site, _ *subnet.Config, _ subnet.Lease, file string) {
+			if err := os.Chmod(file, 0o666); err != nil {
+				s.t.Fatal(err)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newSite(t)
+			cfg, had, o := stopped(s)
+			meanwhile(s, cfg, had, o.LeaseFile)
+			before := s.get("subnets/" + had.Key())
+			m := s.managerWith(o)
+			w := want("198.18.0.2")
+			if previous, err := m.Previous(s.ctx(), w.Attrs); err != nil || !previous.Equal(subnet.Attrs{}) {
+				t.Errorf("published before: %+v, %v", previous, err)
+			}
+			if l := s.acquire(m, cfg, w); l.Subnets == had.Subnets {
+				t.Errorf("took %v", l.Subnets)
+			}
+			if after := s.get("subnets/" + had.Key()); after != before {
+				t.Errorf("the lease was %+v and is %+v", before, after)
+			}
+		})
+	}
+}
+
+// TestRecordThatIsGone: peers know the node by the same data even after etcd has lost everything.
+func TestRecordThatIsGone(t *testing.T) {
+	s := newSite(t)
+	_, had, o := stopped(s)
+	s.delete("subnets/" + had.Key())
+	previous, err := s.managerWith(o).Previous(s.ctx(), want("198.18.0.1").Attrs)
+	if err != nil || !previous.Equal(had.Attrs) {
+		t.Errorf("published before: %+v, %v", previous, err)
+	}
+}

@@ -71,6 +71,9 @@ type node struct {
 	kernelWoken bool                         // the kernel's reconciler has something to do
 	kernelErr   error                        // that it returned last
 
+	before subnet.Subnets // that the subnet file named when the daemon started
+	lost   []netip.Prefix // subnets that this node had, and pods may still hold: see announceSubnets
+
 	rulesSet bool     // the rules of the lease are in place
 	fight    string   // over the rules, see firewall.State
 	rival    string   // that claims what is ours, see recordRival
@@ -229,6 +232,7 @@ func (n *node) handleEvent(ctx context.Context, compare <-chan time.Time) (runni
 	case <-compare:
 		n.kernel.Compare()
 		n.fileSet = false
+		n.checkLost()
 		err = n.refreshUplink(ctx, n.target.cfg)
 	}
 	return running, err
@@ -256,7 +260,7 @@ func (n *node) logWarnings(cfg *subnet.Config) {
 func (n *node) refreshUplink(ctx context.Context, cfg *subnet.Config) error {
 	old := n.target
 	sel := n.Uplink
-	sel.Prefer = []netip.Addr{old.uplink.IPv4, old.uplink.IPv6}
+	sel.Prefer = append([]netip.Addr{old.uplink.IPv4, old.uplink.IPv6}, sel.Prefer...)
 	uplink, err := iface.Find(sel, cfg.IPv4.Enabled(), cfg.IPv6.Enabled())
 	if err != nil {
 		n.target = setup{cfg: cfg, uplink: old.uplink} // which is not there yet
@@ -372,8 +376,11 @@ func (n *node) previousSubnets() subnet.Subnets {
 	case errors.Is(err, os.ErrNotExist):
 	case err != nil:
 		n.log.Error(err, "Cannot tell which subnet this node held before", "path", n.SubnetFile)
-	case env.Networks == n.cfg.Networks():
-		return env.Subnets
+	default:
+		n.before = env.Subnets
+		if env.Networks == n.cfg.Networks() {
+			return env.Subnets
+		}
 	}
 	return subnet.Subnets{}
 }
@@ -389,11 +396,10 @@ func (n *node) applyLease(ctx context.Context, a acquired) {
 		n.setup = a.setup
 		n.watchLeases(ctx)
 	}
-	if n.own != nil && n.own.Subnets != l.Subnets {
-		n.log.Error(nil, "This node's subnet changed: restart the pods that hold addresses of the old one",
-			"subnet", l.Subnets, "old", n.own.Subnets)
-	} else if n.own == nil {
-		n.log.Info("Subnet leased", "subnet", l.Subnets)
+	if n.own == nil {
+		n.announceSubnets(n.before, l.Subnets)
+	} else if n.own.Subnets != l.Subnets {
+		n.announceSubnets(n.own.Subnets, l.Subnets)
 	}
 	n.own = &l
 	n.apply(ctx)

@@ -326,6 +326,65 @@ func TestBlackholeLeavesPodsAlone(t *testing.T) {
 	}
 }
 
+// A subnet that changes while the daemon does not run is announced with the pods that it cuts off, until they are gone.
+func TestSubnetThatChangedOverARestart(t *testing.T) {
+	nstest.NeedRoot(t)
+	nstest.Need(t, "ip")
+	m := &eventManager{manager: newManager(vxlanConfig), events: make(chan string, 10)}
+	for _, line := range []string{
+		"ip link add cni0 type bridge", "ip addr add 10.5.1.1/24 dev cni0",
+		"ip link add pod1 type veth peer name far1", "ip link set pod1 master cni0",
+		"ip link add pod2 type veth peer name far2", "ip link set pod2 master cni0",
+	} {
+		nstest.Run(t, line)
+	}
+	for _, link := range []string{"cni0", "pod1", "pod2"} {
+		defer nstest.Try("ip link del " + link)
+	}
+	begin(t, m.manager, func(o *Options) {
+		o.Manager, o.KernelResync = m, 50*time.Millisecond
+		env := subnet.Env{Networks: lease("10.5.0.0-16", "").Subnets, Subnets: lease("10.5.1.0-24", "").Subnets, MTU: 1450}
+		if err := env.WriteFile(o.SubnetFile); err != nil {
+			t.Fatal(err)
+		}
+	})
+	m.grants <- lease("10.5.7.0-24", "")
+	m.updates <- snapshot()
+	const want = "subnet SubnetChanged This node's subnet changed from 10.5.1.0/24 to 10.5.7.0/24, " +
+		"which cuts off up to 2 pods: restart the pods"
+	if got := m.next(t); !strings.HasPrefix(got, want) {
+		t.Errorf("got the event %q, want %s", got, want)
+	}
+	nstest.Run(t, "ip link del pod1")
+	nstest.Run(t, "ip link del pod2")
+	if got := m.next(t); got != "subnet  " {
+		t.Errorf("without pods, got the event %q", got)
+	}
+}
+
+// An eventManager is a manager whose store has a place for events.
+type eventManager struct {
+	*manager
+	events chan string // the subject, reason and message of each that is about the subnet
+}
+
+func (m *eventManager) next(t *testing.T) string {
+	t.Helper()
+	select {
+	case event := <-m.events:
+		return event
+	case <-time.After(20 * time.Second):
+		t.Fatal("no event within 20 s")
+		return ""
+	}
+}
+
+func (m *eventManager) RecordEvent(subject, reason, message string) {
+	if subject == "subnet" {
+		m.events <- subject + " " + reason + " " + message
+	}
+}
+
 func TestLostLease(t *testing.T) {
 	m := newManager(vxlanConfig)
 	d := begin(t, m, nil)

@@ -213,7 +213,7 @@ func (s *state) planPeers(p *peersPlan, leases map[subnet.Subnets]subnet.Lease) 
 // planPeer returns what a lease needs of the kernel, whether it is a peer's, and
 // what is wrong with it.
 func (s *state) planPeer(l subnet.Lease) (objects []kernel.Object, isPeer bool, err error) {
-	if l.Subnets == s.own.Subnets {
+	if l.Subnets == s.own.Subnets || s.isNext(l) {
 		return nil, false, nil
 	}
 	if err := s.checkPeer(l); err != nil {
@@ -221,6 +221,13 @@ func (s *state) planPeer(l subnet.Lease) (objects []kernel.Object, isPeer bool, 
 	}
 	objects, err = s.backend.Peer(*s.own, l)
 	return objects, true, err
+}
+
+// isNext tells whether a lease is ours that will be in force soon: it is published as ours is, while the store has no
+// longer ours, since it was lost or exchanged for this one.
+func (s *state) isNext(l subnet.Lease) bool {
+	_, held := s.leases[s.own.Subnets]
+	return (!held || !s.leases[s.own.Subnets].Attrs.Equal(s.own.Attrs)) && l.Attrs.Equal(s.own.Attrs)
 }
 
 // checkPeer returns why a lease is not a peer's.
@@ -242,8 +249,8 @@ func (s *state) checkLease(l subnet.Lease) error {
 	}
 	for _, ip := range l.Attrs.PublicIPs() {
 		if ip == own.PublicIP || ip == own.PublicIPv6 {
-			return fmt.Errorf("left out, since %s is this node's own address: it is an earlier lease of ours "+
-				"that will expire, or a node that needs an address of its own", ip)
+			return fmt.Errorf("left out, since %s is this node's own address: this is the record of an earlier lease of ours, "+
+				"or of a machine that this one replaced, and can be deleted; or a live node that needs an address of its own", ip)
 		}
 	}
 	for f, pool := range s.cfg.Pools().Each() {

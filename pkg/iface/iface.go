@@ -25,8 +25,9 @@ type Selector struct {
 	// own addresses.
 	PublicIP, PublicIPv6 netip.Addr
 
-	// Prefer are the addresses of the Uplink in use. If an interface has several usable addresses, Find takes one of
-	// these: the kernel lists a new IPv6 address before the older ones, and a new address should not change the node's.
+	// Prefer are the addresses of the Uplink in use, and those that this node published before a restart. If an interface
+	// has several usable addresses, Find takes the first of these: the kernel lists a new IPv6 address before the older
+	// ones, and keepalived's may be the first on the link. A new address should not change the node's.
 	Prefer []netip.Addr
 
 	// Overlay reports whether a device belongs to the overlay network; nil: none does. A pattern or a route never selects

@@ -206,6 +206,12 @@ func (m *Manager) updateSelector(own *ownNode, sel iface.Selector) (now iface.Se
 			*a.into = ip
 		}
 	}
+	sel.Prefer = slices.Clone(sel.Prefer)
+	for _, a := range []string{publicIP, publicIPv6} {
+		if ip, err := parseAddress(own.annotations[a], a); err == nil && ip.IsValid() {
+			sel.Prefer = append(sel.Prefer, ip) // peers know it
+		}
+	}
 	if m.options.NodeAddress {
 		sel.Names = nil
 		for _, ip := range m.internalIPs(own) {

@@ -34,6 +34,7 @@ func add(args *skel.CmdArgs) error {
 	if err := dir.write(path, a, conf); err != nil {
 		return types.NewError(types.ErrIOFailure, fmt.Sprintf("dataDir: %v", err), "")
 	}
+	blocked := r.readdress(conf, env)
 	result, err := run("ADD", r.call(conf))
 	if err == nil {
 		_, err = os.Stdout.Write(result)
@@ -53,6 +54,9 @@ func add(args *skel.CmdArgs) error {
 	}
 	if undo != nil {
 		fmt.Fprintf(os.Stderr, "flannel: undoing the failed ADD: %v\n", undo)
+	}
+	if blocked != "" {
+		return types.NewError(code(err), err.Error()+": "+blocked, "")
 	}
 	return err
 }

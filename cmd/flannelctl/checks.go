@@ -18,6 +18,7 @@ import (
 
 	"github.com/flanneld/flanneld/backend"
 	"github.com/flanneld/flanneld/network"
+	"github.com/flanneld/flanneld/pkg/bridge"
 	"github.com/flanneld/flanneld/pkg/kernel"
 	"github.com/flanneld/flanneld/pkg/plain"
 	"github.com/flanneld/flanneld/pkg/proc"
@@ -151,6 +152,25 @@ func subnetFile(d *diagnosis) []problem {
 		text = d.envErr.Error()
 	}
 	return []problem{{text + ": new pods get no address, or a wrong MTU", []string{"systemctl restart flanneld"}}}
+}
+
+// bridgeSubnet finds bridges with an address that is in the network, but in no subnet of this node: the bridge of the
+// CNI plugin or Docker's, after the subnet has changed. Other addresses of bridges are no business of flanneld's.
+func bridgeSubnet(d *diagnosis) []problem {
+	if d.status.Lease == nil {
+		return nil
+	}
+	bridges, _ := bridge.All() // out-of-sync reports that the kernel does not answer
+	var found []problem
+	for _, b := range bridges {
+		stale := slices.DeleteFunc(b.Stale(d.status.Network, d.status.Lease.Subnets), func(p netip.Prefix) bool {
+			return !slices.ContainsFunc(d.status.Network, func(n netip.Prefix) bool { return n.Contains(p.Addr()) })
+		})
+		if len(stale) > 0 {
+			found = append(found, problem{b.Describe(stale, join(d.status.Lease.Subnets)), b.Remedy(stale)})
+		}
+	}
+	return found
 }
 
 // setting returns the contents of a file below /proc/sys, "" if there is no such file.

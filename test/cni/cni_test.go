@@ -272,6 +272,43 @@ func TestLife(t *testing.T) {
 	}
 }
 
+// TestEarlierSubnet: the bridge has the addresses of another subnet than subnet.env names. Without pods, the bridge gets
+// the new addresses; with pods, the error says what to do, and doing it lets new pods start.
+func TestEarlierSubnet(t *testing.T) {
+	n := newNode(t, dual)
+	list := n.network("1.0.0", "cbr0")
+	old := n.pod()
+	old.add(list, old.runtime("eth0"))
+	old.del(list, old.runtime("eth0"))
+
+	next := subnet.Subnets{IPv4: netip.MustParsePrefix("10.244.4.0/24"), IPv6: netip.MustParsePrefix("fd00:244:0:4::/64")}
+	n.lease(next, true)
+	p := n.pod()
+	p.has("eth0", next, p.add(list, p.runtime("eth0")))
+	if shown := nstest.Run(t, "ip -oneline addr show dev cni0"); strings.Contains(shown, "10.244.3.1/") ||
+		strings.Contains(shown, "fd00:244:0:3::1/") {
+		t.Errorf("the bridge has addresses of the earlier subnet:\n%s", shown)
+	}
+
+	n.lease(dual, true)
+	late := n.pod()
+	_, err := n.cni.AddNetworkList(t.Context(), list, late.runtime("eth0"))
+	if err == nil {
+		t.Fatal("with a pod on the bridge, ADD succeeds")
+	}
+	for _, part := range []string{`"cni0" already has an IP address different from 10.244.3.1/24`, "the bridge has 1 containers",
+		"ip address del 10.244.4.1/24 dev cni0 && ", "kubectl get pods"} {
+		if !strings.Contains(err.Error(), part) {
+			t.Errorf("ADD: %v: it does not say %s", err, part)
+		}
+	}
+	if !strings.Contains(nstest.Run(t, "ip addr show dev cni0"), "10.244.4.1/24") {
+		t.Error("the pod on the bridge has lost its gateway")
+	}
+	nstest.Run(t, "ip address del 10.244.4.1/24 dev cni0")
+	late.has("eth0", dual, late.add(list, late.runtime("eth0")))
+}
+
 // TestMasquerade: where flanneld does not, the bridge plugin does.
 func TestMasquerade(t *testing.T) {
 	nstest.Need(t, "iptables-save")

@@ -15,6 +15,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/klog/v2"
 
+	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -301,5 +302,15 @@ func BenchmarkHeartbeat(b *testing.B) {
 			b.Fatal(err)
 		}
 		p.Update(n)
+	}
+}
+
+// The address that the Node publishes already is preferred: peers know it.
+func TestSelectorPrefersWhatIsPublished(t *testing.T) {
+	m := testManager(onlyIPv4)
+	own := &ownNode{annotations: map[string]string{publicIP: "198.18.0.1", publicIPv6: "nonsense"}}
+	sel, _ := m.updateSelector(own, iface.Selector{})
+	if want := []netip.Addr{netip.MustParseAddr("198.18.0.1")}; !slices.Equal(sel.Prefer, want) {
+		t.Errorf("prefers %v, want %v", sel.Prefer, want)
 	}
 }

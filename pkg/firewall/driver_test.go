@@ -357,14 +357,19 @@ func TestDrift(t *testing.T) {
 	})
 }
 
-// The place of a jump among others' rules is theirs to choose; a missing one goes
-// to the end, of several the first place counts.
+// The place of a jump among others' rules is theirs to choose; a missing one goes to the end, of several the first
+// place counts. But no jump stays behind rules that end the chain: these are as the chain's policy. A rule that drops
+// everything before rules of others is meant to.
 func TestJumpKeepsItsPlace(t *testing.T) {
 	const first, last = `iptables -A FORWARD -s 198.18.0.1 -j DROP; `, `iptables -A FORWARD -j DROP; `
 	const jump = `iptables -A FORWARD -m comment --comment "flanneld forward" -j FLANNEL-FWD; `
 	const stale = `iptables -A FORWARD -s 10.9.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT; `
 	const empty = `iptables -F FORWARD; `
+	const log = `iptables -A FORWARD -m limit --limit 5/min -j LOG; iptables -A FORWARD -j LOG --log-prefix "bad: "; `
+	const reject = `iptables -A FORWARD -m comment --comment "all \"else\"" -j REJECT --reject-with icmp-host-prohibited; `
 	A, J, B := "-A FORWARD -s 198.18.0.1/32 -j DROP\n", forward.jump()+"\n", "-A FORWARD -j DROP\n"
+	L1, L2 := "-A FORWARD -m limit --limit 5/min -j LOG\n", `-A FORWARD -j LOG --log-prefix "bad: "`+"\n"
+	R := `-A FORWARD -m comment --comment "all \"else\"" -j REJECT --reject-with icmp-host-prohibited` + "\n"
 	tests := []struct{ name, given, want string }{
 		{"one jump", first + jump + last, A + J + B},
 		{"one jump, chain altered", first + jump + last + "iptables -F FLANNEL-FWD", A + J + B},
@@ -372,7 +377,15 @@ func TestJumpKeepsItsPlace(t *testing.T) {
 		{"first of three", jump + first + jump + last + jump, J + A + B},
 		{"place of a stale rule", first + stale + stale + last, A + J + B},
 		{"stale rule before the jump", stale + first + jump + last, J + A + B},
-		{"none", first + last, A + B + J},
+		{"none", first, A + J},
+		{"none, a final rule", first + last, A + J + B},
+		{"none, final rules that log", first + log + reject + last, A + L1 + J + L2 + R + B},
+		{"none, a log alone", first + log, A + L1 + L2 + J},
+		{"jump behind a final rule", first + reject + jump, A + J + R},
+		{"jump between final rules", reject + jump + last, J + R + B},
+		{"jump before a final rule and others", jump + reject + first, J + R + A},
+		{"jump behind a rule that drops before others", last + first + jump, B + A + J},
+		{"none, a rule that drops before others", last + first, B + A + J},
 	}
 	eachMode(t, []mode{legacyMode, nftMode}, func(t *testing.T, m mode, n *node) {
 		d := n.driver(m)

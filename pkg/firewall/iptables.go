@@ -37,6 +37,8 @@ type iptables struct {
 	nft           bool
 	recent        bool // knows iptables-restore --wait, and MASQUERADE --random-fully
 	logged        bool // that the kernel refuses --random-fully
+
+	blocked string // the rule that chainState.blocked had when it was last logged
 }
 
 // findIPTables returns the variants of iptables that are installed: first the
@@ -124,14 +126,70 @@ type chainState struct {
 	exists bool     // the chain
 	rules  []string // in the chain
 	jumps  []string // rules of the base chain that lead to the chain, or carry its comment
-	at     int      // the number that the first jump has, or would have without the others
+	at     int      // the number that the first jump has, or would have without the others; 0: there is none
+	place  int      // the number that the jump must have; 0: the last
 	users  int      // rules elsewhere that lead to the chain: not ours
+
+	// blocked is a rule of the base chain that drops everything before the jump, although other rules stand behind
+	// it: somebody put it there on purpose. "": there is none.
+	blocked string
+}
+
+// plainForm matches a rule that logs or ends everything that comes to it, as iptables-save prints the rule. The last
+// group is the target.
+var plainForm = regexp.MustCompile(
+	`^-A \S+(?: -m comment --comment (?:"(?:\\.|[^"\\])*"|\S+))? -j (LOG|NFLOG|REJECT|DROP)(?: --.*)?$`)
+
+// ends tells whether a rule of the base chain ends everything that comes to it, and whether it only logs that.
+func ends(rule string) (ends, logs bool) {
+	m := plainForm.FindStringSubmatch(rule)
+	if m == nil {
+		return false, false
+	}
+	logs = strings.HasSuffix(m[1], "LOG")
+	return !logs, logs
+}
+
+// placeJump decides where in the base chain the jump stands, of which others are the rules without ours. A jump that
+// is there stays where it is, a new jump goes to the end. Rules at the end that log or end everything are as a policy
+// of the chain: the jump goes before them.
+func (f *chainState) placeJump(others []string) {
+	end := len(others) // of the rules that the jump stays behind
+	for i := len(others) - 1; i >= 0; i-- {
+		ends, logs := ends(others[i])
+		if ends {
+			end = i
+		} else if !logs {
+			break
+		}
+	}
+	if end < len(others) {
+		for ; end > 0; end-- {
+			if _, logs := ends(others[end-1]); !logs {
+				break
+			}
+		}
+	}
+	switch {
+	case f.at > 0:
+		end = min(end, f.at-1)
+		f.place = end + 1
+	case end < len(others):
+		f.place = end + 1
+	}
+	for _, rule := range others[:end] {
+		if ends, _ := ends(rule); ends {
+			f.blocked = rule
+			break
+		}
+	}
 }
 
 // parse picks c out of what iptables-save prints.
 func (c chain) parse(save string) chainState {
 	var f chainState
-	table, number := "", 1
+	var others []string // rules of the base chain that are not ours
+	table := ""
 	for line := range strings.Lines(save) {
 		line = strings.TrimRight(line, "\n ")
 		if name, ok := strings.CutPrefix(line, "*"); ok {
@@ -150,15 +208,16 @@ func (c chain) parse(save string) chainState {
 			if leads || strings.Contains(line, c.match()) {
 				f.jumps = append(f.jumps, line)
 				if f.at == 0 {
-					f.at = number
+					f.at = len(others) + 1
 				}
 			} else {
-				number++
+				others = append(others, line)
 			}
 		case leads:
 			f.users++
 		}
 	}
+	f.placeJump(others)
 	return f
 }
 
@@ -182,13 +241,13 @@ func (c chain) plan(f chainState, rules []string) []string {
 			lines = append(lines, rules...)
 		}
 	}
-	if !slices.Equal(f.jumps, jumps) {
+	if !slices.Equal(f.jumps, jumps) || len(jumps) > 0 && f.at != f.place {
 		for _, j := range f.jumps {
 			lines = append(lines, "-D"+strings.TrimPrefix(j, "-A"))
 		}
 		for _, j := range jumps {
-			if f.at > 0 { // where the first jump was: rules further down may drop everything
-				j = fmt.Sprintf("-I %s %d%s", c.base, f.at, strings.TrimPrefix(j, "-A "+c.base))
+			if f.place > 0 {
+				j = fmt.Sprintf("-I %s %d%s", c.base, f.place, strings.TrimPrefix(j, "-A "+c.base))
 			}
 			lines = append(lines, j)
 		}
@@ -245,9 +304,30 @@ func (ipt *iptables) read(ctx context.Context) (text string, rules int, err erro
 		for _, line := range slices.Concat(f.jumps, f.rules) {
 			fmt.Fprintf(&b, "%s %s\n", c.table, line)
 		}
+		if len(f.jumps) > 0 {
+			if f.at != f.place {
+				fmt.Fprintf(&b, "%s %s stands behind the end of %s\n", c.table, c.name, c.base)
+			}
+			ipt.logBlocked(ctx, c, f.blocked)
+		}
 		rules += len(f.jumps) + len(f.rules)
 	}
 	return b.String(), rules, nil
+}
+
+// logBlocked logs once that a rule drops everything before the jump to c. The rule stays, as whoever put it before
+// other rules wants to forward nothing.
+func (ipt *iptables) logBlocked(ctx context.Context, c chain, rule string) {
+	if c != forward || rule == ipt.blocked {
+		return
+	}
+	if ipt.blocked = rule; rule == "" {
+		return
+	}
+	klog.FromContext(ctx).Error(nil, "A rule of another program drops all forwarded packets before flannel's rules: "+
+		"pods reach only pods of their own node; behind all other rules, it would let pods communicate",
+		"tool", ipt.name, "rule", rule,
+		"fix", fmt.Sprintf("%s -D%s && %s %s", ipt.name, strings.TrimPrefix(rule, "-A"), ipt.name, rule))
 }
 
 func (ipt *iptables) write(ctx context.Context, want Ruleset) (rules int, err error) {

@@ -167,8 +167,10 @@ var findings = []finding{
 	{name: "FORWARD drops", finds: "daemon-down forward-drop out-of-sync",
 		inject: steps(stop, shell("iptables -P FORWARD DROP",
 			"iptables -F FORWARD")), restore: steps(shell("iptables -P FORWARD ACCEPT"), startAgain)},
-	{name: "FORWARD drops before our rules", finds: "forward-drop", inject: shell("iptables -I FORWARD -j DROP"),
-		restore: shell("iptables -D FORWARD -j DROP")},
+	// A rule of somebody else stands behind the rule that drops: else flanneld would put its own before it.
+	{name: "FORWARD drops before our rules", finds: "forward-drop",
+		inject:  shell("iptables -I FORWARD -o lo -j ACCEPT", "iptables -I FORWARD -j DROP"),
+		restore: shell("iptables -D FORWARD -j DROP", "iptables -D FORWARD -o lo -j ACCEPT")},
 	{name: "another table drops what is forwarded", finds: "forward-drop forward-drop",
 		inject: table("chain inet fw f { type filter hook forward priority 0 ; policy drop ; }",
 			"rule inet fw f ct state established,related accept"), restore: noTable},

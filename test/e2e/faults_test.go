@@ -133,7 +133,9 @@ var ruleFaults = []fault{
 			"{iptables} -P FORWARD DROP")},
 	{name: "iptables jumps deleted", on: usesIPTables, daemon: either,
 		inject: commands("{iptables} -F FORWARD", "{iptables} -t nat -F POSTROUTING")},
-	{name: "iptables ruleset replaced", on: usesIPTables, daemon: either, inject: replaceIPTables},
+	{name: "iptables ruleset replaced", on: usesIPTables, daemon: either, inject: replaceIPTables(":FORWARD DROP\n")},
+	{name: "iptables ruleset that ends in REJECT", on: usesIPTables,
+		inject: replaceIPTables(":FORWARD ACCEPT\n-A FORWARD -j REJECT\n")},
 	{name: "iptables rule among ours", on: usesIPTables, daemon: either,
 		inject: commands("{iptables} -I FLANNEL-FWD -j DROP")},
 	{name: "nftables flushed, and iptables", on: usesIPTablesNFT, daemon: either,
@@ -453,16 +455,20 @@ func flushRoutes(ctx context.Context, s *testbed) error {
 
 func restoreRoutes(ctx context.Context, s *testbed) error { return s.node.Script(ctx, s.others...) }
 
-// replaceIPTables does what a restart of the firewall does, or iptables-restore of rules that were saved before
-// flannel was installed.
-func replaceIPTables(ctx context.Context, s *testbed) error {
-	file := s.node.Dir + "/saved"
-	rules := "*nat\n:PREROUTING ACCEPT\n:INPUT ACCEPT\n:OUTPUT ACCEPT\n:POSTROUTING ACCEPT\nCOMMIT\n" +
-		"*filter\n:INPUT ACCEPT\n:FORWARD DROP\n:OUTPUT ACCEPT\n-A FORWARD -m conntrack --ctstate INVALID -j DROP\nCOMMIT\n"
-	if err := os.WriteFile(file, []byte(rules), 0o644); err != nil {
-		return err
+// replaceIPTables returns an action that does what a restart of the firewall does, or iptables-restore of rules that
+// were saved before flannel was installed. FORWARD gets a policy, and rules at its end.
+func replaceIPTables(forward string) action {
+	return func(ctx context.Context, s *testbed) error {
+		file := s.node.Dir + "/saved"
+		policy, rest, _ := strings.Cut(forward, "\n")
+		rules := "*nat\n:PREROUTING ACCEPT\n:INPUT ACCEPT\n:OUTPUT ACCEPT\n:POSTROUTING ACCEPT\nCOMMIT\n" +
+			"*filter\n:INPUT ACCEPT\n" + policy + "\n:OUTPUT ACCEPT\n-A FORWARD -m conntrack --ctstate INVALID -j DROP\n" +
+			rest + "COMMIT\n"
+		if err := os.WriteFile(file, []byte(rules), 0o644); err != nil {
+			return err
+		}
+		return commands("{iptables}-restore "+file)(ctx, s)
 	}
-	return commands("{iptables}-restore "+file)(ctx, s)
 }
 
 func kill(_ context.Context, s *testbed) error {

@@ -22,17 +22,18 @@ type health struct {
 	missing string // what the node waits for; "" once it is ready
 }
 
-// serveHealth serves /healthz, /readyz, /metrics and, with profile, /debug/pprof until
-// ctx ends; nowhere, if the port is 0. No request changes anything.
-func serveHealth(ctx context.Context, group *sync.WaitGroup, at netip.AddrPort, metrics http.Handler, profile bool) (
-	*health, error) {
-	h := &health{missing: "to start"}
+func newHealth() *health { return &health{missing: "to start"} }
+
+// serve serves /healthz, /readyz, /metrics and, with profile, /debug/pprof until ctx ends;
+// nowhere, if the port is 0. No request changes anything.
+func (h *health) serve(ctx context.Context, group *sync.WaitGroup, at netip.AddrPort, metrics http.Handler,
+	profile bool) error {
 	if at.Port() == 0 {
-		return h, nil
+		return nil
 	}
 	l, err := net.Listen("tcp", at.String())
 	if err != nil {
-		return nil, fmt.Errorf("--healthz-ip, --healthz-port: %w", err)
+		return fmt.Errorf("--healthz-ip, --healthz-port: %w", err)
 	}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
@@ -45,7 +46,7 @@ func serveHealth(ctx context.Context, group *sync.WaitGroup, at netip.AddrPort, 
 		mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
 	}
 	serveHTTP(ctx, group, l, mux, "health server")
-	return h, nil
+	return nil
 }
 
 func (h *health) readyz(w http.ResponseWriter, _ *http.Request) {

@@ -20,6 +20,7 @@ import (
 	"github.com/flanneld/flanneld/pkg/firewall"
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/kernel"
+	"github.com/flanneld/flanneld/pkg/lock"
 	"github.com/flanneld/flanneld/pkg/retry"
 	"github.com/flanneld/flanneld/subnet"
 )
@@ -29,6 +30,7 @@ type Options struct {
 	Manager    subnet.Manager
 	Uplink     iface.Selector
 	SubnetFile string // path of subnet.env
+	Name       string // of the network on this host, where there are several; "" is a name
 
 	IPMasq      bool          // masquerade what leaves the network
 	RandomFully bool          // with random ports, where possible
@@ -66,6 +68,8 @@ type node struct {
 	status  statusServer
 	file    *fileWatch // of the subnet file; nil: it cannot be watched
 	events  events
+	locks   map[string]*lock.Lock // by name, see locks.go; nil: there can be none
+	blocked error                 // why the node's objects are not set: another flanneld has the device
 
 	unapplied   map[subnet.Subnets]time.Time // when updates were received that the kernel does not hold yet
 	kernelWoken bool                         // the kernel's reconciler has something to do
@@ -106,8 +110,10 @@ func Run(ctx context.Context, o Options) error {
 		Options: o, started: time.Now(), log: klog.FromContext(ctx), status: newStatusServer(),
 		metrics: newMetrics(o.Manager, o.Version), errors: retry.LastErrors[string]{},
 		records: subnet.NewRecordLog(klog.FromContext(ctx)), retry: time.NewTimer(0), retrying: true,
+		health: newHealth(), locks: map[string]*lock.Lock{},
 	}
 	n.Uplink.Overlay = backend.Device
+	defer n.releaseLocks()
 	defer n.group.Wait()
 	defer cancel()
 	// The manager may notice the end of ctx before inner has ended.
@@ -117,9 +123,8 @@ func Run(ctx context.Context, o Options) error {
 	return nil
 }
 
-func (n *node) run(ctx context.Context) error {
-	var err error
-	if n.health, err = serveHealth(ctx, &n.group, n.Health, n.metrics, n.Profile); err != nil {
+func (n *node) run(ctx context.Context) (err error) {
+	if err := n.becomeOnly(ctx); err != nil {
 		return err
 	}
 	n.serveStatus(ctx)
@@ -227,6 +232,9 @@ func (n *node) handleEvent(ctx context.Context, compare <-chan time.Time) (runni
 		answer()
 	case <-n.retry.C:
 		n.retrying = false
+		if n.blocked != nil {
+			n.apply(ctx)
+		}
 	case <-n.events.watchdog:
 		notify("WATCHDOG=1")
 	case <-compare:
@@ -412,6 +420,11 @@ func (n *node) applyLease(ctx context.Context, a acquired) {
 // all of its peers.
 func (n *node) apply(ctx context.Context) {
 	p := n.planNode(n.Options)
+	n.blocked = n.takeDevices(ctx, p.objects)
+	n.logOnce("Device", n.blocked)
+	if n.blocked != nil {
+		return
+	}
 	n.kernel.Networks = p.networks
 	n.kernel.Set(nodeOwner, p.objects)
 	n.metrics.setBackend(n.backend)
@@ -480,6 +493,11 @@ func (n *node) reconcile() {
 	if n.own == nil {
 		return
 	}
+	if n.blocked != nil {
+		n.health.waitFor("a device of its own: " + n.blocked.Error())
+		n.retryLater()
+		return
+	}
 	if n.leases == nil {
 		// Kernel objects may be peers' from before a restart: they stay until the
 		// peers are known.
@@ -501,7 +519,14 @@ func (n *node) reconcile() {
 	switch { // the subnet file; the kernel's and the rules' reconcilers retry by themselves
 	case !n.rulesSet || n.fileSet:
 		n.pause.Reset()
-	case !n.retrying:
+	default:
+		n.retryLater()
+	}
+}
+
+// retryLater has the main loop run again after a pause.
+func (n *node) retryLater() {
+	if !n.retrying {
 		n.retry.Reset(n.pause.Next())
 		n.retrying = true
 	}

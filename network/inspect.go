@@ -23,6 +23,7 @@ import (
 type desired struct {
 	plan     nodePlan
 	commands []string // that the kernel needs
+	network  string   // its name
 	backend  backend.Backend
 	own      subnet.Lease
 	peers    []subnet.Lease
@@ -35,7 +36,7 @@ func (v view) desired(r *kernel.Reconciler) (desired, error) {
 		return desired{}, fmt.Errorf("the plan for this node is not known yet: waiting for %s", v.waiting)
 	}
 	commands, err := r.Diff()
-	return desired{v.planNode(v.Options), commands, v.backend, *v.own, v.peers()}, err
+	return desired{v.planNode(v.Options), commands, v.Name, v.backend, *v.own, v.peers()}, err
 }
 
 // diff returns the commands that the kernel, the backend and the firewall need.
@@ -48,13 +49,13 @@ func (d desired) diff(ctx context.Context) ([]string, error) {
 			more = append(more, "# what the backend holds cannot be compared: "+plain.Line(err.Error()))
 		}
 	}
-	rules, err := d.plan.diffRules(ctx)
+	rules, err := d.plan.diffRules(ctx, d.network)
 	return slices.Concat(d.commands, more, rules), err
 }
 
-// diffRules returns the commands that the firewall needs.
-func (p nodePlan) diffRules(ctx context.Context) ([]string, error) {
-	driver, err := firewall.New(ctx, p.nftables)
+// diffRules returns the commands that the firewall needs for the network of a name.
+func (p nodePlan) diffRules(ctx context.Context, network string) ([]string, error) {
+	driver, err := firewall.New(ctx, network, p.nftables)
 	if err != nil {
 		if p.rules.IPv4.IsZero() && p.rules.IPv6.IsZero() {
 			return nil, nil
@@ -127,12 +128,13 @@ func (i *Inspection) inspect(ctx context.Context) (err error) {
 	i.own = own
 	p := i.planNode(i.Options)
 	i.kernel.Networks = p.networks
+	i.kernel.Network, i.kernel.Within = i.Name, slices.Concat(i.cfg.Networks().Each(), env.Networks.Each())
 	i.kernel.Set(nodeOwner, p.objects)
 	for owner, objects := range i.planAllPeers().objects {
 		i.kernel.Set(owner, objects)
 	}
 	i.fileWritten = envErr == nil && env == p.env
-	missing, err := p.diffRules(ctx)
+	missing, err := p.diffRules(ctx, i.Name)
 	i.rulesSet = err == nil && len(missing) == 0
 	return nil
 }

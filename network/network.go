@@ -68,6 +68,7 @@ type node struct {
 	status  statusServer
 	file    *fileWatch // of the subnet file; nil: it cannot be watched
 	events  events
+	within  []netip.Prefix        // the networks that this host's network has, or had
 	locks   map[string]*lock.Lock // by name, see locks.go; nil: there can be none
 	blocked error                 // why the node's objects are not set: another flanneld has the device
 
@@ -176,7 +177,11 @@ func (n *node) start(ctx context.Context) (err error) {
 	if n.kernel, err = kernel.New(n.log); err != nil {
 		return err
 	}
-	n.rules = firewall.NewReconciler(n.RulesResync)
+	n.kernel.Network = n.Name
+	if env, err := subnet.ReadEnv(n.SubnetFile); err == nil {
+		n.within = env.Networks.Each() // routes may be left of these
+	}
+	n.rules = firewall.NewReconciler(n.Name, n.RulesResync)
 	n.metrics.rules.Store(n.rules)
 	n.group.Go(func() { n.rules.Run(ctx) })
 	n.keeper = newLeaseKeeper(n.Manager, n.metrics)
@@ -426,6 +431,12 @@ func (n *node) apply(ctx context.Context) {
 		return
 	}
 	n.kernel.Networks = p.networks
+	for _, network := range n.cfg.Networks().Each() {
+		if !slices.Contains(n.within, network) {
+			n.within = append(n.within, network)
+		}
+	}
+	n.kernel.Within = n.within
 	n.kernel.Set(nodeOwner, p.objects)
 	n.metrics.setBackend(n.backend)
 	n.worker.start(ctx, n.backend, *n.own)

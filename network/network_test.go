@@ -196,8 +196,10 @@ func eventually(t *testing.T, what string, condition func() bool) {
 	}
 }
 
-func get(path string) (int, string) {
-	r, err := http.Get(fmt.Sprintf("http://127.0.0.1:%d%s", healthPort, path))
+func get(path string) (int, string) { return getAt(healthPort, path) }
+
+func getAt(port uint16, path string) (int, string) {
+	r, err := http.Get(fmt.Sprintf("http://127.0.0.1:%d%s", port, path))
 	if err != nil {
 		return 0, err.Error()
 	}

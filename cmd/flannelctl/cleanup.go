@@ -95,7 +95,7 @@ func (c *cleanup) run(ctx context.Context) error {
 type removal struct {
 	steps    []backend.CleanupStep
 	kernel   *kernel.Reconciler // its desired state is empty
-	rules    *firewall.Driver   // nil: this node has no firewall program
+	rules    []*firewall.Driver // of each network; none: this node has no firewall program
 	files    []string
 	notes    []string // on what the operator must remove
 	commands []string
@@ -134,23 +134,33 @@ func (c *cleanup) plan(ctx context.Context) (_ *removal, err error) {
 		return nil, err
 	}
 	r.commands = append(r.commands, commands...)
-	for _, nftables := range []bool{false, true} {
-		rules, err := firewall.New(ctx, nftables)
-		if err != nil {
-			continue // without the program, nothing can have written rules
-		}
-		commands, err := rules.Plan(ctx, firewall.Desired{})
-		if err != nil {
+	for _, network := range slices.Compact([]string{"", c.options.NetworkName()}) {
+		if err := r.planRules(ctx, network); err != nil {
 			return nil, err
 		}
-		r.rules, r.commands = rules, append(r.commands, commands...)
-		break
 	}
 	r.files = c.files(left.Files, left.Dirs)
 	for _, f := range r.files {
 		r.commands = append(r.commands, "rm -rf "+plain.Shell(f))
 	}
 	return r, nil
+}
+
+// planRules adds the firewall rules of a network to the plan.
+func (r *removal) planRules(ctx context.Context, network string) error {
+	for _, nftables := range []bool{false, true} {
+		rules, err := firewall.New(ctx, network, nftables)
+		if err != nil {
+			continue // without the program, nothing can have written rules
+		}
+		commands, err := rules.Plan(ctx, firewall.Desired{})
+		if err != nil {
+			return err
+		}
+		r.rules, r.commands = append(r.rules, rules), append(r.commands, commands...)
+		break
+	}
+	return nil
 }
 
 // execute removes all of the plan. An error does not keep the rest from being removed.
@@ -160,8 +170,8 @@ func (r *removal) execute(ctx context.Context) error {
 		errs = append(errs, s.Do(ctx))
 	}
 	errs = append(errs, r.kernel.Reconcile())
-	if r.rules != nil {
-		errs = append(errs, r.rules.Apply(ctx, firewall.Desired{}))
+	for _, rules := range r.rules {
+		errs = append(errs, rules.Apply(ctx, firewall.Desired{}))
 	}
 	for _, f := range r.files {
 		errs = append(errs, os.RemoveAll(f))

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 
 	"github.com/vishvananda/netlink/nl"
@@ -123,8 +124,8 @@ func concernsUs(datagram []byte) bool {
 			return nil
 		}
 		for _, c := range []chain{postrouting, forward} {
-			ours := table == c.table && (name == "" || name == c.base || name == c.name)
-			if ours || table == protocols.IPv4.table || table == protocols.IPv6.table {
+			ours := table == c.table && (name == "" || name == c.base || strings.HasPrefix(name, c.name))
+			if ours || strings.HasPrefix(table, protocols.IPv4.table) || strings.HasPrefix(table, protocols.IPv6.table) {
 				return errConcerns
 			}
 		}

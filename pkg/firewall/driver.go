@@ -59,18 +59,20 @@ type familyRules struct {
 // node's iptables is. It fails when the mode's programs are missing or do not
 // work here; the error names the package to install. A node may lack ip6tables
 // as long as no IPv6 rules are desired. Nothing is written before Apply.
-func New(ctx context.Context, nftables bool) (*Driver, error) {
-	return newDriver(ctx, &command.Runner{}, nftables)
+//
+// Each network on this host has rules of its own: network is its name.
+func New(ctx context.Context, network string, nftables bool) (*Driver, error) {
+	return newDriver(ctx, &command.Runner{}, network, nftables)
 }
 
-func newDriver(ctx context.Context, programs *command.Runner, nftables bool) (*Driver, error) {
+func newDriver(ctx context.Context, programs *command.Runner, network string, nftables bool) (*Driver, error) {
 	d := &Driver{mode: "iptables"}
 	if nftables {
 		d.mode = "nftables"
 	}
 	for f, p := range protocols.Each() {
-		ipt, iptErr := findIPTables(ctx, programs, p)
-		nft, nftErr := findNFT(programs, p)
+		ipt, iptErr := findIPTables(ctx, programs, network, p)
+		nft, nftErr := findNFT(programs, network, p)
 		if nftables && nftErr == nil {
 			nftErr = nft.open(ctx)
 		}

@@ -31,9 +31,9 @@ type mode struct {
 }
 
 var (
-	legacyMode = mode{"iptables-legacy", false, "legacy"}
-	nftMode    = mode{"iptables-nft", false, "nft"}
-	tablesMode = mode{"nftables", true, "nft"}
+	legacyMode = mode{name: "iptables-legacy", variant: "legacy"}
+	nftMode    = mode{name: "iptables-nft", variant: "nft"}
+	tablesMode = mode{name: "nftables", nftables: true, variant: "nft"}
 	modes      = []mode{legacyMode, nftMode, tablesMode}
 )
 
@@ -165,7 +165,7 @@ func (n *node) listing() string {
 
 func (n *node) driver(m mode) *Driver {
 	n.t.Helper()
-	d, err := New(context.Background(), m.nftables)
+	d, err := New(context.Background(), "", m.nftables)
 	if err != nil {
 		n.t.Fatal(err)
 	}
@@ -281,6 +281,32 @@ func TestRestart(t *testing.T) {
 		}
 		n.check(d, true)
 		same(t, n.listing(), before)
+	})
+}
+
+// Networks on one host do not touch each other's rules.
+func TestNetworks(t *testing.T) {
+	eachMode(t, modes, func(t *testing.T, m mode, n *node) {
+		first := n.driver(m)
+		n.apply(first, both)
+		alone := n.listing()
+		for _, name := range []string{"blue", "a-long/name of a network"} {
+			d, err := New(context.Background(), name, m.nftables)
+			if err != nil {
+				t.Fatal(err)
+			}
+			other := prefix("10.6.0.0/16")
+			n.apply(d, Desired{IPv4: For(other, prefix("10.6.1.0/24"), all)})
+			n.check(d, true)
+			n.check(first, true)
+			if now := n.listing(); !strings.Contains(now, other.String()) || strings.Count(now, "10.5.0.0/16") !=
+				strings.Count(alone, "10.5.0.0/16") {
+				t.Errorf("the rules of both networks must be there:\n%s", now)
+			}
+			n.apply(d, Desired{})
+			same(t, n.listing(), alone)
+			n.check(first, true)
+		}
 	})
 }
 
@@ -557,7 +583,7 @@ func TestMissingPrograms(t *testing.T) {
 	t.Run("nothing but nft", func(t *testing.T) {
 		n := newNode(t, "nft")
 		n.remove("ip*")
-		_, err := New(ctx, false)
+		_, err := New(ctx, "", false)
 		mentions(t, err, "program iptables", "package iptables", "EnableNFTables")
 		d := n.driver(tablesMode)
 		n.apply(d, both)
@@ -583,7 +609,7 @@ func TestMissingPrograms(t *testing.T) {
 	t.Run("nothing but iptables", func(t *testing.T) {
 		n := newNode(t, "legacy")
 		n.remove("nft", "*-legacy", "*-nft", "*-legacy-*", "*-nft-*")
-		_, err := New(ctx, true)
+		_, err := New(ctx, "", true)
 		mentions(t, err, "program nft", "package nftables", "EnableNFTables")
 		d := n.driver(legacyMode)
 		n.apply(d, both)
@@ -592,7 +618,7 @@ func TestMissingPrograms(t *testing.T) {
 	t.Run("iptables-restore is missing", func(t *testing.T) {
 		n := newNode(t, "legacy")
 		n.remove("iptables*-restore")
-		_, err := New(ctx, false)
+		_, err := New(ctx, "", false)
 		mentions(t, err, "program iptables-restore", "package iptables")
 	})
 	t.Run("ip6tables is missing", func(t *testing.T) {
@@ -611,7 +637,7 @@ func TestMissingPrograms(t *testing.T) {
 	t.Run("nft is too old", func(t *testing.T) {
 		n := newNode(t, "legacy")
 		n.install("nft", "nft", `[ "$1" = --version ] && echo "nftables v0.9.3 (Topsy)" && exit`)
-		_, err := New(ctx, true)
+		_, err := New(ctx, "", true)
 		mentions(t, err, "nft 1.0.1", "v0.9.3")
 		d := n.driver(legacyMode) // which looks for what nftables mode left
 		n.apply(d, both)

@@ -80,7 +80,7 @@ func TestHang(t *testing.T) {
 			n.hang(p.name, p.realName, p.arguments)
 			// The others are done well within that.
 			runner := &command.Runner{Limit: 3 * time.Second}
-			d, err := newDriver(t.Context(), runner, p.nftables)
+			d, err := newDriver(t.Context(), runner, "", p.nftables)
 			if err == nil {
 				err = d.Apply(t.Context(), both)
 			}
@@ -139,9 +139,9 @@ func TestReconcilerEndsWhileProgramHangs(t *testing.T) {
 					n.killChild()
 				}
 			}()
-			r := NewReconciler(resync)
+			r := NewReconciler("", resync)
 			runner := &command.Runner{Waits: command.Waits{Notice: 500 * time.Millisecond}}
-			r.open = func(ctx context.Context, nftables bool) (driver, error) { return newDriver(ctx, runner, nftables) }
+			r.open = func(ctx context.Context, nftables bool) (driver, error) { return newDriver(ctx, runner, "", nftables) }
 			r.Set(both, p.nftables)
 			r.Run(ctx) // in this thread's namespace
 			close(ended)

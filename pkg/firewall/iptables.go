@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"hash/fnv"
 	"regexp"
 	"slices"
 	"strconv"
@@ -16,7 +17,8 @@ import (
 )
 
 // A chain is one of ours, and where the jump to it stands. The names and
-// comments are upstream's: either daemon takes over the other's rules.
+// comments are upstream's: either daemon takes over the other's rules. A network
+// with a name has chains of its own.
 type chain struct {
 	table   string
 	base    string // the chain that jumps to ours
@@ -29,9 +31,37 @@ var (
 	forward     = chain{"filter", "FORWARD", "FLANNEL-FWD", "flanneld forward"}
 )
 
+// of returns the chain of a network on this host.
+func (c chain) of(network string) chain {
+	if network != "" {
+		c.name += tag(network)
+		c.comment += " " + tag(network)[1:]
+	}
+	return c
+}
+
+// tagForm matches the names of networks that fit into names of chains: the kernel allows 28 characters
+// (XT_EXTENSION_MAXNAMELEN, linux/netfilter/x_tables.h), and FLANNEL-POSTRTG has 15.
+var tagForm = regexp.MustCompile(`^[A-Za-z0-9_]{1,12}$`)
+
+// tag returns what distinguishes the chains and tables of a network: "-" and its name or, where the name does not fit,
+// a hash of the name.
+func tag(network string) string {
+	if network == "" {
+		return ""
+	}
+	if !tagForm.MatchString(network) {
+		h := fnv.New32a()
+		h.Write([]byte(network))
+		network = fmt.Sprintf("%08x", h.Sum32())
+	}
+	return "-" + network
+}
+
 // iptables is the tool of one variant of iptables, legacy or nft.
 type iptables struct {
 	programs      *command.Runner
+	network       string // whose rules these are
 	name          string // "iptables", "ip6tables-legacy"
 	save, restore string // paths
 	nft           bool
@@ -46,10 +76,10 @@ type iptables struct {
 // the variant in which kubelet made its chain; without such a chain, the variant
 // with the plain name, or else nft, the younger. It is an error when there is no
 // variant.
-func findIPTables(ctx context.Context, programs *command.Runner, p protocol) (found []tool, missing error) {
+func findIPTables(ctx context.Context, programs *command.Runner, network string, p protocol) (found []tool, missing error) {
 	var have []*iptables
 	for _, variant := range []string{"", "-nft", "-legacy"} {
-		ipt, err := newIPTables(ctx, programs, p.iptables+variant)
+		ipt, err := newIPTables(ctx, programs, network, p.iptables+variant)
 		switch {
 		case err != nil && variant == "":
 			missing = err
@@ -75,7 +105,7 @@ func (ipt *iptables) marked(ctx context.Context) bool {
 	return err == nil && (has("KUBE-IPTABLES-HINT") || has("KUBE-KUBELET-CANARY"))
 }
 
-func newIPTables(ctx context.Context, programs *command.Runner, name string) (*iptables, error) {
+func newIPTables(ctx context.Context, programs *command.Runner, network, name string) (*iptables, error) {
 	var paths []string
 	for _, program := range []string{name, name + "-save", name + "-restore"} {
 		path, err := command.Find(program)
@@ -89,7 +119,7 @@ func newIPTables(ctx context.Context, programs *command.Runner, name string) (*i
 	if err != nil {
 		return nil, fmt.Errorf("%s --version: %w%s", paths[0], err, printed(out.Stderr))
 	}
-	ipt := &iptables{programs: programs, name: name, save: paths[1], restore: paths[2]}
+	ipt := &iptables{programs: programs, network: network, name: name, save: paths[1], restore: paths[2]}
 	ipt.nft, ipt.recent = abilities(string(out.Stdout))
 	return ipt, nil
 }
@@ -296,7 +326,7 @@ func (ipt *iptables) read(ctx context.Context) (text string, rules int, err erro
 		return "", 0, err
 	}
 	var b strings.Builder
-	for _, c := range []chain{postrouting, forward} {
+	for _, c := range []chain{postrouting.of(ipt.network), forward.of(ipt.network)} {
 		f := c.parse(save)
 		if f.exists {
 			fmt.Fprintf(&b, "%s %s\n", c.table, c.name)
@@ -318,7 +348,7 @@ func (ipt *iptables) read(ctx context.Context) (text string, rules int, err erro
 // logBlocked logs once that a rule drops everything before the jump to c. The rule stays, as whoever put it before
 // other rules wants to forward nothing.
 func (ipt *iptables) logBlocked(ctx context.Context, c chain, rule string) {
-	if c != forward || rule == ipt.blocked {
+	if c.base != forward.base || rule == ipt.blocked {
 		return
 	}
 	if ipt.blocked = rule; rule == "" {
@@ -359,7 +389,7 @@ func (ipt *iptables) script(save string, want Ruleset, randomFully bool) (script
 	for _, part := range []struct {
 		chain
 		rules []Rule
-	}{{postrouting, want.Postrouting}, {forward, want.Forward}} {
+	}{{postrouting.of(ipt.network), want.Postrouting}, {forward.of(ipt.network), want.Forward}} {
 		var lines []string
 		for _, r := range part.rules {
 			if r.Verdict == MasqueradeRandom && !randomFully {

@@ -24,12 +24,13 @@ type nftables struct {
 	bare     bool   // the kernel knows no comments on tables and chains, which came with Linux 5.10
 }
 
-func findNFT(programs *command.Runner, p protocol) (*nftables, error) {
+func findNFT(programs *command.Runner, network string, p protocol) (*nftables, error) {
 	path, err := command.Find("nft")
 	if err != nil {
 		return nil, fmt.Errorf("nftables mode needs the program nft: install the package nftables (1.0.1 or later), "+
 			`or remove "EnableNFTables" from the network configuration: %w`, err)
 	}
+	p.table += tag(network)
 	return &nftables{protocol: p, programs: programs, path: path}, nil
 }
 

@@ -12,7 +12,7 @@ import (
 // make it so, when a shell runs them.
 func TestPlan(t *testing.T) {
 	eachMode(t, modes, func(t *testing.T, m mode, n *node) {
-		d, err := New(t.Context(), m.nftables)
+		d, err := New(t.Context(), "", m.nftables)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -67,14 +67,14 @@ type driver interface {
 	Changes(context.Context) (<-chan struct{}, error)
 }
 
-// NewReconciler returns a Reconciler that checks the rules every resync, and
-// sooner when another program changes them.
-func NewReconciler(resync time.Duration) *Reconciler {
+// NewReconciler returns a Reconciler for the rules of a network (see New) that checks
+// them every resync, and sooner when another program changes them.
+func NewReconciler(network string, resync time.Duration) *Reconciler {
 	programs := &command.Runner{} // of all drivers: it remembers which programs take long
 	return &Reconciler{
 		resync: resync, desired: make(chan target, 1), states: make(chan State, 1),
 		open: func(ctx context.Context, nftables bool) (driver, error) {
-			d, err := newDriver(ctx, programs, nftables)
+			d, err := newDriver(ctx, programs, network, nftables)
 			if err != nil {
 				return nil, err
 			}

@@ -102,7 +102,7 @@ func run(t *testing.T, test func(t *testing.T, r *Reconciler, f *fake, log *byte
 		var log bytes.Buffer
 		logger := textlogger.NewLogger(textlogger.NewConfig(textlogger.Output(&log)))
 		ctx, cancel := context.WithCancel(klog.NewContext(t.Context(), logger))
-		r, f := NewReconciler(resync), &fake{}
+		r, f := NewReconciler("", resync), &fake{}
 		r.open = f.open
 		var states []State
 		done := make(chan struct{})
@@ -139,7 +139,7 @@ func pass(d time.Duration) {
 func TestStateOfTheLatestTarget(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
-		r, f := NewReconciler(resync), &fake{}
+		r, f := NewReconciler("", resync), &fake{}
 		r.open = f.open
 		done := make(chan struct{})
 		go func() {
@@ -372,7 +372,7 @@ func TestReconciler(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer home.Close()
-		r := NewReconciler(time.Hour)
+		r := NewReconciler("", time.Hour)
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan struct{})
 		go func() {

@@ -2,7 +2,7 @@
 // rules are data; a Driver sets them in one of two modes, iptables or nftables;
 // a Reconciler keeps them in place. It is the only code that writes firewall
 // rules. Ours are a pair of iptables chains and the jumps to them, or a table
-// of nftables a family; nothing else is ever touched.
+// of nftables a family, for each network on this host; nothing else is ever touched.
 package firewall
 
 import (

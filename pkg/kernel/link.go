@@ -99,9 +99,17 @@ func changeCommand(have, desired Object) string {
 	return command + " up"
 }
 
-// linkAlias marks the devices that we made (IFLA_IFALIAS, shown by "ip link"). After a restart it tells that a device
-// which is no longer desired is ours.
+// linkAlias marks the devices that we made (IFLA_IFALIAS, shown by "ip link"), together with the name of the network.
+// After a restart it tells that a device which is no longer desired is ours.
 const linkAlias = "flanneld"
+
+// alias returns the alias of our devices. The kernel allows 255 bytes (IFALIASZ, linux/if.h), as do names of files.
+func (r *Reconciler) alias() string {
+	if r.Network == "" {
+		return linkAlias
+	}
+	return (linkAlias + " " + r.Network)[:min(len(linkAlias)+1+len(r.Network), 255)]
+}
 
 // devices are all links of the namespace, ours and others.
 type devices struct {
@@ -205,8 +213,8 @@ func (r *Reconciler) changeLink(e *entry, name string) error {
 			return err
 		}
 	}
-	if attrs.Alias != linkAlias {
-		if err := r.links.LinkSetAlias(at, linkAlias); err != nil {
+	if attrs.Alias != r.alias() {
+		if err := r.links.LinkSetAlias(at, r.alias()); err != nil {
 			return fmt.Errorf("setting its alias: %w", err)
 		}
 	}
@@ -310,7 +318,7 @@ func (r *Reconciler) readLinks() error {
 			return
 		}
 		r.devices.put(index, d)
-		if r.ownsDevice(d.name) || alias == linkAlias || r.Devices != nil && r.Devices(d.name) {
+		if r.ownsDevice(d.name) || alias == r.alias() || r.Devices != nil && r.Devices(d.name) {
 			own = append(own, slices.Clone(body))
 		}
 	})

@@ -102,7 +102,13 @@ func decodeNexthop(body []byte, devices devices) decoded {
 	return decoded{Object: n, dev: n.dev}
 }
 
-func (r *Reconciler) ownsNexthop(o Object) bool { return !o.(nexthop).foreign }
+// ownsNexthop tells whether a nexthop is ours. Where several networks may be on this host, a nexthop on the uplink that
+// an earlier process left stays: another network may use it, and without routes it does nothing.
+func (r *Reconciler) ownsNexthop(o Object) bool {
+	n := o.(nexthop)
+	e := r.entries[n.Key()]
+	return !n.foreign && (r.Within == nil || r.ownsDevice(n.dev) || e != nil && e.claimed)
+}
 
 // probeNexthops returns an error if the kernel has no nexthop objects.
 func probeNexthops(s *socket) error {

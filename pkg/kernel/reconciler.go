@@ -21,9 +21,9 @@ import (
 // A Reconciler keeps the desired objects of one network namespace, by owner, and knows what the kernel holds of them.
 // Set changes what is desired, and Reconcile makes the kernel hold it. Reconcile changes only what is ours:
 //
-//   - links that are desired, or that carry our alias because an earlier process made them;
+//   - links that are desired, or that carry the alias of our Network because an earlier process made them;
 //   - what is on these links, except what the kernel put there itself;
-//   - routes, and nexthop objects, that carry RouteProtocol;
+//   - routes, and nexthop objects, that carry RouteProtocol, unless they are another network's (see Within);
 //   - gateway routes inside Networks that carry no protocol of their own (RTPROT_BOOT): upstream flannel leaves these;
 //   - IPsec policies with PolicyID between subnets inside Networks.
 //
@@ -33,6 +33,12 @@ import (
 // A Reconciler is for one goroutine. To reconcile after each receive from Wake and after each Set is always right.
 type Reconciler struct {
 	Networks []netip.Prefix
+
+	// Network is the name of the network on this host, where there are several. "" is a name.
+	Network string
+	// Within are the prefixes that our routes lead to, now or before; nil: any. Of routes with RouteProtocol to other
+	// prefixes, and of blackholes, only those on our own devices are ours.
+	Within []netip.Prefix
 
 	// Devices may be nil. It tells from the name of a device that the device is ours although it lacks our alias: the
 	// devices of upstream flannel have none.
@@ -93,6 +99,8 @@ type entry struct {
 	drift bool // the kernel changed, not what is desired
 	held  bool // routes: the kernel has held ours; a route that another program puts in its place is replaced
 	seen  bool // by Stats, while it counts
+
+	claimed bool // it is desired, or was
 }
 
 // state says which list an entry counts in.
@@ -353,6 +361,7 @@ func (r *Reconciler) claim(k Key, c claim) *entry {
 		e = &entry{kind: k.Kind}
 		r.entries[k] = e
 	}
+	e.claimed = e.claimed || c.want != nil
 	before := e.want
 	if e.want == nil || e.owner == c.owner {
 		e.claim = c

@@ -628,3 +628,42 @@ func TestEvict(t *testing.T) {
 		return !strings.Contains(got, "198.18.0.66") && strings.Contains(got, "198.18.0.3")
 	})
 }
+
+// Networks on one host leave each other's objects alone, also after a restart.
+func TestNetworks(t *testing.T) {
+	host(t)
+	start := func(name, network string, objects []Object) *Reconciler {
+		r := idler(t)
+		r.Network, r.Within = name, []netip.Prefix{prefix(network)}
+		r.Set("node", objects)
+		apply(t, r)
+		return r
+	}
+	red := append(node()[:2], peer(mac2)[:3]...)
+	red = append(red, peerDirect()[0], node()[4])
+	blue := []Object{
+		Link{Name: "flannel.2", MAC: mac2, MTU: 1450,
+			Type: VXLAN{VNI: 2, Port: 8472, Local: addr("198.18.0.1"), Dev: "eth0"}},
+		Route{Dst: prefix("10.6.2.0/24"), Via: addr("10.6.2.0"), Dev: "flannel.2", Onlink: true},
+		Route{Dst: prefix("10.6.3.0/24"), Via: addr("198.18.0.3"), Dev: "eth0"},
+		Route{Dst: prefix("10.6.1.0/24"), Blackhole: true, Metric: 4096},
+	}
+	first := start("", "10.5.0.0/16", red)
+	alone := tables(t)
+	second := start("blue", "10.6.0.0/16", blue)
+	both := tables(t)
+	for _, r := range []*Reconciler{first, second, start("", "10.5.0.0/16", red), start("blue", "10.6.0.0/16", blue)} {
+		if differences, err := r.Diff(); err != nil || len(differences) > 0 {
+			t.Errorf("the network %q calls for %q, %v", r.Network, differences, err)
+		}
+		r.Compare()
+		apply(t, r)
+	}
+	if now := tables(t); now != both {
+		t.Errorf("want\n%s\ngot\n%s", both, now)
+	}
+	start("blue", "10.6.0.0/16", nil) // what is left is removed
+	if now := tables(t); now != alone {
+		t.Errorf("want\n%s\ngot\n%s", alone, now)
+	}
+}

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -167,12 +168,21 @@ func decodeRoute(body []byte, devices devices) decoded {
 func (r *Reconciler) ownsRoute(o Object) bool {
 	f, ok := o.(foreign)
 	switch {
-	case !ok || f.protocol == RouteProtocol:
-		return true
+	case !ok:
+		return r.ownsMarked(o.(Route))
+	case f.protocol == RouteProtocol:
+		return r.ownsMarked(f.Route)
 	case f.protocol == unix.RTPROT_KERNEL:
 		return false
 	}
 	return r.ownsDevice(f.Dev) || f.protocol == unix.RTPROT_BOOT && f.Via.IsValid() && r.insideNetworks(f.Dst)
+}
+
+// ownsMarked tells whether a route with our protocol is ours, rather than another network's on this host.
+func (r *Reconciler) ownsMarked(route Route) bool {
+	return r.Within == nil || r.ownsDevice(route.Dev) || slices.ContainsFunc(r.Within, func(n netip.Prefix) bool {
+		return n.Bits() <= route.Dst.Bits() && n.Contains(route.Dst.Addr())
+	})
 }
 
 func dumpRoutes(*Reconciler) (requests [][]byte) {

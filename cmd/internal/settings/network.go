@@ -4,6 +4,8 @@ import (
 	"context"
 	"net/netip"
 	"os"
+	"path/filepath"
+	"strings"
 
 	"github.com/flanneld/flanneld/network"
 	"github.com/flanneld/flanneld/subnet"
@@ -20,6 +22,7 @@ func (o *Options) Network(m subnet.Manager) network.Options {
 		Manager:      m,
 		Uplink:       o.Uplink,
 		SubnetFile:   o.SubnetFile,
+		Name:         o.NetworkName(),
 		StatusSocket: o.StatusSocket,
 		IPMasq:       o.IPMasq,
 		RandomFully:  !o.IPMasqNotRandom,
@@ -30,6 +33,16 @@ func (o *Options) Network(m subnet.Manager) network.Options {
 		Health:       netip.AddrPortFrom(o.HealthzIP, uint16(o.HealthzPort)),
 		Profile:      o.Profile,
 	}
+}
+
+// NetworkName returns the name of the network on this host, where several networks may be: the name of the subnet file
+// without ".env", but "" for subnet.env.
+func (o *Options) NetworkName() string {
+	name := strings.TrimSuffix(filepath.Base(o.SubnetFile), ".env")
+	if name == "subnet" {
+		return ""
+	}
+	return name
 }
 
 // managers are the constructors of the subnet managers, by name (the Kind of the manager's State). Each constructor has

@@ -111,7 +111,8 @@ func leaseFlags(o *Options) []group {
 			{name: "subnet-file", arg: "PATH", def: "/run/flannel/subnet.env", set: into(&o.SubnetFile, path),
 				help: "file with this node's subnet, for CNI, Docker and scripts"},
 			{name: "status-socket", arg: "PATH", def: statusBeside, set: into(&o.StatusSocket, anything),
-				help: "unix socket for flannelctl, for root only; auto: flanneld.sock beside the subnet file; off: none"},
+				help: "unix socket for flannelctl, for root only; auto: flanneld.sock beside subnet.env, flanneld-NAME.sock " +
+					"beside NAME.env; off: none"},
 			{name: "subnet-lease-renew-margin", arg: "MINUTES", def: "60",
 				set:  into(&o.LeaseRenewMargin, duration("minutes", time.Minute, 1, 1439)),
 				help: "minutes before its end at which the one-day lease is renewed: 1 to 1439"},
@@ -255,7 +256,11 @@ func (o *Options) Complete(env []string) error {
 	}
 	switch o.StatusSocket {
 	case statusBeside:
-		o.StatusSocket = filepath.Join(filepath.Dir(o.SubnetFile), "flanneld.sock")
+		name := "flanneld"
+		if network := o.NetworkName(); network != "" {
+			name += "-" + network
+		}
+		o.StatusSocket = filepath.Join(filepath.Dir(o.SubnetFile), name+".sock")
 	case statusOff:
 		o.StatusSocket = ""
 	}

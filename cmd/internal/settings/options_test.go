@@ -72,7 +72,7 @@ func TestParseOptions(t *testing.T) {
 			o.EtcdPrefix, o.EtcdUsername, o.EtcdPassword = "/-h", "-u", "--"
 		}},
 		{name: "the socket is beside the subnet file", args: []string{"--subnet-file=/a/b.env"}, want: func(o *Options) {
-			o.SubnetFile, o.StatusSocket = "/a/b.env", "/a/flanneld.sock"
+			o.SubnetFile, o.StatusSocket = "/a/b.env", "/a/flanneld-b.sock"
 		}},
 		{name: "no socket", args: []string{"--status-socket="}, want: func(o *Options) { o.StatusSocket = "" }},
 		{name: "no socket, by the environment", env: []string{"FLANNELD_STATUS_SOCKET=off"},

@@ -2,8 +2,11 @@ package kernel
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net/netip"
+	"os"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -78,6 +81,26 @@ func (r *Reconciler) addrNotified(_ decoded, gone bool) {
 	} else {
 		r.retryFailed() // routes that failed because there was no way to the gateway
 	}
+}
+
+// enableIPv6 turns on IPv6 on one of our devices. New devices inherit net.ipv6.conf.default.disable_ipv6, which is 1 on
+// hardened hosts, and the kernel then refuses addresses (EACCES; before Linux 4.16 EPERM).
+func (r *Reconciler) enableIPv6(o Object, refused error) bool {
+	a := o.(Addr)
+	if !a.Prefix.Addr().Is6() || !errors.Is(refused, unix.EACCES) && !errors.Is(refused, unix.EPERM) || !r.ownsDevice(a.Dev) {
+		return false
+	}
+	file := "/proc/sys/net/ipv6/conf/" + a.Dev + "/disable_ipv6"
+	if text, err := os.ReadFile(file); err != nil || strings.TrimSpace(string(text)) == "0" {
+		return false
+	}
+	if err := os.WriteFile(file, []byte("0\n"), 0); err != nil {
+		r.log.Error(err, "Cannot turn on IPv6 on a device of flannel", "device", a.Dev)
+		return false
+	}
+	r.log.Info("Applied", "command", "sysctl -w "+plain.Shell("net/ipv6/conf/"+a.Dev+"/disable_ipv6=0"),
+		"reason", "IPv6 was disabled on the device")
+	return true
 }
 
 // addrRemoved follows up on the removal of an address.

@@ -123,6 +123,9 @@ func (r *Reconciler) applyKind(k Kind, todo []*entry, add bool, log *changes) {
 	if err == nil && add && d.evict {
 		err = r.evict(d, batch, requests, results)
 	}
+	if err == nil && add && d.permit != nil {
+		err = r.setPermitted(d, batch, requests, results)
+	}
 	var removed []Object
 	for i, e := range batch {
 		if err != nil {
@@ -188,6 +191,27 @@ func (r *Reconciler) evict(d *descriptor, batch []*entry, requests []request, re
 		results[i] = answers[2*n+1]
 	}
 	return nil
+}
+
+// setPermitted tries again what the kernel refused for a setting that is ours to change.
+func (r *Reconciler) setPermitted(d *descriptor, batch []*entry, requests []request, results []error) error {
+	var refused []int
+	var second []request
+	for i, e := range batch {
+		if results[i] != nil && d.permit(r, e.want, results[i]) {
+			refused, second = append(refused, i), append(second, requests[i])
+		}
+	}
+	if len(second) == 0 {
+		return nil
+	}
+	answers, err := r.sockets[d.protocol].do(second)
+	for n, i := range refused {
+		if err == nil {
+			results[i] = answers[n]
+		}
+	}
+	return err
 }
 
 // isGone tells the errors that the kernel answers to the removal of what is not there: of routes ESRCH, of

@@ -36,7 +36,7 @@ func init() {
 			protocol: unix.NETLINK_ROUTE, groups: []int{unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR},
 			get: unix.RTM_GETADDR, set: unix.RTM_NEWADDR, del: unix.RTM_DELADDR,
 			dumps: dumpAddrs, decode: decodeAddr, body: addrBody, ours: (*Reconciler).onOwnDevice,
-			notified: (*Reconciler).addrNotified, removed: (*Reconciler).addrRemoved,
+			notified: (*Reconciler).addrNotified, removed: (*Reconciler).addrRemoved, permit: (*Reconciler).enableIPv6,
 		},
 		KindNeighbor: {
 			name: "neighbor", plural: "neighbours",
@@ -126,6 +126,9 @@ type descriptor struct {
 	skip func(*Reconciler, *entry) bool
 	// notified follows up on a notification, after the object was observed, if its device is in use.
 	notified func(r *Reconciler, d decoded, gone bool)
+	// permit changes a setting of one of our own devices for which the kernel refused an object, and returns whether it
+	// did: then the object is set again.
+	permit func(r *Reconciler, o Object, refused error) bool
 	// removed follows up on the removal of an object.
 	removed func(*Reconciler, Object)
 

@@ -26,7 +26,7 @@ func samples() map[Kind][]Object {
 // optional are the fields of a descriptor that a kind may leave empty.
 var optional = []string{
 	"bestEffort", "removeFirst", "removeFirstInDiff", "evict", "probe", "unsupported", "lower", "change", "skip",
-	"notified", "removed", "blocked",
+	"notified", "removed", "blocked", "permit",
 }
 
 // Every kind has all properties that the reconciler needs.

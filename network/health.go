@@ -13,6 +13,7 @@ import (
 	"github.com/coreos/go-systemd/v22/daemon"
 	"k8s.io/klog/v2"
 
+	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/pkg/plain"
 )
 
@@ -20,6 +21,8 @@ import (
 type health struct {
 	mu      sync.Mutex
 	missing string // what the node waits for; "" once it is ready
+
+	families []string // why a family does not work
 }
 
 func newHealth() *health { return &health{missing: "to start"} }
@@ -57,6 +60,21 @@ func (h *health) readyz(w http.ResponseWriter, _ *http.Request) {
 		return
 	}
 	fmt.Fprintln(w, "ok")
+	for _, why := range h.families {
+		fmt.Fprintln(w, why)
+	}
+}
+
+// setMissing sets which families do not work, and why. They do not keep the node from being ready.
+func (h *health) setMissing(families map[family.Family]error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.families = nil
+	for _, f := range family.All {
+		if why := families[f]; why != nil {
+			h.families = append(h.families, plain.Line(why.Error()))
+		}
+	}
 }
 
 // waitFor sets what the node waits for, until it has been ready once.

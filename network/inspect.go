@@ -13,7 +13,6 @@ import (
 	"github.com/flanneld/flanneld/backend"
 	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/pkg/firewall"
-	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/kernel"
 	"github.com/flanneld/flanneld/pkg/plain"
 	"github.com/flanneld/flanneld/subnet"
@@ -36,7 +35,7 @@ func (v view) desired(r *kernel.Reconciler) (desired, error) {
 		return desired{}, fmt.Errorf("the plan for this node is not known yet: waiting for %s", v.waiting)
 	}
 	commands, err := r.Diff()
-	return desired{v.planNode(v.Options), commands, v.Name, v.backend, *v.own, v.peers()}, err
+	return desired{v.planNode(v.Options), commands, v.Name, v.backend, v.working(), v.peers()}, err
 }
 
 // diff returns the commands that the kernel, the backend and the firewall need.
@@ -98,10 +97,10 @@ func (i *Inspection) inspect(ctx context.Context) (err error) {
 	if i.Uplink, known = <-i.Manager.Select(ctx, i.Uplink); !known {
 		return fmt.Errorf("this node to be known: %w", ctx.Err())
 	}
-	if i.uplink, err = iface.Find(i.Uplink, i.cfg.IPv4.Enabled(), i.cfg.IPv6.Enabled()); err != nil {
+	if i.uplink, _, err = findUplink(i.Uplink, i.cfg, true); err != nil {
 		return fmt.Errorf("an uplink: %w", err)
 	}
-	if i.backend, err = backend.New(i.cfg, i.uplink); err != nil {
+	if i.backend, err = backend.New(backendConfig(i.cfg, i.uplink), i.uplink); err != nil {
 		return err
 	}
 	i.kernel.SetOverlays(i.cfg.Networks().Each())

@@ -17,6 +17,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/pkg/firewall"
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/kernel"
@@ -274,7 +275,8 @@ func (n *node) refreshUplink(ctx context.Context, cfg *subnet.Config) error {
 	old := n.target
 	sel := n.Uplink
 	sel.Prefer = append([]netip.Addr{old.uplink.IPv4, old.uplink.IPv6}, sel.Prefer...)
-	uplink, err := iface.Find(sel, cfg.IPv4.Enabled(), cfg.IPv6.Enabled())
+	// A node that works with both families stays as it is while one of them is away.
+	uplink, missing, err := findUplink(sel, cfg, n.backend == nil || n.partial())
 	if err != nil {
 		n.target = setup{cfg: cfg, uplink: old.uplink} // which is not there yet
 		if n.backend != nil {
@@ -286,10 +288,16 @@ func (n *node) refreshUplink(ctx context.Context, cfg *subnet.Config) error {
 		return nil
 	}
 	n.logOnce("Uplink", nil)
+	for _, f := range family.All {
+		n.logOnce(f.String(), missing[f])
+	}
+	n.health.setMissing(missing)
 	if old.backend != nil && cfg == old.cfg && uplink.Equal(old.uplink) {
 		return nil
 	}
-	b, err := backend.New(cfg, uplink)
+	forBackend := backendConfig(cfg, uplink)
+	b, err := backend.New(forBackend, uplink)
+	cfg.Warnings = forBackend.Warnings
 	switch {
 	case err != nil && n.backend == nil:
 		return err
@@ -439,7 +447,7 @@ func (n *node) apply(ctx context.Context) {
 	n.kernel.Within = n.within
 	n.kernel.Set(nodeOwner, p.objects)
 	n.metrics.setBackend(n.backend)
-	n.worker.start(ctx, n.backend, *n.own)
+	n.worker.start(ctx, n.backend, n.working())
 	if n.leases != nil {
 		n.applyPeers(n.planAllPeers())
 	}

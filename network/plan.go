@@ -59,7 +59,7 @@ const blackholeMetric = 1 << 31
 // planNode returns what the node needs by its own lease.
 func (s *state) planNode(o Options) nodePlan {
 	p := nodePlan{
-		objects:  s.backend.Local(*s.own),
+		objects:  s.backend.Local(s.working()),
 		nftables: s.cfg.EnableNFTables,
 		env:      subnet.Env{Networks: s.cfg.Networks(), Subnets: s.own.Subnets, MTU: s.backend.Info().MTU, IPMasq: o.IPMasq},
 	}
@@ -67,14 +67,15 @@ func (s *state) planNode(o Options) nodePlan {
 		p.networks = s.cfg.Networks().Each()
 	}
 	if o.Blackhole {
-		for _, subnet := range s.own.Each() {
+		for _, subnet := range s.working().Each() {
 			p.objects = append(p.objects, kernel.Route{Dst: subnet, Blackhole: true, Metric: blackholeMetric})
 		}
 	}
 	rules := firewall.Options{Masquerade: o.IPMasq, RandomFully: o.RandomFully, Forward: o.Forward}
-	p.rules = firewall.Desired{
-		IPv4: firewall.For(s.cfg.IPv4.Network, s.own.IPv4, rules),
-		IPv6: firewall.For(s.cfg.IPv6.Network, s.own.IPv6, rules),
+	for f, pool := range s.cfg.Pools().Each() {
+		if s.works(f) {
+			*p.rules.At(f) = firewall.For(pool.Network, s.own.Of(f), rules)
+		}
 	}
 	return p
 }
@@ -219,7 +220,7 @@ func (s *state) planPeer(l subnet.Lease) (objects []kernel.Object, isPeer bool, 
 	if err := s.checkPeer(l); err != nil {
 		return nil, false, err
 	}
-	objects, err = s.backend.Peer(*s.own, l)
+	objects, err = s.backend.Peer(s.working(), l)
 	return objects, true, err
 }
 
@@ -255,7 +256,7 @@ func (s *state) checkLease(l subnet.Lease) error {
 	}
 	for f, pool := range s.cfg.Pools().Each() {
 		peer, ip := l.Of(f), l.Attrs.PublicIPOf(f)
-		if pool.Enabled() && ip.IsValid() {
+		if pool.Enabled() && ip.IsValid() && s.works(f) {
 			if err := s.uplink.CheckPeer(ip); err != nil {
 				return fmt.Errorf("left out, since its public address %w", err)
 			}

@@ -177,7 +177,7 @@ func (v view) status() Status {
 	}
 	own := v.leaseStatus(*v.own)
 	s.Lease = &own
-	s.Devices = devices(v.backend.Local(*v.own))
+	s.Devices = devices(v.backend.Local(v.working()))
 	s.Peers = v.others()
 	for _, l := range v.leaseList() {
 		if l.Problem != "" {

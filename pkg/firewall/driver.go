@@ -14,10 +14,8 @@ import (
 // A tool reads and writes one family's rules where one program keeps them: the
 // tables of either variant of iptables, or a table of nftables.
 type tool interface {
-	// read returns all rules that are ours, as the program prints them, and
-	// their number: "", 0 when there are none. Equal text means equal rules;
-	// rules that are not ours do not change the text.
-	read(context.Context) (text string, rules int, err error)
+	// read returns all rules that are ours, nothing when there are none.
+	read(context.Context) (found, error)
 
 	// write replaces our rules, atomically in each table, and returns how many
 	// rules read must find now. It does not touch rules that are right already.
@@ -32,6 +30,16 @@ type tool interface {
 	inNFTables() bool
 
 	String() string // the program: "iptables-legacy", "nft"
+}
+
+// found is what there is of our rules.
+type found struct {
+	text  string // as the program prints them; rules that are not ours do not change it
+	rules int
+
+	// misplaced: a rule of another program ends everything before a chain of ours is reached, and write moves our rule
+	// before that.
+	misplaced bool
 }
 
 // A Driver keeps the node's rules in one mode, iptables or nftables. It is for
@@ -51,8 +59,8 @@ type familyRules struct {
 	// The result of the last Apply, valid when applied is true.
 	applied    bool
 	rules      Ruleset
-	text       string // of rules, as tool prints them
-	generation uint32 // at which tool was last seen to print text; 0: unknown
+	now        found  // what tool finds since then
+	generation uint32 // at which tool was last seen to find now; 0: unknown
 }
 
 // New returns the driver of nftables, or of iptables in the variant that the
@@ -158,11 +166,11 @@ func (s *familyRules) apply(ctx context.Context, want Ruleset) error {
 
 // update has the tool write want; was is whether the last Apply did so.
 func (s *familyRules) update(ctx context.Context, want Ruleset, was bool) error {
-	text, _, err := s.tool.read(ctx)
+	now, err := s.tool.read(ctx)
 	if err != nil {
 		return err
 	}
-	if was && text == s.text {
+	if was && now == s.now {
 		return nil
 	}
 	rules, err := s.tool.write(ctx, want)
@@ -172,15 +180,18 @@ func (s *familyRules) update(ctx context.Context, want Ruleset, was bool) error 
 	// Programs print rules in ways that differ by version. Later checks compare
 	// with what this program prints now, provided that all rules are there.
 	generation := s.nftGeneration(ctx)
-	text, found, err := s.tool.read(ctx)
+	now, err = s.tool.read(ctx)
 	if err != nil {
 		return err
 	}
-	if found != rules {
+	if now.rules != rules {
 		return fmt.Errorf("%d rules were written, but %s now shows %d: another program on the node rewrites them, "+
-			"or hides them from %s", rules, s.tool, found, s.tool)
+			"or hides them from %s", rules, s.tool, now.rules, s.tool)
 	}
-	s.text, s.generation = text, generation
+	if now.misplaced { // another program has changed the rules since they were read: the next check is to see that
+		now.misplaced, generation = false, 0
+	}
+	s.now, s.generation = now, generation
 	return nil
 }
 
@@ -190,8 +201,8 @@ func (s *familyRules) update(ctx context.Context, want Ruleset, was bool) error 
 func (s *familyRules) removeOthers(ctx context.Context) {
 	var left []tool
 	for _, o := range s.others {
-		text, _, err := o.read(ctx)
-		if err == nil && text != "" {
+		now, err := o.read(ctx)
+		if err == nil && now.text != "" {
 			_, err = o.write(ctx, Ruleset{})
 		}
 		if err != nil {
@@ -214,8 +225,8 @@ func (s *familyRules) check(ctx context.Context) (bool, error) {
 	if generation != 0 && generation == s.generation {
 		return true, nil
 	}
-	text, _, err := s.tool.read(ctx)
-	if err != nil || text != s.text {
+	now, err := s.tool.read(ctx)
+	if err != nil || now != s.now {
 		return false, err
 	}
 	s.generation = generation

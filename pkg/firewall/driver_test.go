@@ -433,6 +433,24 @@ func TestJumpKeepsItsPlace(t *testing.T) {
 	})
 }
 
+// A final rule that comes between our reading of the rules and our writing is seen by the next check.
+func TestFinalRuleWhileWriting(t *testing.T) {
+	eachMode(t, []mode{legacyMode, nftMode}, func(t *testing.T, m mode, n *node) {
+		once := filepath.Join(n.bin, "once")
+		n.install("iptables-restore", "iptables-"+m.variant+"-restore", fmt.Sprintf(
+			`[ -e %s ] || { >%[1]s; PATH=%s iptables-%s -A FORWARD -j REJECT; }`, once, n.path, m.variant))
+		d := n.driver(m)
+		n.apply(d, ipv4Alone)
+		n.check(d, false)
+		n.apply(d, ipv4Alone)
+		n.check(d, true)
+		rules := n.sh("iptables -S FORWARD")
+		if strings.Index(rules, "REJECT") < strings.Index(rules, forward.name) {
+			t.Errorf("the jump must come before the end:\n%s", rules)
+		}
+	})
+}
+
 // What others do around our rules is not our business.
 func TestCheckIgnoresOthers(t *testing.T) {
 	eachMode(t, modes, func(t *testing.T, m mode, n *node) {

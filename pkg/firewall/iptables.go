@@ -320,12 +320,13 @@ func (c chain) render(r Rule) string {
 	return strings.Join(words, " ")
 }
 
-func (ipt *iptables) read(ctx context.Context) (text string, rules int, err error) {
+func (ipt *iptables) read(ctx context.Context) (found, error) {
 	save, err := ipt.dump(ctx)
 	if err != nil {
-		return "", 0, err
+		return found{}, err
 	}
 	var b strings.Builder
+	var now found
 	for _, c := range []chain{postrouting.of(ipt.network), forward.of(ipt.network)} {
 		f := c.parse(save)
 		if f.exists {
@@ -335,14 +336,13 @@ func (ipt *iptables) read(ctx context.Context) (text string, rules int, err erro
 			fmt.Fprintf(&b, "%s %s\n", c.table, line)
 		}
 		if len(f.jumps) > 0 {
-			if f.at != f.place {
-				fmt.Fprintf(&b, "%s %s stands behind the end of %s\n", c.table, c.name, c.base)
-			}
+			now.misplaced = now.misplaced || f.at != f.place
 			ipt.logBlocked(ctx, c, f.blocked)
 		}
-		rules += len(f.jumps) + len(f.rules)
+		now.rules += len(f.jumps) + len(f.rules)
 	}
-	return b.String(), rules, nil
+	now.text = b.String()
+	return now, nil
 }
 
 // logBlocked logs once that a rule drops everything before the jump to c. The rule stays, as whoever put it before

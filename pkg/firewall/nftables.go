@@ -105,17 +105,18 @@ func (n *nftables) String() string { return "nft" }
 
 func (n *nftables) inNFTables() bool { return true }
 
-func (n *nftables) read(ctx context.Context) (text string, rules int, err error) {
+func (n *nftables) read(ctx context.Context) (found, error) {
 	out, err := n.run(ctx, "", "--stateless", "list", "table", n.nft, n.table)
 	if err != nil {
 		if strings.Contains(string(out.Stderr), "No such file or directory") {
-			return "", 0, nil // there is no such table
+			return found{}, nil // there is no such table
 		}
-		return "", 0, err
+		return found{}, err
 	}
 	// Each rule ends in its comment. Comments of the table and chains have a
 	// line of their own.
-	return string(out.Stdout), strings.Count(string(out.Stdout), ` comment "`), nil
+	text := string(out.Stdout)
+	return found{text: text, rules: strings.Count(text, ` comment "`)}, nil
 }
 
 func (n *nftables) write(ctx context.Context, want Ruleset) (rules int, err error) {

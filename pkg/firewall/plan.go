@@ -54,8 +54,8 @@ func (ipt *iptables) plan(ctx context.Context, want Ruleset) (string, error) {
 }
 
 func (n *nftables) plan(ctx context.Context, want Ruleset) (string, error) {
-	text, _, err := n.read(ctx)
-	if err != nil || text == "" && want.IsZero() {
+	now, err := n.read(ctx)
+	if err != nil || now.text == "" && want.IsZero() {
 		return "", err
 	}
 	if want.IsZero() {
@@ -65,7 +65,7 @@ func (n *nftables) plan(ctx context.Context, want Ruleset) (string, error) {
 	for _, r := range slices.Concat(want.Postrouting, want.Forward) {
 		rules = append(rules, fmt.Sprintf("%s comment %q", n.render(r), r.Why))
 	}
-	if slices.Equal(rules, listed(text)) {
+	if slices.Equal(rules, listed(now.text)) {
 		return "", nil
 	}
 	if err := n.open(ctx); err != nil {

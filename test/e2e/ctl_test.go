@@ -152,6 +152,8 @@ var findings = []finding{
 	{name: "a bridge with an earlier subnet", finds: "bridge-subnet",
 		inject:  shell("ip link add docker0 type bridge", "ip addr add 10.5.239.1/24 dev docker0"),
 		restore: shell("ip link del docker0")},
+	{name: "a prefix of the network on the uplink", finds: "network-overlap",
+		inject: shell("ip addr add 10.5.238.1/24 dev eth0"), restore: shell("ip addr del 10.5.238.1/24 dev eth0")},
 	{name: "no forwarding", finds: "ip-forward", inject: shell("sysctl -qw net.ipv4.ip_forward=0"),
 		restore: shell("sysctl -qw net.ipv4.ip_forward=1")},
 	{name: "no IPv6 forwarding", finds: "ip-forward",
@@ -552,7 +554,7 @@ func beforeDaemon(ctx context.Context, t *testing.T, n *lab.Node) string {
 		labtest.Must(n.Run(ctx, ipt+" -A FORWARD -p tcp -j ACCEPT"))(t)
 	}
 	labtest.Do(t, os.WriteFile(filepath.Join(n.Dir, "flanneld.log"), nil, 0o644))
-	labtest.Must(n.Run(ctx, "ip route add 10.4.0.0/16 dev eth0 proto static"))(t)
+	labtest.Must(n.Run(ctx, "ip route add 10.4.0.0/16 via 198.18.0.254 proto static"))(t)
 	labtest.Do(t, lab.Poll(ctx, "IPv6 addresses to settle", func() error {
 		if strings.Contains(everything(ctx, t, n), " tentative") {
 			return errors.New("they have not")

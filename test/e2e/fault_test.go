@@ -373,7 +373,10 @@ func (s *testbed) reset(ctx context.Context) error {
 
 // others are objects of other programs, of each kind that the daemon sets too. Some are inside the network.
 var others = []string{
-	"link add other0 type veth peer name other9", "link set other0 up", "link set other9 up",
+	"link add other0 type veth peer name other9",
+	// Their link-local addresses would come later than what is compared.
+	"link set other0 addrgenmode none", "link set other9 addrgenmode none",
+	"link set other0 up", "link set other9 up",
 	"link add other1 type bridge", "link add other2 type vxlan id 77 dstport 4790 dev other0",
 	"addr add 198.18.9.1/24 dev other0", "addr add fd18:9::1/64 dev other0 nodad", "addr add 10.7.251.1/32 dev lo",
 	"neigh add 198.18.9.2 lladdr 02:00:00:00:09:02 dev other0 nud permanent",

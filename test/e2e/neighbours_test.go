@@ -229,6 +229,9 @@ vrrp_instance lab {
 	virtual_ipaddress {
 		198.18.0.240/24
 	}
+	virtual_ipaddress_excluded {
+		fd18::240/64
+	}
 }
 `
 

@@ -26,12 +26,13 @@ type keptRecord struct {
 	Key      string // in etcd
 	Revision int64  // of the last change of the key
 	Value    string // the JSON of subnet.Attrs
+	Identity string // of the machine, see Options: a copy of a machine must not take the lease of the original
 }
 
 // maxKept is the size of the largest LeaseFile that is read, in bytes.
 const maxKept = 64 << 10
 
-// readKept reads LeaseFile. The zero record stands for a file that does not exist.
+// readKept reads LeaseFile. The zero record stands for a file that does not exist, or is of another machine.
 func (m *Manager) readKept() (record, error) {
 	if m.options.LeaseFile == "" {
 		return record{}, nil
@@ -51,6 +52,11 @@ func (m *Manager) readKept() (record, error) {
 	if !strings.HasPrefix(k.Key, m.subnetsPrefix()) {
 		return record{}, nil // of another network
 	}
+	if k.Identity != m.options.Identity {
+		m.log.Info("The file with this node's lease is of another machine, or of this one under another host name; "+
+			"it does not count", "path", m.options.LeaseFile, "key", plain.Text(k.Key))
+		return record{}, nil
+	}
 	if r.subnets, err = subnet.ParseKey(strings.TrimPrefix(r.key, m.subnetsPrefix())); err != nil {
 		return record{}, fmt.Errorf("%s: %w", m.options.LeaseFile, err)
 	}
@@ -68,7 +74,7 @@ func (m *Manager) setWrote(r record) {
 	if m.options.LeaseFile == "" || !changed && m.kept {
 		return
 	}
-	text, err := json.Marshal(keptRecord{Key: r.key, Revision: r.changed, Value: string(r.value)})
+	text, err := json.Marshal(keptRecord{Key: r.key, Revision: r.changed, Value: string(r.value), Identity: m.options.Identity})
 	if err == nil {
 		err = os.MkdirAll(filepath.Dir(m.options.LeaseFile), 0o755)
 	}

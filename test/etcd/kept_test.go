@@ -26,6 +26,33 @@ func stopped(s *site) (cfg *subnet.Config, had subnet.Lease, o etcd.Options) {
 	return cfg, had, o
 }
 
+// TestFileOfAnotherMachine: a machine that was made from the image of a node takes nothing of that node along, whether
+// the node lives or its daemon has been gone for long; not even what peers know it by.
+func TestFileOfAnotherMachine(t *testing.T) {
+	s := newSite(t)
+	cfg, had, o := stopped(s)
+	before := s.get("subnets/" + had.Key())
+	o.Identity = "b"
+	m := s.managerWith(o)
+	if sel := <-m.Select(s.ctx(), iface.Selector{}); len(sel.Prefer) != 0 {
+		t.Errorf("prefers %v", sel.Prefer)
+	}
+	w := want("198.18.0.2")
+	w.Subnets = had.Subnets // of the subnet file
+	if previous, err := m.Previous(s.ctx(), w.Attrs); err != nil || !previous.Equal(subnet.Attrs{}) {
+		t.Errorf("published before: %+v, %v", previous, err)
+	}
+	l := s.acquire(m, cfg, w)
+	if after := s.get("subnets/" + had.Key()); l.Subnets == had.Subnets || after != before {
+		t.Errorf("took %v; the lease was %+v and is %+v", l.Subnets, before, after)
+	}
+	// From now on, the file is the copy's.
+	m.Close()
+	if again := s.acquire(s.managerWith(o), cfg, want("198.18.0.3")); again.Subnets != l.Subnets {
+		t.Errorf("after another change of the address: %v, had %v", again.Subnets, l.Subnets)
+	}
+}
+
 // TestAddressThatChangedOverARestart: the node takes its lease, and what it published, along.
 func TestAddressThatChangedOverARestart(t *testing.T) {
 	s := newSite(t)

@@ -90,7 +90,9 @@ func (m *Manager) setWrote(r record) {
 
 // recall finds out, once, whether the record of LeaseFile is still this node's, now that its public addresses are
 // self's. It is not, if another program has written the record since, or if a daemon lives at the addresses that the
-// record names: this machine is then a copy of that one.
+// record names: this machine is then a copy of that one. If the record is this node's, and has other addresses, recall
+// writes self's into it, here and in records: of several copies of a machine that start together, one is the first, and
+// the others publish nothing that the record has.
 func (m *Manager) recall(ctx context.Context, records []record, self subnet.Attrs) error {
 	if m.recalled {
 		return nil
@@ -101,20 +103,61 @@ func (m *Manager) recall(ctx context.Context, records []record, self subnet.Attr
 	case i >= 0 && (records[i].changed != m.wrote.changed || !bytes.Equal(records[i].value, m.wrote.value)):
 		m.wrote = record{}
 	case sameNode(m.wrote.attrs, self):
+	case i < 0:
+		m.wrote = record{} // nothing proves that no copy of this machine publishes the same
 	default:
 		alive, err := m.anyAlive(ctx, m.wrote.attrs)
 		if err != nil {
 			return err
 		}
+		const fix = "a copy of a machine needs a /etc/machine-id of its own, and none of the files "
 		if alive != nil {
 			m.log.Error(nil, "Another node lives at the public address that this node had before; leaving it the lease",
 				"address", alive.ip, "hostname", plain.Text(alive.Hostname), "subnet", m.wrote.subnets,
-				"fix", "a copy of a machine needs a /etc/machine-id of its own, and none of the files "+m.options.LeaseFile)
+				"fix", fix+m.options.LeaseFile)
 			m.wrote = record{}
+			break
 		}
+		r, ok, err := m.move(ctx, records[i], self)
+		if err != nil {
+			return err
+		}
+		if !ok {
+			m.log.Error(nil, "Another copy of this machine took the lease that this node had before, or lives at its address",
+				"subnet", m.wrote.subnets, "fix", fix+m.options.LeaseFile)
+			m.wrote = record{}
+			break
+		}
+		m.log.Info("This node's public address changed; it takes its lease along", "subnet", r.subnets,
+			"addresses", self.PublicIPs(), "before", records[i].attrs.PublicIPs())
+		m.setWrote(r)
+		records[i] = r
 	}
 	m.recalled = true
 	return nil
+}
+
+// move writes self's public addresses into a record. If another program is faster, or a daemon lives at one of the
+// former addresses by now, ok is false, and nothing is written.
+func (m *Manager) move(ctx context.Context, from record, self subnet.Attrs) (r record, ok bool, err error) {
+	ips := self.PublicIPs()
+	if err := m.claimAll(ctx, ips); err != nil {
+		return record{}, false, err
+	}
+	var deserted []clientv3.Cmp
+	for _, ip := range from.attrs.PublicIPs() {
+		if !slices.Contains(ips, ip) {
+			deserted = append(deserted, clientv3.Compare(clientv3.CreateRevision(m.nodeKey(ip)), "=", 0))
+		}
+	}
+	attrs := from.attrs
+	attrs.PublicIP, attrs.PublicIPv6 = self.PublicIP, self.PublicIPv6
+	value, err := json.Marshal(attrs)
+	if err != nil {
+		return record{}, false, err
+	}
+	r, _, ok, err = m.publish(ctx, from, from.key, value, deserted...)
+	return r, ok, err
 }
 
 // anyAlive returns a node that is alive on one of the addresses; nil: there is none.

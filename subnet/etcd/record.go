@@ -153,8 +153,8 @@ func tooLarge(err error) bool {
 // publish gives the node's record the value, and renews its etcd lease, or replaces an etcd lease that has ended; a
 // reservation stays without an etcd lease. The record is written only when it changes, because each write wakes all
 // peers. Now is the record as it was last read; if it is zero, publish creates the record. The results are the record
-// and its end; ok is false when another program was faster, and nothing was done.
-func (m *Manager) publish(ctx context.Context, now record, key string, value []byte) (
+// and its end; ok is false when another program was faster, or one of also does not hold, and nothing was done.
+func (m *Manager) publish(ctx context.Context, now record, key string, value []byte, also ...clientv3.Cmp) (
 	r record, expires time.Time, ok bool, err error,
 ) {
 	lease := now.lease
@@ -180,7 +180,7 @@ func (m *Manager) publish(ctx context.Context, now record, key string, value []b
 	var answer *clientv3.TxnResponse
 	write := func(ctx context.Context, c *clientv3.Client) (h *pb.ResponseHeader, err error) {
 		answer, err = c.Txn(ctx).
-			If(clientv3.Compare(clientv3.ModRevision(key), "=", now.changed)).
+			If(append(also, clientv3.Compare(clientv3.ModRevision(key), "=", now.changed))...).
 			Then(clientv3.OpPut(key, string(value), clientv3.WithLease(lease)), clientv3.OpGet(key)).
 			Else(clientv3.OpGet(key)).
 			Commit()

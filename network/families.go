@@ -14,7 +14,8 @@ import (
 // so that peers have no routes for it, and nothing need change but the address when the family works again.
 
 // findUplink finds the uplink: with addresses of both families, or else, if partly, with those of one family. missing
-// is then why there is none of the other.
+// is then why there is none of the other. An address of the other that is about to be usable is waited for: that takes
+// seconds, and pods that start meanwhile would have the MTU of one family alone.
 func findUplink(sel iface.Selector, cfg *subnet.Config, partly bool) (u iface.Uplink, missing map[family.Family]error,
 	err error) {
 	u, err = iface.Find(sel, cfg.IPv4.Enabled(), cfg.IPv6.Enabled())
@@ -22,7 +23,7 @@ func findUplink(sel iface.Selector, cfg *subnet.Config, partly bool) (u iface.Up
 		return u, nil, err
 	}
 	for _, f := range family.All {
-		if part, partErr := iface.Find(sel, f == family.IPv4, f == family.IPv6); partErr == nil {
+		if part, partErr := iface.Find(sel, f == family.IPv4, f == family.IPv6); partErr == nil && !part.Settling {
 			other := family.All[1-f]
 			return part, map[family.Family]error{other: fmt.Errorf("%s does not work on this node, which goes on "+
 				"without: %w", other, err)}, nil

@@ -4,6 +4,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/flanneld/flanneld/pkg/family"
+	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/nstest"
 )
 
@@ -48,5 +50,29 @@ func TestFamilyThatDoesNotWork(t *testing.T) {
 	case want := <-m.wants:
 		t.Errorf("to be published: %+v", want.Attrs)
 	default:
+	}
+}
+
+// An address whose duplicate address detection runs, as while a machine boots, is waited for. Without a carrier the
+// detection does not end, and the node goes on.
+func TestFamilyThatSettles(t *testing.T) {
+	m := newManager(`{"Network": "10.5.0.0/16", "EnableIPv6": true, "IPv6Network": "fd05::/48", "Backend": {"Type": "vxlan"}}`)
+	begin(t, m, func(*Options) { nstest.Run(t, "ip addr add fd18::1/64 dev eth0") })
+	defer nstest.Try("ip link del flannel-v6.1")
+	defer nstest.Try("ip link del eth1")
+	if want := <-m.wants; want.Attrs.PublicIPv6.String() != "fd18::1" {
+		t.Errorf("to be published: %+v", want.Attrs)
+	}
+	nstest.Run(t, "ip link add eth1 type veth peer name far1")
+	nstest.Run(t, "ip link set eth1 up")
+	nstest.Run(t, "ip addr add 198.18.1.1/24 dev eth1")
+	nstest.Run(t, "ip addr add fd18:1::1/64 dev eth1")
+	cfg, err := m.Config(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	u, missing, err := findUplink(iface.Selector{Names: []string{"eth1"}}, cfg, true)
+	if err != nil || u.IPv4.String() != "198.18.1.1" || missing[family.IPv6] == nil {
+		t.Errorf("without a carrier: %v, %v, %v", u, missing, err)
 	}
 }

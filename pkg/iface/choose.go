@@ -184,7 +184,7 @@ func (c candidate) uplink(sel Selector, ipv4, ipv6 bool) (Uplink, error) {
 		return Uplink{}, fmt.Errorf("%s (%s) cannot be reached at %s: the address is %s",
 			c.name, c.selectedBy, c.exact, a.unusable(true))
 	}
-	u := Uplink{Name: c.name, Index: c.index, MTU: c.mtu, MAC: c.mac}
+	u := Uplink{Name: c.name, Index: c.index, MTU: c.mtu, MAC: c.mac, Settling: c.settling()}
 	var own, public family.Pair[netip.Addr]
 	for f, on := range (family.Pair[bool]{IPv4: ipv4, IPv6: ipv6}).Each() {
 		if !on {

@@ -23,7 +23,7 @@ func parseHost(t *testing.T, text string) host {
 	var h host
 	for i, line := range strings.Split(strings.TrimSpace(text), "\n") {
 		f := strings.Fields(line)
-		l := link{index: i + 1, mtu: 1500, name: f[0], up: true}
+		l := link{index: i + 1, mtu: 1500, name: f[0], up: true, carrier: true}
 		for _, word := range f[1:] {
 			name, note, _ := strings.Cut(word, ",")
 			switch {

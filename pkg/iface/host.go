@@ -24,6 +24,7 @@ type link struct {
 	altNames   []string
 	mac        string
 	up         bool // administratively; the link may have no carrier
+	carrier    bool
 	addrs      []addr
 }
 
@@ -58,7 +59,7 @@ func readHost(sel Selector, ipv4 bool) (host, error) {
 		a := l.Attrs()
 		h.links = append(h.links, link{
 			index: a.Index, mtu: a.MTU, name: a.Name, altNames: a.AltNames,
-			mac: a.HardwareAddr.String(), up: a.RawFlags&unix.IFF_UP != 0,
+			mac: a.HardwareAddr.String(), up: a.RawFlags&unix.IFF_UP != 0, carrier: a.RawFlags&unix.IFF_LOWER_UP != 0,
 		})
 	}
 	for _, a := range addrs {
@@ -171,6 +172,14 @@ func (l link) usable(family func(netip.Addr) bool) []addr {
 		}
 	}
 	return out
+}
+
+// settling tells whether duplicate address detection (RFC 4862) runs for an address of the link. It ends within seconds,
+// unless the link has no carrier.
+func (l link) settling() bool {
+	return l.carrier && slices.ContainsFunc(l.addrs, func(a addr) bool {
+		return !a.ip.IsLinkLocalUnicast() && a.unusable(true) == "tentative"
+	})
 }
 
 // unusable returns the reason why an address cannot be this node's own, "" if it can be. An address that the operator

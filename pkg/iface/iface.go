@@ -52,6 +52,9 @@ type Uplink struct {
 	IPv4, IPv6           netip.Addr     // the interface's own addresses
 	PublicIP, PublicIPv6 netip.Addr     // the addresses that peers use: those of the Selector, else IPv4 and IPv6
 	Prefixes             []netip.Prefix // the prefixes on the link, of both families, sorted
+
+	// Settling: another IPv6 address of the interface is about to be usable. Changes signals when it is.
+	Settling bool
 }
 
 // Addrs returns the interface's own addresses.

@@ -60,7 +60,7 @@ func (m *Manager) claimAll(ctx context.Context, ips []netip.Addr) error {
 		if unknown := slices.DeleteFunc(slices.Clone(others), func(h holder) bool {
 			return h.lease == clientv3.NoLease || h.AskedBy == "" && answered[h.key] == h.Identity
 		}); len(unknown) > 0 {
-			dead, err := m.silent(ctx, unknown, at)
+			dead, err := m.silent(ctx, unknown)
 			if err != nil {
 				return err
 			}
@@ -105,17 +105,18 @@ func (m *Manager) logHolder(h holder) {
 const claimGrace = 5 * time.Second
 
 // silent asks holders of addresses whether they are alive, and returns those that do not answer within claimGrace; they
-// hold their addresses no longer. At is the point at which the holders were read.
+// hold their addresses no longer.
 //
 // The question is the holder's own claim, with AskedBy set, and on an etcd lease of the node that asks. A live daemon
 // claims its address again at once. Meanwhile nobody else can claim the address, and any number of nodes may ask.
-func (m *Manager) silent(ctx context.Context, holders []holder, at watchPoint) ([]holder, error) {
+func (m *Manager) silent(ctx context.Context, holders []holder) ([]holder, error) {
 	lease, _, err := m.grant(ctx, claimTTL)
 	if err != nil {
 		return nil, err
 	}
 	defer m.revoke(lease) // a question without an answer is deleted
-	if holders, at, err = m.ask(ctx, holders, lease); err != nil {
+	holders, at, err := m.ask(ctx, holders, lease)
+	if err != nil {
 		return nil, err
 	}
 	for len(holders) > 0 {

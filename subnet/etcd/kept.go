@@ -162,7 +162,7 @@ func (m *Manager) move(ctx context.Context, from record, self subnet.Attrs) (r r
 
 // anyAlive returns a node that is alive on one of the addresses; nil: there is none.
 func (m *Manager) anyAlive(ctx context.Context, a subnet.Attrs) (*holder, error) {
-	holders, at, err := m.holders(ctx, a.PublicIPs())
+	holders, _, err := m.holders(ctx, a.PublicIPs())
 	if err != nil {
 		return nil, err
 	}
@@ -175,7 +175,7 @@ func (m *Manager) anyAlive(ctx context.Context, a subnet.Attrs) (*holder, error)
 	if len(holders) == 0 {
 		return nil, nil
 	}
-	dead, err := m.silent(ctx, holders, at)
+	dead, err := m.silent(ctx, holders)
 	if err != nil {
 		return nil, err
 	}

@@ -44,7 +44,7 @@ var checks = []check{
 	{"network-overlap", "the network does not overlap what this host uses", networkOverlap},
 	{"out-of-sync", "devices, routes and rules are in the desired state", outOfSync},
 	{"subnet-file", "the subnet file is right", subnetFile},
-	{"bridge-subnet", "no bridge has an address of an earlier subnet", bridgeSubnet},
+	{"bridge-subnet", "no bridge has an address of the network, but of no subnet of this node", bridgeSubnet},
 	{"ip-forward", "the kernel forwards", ipForward},
 	{"br-netfilter", "iptables sees bridged packets", brNetfilter},
 	{"rp-filter", "no strict reverse path filter drops packets", rpFilter},

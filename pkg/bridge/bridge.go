@@ -70,10 +70,10 @@ func (b Bridge) Stale(networks, subnets []netip.Prefix) (stale []netip.Prefix) {
 	return stale
 }
 
-// Describe returns what is wrong with a bridge that has addresses of an earlier subnet.
+// Describe returns what is wrong with a bridge that has addresses of another subnet than this node's, which is now.
 func (b Bridge) Describe(stale []netip.Prefix, now string) string {
-	return fmt.Sprintf("%s has %s of an earlier subnet, and this node's subnet is %s now: no other node reaches "+
-		"containers with such addresses (the bridge has %d containers)", b.Name, join(stale), now, b.Ports)
+	return fmt.Sprintf("the bridge %s has %s, and this node's subnet is %s: no other node reaches containers with such "+
+		"addresses (containers on the bridge: %d)", b.Name, join(stale), now, b.Ports)
 }
 
 // Remedy returns the commands that let new containers start, and find those to restart.

@@ -32,39 +32,41 @@ type keptRecord struct {
 // maxKept is the size of the largest LeaseFile that is read, in bytes.
 const maxKept = 64 << 10
 
-// readKept reads LeaseFile. The zero record stands for a file that does not exist, or is of another machine.
-func (m *Manager) readKept() (record, error) {
+// readKept reads LeaseFile. The zero record stands for a file that does not exist. The record is not ours if another
+// machine wrote the file: then this machine may be a copy of that one. Its addresses are good to prefer all the same,
+// since only one machine can have them.
+func (m *Manager) readKept() (r record, ours bool, err error) {
 	if m.options.LeaseFile == "" {
-		return record{}, nil
+		return record{}, false, nil
 	}
 	text, err := atomicfile.ReadTrusted(m.options.LeaseFile, maxKept)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return record{}, nil
+		return record{}, false, nil
 	case err != nil:
-		return record{}, err
+		return record{}, false, err
 	}
 	var k keptRecord
 	if err := json.Unmarshal(text, &k); err != nil {
-		return record{}, fmt.Errorf("%s: %s", m.options.LeaseFile, plain.Text(err.Error()))
+		return record{}, false, fmt.Errorf("%s: %s", m.options.LeaseFile, plain.Text(err.Error()))
 	}
-	r := record{key: k.Key, changed: k.Revision, value: []byte(k.Value)}
+	r = record{key: k.Key, changed: k.Revision, value: []byte(k.Value)}
 	if !strings.HasPrefix(k.Key, m.subnetsPrefix()) {
-		return record{}, nil // of another network
-	}
-	if k.Identity != m.options.Identity {
-		m.log.Info("The file with this node's lease is of another machine, or of this one under another host name; "+
-			"it does not count", "path", m.options.LeaseFile, "key", plain.Text(k.Key))
-		return record{}, nil
+		return record{}, false, nil // of another network
 	}
 	if r.subnets, err = subnet.ParseKey(strings.TrimPrefix(r.key, m.subnetsPrefix())); err != nil {
-		return record{}, fmt.Errorf("%s: %w", m.options.LeaseFile, err)
+		return record{}, false, fmt.Errorf("%s: %w", m.options.LeaseFile, err)
 	}
 	if r.attrs, err = subnet.ParseAttrs(r.value); err != nil {
-		return record{}, fmt.Errorf("%s: %w", m.options.LeaseFile, err)
+		return record{}, false, fmt.Errorf("%s: %w", m.options.LeaseFile, err)
 	}
 	r.valid = true
-	return r, nil
+	if k.Identity != m.options.Identity {
+		m.log.Info("The file with this node's lease is of another machine, or of this one under another host name; "+
+			"the lease counts only at the same public address", "path", m.options.LeaseFile, "subnet", r.subnets)
+		return r, false, nil
+	}
+	return r, true, nil
 }
 
 // setWrote records this node's record as this node wrote or found it last, and writes LeaseFile.

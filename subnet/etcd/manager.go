@@ -104,7 +104,7 @@ type Manager struct {
 	// revision of its creation once we know that no older lease overlaps it.
 	wrote     record
 	verified  int64
-	known     []netip.Addr // the addresses of wrote at the start
+	known     []netip.Addr // the addresses in LeaseFile at the start
 	recalled  bool         // wrote is ours, or was dropped: see recall
 	kept      bool         // LeaseFile has wrote
 	keepError retry.LastError
@@ -155,10 +155,13 @@ func New(ctx context.Context, o Options) (*Manager, error) {
 			Kind: "etcd", Store: "etcd at " + strings.Join(o.Endpoints, ","), Endpoints: o.Endpoints, Check: checkCommand(o),
 		}),
 	}
-	if m.wrote, err = m.readKept(); err != nil {
+	kept, ours, err := m.readKept()
+	if err != nil {
 		log.Error(err, "Cannot tell which lease this node held before")
 	}
-	m.known = m.wrote.attrs.PublicIPs()
+	if m.known = kept.attrs.PublicIPs(); ours {
+		m.wrote = kept
+	}
 	m.running.Go(m.runHeartbeat)
 	return m, nil
 }

@@ -80,7 +80,7 @@ func TestIdentity(t *testing.T) {
 		t.Errorf("a new pod, beside one with an address of the earlier subnet: %v", err)
 	}
 	out, _, err := n.Ctl(ctx, "doctor")
-	if err != nil || !strings.Contains(out, "bridge-subnet: cni0 has ") || !strings.Contains(out, fix) {
+	if err != nil || !strings.Contains(out, "bridge-subnet: the bridge cni0 has ") || !strings.Contains(out, fix) {
 		t.Errorf("doctor: %v\n%s", err, out)
 	}
 	labtest.Do(t, pods[0].Delete(ctx))

@@ -345,7 +345,7 @@ func (ipt *iptables) read(ctx context.Context) (found, error) {
 	return now, nil
 }
 
-// logBlocked logs once that a rule drops everything before the jump to c. The rule stays, as whoever put it before
+// logBlocked logs once that a rule drops everything before the jump to c. The rule stays: the one who put it before
 // other rules wants to forward nothing.
 func (ipt *iptables) logBlocked(ctx context.Context, c chain, rule string) {
 	if c.base != forward.base || rule == ipt.blocked {

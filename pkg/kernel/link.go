@@ -119,7 +119,7 @@ type devices struct {
 
 type device struct {
 	name    string
-	enabled bool // set up by whoever manages the device
+	enabled bool // set up by the program that manages the device
 	up      bool // and has a carrier
 	bridge  bool
 }

@@ -17,7 +17,7 @@ import (
 //
 // A Lock is a listening unix socket with an abstract name (unix(7)): such names belong to the network namespace, and
 // the kernel knows which process listens. Every user of the namespace can bind the name. A socket of another user than
-// root or this process's own is no lock: it cannot keep out whoever asks for the lock.
+// root or this process's own is no lock: it cannot keep out the process that asks for the lock.
 type Lock struct{ socket net.Listener }
 
 // Release ends the lock.

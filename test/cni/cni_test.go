@@ -296,7 +296,7 @@ func TestEarlierSubnet(t *testing.T) {
 	if err == nil {
 		t.Fatal("with a pod on the bridge, ADD succeeds")
 	}
-	for _, part := range []string{`"cni0" already has an IP address different from 10.244.3.1/24`, "the bridge has 1 containers",
+	for _, part := range []string{`"cni0" already has an IP address different from 10.244.3.1/24`, "containers on the bridge: 1",
 		"ip address del 10.244.4.1/24 dev cni0 && ", "kubectl get pods"} {
 		if !strings.Contains(err.Error(), part) {
 			t.Errorf("ADD: %v: it does not say %s", err, part)

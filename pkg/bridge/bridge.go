@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/flanneld/flanneld/pkg/plain"
+	"github.com/flanneld/flanneld/pkg/rtnl"
 )
 
 // A Bridge is a bridge device.
@@ -25,11 +26,11 @@ type Bridge struct {
 
 // All returns all bridges.
 func All() ([]Bridge, error) {
-	links, err := dump(netlink.LinkList)
+	links, err := rtnl.Dump(netlink.LinkList)
 	if err != nil {
 		return nil, fmt.Errorf("listing the bridges: %w", err)
 	}
-	addrs, err := dump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
+	addrs, err := rtnl.Dump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		return nil, fmt.Errorf("listing the addresses of bridges: %w", err)
 	}
@@ -107,14 +108,4 @@ func (b Bridge) RemoveAddr(p netip.Prefix) error {
 		return fmt.Errorf("ip address del %s dev %s: %w", p, b.Name, err)
 	}
 	return nil
-}
-
-// dump repeats list until the kernel's table did not change while it was read.
-func dump[T any](list func() ([]T, error)) (got []T, err error) {
-	for range 10 {
-		if got, err = list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
-			break
-		}
-	}
-	return got, err
 }

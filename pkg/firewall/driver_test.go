@@ -787,7 +787,7 @@ func TestNoMomentWithoutRules(t *testing.T) {
 		if err := watch.Start(); err != nil {
 			t.Fatal(err)
 		}
-		for range 20 {
+		for range 5 {
 			n.apply(d, other)
 			n.apply(d, ipv4Alone)
 		}

@@ -186,7 +186,7 @@ func (d *Dialer) local() (map[netip.Addr]bool, error) {
 	if d.kernel == nil {
 		return nil, context.Canceled
 	}
-	addrs, err := dump(func() ([]netlink.Addr, error) { return d.kernel.AddrList(nil, netlink.FAMILY_ALL) })
+	addrs, err := rtnl.Dump(func() ([]netlink.Addr, error) { return d.kernel.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		return nil, err
 	}

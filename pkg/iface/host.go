@@ -1,7 +1,6 @@
 package iface
 
 import (
-	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -9,6 +8,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/flanneld/flanneld/pkg/rtnl"
 )
 
 // host is the state of the host from which the uplink is chosen.
@@ -47,11 +48,11 @@ type route struct {
 // readHost reads the state that sel needs.
 func readHost(sel Selector, ipv4 bool) (host, error) {
 	var h host
-	links, err := dump(netlink.LinkList)
+	links, err := rtnl.Dump(netlink.LinkList)
 	if err != nil {
 		return h, fmt.Errorf("listing interfaces: %w", err)
 	}
-	addrs, err := dump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
+	addrs, err := rtnl.Dump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		return h, fmt.Errorf("listing addresses: %w", err)
 	}
@@ -84,16 +85,6 @@ func (h host) at(index int) *link {
 		return &h.links[i]
 	}
 	return nil
-}
-
-// dump retries list until the kernel's table did not change while it was read.
-func dump[T any](list func() ([]T, error)) (got []T, err error) {
-	for range 10 {
-		if got, err = list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
-			break
-		}
-	}
-	return got, err
 }
 
 func newAddr(a netlink.Addr) addr {
@@ -130,7 +121,7 @@ func defaultRoute(ipv4 bool) (int, error) {
 		family = netlink.FAMILY_V4
 	}
 	// The routes are read one at a time, because a node has a route to each peer.
-	routes, err := dump(func() (found []netlink.Route, err error) {
+	routes, err := rtnl.Dump(func() (found []netlink.Route, err error) {
 		err = netlink.RouteListFilteredIter(family, &netlink.Route{}, 0, func(r netlink.Route) bool {
 			if ones, _ := r.Dst.Mask.Size(); ones == 0 && r.Type == unix.RTN_UNICAST {
 				found = append(found, r)

@@ -126,8 +126,8 @@ func (i *Inspection) inspect(ctx context.Context) (err error) {
 	}
 	i.own = own
 	p := i.planNode(i.Options)
-	i.kernel.Networks = p.networks
-	i.kernel.Network, i.kernel.Within = i.Name, slices.Concat(i.cfg.Networks().Each(), env.Networks.Each())
+	i.kernel.Network = i.Name
+	i.kernel.SetNetworks(p.networks, slices.Concat(i.cfg.Networks().Each(), env.Networks.Each()))
 	i.kernel.Set(nodeOwner, p.objects)
 	for owner, objects := range i.planAllPeers().objects {
 		i.kernel.Set(owner, objects)

@@ -438,13 +438,12 @@ func (n *node) apply(ctx context.Context) {
 	if n.blocked != nil {
 		return
 	}
-	n.kernel.Networks = p.networks
 	for _, network := range n.cfg.Networks().Each() {
 		if !slices.Contains(n.within, network) {
 			n.within = append(n.within, network)
 		}
 	}
-	n.kernel.Within = n.within
+	n.kernel.SetNetworks(p.networks, slices.Clone(n.within))
 	n.kernel.Set(nodeOwner, p.objects)
 	n.metrics.setBackend(n.backend)
 	n.worker.start(ctx, n.backend, n.working())

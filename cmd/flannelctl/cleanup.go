@@ -119,7 +119,7 @@ func (c *cleanup) plan(ctx context.Context) (_ *removal, err error) {
 	if envErr != nil && cfg != nil {
 		env.Networks = cfg.Networks()
 	}
-	r.kernel.Networks = env.Networks.Each()
+	r.kernel.SetNetworks(env.Networks.Each(), nil)
 	r.kernel.Devices = backend.Device
 	left, err := backend.CleanupAll(ctx, cfg, env)
 	if err != nil {

@@ -70,6 +70,22 @@ func (r *Reconciler) take() []*entry {
 
 // applyKind adds (or else removes) the entries of one kind.
 func (r *Reconciler) applyKind(k Kind, todo []*entry, add bool, log *changes) {
+	unknown := r.tryKind(k, todo, add, log)
+	if len(unknown) == 0 {
+		return
+	}
+	// Other programs set objects with the same keys, and their notifications are to come.
+	if err := r.compare(); err != nil {
+		r.mustCompare = true
+	}
+	for _, e := range r.tryKind(k, unknown, add, log) {
+		r.done(e, unix.EEXIST, log)
+	}
+}
+
+// tryKind does what applyKind does, but for entries that the kernel does not add because it has an object with the same
+// key that we do not know of. It returns these.
+func (r *Reconciler) tryKind(k Kind, todo []*entry, add bool, log *changes) (unknown []*entry) {
 	d := &kindTable[k]
 	var batch []*entry
 	var requests []request
@@ -111,13 +127,13 @@ func (r *Reconciler) applyKind(k Kind, todo []*entry, add bool, log *changes) {
 			continue
 		}
 		request := d.encode(o, dev, by, add)
-		if add && d.blocked != nil && e.have == nil && !e.held {
+		if add && d.blocked != nil && e.have == nil {
 			request.flags = unix.NLM_F_CREATE | unix.NLM_F_EXCL
 		}
 		batch, via, requests = append(batch, e), append(via, by), append(requests, request)
 	}
 	if len(batch) == 0 {
-		return
+		return nil
 	}
 	results, err := r.sockets[d.protocol].do(requests)
 	if err == nil && add && d.evict {
@@ -134,7 +150,8 @@ func (r *Reconciler) applyKind(k Kind, todo []*entry, add bool, log *changes) {
 			continue
 		}
 		if requests[i].flags&unix.NLM_F_EXCL != 0 && errors.Is(results[i], unix.EEXIST) {
-			r.mustCompare = true // another program has set an object with the same key, and its notification is to come
+			unknown = append(unknown, e)
+			continue
 		}
 		if !add && isGone(results[i]) {
 			results[i] = nil
@@ -153,6 +170,7 @@ func (r *Reconciler) applyKind(k Kind, todo []*entry, add bool, log *changes) {
 			d.removed(r, o)
 		}
 	}
+	return unknown
 }
 
 // deviceIndex returns the index of a device, 0 for "".

@@ -79,7 +79,7 @@ type ForeignRoute struct {
 // SetOverlays sets the networks whose foreign routes Foreign returns.
 func (r *Reconciler) SetOverlays(overlays []netip.Prefix) {
 	if !slices.Equal(r.overlays, overlays) {
-		r.overlays, r.foreignLost = slices.Clone(overlays), true
+		r.overlays, r.mustCompare = slices.Clone(overlays), true
 	}
 }
 
@@ -97,8 +97,8 @@ func (r *Reconciler) Foreign() []ForeignRoute {
 	if !pending && r.pending() {
 		r.signal()
 	}
-	if r.foreignLost {
-		if err := r.readForeign(); err != nil {
+	if r.mustCompare {
+		if err := r.compare(); err != nil {
 			r.log.V(1).Info("Cannot read the routes of other programs; trying again", "err", err)
 		}
 	}
@@ -170,32 +170,11 @@ func (r *Reconciler) concernsOverlays(f foreign) bool {
 	})
 }
 
-// readForeign reads the devices, and the foreign routes.
-func (r *Reconciler) readForeign() error {
-	if err := r.readLinks(); err != nil {
-		return err
-	}
-	before := r.foreign
-	r.foreign = map[foreign]struct{}{}
-	for _, request := range dumpRoutes(r) {
-		err := r.sock.dump(unix.RTM_GETROUTE, request, func(_ uint16, body []byte) {
-			r.noteForeign(decodeRoute(body, r.devices), false)
-		})
-		if err != nil {
-			maps.Copy(r.foreign, before)
-			return err
-		}
-	}
-	r.foreignLost = false
-	return nil
-}
-
 // compareForeign is called with the foreign routes before a comparison, which has found the present ones.
 func (r *Reconciler) compareForeign(before map[foreign]struct{}, err error) {
 	if err != nil {
 		maps.Copy(r.foreign, before) // some may not have been read
 	}
-	r.foreignLost = err != nil
 	if !maps.Equal(r.foreign, before) {
 		r.signal()
 	}
@@ -206,14 +185,11 @@ func (r *Reconciler) compareForeign(before map[foreign]struct{}, err error) {
 func (r *Reconciler) foreignMayBeGone(dev string) {
 	for f := range r.foreign {
 		if f.Dev == dev {
-			r.lost()
+			r.mustCompare = true
 			return
 		}
 	}
 }
-
-// lost is called when the kernel's notifications do not tell all that has changed.
-func (r *Reconciler) lost() { r.mustCompare, r.foreignLost = true, true }
 
 // beside tells whether a notification (or a dump) is about a route that does not count: IPv4 can have several routes
 // with one key, of which the first counts. A route of ours that is to be removed counts wherever it is.

@@ -6,6 +6,8 @@ import (
 	"strings"
 	"testing"
 
+	"k8s.io/klog/v2"
+
 	"github.com/flanneld/flanneld/pkg/nstest"
 )
 
@@ -99,6 +101,138 @@ func TestNeverReplacesWhatIsNews(t *testing.T) {
 	if got := routes(t, "10.5.2.0/24"); !slices.Equal(got, []string{lanRoute}) {
 		t.Errorf("the routes are %q", got)
 	}
+}
+
+// TestNeverReplacesWhatIsNewsLater: the same where our route was there before, and has gone.
+func TestNeverReplacesWhatIsNewsLater(t *testing.T) {
+	host(t)
+	r := idler(t)
+	r.Set("peer", []Object{Route{Dst: prefix("10.5.2.0/24"), Via: addr("198.18.0.3"), Dev: "eth0"}})
+	apply(t, r)
+	nstest.Run(t, "ip route del 10.5.2.0/24")
+	for len(r.dirty) == 0 {
+		<-r.Wake() // without news, the test's deadline ends this
+		r.receive()
+	}
+	lan(t)
+	if err := r.apply(); err == nil || !strings.Contains(err.Error(), "is not ours, and stays") {
+		t.Errorf("the error is %v", err)
+	}
+	if got := routes(t, "10.5.2.0/24"); !slices.Equal(got, []string{lanRoute}) {
+		t.Errorf("the routes are %q", got)
+	}
+}
+
+// TestNotMissedIsNoError: what we take for gone is still there.
+func TestNotMissedIsNoError(t *testing.T) {
+	host(t)
+	r := start(t)
+	r.forgetObjectsOn("eth0")
+	for _, e := range r.entries {
+		if e.want != nil && e.have == nil {
+			r.queue(e)
+		}
+	}
+	if err := r.apply(); err != nil {
+		t.Error(err)
+	}
+	if r.waiting() {
+		t.Errorf("%d refused", len(r.failed))
+	}
+}
+
+// TestRestartKeepsRouteBeforeOthers: a route of another program with another metric came after ours. A daemon that
+// starts again finds ours, and both stay.
+func TestRestartKeepsRouteBeforeOthers(t *testing.T) {
+	host(t)
+	r := overlaid(t)
+	r.Set("direct", peerDirect())
+	apply(t, r)
+	nstest.Run(t, "ip route add 10.5.3.0/24 via 198.18.0.77 proto static metric 100")
+	before := routes(t, "10.5.3.0/24")
+	for range 2 {
+		if got := foreignTexts(r); len(got) > 0 {
+			t.Errorf("foreign are %q", got)
+		}
+		r.Close()
+		r = overlaid(t)
+	}
+	r.Set("direct", peerDirect())
+	apply(t, r)
+	if got := routes(t, "10.5.3.0/24"); !slices.Equal(got, before) || len(got) != 2 {
+		t.Errorf("the routes are %q, not %q", got, before)
+	}
+}
+
+// TestUpstreamsRoutes: what upstream flannel has left goes at the start. What comes later is an operator's.
+func TestUpstreamsRoutes(t *testing.T) {
+	host(t)
+	nstest.Run(t, "ip route add 10.5.8.0/24 via 198.18.0.8")
+	r, err := New(klog.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(r.Close)
+	networks := []netip.Prefix{prefix("10.5.0.0/16"), prefix("fd05::/48")}
+	r.SetOverlays(networks)
+	r.Foreign() // reads the routes before it is known which are ours
+	r.SetNetworks(networks, networks)
+	r.Set("direct", peerDirect())
+	apply(t, r)
+	if got := routes(t, "10.5.8.0/24"); len(got) > 0 {
+		t.Errorf("at the start, the routes stay: %q", got)
+	}
+	const later = "10.5.9.0/24 via 198.18.0.9 dev eth0"
+	nstest.Run(t, "ip route add "+later)
+	settle(t, r, "news of the route", func() bool { return len(foreignTexts(r)) == 1 })
+	r.Compare()
+	apply(t, r)
+	if got := routes(t, "10.5.9.0/24"); !slices.Equal(got, []string{later}) {
+		t.Errorf("later, the routes are %q", got)
+	}
+	r.Set("peer", []Object{Route{Dst: prefix("10.5.9.0/24"), Via: addr("198.18.0.3"), Dev: "eth0"}})
+	if err := r.Reconcile(); err == nil || !strings.Contains(err.Error(), "is not ours, and stays") {
+		t.Errorf("the error is %v", err)
+	}
+}
+
+// TestRoutesOfTypesOfService: a route for one type of service is no obstacle, and not in the place of ours.
+func TestRoutesOfTypesOfService(t *testing.T) {
+	host(t)
+	const other = "10.5.3.0/24 tos 0x10 via 198.18.0.77 dev eth0 proto static"
+	nstest.Run(t, "ip route add "+other)
+	r := overlaid(t)
+	if got := foreignTexts(r); len(got) > 0 {
+		t.Errorf("foreign are %q", got)
+	}
+	r.Set("direct", peerDirect())
+	apply(t, r)
+	if got := diff(t, r); len(got) > 0 {
+		t.Errorf("the difference is %q", got)
+	}
+	if got := routes(t, "10.5.3.0/24"); len(got) != 2 {
+		t.Errorf("the routes are %q", got)
+	}
+}
+
+// TestNexthopOfAnotherGoes: a route of another program goes with its nexthop, without a notification.
+func TestNexthopOfAnotherGoes(t *testing.T) {
+	host(t)
+	r := overlaid(t)
+	if !r.supported[KindNexthop] {
+		t.Skip("this kernel has no nexthop objects")
+	}
+	nstest.Run(t, "ip nexthop add id 5 via 198.18.0.77 dev eth0")
+	nstest.Run(t, "ip route add 10.5.3.0/24 nhid 5 proto static")
+	if got := foreignTexts(r); len(got) != 1 {
+		t.Errorf("foreign are %q", got)
+	}
+	r.Set("direct", peerDirect())
+	if err := r.Reconcile(); err == nil {
+		t.Error("no error")
+	}
+	nstest.Run(t, "ip nexthop del id 5")
+	settle(t, r, "our route", func() bool { return r.Has("direct") && len(foreignTexts(r)) == 0 })
 }
 
 // TestConnectedLater: a link with our route's destination comes later. When the peer goes, our route alone does.

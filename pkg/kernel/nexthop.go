@@ -107,7 +107,7 @@ func decodeNexthop(body []byte, devices devices) decoded {
 func (r *Reconciler) ownsNexthop(o Object) bool {
 	n := o.(nexthop)
 	e := r.entries[n.Key()]
-	return !n.foreign && (r.Within == nil || r.ownsDevice(n.dev) || e != nil && e.claimed)
+	return !n.foreign && (r.within == nil || r.ownsDevice(n.dev) || e != nil && e.claimed)
 }
 
 // probeNexthops returns an error if the kernel has no nexthop objects.

@@ -29,7 +29,7 @@ func (r *Reconciler) receive() {
 			datagram, err := l.TryNext(r.buf)
 			if errors.Is(err, rtnl.ErrLost) {
 				r.log.V(1).Info("Kernel notifications were lost; reading all of the kernel's tables")
-				r.lost()
+				r.mustCompare = true
 			} else if err != nil || datagram == nil {
 				break
 			} else if l.protocol == unix.NETLINK_ROUTE {
@@ -49,7 +49,7 @@ func (r *Reconciler) receive() {
 func (r *Reconciler) handle(datagram []byte) {
 	err := rtnl.EachMessage(datagram, func(h unix.NlMsghdr, body []byte) error {
 		if h.Type == unix.NLMSG_OVERRUN {
-			r.lost()
+			r.mustCompare = true
 		}
 		for k := range kindTable {
 			d := &kindTable[k]
@@ -74,7 +74,7 @@ func (r *Reconciler) handle(datagram []byte) {
 		return nil
 	})
 	if err != nil {
-		r.lost()
+		r.mustCompare = true
 	}
 }
 
@@ -85,8 +85,11 @@ func (r *Reconciler) observe(d decoded, gone bool) {
 	}
 	k := d.Key()
 	kind := &kindTable[k.Kind]
-	if k.Kind == KindRoute {
+	switch k.Kind {
+	case KindRoute:
 		r.noteForeign(d, gone)
+	case KindNexthop: // routes go with it without a notification
+		r.mustCompare = r.mustCompare || gone && len(r.foreign) > 0
 	}
 	e := r.entries[k]
 	if e == nil {

@@ -112,7 +112,7 @@ func TestStalePolicies(t *testing.T) {
 func TestPoliciesDiff(t *testing.T) {
 	needXFRM(t)
 	r := idler(t)
-	r.Networks = []netip.Prefix{prefix("10.5.0.0/16"), prefix("fd05::/48")}
+	r.networks = []netip.Prefix{prefix("10.5.0.0/16"), prefix("fd05::/48")}
 	for _, want := range []int{6, 0} { // how many there are to be
 		r.Set("peer", policies()[:want])
 		commands, err := r.Diff()

@@ -23,22 +23,18 @@ import (
 //
 //   - links that are desired, or that carry the alias of our Network because an earlier process made them;
 //   - what is on these links, except what the kernel put there itself;
-//   - routes, and nexthop objects, that carry RouteProtocol, unless they are another network's (see Within);
-//   - gateway routes inside Networks that carry no protocol of their own (RTPROT_BOOT): upstream flannel leaves these;
-//   - IPsec policies with PolicyID between subnets inside Networks.
+//   - routes, and nexthop objects, that carry RouteProtocol, unless they are another network's (see SetNetworks);
+//   - gateway routes inside the networks that carry no protocol of their own (RTPROT_BOOT), and are there at the start:
+//     upstream flannel leaves these;
+//   - IPsec policies with PolicyID between subnets inside the networks.
 //
 // A route of the kernel or of another program that was there before ours is never replaced: ours is refused while the
 // other is there. What another program puts in the place of ours later is replaced.
 //
 // A Reconciler is for one goroutine. To reconcile after each receive from Wake and after each Set is always right.
 type Reconciler struct {
-	Networks []netip.Prefix
-
 	// Network is the name of the network on this host, where there are several. "" is a name.
 	Network string
-	// Within are the prefixes that our routes lead to, now or before; nil: any. Of routes with RouteProtocol to other
-	// prefixes, and of blackholes, only those on our own devices are ours.
-	Within []netip.Prefix
 
 	// Devices may be nil. It tells from the name of a device that the device is ours although it lacks our alias: the
 	// devices of upstream flannel have none.
@@ -56,9 +52,10 @@ type Reconciler struct {
 	buf       []byte // for one notification
 	wake      chan struct{}
 
-	overlays    []netip.Prefix       // see SetOverlays
-	foreign     map[foreign]struct{} // that concern the overlays
-	foreignLost bool                 // foreign must be read again
+	networks []netip.Prefix       // see SetNetworks
+	within   []netip.Prefix       // see SetNetworks
+	overlays []netip.Prefix       // see SetOverlays
+	foreign  map[foreign]struct{} // that concern the overlays
 
 	entries map[Key]*entry
 	owners  map[string][]*entry // what an owner claims
@@ -76,6 +73,7 @@ type Reconciler struct {
 	uses        map[string]int // how many desired objects need the device of this name
 	round       uint           // of comparisons
 	mustCompare bool           // the kernel's tables must be read before anything is changed
+	applied     bool           // all was as desired once
 
 	nexthops    bool // routes may go through nexthops
 	fewGateways int  // up to this many gateways, routes are plain
@@ -149,7 +147,7 @@ func New(log klog.Logger) (*Reconciler, error) {
 	r := &Reconciler{
 		log: log, links: links, sockets: map[int]*socket{},
 		closed: make(chan struct{}), buf: make([]byte, 1<<16), wake: make(chan struct{}, 1),
-		foreign: map[foreign]struct{}{}, foreignLost: true,
+		foreign: map[foreign]struct{}{},
 		entries: map[Key]*entry{}, owners: map[string][]*entry{},
 		fights:  newFights(log),
 		devices: newDevices(), uses: map[string]int{}, fewGateways: fewGateways,
@@ -256,6 +254,7 @@ func (r *Reconciler) Reconcile() error {
 	}
 	if r.pending() {
 		r.err = r.apply()
+		r.applied = r.applied || r.err == nil && !r.pending()
 	}
 	if len(r.dirty) > 0 && !r.mustCompare {
 		r.signal()
@@ -315,6 +314,16 @@ func (r *Reconciler) retryFailed() {
 func (r *Reconciler) Compare() {
 	r.mustCompare = true
 	r.signal()
+}
+
+// SetNetworks sets the networks that upstream flannel's routes and our policies lead to, and within, the prefixes that
+// our routes lead to, now or before; nil: any. Of routes with RouteProtocol to other prefixes, and of blackholes, only
+// those on our own devices are ours.
+func (r *Reconciler) SetNetworks(networks, within []netip.Prefix) {
+	if !slices.Equal(r.networks, networks) || !slices.Equal(r.within, within) {
+		r.networks, r.within = networks, within
+		r.Compare() // what the kernel holds is ours, or is not, in another way
+	}
 }
 
 // Set makes objects all that the owner desires. An object that several owners desire stays until the last of them
@@ -463,7 +472,7 @@ func (r *Reconciler) Has(owner string) bool {
 
 // insideNetworks tells whether a prefix is part of one of the networks.
 func (r *Reconciler) insideNetworks(p netip.Prefix) bool {
-	return slices.ContainsFunc(r.Networks, func(n netip.Prefix) bool {
+	return slices.ContainsFunc(r.networks, func(n netip.Prefix) bool {
 		return n.Bits() < p.Bits() && n.Contains(p.Addr())
 	})
 }

@@ -116,7 +116,7 @@ func idler(t *testing.T) *Reconciler {
 	}
 	t.Cleanup(r.Close)
 	r.backoff.First, r.backoff.Most = 100*time.Millisecond, 100*time.Millisecond
-	r.Networks = []netip.Prefix{prefix("10.5.0.0/16"), prefix("fd05::/48")}
+	r.SetNetworks([]netip.Prefix{prefix("10.5.0.0/16"), prefix("fd05::/48")}, nil)
 	return r
 }
 
@@ -634,7 +634,7 @@ func TestNetworks(t *testing.T) {
 	host(t)
 	start := func(name, network string, objects []Object) *Reconciler {
 		r := idler(t)
-		r.Network, r.Within = name, []netip.Prefix{prefix(network)}
+		r.Network, r.within = name, []netip.Prefix{prefix(network)}
 		r.Set("node", objects)
 		apply(t, r)
 		return r

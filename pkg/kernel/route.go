@@ -106,7 +106,7 @@ func decodeRoute(body []byte, devices devices) decoded {
 	if len(body) < unix.SizeofRtMsg {
 		return decoded{}
 	}
-	fam, bits, table, protocol, kind := body[0], int(body[1]), uint32(body[4]), body[5], body[7]
+	fam, bits, tos, table, protocol, kind := body[0], int(body[1]), body[3], uint32(body[4]), body[5], body[7]
 	var d decoded
 	flags := binary.NativeEndian.Uint32(body[8:])
 	r := Route{Onlink: flags&unix.RTNH_F_ONLINK != 0}
@@ -136,7 +136,8 @@ func decodeRoute(body []byte, devices devices) decoded {
 			plain = false
 		}
 	})
-	if table != unix.RT_TABLE_MAIN || flags&unix.RTM_F_CLONED != 0 || !dst.IsValid() {
+	// The kernel keeps routes for packets of one type of service apart from those for all packets, which ours are.
+	if table != unix.RT_TABLE_MAIN || flags&unix.RTM_F_CLONED != 0 || !dst.IsValid() || tos != 0 {
 		return decoded{}
 	}
 	other := uint8(0) // a kind that we never make
@@ -164,7 +165,7 @@ func decodeRoute(body []byte, devices devices) decoded {
 }
 
 // ownsRoute tells whether a route is ours: it carries our protocol, or another program put it on our device, or
-// upstream flanneld left it.
+// upstream flanneld left it before this process started.
 func (r *Reconciler) ownsRoute(o Object) bool {
 	f, ok := o.(foreign)
 	switch {
@@ -175,12 +176,12 @@ func (r *Reconciler) ownsRoute(o Object) bool {
 	case f.protocol == unix.RTPROT_KERNEL:
 		return false
 	}
-	return r.ownsDevice(f.Dev) || f.protocol == unix.RTPROT_BOOT && f.Via.IsValid() && r.insideNetworks(f.Dst)
+	return r.ownsDevice(f.Dev) || !r.applied && f.protocol == unix.RTPROT_BOOT && f.Via.IsValid() && r.insideNetworks(f.Dst)
 }
 
 // ownsMarked tells whether a route with our protocol is ours, rather than another network's on this host.
 func (r *Reconciler) ownsMarked(route Route) bool {
-	return r.Within == nil || r.ownsDevice(route.Dev) || slices.ContainsFunc(r.Within, func(n netip.Prefix) bool {
+	return r.within == nil || r.ownsDevice(route.Dev) || slices.ContainsFunc(r.within, func(n netip.Prefix) bool {
 		return n.Bits() <= route.Dst.Bits() && n.Contains(route.Dst.Addr())
 	})
 }

@@ -390,13 +390,26 @@ func TestJumpKeepsItsPlace(t *testing.T) {
 	const first, last = `iptables -A FORWARD -s 198.18.0.1 -j DROP; `, `iptables -A FORWARD -j DROP; `
 	const jump = `iptables -A FORWARD -m comment --comment "flanneld forward" -j FLANNEL-FWD; `
 	const stale = `iptables -A FORWARD -s 10.9.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT; `
-	const empty = `iptables -F FORWARD; `
+	const empty = `iptables -F FORWARD; iptables -F END 2>/dev/null && iptables -X END || true; `
 	const log = `iptables -A FORWARD -m limit --limit 5/min -j LOG; iptables -A FORWARD -j LOG --log-prefix "bad: "; `
 	const reject = `iptables -A FORWARD -m comment --comment "all \"else\"" -j REJECT --reject-with icmp-host-prohibited; `
+	const chain = `iptables -N END; iptables -A END -m comment --comment "one protocol" -p tcp -j REJECT --reject-with tcp-reset; ` +
+		`iptables -A END -j LOG; iptables -A END -j DROP; iptables -A FORWARD -j END; `
+	const tcp = `iptables -A FORWARD -p tcp -j REJECT --reject-with tcp-reset; `
+	const states = `iptables -A FORWARD -m conntrack --ctstate INVALID,NEW -j DROP; `
+	const invalid = `iptables -A FORWARD -m conntrack --ctstate INVALID -j DROP; `
 	A, J, B := "-A FORWARD -s 198.18.0.1/32 -j DROP\n", forward.jump()+"\n", "-A FORWARD -j DROP\n"
 	L1, L2 := "-A FORWARD -m limit --limit 5/min -j LOG\n", `-A FORWARD -j LOG --log-prefix "bad: "`+"\n"
 	R := `-A FORWARD -m comment --comment "all \"else\"" -j REJECT --reject-with icmp-host-prohibited` + "\n"
+	C, S, T, I := "-A FORWARD -j END\n", "-A FORWARD -m conntrack --ctstate INVALID,NEW -j DROP\n",
+		"-A FORWARD -p tcp -j REJECT --reject-with tcp-reset\n", "-A FORWARD -m conntrack --ctstate INVALID -j DROP\n"
 	tests := []struct{ name, given, want string }{
+		{"none, a final chain", first + chain, A + J + C},
+		{"none, a chain that may return", first + chain + "iptables -I END -s 198.18.0.1 -j RETURN", A + C + J},
+		{"none, a final rule for what is new", first + invalid + states, A + I + J + S},
+		{"none, a rule for what is invalid", first + invalid, A + I + J},
+		{"none, final rules by protocol", first + tcp + reject, A + J + T + R},
+		{"none, one protocol alone", first + tcp, A + T + J},
 		{"one jump", first + jump + last, A + J + B},
 		{"one jump, chain altered", first + jump + last + "iptables -F FLANNEL-FWD", A + J + B},
 		{"first of two", first + jump + last + jump, A + J + B},

@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"hash/fnv"
+	"maps"
 	"regexp"
 	"slices"
 	"strconv"
@@ -165,40 +166,59 @@ type chainState struct {
 	blocked string
 }
 
-// plainForm matches a rule that logs or ends everything that comes to it, as iptables-save prints the rule. The last
-// group is the target.
-var plainForm = regexp.MustCompile(
-	`^-A \S+(?: -m comment --comment (?:"(?:\\.|[^"\\])*"|\S+))? -j (LOG|NFLOG|REJECT|DROP)(?: --.*)?$`)
+// A kindOfRule says what a rule does to all that comes to it.
+type kindOfRule int
 
-// ends tells whether a rule of the base chain ends everything that comes to it, and whether it only logs that.
-func ends(rule string) (ends, logs bool) {
-	m := plainForm.FindStringSubmatch(rule)
-	if m == nil {
-		return false, false
+const (
+	selects kindOfRule = iota // something else
+	ends                      // drops or rejects all, or all that is new
+	leadsTo                   // belongs to a rule that ends and comes later: logs, or drops or rejects one protocol
+)
+
+// endForm matches a rule without other matches than a protocol and states of connections, as iptables-save prints it.
+// The groups are the protocol, the states, and the target.
+var endForm = regexp.MustCompile(`^-A \S+( -p \S+)?` +
+	`(?: -m comment --comment (?:"(?:\\.|[^"\\])*"|\S+)| -m (?:conntrack --ctstate|state --state) (\S+))*` +
+	` -[jg] (\S+)(?: --.*)?$`)
+
+// kindOf returns the kind of a rule. A chain among dead ends all that comes to it.
+func kindOf(rule string, dead []string) kindOfRule {
+	m := endForm.FindStringSubmatch(rule)
+	if m == nil || m[2] != "" && !strings.Contains(m[2], "NEW") {
+		return selects
 	}
-	logs = strings.HasSuffix(m[1], "LOG")
-	return !logs, logs
+	switch target := m[3]; {
+	case target == "LOG" || target == "NFLOG":
+		return leadsTo
+	case target != "REJECT" && target != "DROP" && !slices.Contains(dead, target):
+		return selects
+	case m[1] != "":
+		return leadsTo
+	}
+	return ends
+}
+
+// isDead tells whether all rules of a chain up to one that ends everything only lead to that one.
+func isDead(rules []string) bool {
+	for _, rule := range rules {
+		if kind := kindOf(rule, nil); kind != leadsTo {
+			return kind == ends
+		}
+	}
+	return false
 }
 
 // placeJump decides where in the base chain the jump stands, of which others are the rules without ours. A jump that
-// is there stays where it is, a new jump goes to the end. Rules at the end that log or end everything are as a policy
-// of the chain: the jump goes before them.
-func (f *chainState) placeJump(others []string) {
+// is there stays where it is, a new jump goes to the end. Rules at the end that end everything are as a policy of the
+// chain, with those that lead to them: the jump goes before them.
+func (f *chainState) placeJump(others, dead []string) {
+	ending := func(rule string) bool { return kindOf(rule, dead) == ends }
 	end := len(others) // of the rules that the jump stays behind
-	for i := len(others) - 1; i >= 0; i-- {
-		ends, logs := ends(others[i])
-		if ends {
-			end = i
-		} else if !logs {
-			break
-		}
+	for end > 0 && kindOf(others[end-1], dead) != selects {
+		end--
 	}
-	if end < len(others) {
-		for ; end > 0; end-- {
-			if _, logs := ends(others[end-1]); !logs {
-				break
-			}
-		}
+	if !slices.ContainsFunc(others[end:], ending) {
+		end = len(others)
 	}
 	switch {
 	case f.at > 0:
@@ -207,18 +227,16 @@ func (f *chainState) placeJump(others []string) {
 	case end < len(others):
 		f.place = end + 1
 	}
-	for _, rule := range others[:end] {
-		if ends, _ := ends(rule); ends {
-			f.blocked = rule
-			break
-		}
+	if i := slices.IndexFunc(others[:end], ending); i >= 0 {
+		f.blocked = others[i]
 	}
 }
 
 // parse picks c out of what iptables-save prints.
 func (c chain) parse(save string) chainState {
 	var f chainState
-	var others []string // rules of the base chain that are not ours
+	var others []string             // rules of the base chain that are not ours
+	chains := map[string][]string{} // rules of the table's other chains
 	table := ""
 	for line := range strings.Lines(save) {
 		line = strings.TrimRight(line, "\n ")
@@ -246,8 +264,12 @@ func (c chain) parse(save string) chainState {
 		case leads:
 			f.users++
 		}
+		if words := strings.SplitN(line, " ", 3); words[0] == "-A" && words[1] != c.base {
+			chains[words[1]] = append(chains[words[1]], line)
+		}
 	}
-	f.placeJump(others)
+	maps.DeleteFunc(chains, func(_ string, rules []string) bool { return !isDead(rules) })
+	f.placeJump(others, slices.Collect(maps.Keys(chains)))
 	return f
 }
 

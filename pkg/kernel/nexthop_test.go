@@ -318,11 +318,14 @@ func TestRemovesStaleNexthops(t *testing.T) {
 // Upstream's plain routes become ours without ever being gone.
 func TestMigratesPlainRoutes(t *testing.T) {
 	host(t)
-	r := withNexthops(t)
-	r.Set("node", node())
-	apply(t, r)
+	before := withNexthops(t)
+	before.Set("node", node())
+	apply(t, before)
+	before.Close()
 	nstest.Run(t, "ip route add 10.5.2.0/24 via 10.5.2.0 dev flannel.1 onlink")
 	nstest.Run(t, "ip route add 10.5.3.0/24 via 198.18.0.3 dev eth0")
+	r := withNexthops(t)
+	r.Set("node", node())
 	heard := listen(t, unix.RTNLGRP_IPV4_ROUTE)
 	r.Set("peer", peer(mac2))
 	r.Set("direct", peerDirect())

@@ -220,7 +220,7 @@ GO_TEST := go test -vet=off -ldflags=-w
 RACE_TEST := $(if $(shell command -v gcc),CGO_ENABLED=1 $(GO_TEST) -race,$(GO_TEST))
 
 unit: ## Unit and in-namespace tests of the main module; what lacks root or a program is skipped
-	$(RACE_TEST) $(TESTFLAGS) ./pkg/firewall ./pkg/kernel ./... # the longest first
+	$(RACE_TEST) -p=4 $(TESTFLAGS) ./pkg/firewall ./pkg/kernel ./... # the longest first; many tests wait
 
 fuzz: ## Each fuzz target for FUZZTIME
 	@grep -r --include=*_test.go '^func Fuzz' . | sed -E 's|^(.*)/[^/]*:func (Fuzz[A-Za-z0-9_]*).*|\1 \2|' | \

@@ -367,9 +367,6 @@ func TestDrift(t *testing.T) {
 		want := n.listing()
 		for _, command := range drift[m.name] {
 			n.sh(command)
-			if n.listing() == want {
-				t.Fatalf("nothing is changed by %s", command)
-			}
 			if ok, err := d.Check(context.Background()); ok || err != nil {
 				t.Fatalf("not noticed: %s (%v)", command, err)
 			}

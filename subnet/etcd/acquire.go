@@ -31,11 +31,8 @@ func (m *Manager) Acquire(ctx context.Context, cfg *subnet.Config, want subnet.L
 				return subnet.Lease{}, err
 			}
 		}
-		records, at, err := m.list(ctx)
+		records, at, err := m.recall(ctx, want.Attrs)
 		if err != nil {
-			return subnet.Lease{}, err
-		}
-		if err := m.recall(ctx, records, want.Attrs); err != nil {
 			return subnet.Lease{}, err
 		}
 		c := choose(records, cfg, want, m.wrote, rand.IntN)

@@ -22,12 +22,16 @@ type choice struct {
 const freeEnough = 100
 
 // choose decides which subnets the node takes that wants to publish want, and had want.Subnets before. Wrote is the
-// record that this process wrote last, whatever public address it carries. Pick returns a number below n.
+// record that this node wrote last, whatever public address it carries. If that record is as it was, records with this
+// node's address are those of other machines, which had the address before and may come for them; but for reservations.
+// Pick returns a number below n.
 func choose(records []record, cfg *subnet.Config, want subnet.Lease, wrote record, pick func(n int) int) choice {
 	var c choice
 	var own, others, usable []record
+	isWrote := func(r record) bool { return r.key == wrote.key && r.changed == wrote.changed }
+	known := slices.ContainsFunc(records, isWrote)
 	for _, r := range records {
-		if r.valid && sameNode(r.attrs, want.Attrs) || r.key == wrote.key && r.changed == wrote.changed {
+		if isWrote(r) || r.valid && sameNode(r.attrs, want.Attrs) && (!known || r.reserved()) {
 			own = append(own, r)
 		} else if canHave(cfg, r.subnets) {
 			others = append(others, r)

@@ -108,40 +108,50 @@ const claimGrace = 5 * time.Second
 // hold their addresses no longer.
 //
 // The question is the holder's own claim, with AskedBy set, and on an etcd lease of the node that asks. A live daemon
-// claims its address again at once. Meanwhile nobody else can claim the address, and any number of nodes may ask.
+// claims its address again at once. Meanwhile nobody else can claim the address, and any number of nodes may ask. The
+// node that asked may be dead by now, or may be an earlier run of this daemon: whoever has waited for claimGrace deletes
+// a question without an answer.
 func (m *Manager) silent(ctx context.Context, holders []holder) ([]holder, error) {
 	lease, _, err := m.grant(ctx, claimTTL)
 	if err != nil {
 		return nil, err
 	}
-	defer m.revoke(lease) // a question without an answer is deleted
-	holders, at, err := m.ask(ctx, holders, lease)
+	defer m.revoke(lease) // if ctx ends, the question ends too
+	asked, at, err := m.ask(ctx, holders, lease)
 	if err != nil {
 		return nil, err
 	}
-	for len(holders) > 0 {
-		grace, cancel := context.WithTimeout(ctx, claimGrace)
-		late := m.awaitChange(grace, at, keysOfHolders(holders))
-		cancel()
+	grace, cancel := context.WithTimeout(ctx, claimGrace)
+	defer cancel()
+	for len(asked) > 0 {
+		late := m.awaitChange(grace, at, keysOfHolders(asked))
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
 		}
-		now, readAt, err := m.holders(ctx, addressesOf(holders))
+		now, readAt, err := m.holders(ctx, addressesOf(asked))
 		if err != nil {
 			return nil, err
 		}
-		at, holders = readAt, slices.DeleteFunc(holders, func(h holder) bool {
-			return !slices.ContainsFunc(now, func(n holder) bool { return n.key == h.key && n.changed == h.changed })
+		at, asked = readAt, slices.DeleteFunc(asked, func(h holder) bool {
+			return slices.ContainsFunc(now, func(n holder) bool {
+				return n.key == h.key && n.changed != 0 && n.changed != h.changed
+			})
 		})
 		if late != nil {
-			return holders, nil
+			break
 		}
 	}
-	return nil, nil
+	for _, h := range asked {
+		if err := m.removeKey(ctx, "delete the claim of a machine that is gone", h.key, h.changed); err != nil {
+			return nil, err
+		}
+	}
+	return asked, nil
 }
 
 // ask writes the question to the keys of holders that nobody has asked yet, and returns the holders that have not
-// answered by then, as they are now.
+// answered by then, as they are now. A holder whose claim is gone has not answered: a live daemon claims its address
+// again.
 func (m *Manager) ask(ctx context.Context, holders []holder, lease clientv3.LeaseID) ([]holder, watchPoint, error) {
 	for _, h := range holders {
 		if h.AskedBy != "" {
@@ -169,7 +179,7 @@ func (m *Manager) ask(ctx context.Context, holders []holder, lease clientv3.Leas
 		}
 	}
 	now, at, err := m.holders(ctx, addressesOf(holders))
-	return slices.DeleteFunc(now, func(h holder) bool { return h.AskedBy == "" }), at, err
+	return slices.DeleteFunc(now, func(h holder) bool { return h.changed != 0 && h.AskedBy == "" }), at, err
 }
 
 func keysOfHolders(holders []holder) (keys []string) {

@@ -103,6 +103,7 @@ type Manager struct {
 	// Of Previous, Acquire and Keep alone: our own record as we wrote or found it last, maybe before a restart, and the
 	// revision of its creation once we know that no older lease overlaps it.
 	wrote     record
+	next      []byte // in LeaseFile at the start, see keptRecord
 	verified  int64
 	known     []netip.Addr // the addresses in LeaseFile at the start
 	recalled  bool         // wrote is ours, or was dropped: see recall
@@ -155,12 +156,8 @@ func New(ctx context.Context, o Options) (*Manager, error) {
 			Kind: "etcd", Store: "etcd at " + strings.Join(o.Endpoints, ","), Endpoints: o.Endpoints, Check: checkCommand(o),
 		}),
 	}
-	kept, ours, err := m.readKept()
-	if err != nil {
+	if err := m.readKept(); err != nil {
 		log.Error(err, "Cannot tell which lease this node held before")
-	}
-	if m.known = kept.attrs.PublicIPs(); ours {
-		m.wrote = kept
 	}
 	m.running.Go(m.runHeartbeat)
 	return m, nil
@@ -304,16 +301,13 @@ func (m *Manager) setExpires(at time.Time) {
 
 // Previous implements subnet.Manager.
 func (m *Manager) Previous(ctx context.Context, self subnet.Attrs) (subnet.Attrs, error) {
-	records, _, err := m.list(ctx)
+	records, _, err := m.recall(ctx, self)
 	if err != nil {
 		return subnet.Attrs{}, err
 	}
 	var found subnet.Attrs
-	if err := m.recall(ctx, records, self); err != nil {
-		return subnet.Attrs{}, err
-	}
 	for _, r := range records {
-		if r.key == m.wrote.key && r.changed == m.wrote.changed {
+		if m.isWrote(r) {
 			return r.attrs, nil
 		}
 		// A reservation that was never used has no backend data.

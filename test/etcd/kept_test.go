@@ -1,11 +1,14 @@
 package etcd_test
 
 import (
+	"encoding/json"
 	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"sync"
 	"testing"
+	"time"
 
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/subnet"
@@ -96,7 +99,9 @@ func TestLeaseThatIsNoLongerOurs(t *testing.T) {
 			s.putLeased(key, s.get(key).value)
 		},
 		"a node lives at the former address": func(s *site, cfg *subnet.Config, had subnet.Lease, _ string) {
-			b := s.manager("b")
+			o := s.options("b")
+			o.LeaseFile = filepath.Join(s.t.TempDir(), "subnet.env.lease")
+			b := s.managerWith(o)
 			s.keep(b, s.acquire(b, cfg, subnet.Lease{Attrs: had.Attrs}))
 		},
 		"the original of this copy lives": func(s *site, cfg *subnet.Config, had subnet.Lease, _ string) {
@@ -124,6 +129,130 @@ func TestLeaseThatIsNoLongerOurs(t *testing.T) {
 			}
 			if after := s.get("subnets/" + had.Key()); after != before {
 				t.Errorf("the lease was %+v and is %+v", before, after)
+			}
+		})
+	}
+}
+
+// TestKilledAtAnyInstant: a daemon was killed while it took its lease along from 198.18.0.1 to 198.18.0.2. The next one,
+// whose address is 198.18.0.3 by then, has the lease, and publishes what peers know.
+func TestKilledAtAnyInstant(t *testing.T) {
+	const claim, question = `{"Identity":"a","Hostname":"here"}`, `{"Identity":"a","Hostname":"here","AskedBy":"here"}`
+	for name, killed := range map[string]func(s *site, cfg *subnet.Config, o etcd.Options){
+		"before the question": func(s *site, _ *subnet.Config, _ etcd.Options) {
+			s.putLeased("nodes/198.18.0.1", claim)
+		},
+		"after the question": func(s *site, _ *subnet.Config, _ etcd.Options) {
+			s.putLeased("nodes/198.18.0.1", question)
+		},
+		"long after the question, which ends meanwhile": func(s *site, _ *subnet.Config, _ etcd.Options) {
+			id := s.putLeased("nodes/198.18.0.1", question)
+			time.AfterFunc(time.Second, func() { s.client.Revoke(s.t.Context(), id) }) // any time within the 5 s will do
+		},
+		"after the claim": func(s *site, _ *subnet.Config, _ etcd.Options) {
+			s.putLeased("nodes/198.18.0.2", claim)
+		},
+		"after the record, before the file": func(s *site, cfg *subnet.Config, o etcd.Options) {
+			// The file is as it was just before the record was written.
+			m := s.managerWith(o)
+			before := readLeaseFile(s.t, o.LeaseFile)
+			if _, err := m.Previous(s.ctx(), want("198.18.0.2").Attrs); err != nil {
+				s.t.Fatal(err)
+			}
+			m.Close()
+			before["Next"] = readLeaseFile(s.t, o.LeaseFile)["Value"]
+			text, err := json.Marshal(before)
+			if err == nil {
+				err = os.WriteFile(o.LeaseFile, text, 0o600)
+			}
+			if err != nil {
+				s.t.Fatal(err)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newSite(t)
+			cfg, had, o := stopped(s)
+			killed(s, cfg, o)
+			m := s.managerWith(o)
+			w := want("198.18.0.3")
+			previous, err := m.Previous(s.ctx(), w.Attrs)
+			if err != nil || string(previous.BackendData) != string(had.Attrs.BackendData) {
+				t.Errorf("published before: %+v, %v", previous, err)
+			}
+			w.Attrs.BackendData = previous.BackendData
+			if l := s.acquire(m, cfg, w); l.Subnets != had.Subnets {
+				t.Errorf("got %v, had %v", l.Subnets, had.Subnets)
+			}
+			if all := s.list("subnets/"); len(all) != 1 {
+				t.Errorf("etcd has %+v", all)
+			}
+		})
+	}
+}
+
+func readLeaseFile(t *testing.T, path string) (file map[string]any) {
+	t.Helper()
+	text, err := os.ReadFile(path)
+	if err == nil {
+		err = json.Unmarshal(text, &file)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return file
+}
+
+// TestAddressesThatChangedPlaces: each of three nodes has the former address of the next one. All start together; or one
+// after the other, when the former address of each but the first is alive.
+func TestAddressesThatChangedPlaces(t *testing.T) {
+	for name, together := range map[string]bool{"together": true, "one after the other": false} {
+		t.Run(name, func(t *testing.T) {
+			s := newSite(t)
+			cfg := s.configure(small)
+			const nodes = 3
+			var had [nodes]subnet.Subnets
+			var options [nodes]etcd.Options
+			wish := func(node, address int) subnet.Lease {
+				w := want(fmt.Sprintf("198.18.0.%d", 1+address%nodes))
+				w.Attrs.BackendData = fmt.Appendf(nil, `{"VNI":1,"VtepMAC":"02:00:00:00:00:%02d"}`, node)
+				return w
+			}
+			for i := range nodes {
+				options[i] = s.options(fmt.Sprint("machine ", i))
+				options[i].LeaseFile = filepath.Join(t.TempDir(), "subnet.env.lease")
+				m := s.managerWith(options[i])
+				had[i] = s.acquire(m, cfg, wish(i, i)).Subnets
+				m.Close()
+				if together { // without power, no claim is given up
+					s.putLeased(fmt.Sprintf("nodes/198.18.0.%d", 1+i), fmt.Sprintf(`{"Identity":"machine %d"}`, i))
+				}
+			}
+			start := func(i int) {
+				m := s.managerWith(options[i])
+				w := wish(i, i+1)
+				previous, err := m.Previous(s.ctx(), w.Attrs)
+				if err != nil || string(previous.BackendData) != string(w.Attrs.BackendData) {
+					t.Errorf("node %d published before: %+v, %v", i, previous, err)
+				}
+				l, err := m.Acquire(s.ctx(), cfg, w)
+				if err != nil || l.Subnets != had[i] {
+					t.Errorf("node %d has %v, had %v: %v", i, l.Subnets, had[i], err)
+					return
+				}
+				s.keep(m, l)
+			}
+			var all sync.WaitGroup
+			for i := range nodes {
+				if together {
+					all.Go(func() { start(i) })
+				} else {
+					start(i)
+				}
+			}
+			all.Wait()
+			if records := s.list("subnets/"); len(records) != nodes {
+				t.Errorf("etcd has %+v", records)
 			}
 		})
 	}

@@ -332,6 +332,20 @@ func TestHolderThatDied(t *testing.T) {
 	}
 }
 
+// TestHolderWhoseAskerDied: a question whose asker has died keeps nobody from the address, however long it stays in etcd.
+func TestHolderWhoseAskerDied(t *testing.T) {
+	s := newSite(t)
+	cfg := s.configure(small)
+	s.putLeased("nodes/10.0.2.15", `{"Identity":"dead","Hostname":"one","AskedBy":"two"}`)
+	s.acquire(s.manager("b"), cfg, want("10.0.2.15"))
+	if e := s.get("nodes/10.0.2.15"); !strings.Contains(e.value, `"Identity":"b"`) {
+		t.Errorf("the claim is %+v", e)
+	}
+	if lines := log.await(t, 1, "does not answer. Taking its place", s.prefix); len(lines) != 1 {
+		t.Errorf("logged %q", lines)
+	}
+}
+
 func TestOneOfManyStrangersGetsTheAddress(t *testing.T) {
 	s := newSite(t)
 	cfg := s.configure(small)

@@ -1,7 +1,9 @@
 package etcd_test
 
 import (
+	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -9,6 +11,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/subnet"
@@ -190,6 +194,50 @@ func TestKilledAtAnyInstant(t *testing.T) {
 		})
 	}
 }
+
+// TestFileBeforeTheRecord: a daemon that is killed right after it has written its record finds in the file what it wrote.
+func TestFileBeforeTheRecord(t *testing.T) {
+	s := newOwnSite(t)
+	s.up()
+	s.put("subnets/10.5.40.0-24", `{"PublicIP": "198.18.0.1"}`) // a reservation needs no etcd lease, which etcd would refuse
+	_, _, o := stopped(s)
+	// etcd lets the node do all but write its record.
+	everything := func(prefix string) string { return clientv3.GetPrefixRangeEnd(prefix) }
+	read, write := clientv3.PermissionType(clientv3.PermRead), clientv3.PermissionType(clientv3.PermReadWrite)
+	nodes := s.prefix + "/nodes/"
+	for _, err := range []error{
+		second(s.client.RoleAdd(s.ctx(), "node")),
+		second(s.client.RoleGrantPermission(s.ctx(), "node", s.prefix, everything(s.prefix), read)),
+		second(s.client.RoleGrantPermission(s.ctx(), "node", nodes, everything(nodes), write)),
+		second(s.client.UserAdd(s.ctx(), "node", "secret")),
+		second(s.client.UserGrantRole(s.ctx(), "node", "node")),
+		second(s.client.UserAdd(s.ctx(), "root", "secret")),
+		second(s.client.UserGrantRole(s.ctx(), "root", "root")),
+		second(s.client.AuthEnable(s.ctx())),
+	} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	o.Username, o.Password = "node", "secret"
+	m := s.managerWith(o)
+	ctx, cancel := context.WithCancel(s.ctx())
+	done := make(chan error, 1)
+	go func() { _, err := m.Previous(ctx, want("198.18.0.2").Attrs); done <- err }()
+	log.await(t, 1, "cannot be used", "write the lease", "etcd at "+o.Endpoints[0])
+	file := readLeaseFile(t, o.LeaseFile)
+	cancel()
+	if err := receive(t, done); !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+	const value = `{"PublicIP":"198.18.0.%d","PublicIPv6":null,"BackendType":"vxlan",` +
+		`"BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:01"}}`
+	if file["Value"] != fmt.Sprintf(value, 1) || file["Next"] != fmt.Sprintf(value, 2) {
+		t.Errorf("the file has %v", file)
+	}
+}
+
+func second[T any](_ T, err error) error { return err }
 
 func readLeaseFile(t *testing.T, path string) (file map[string]any) {
 	t.Helper()

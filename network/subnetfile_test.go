@@ -50,6 +50,46 @@ func TestSubnetFile(t *testing.T) {
 	}
 }
 
+// A fileKeeper is a manager with a file beside the subnet file.
+type fileKeeper struct {
+	*manager
+	file string
+}
+
+func (k fileKeeper) RestoreFile() {
+	if _, err := os.Lstat(k.file); err != nil {
+		os.WriteFile(k.file, nil, 0o600)
+	}
+}
+
+// The manager restores its file as the subnet file is restored: when it was removed, and where it could not be written.
+func TestFileBesideTheSubnetFile(t *testing.T) {
+	m := newManager(vxlanConfig)
+	k := fileKeeper{manager: m}
+	d := begin(t, m, func(o *Options) {
+		o.KernelResync = time.Hour
+		k.file = o.SubnetFile + ".lease"
+		o.Manager = k
+	})
+	m.grants <- lease("10.5.1.0-24", "")
+	m.updates <- snapshot(peer2)
+	eventually(t, "ready", ready)
+	dir := filepath.Dir(d.file)
+	for what, do := range map[string]func() error{
+		"the file removed":      func() error { return os.Remove(k.file) },
+		"both files removed":    func() error { return errors.Join(os.Remove(d.file), os.Remove(k.file)) },
+		"the directory removed": func() error { return os.Rename(dir, dir+".old") },
+	} {
+		eventually(t, "both files before "+what, func() bool { return exists(k.file) && exists(d.file) })
+		if err := do(); err != nil {
+			t.Fatalf("%s: %v", what, err)
+		}
+		eventually(t, "both files after "+what, func() bool { return exists(k.file) && exists(d.file) })
+	}
+}
+
+func exists(path string) bool { _, err := os.Lstat(path); return err == nil }
+
 // A logBuffer is what was logged. Several goroutines use it.
 type logBuffer struct {
 	mu   sync.Mutex

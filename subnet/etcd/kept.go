@@ -12,11 +12,13 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/flanneld/flanneld/pkg/atomicfile"
 	"github.com/flanneld/flanneld/pkg/plain"
+	"github.com/flanneld/flanneld/pkg/retry"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -80,7 +82,7 @@ func (m *Manager) isWrote(r record) bool { return r.key == m.wrote.key && r.chan
 func (m *Manager) setWrote(r record) {
 	changed := !m.isWrote(r)
 	m.wrote = r
-	if changed || !m.kept {
+	if changed || !m.file.isWritten() {
 		m.keep(nil)
 	}
 }
@@ -95,17 +97,60 @@ func (m *Manager) keep(next []byte) {
 	text, err := json.Marshal(keptRecord{
 		Key: r.key, Revision: r.changed, Value: string(r.value), Next: string(next), Identity: m.options.Identity,
 	})
-	if err == nil {
-		err = os.MkdirAll(filepath.Dir(m.options.LeaseFile), 0o755)
+	if err != nil {
+		m.log.Error(err, "Cannot keep this node's lease in a file")
+		return
 	}
+	m.file.mu.Lock()
+	defer m.file.mu.Unlock()
+	m.file.text = append(text, '\n')
+	m.writeLeaseFile()
+}
+
+// A leaseFile is the state of LeaseFile.
+type leaseFile struct {
+	mu      sync.Mutex
+	text    []byte // what the file must have; nil: nothing was written yet
+	written bool   // and that succeeded
+	err     retry.LastError
+}
+
+func (f *leaseFile) isWritten() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.written
+}
+
+// writeLeaseFile writes LeaseFile. The caller holds m.file.mu.
+func (m *Manager) writeLeaseFile() {
+	f := &m.file
+	err := os.MkdirAll(filepath.Dir(m.options.LeaseFile), 0o755)
 	if err == nil {
-		err = atomicfile.Write(m.options.LeaseFile, append(text, '\n'), 0o600) // backend data may be for this network's nodes only
+		err = atomicfile.Write(m.options.LeaseFile, f.text, 0o600) // backend data may be for this network's nodes only
 	}
-	m.kept = err == nil
-	if m.keepError.Changed(err) && err != nil {
+	f.written = err == nil
+	if f.err.Changed(err) && err != nil {
 		m.log.Error(err, "Cannot keep this node's lease in a file: "+
 			"with another public address after a restart, this node would get another subnet")
 	}
+}
+
+// RestoreFile implements subnet.FileKeeper. A file with another content stays: it may be that of a flanneld that shares
+// the directory, which would restore its own.
+func (m *Manager) RestoreFile() {
+	m.file.mu.Lock()
+	defer m.file.mu.Unlock()
+	if m.file.text == nil {
+		return
+	}
+	if m.file.written {
+		if _, err := os.Lstat(m.options.LeaseFile); !errors.Is(err, fs.ErrNotExist) {
+			return
+		}
+		m.log.Info("The file with this node's lease was removed by another program; writing it again",
+			"path", m.options.LeaseFile)
+	}
+	m.writeLeaseFile()
 }
 
 // recall lists the records, and finds out, once, whether the record of LeaseFile is still this node's, now that its

@@ -32,7 +32,6 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/pkg/iface"
-	"github.com/flanneld/flanneld/pkg/retry"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -102,16 +101,19 @@ type Manager struct {
 
 	// Of Previous, Acquire and Keep alone: our own record as we wrote or found it last, maybe before a restart, and the
 	// revision of its creation once we know that no older lease overlaps it.
-	wrote     record
-	next      []byte // in LeaseFile at the start, see keptRecord
-	verified  int64
-	known     []netip.Addr // the addresses in LeaseFile at the start
-	recalled  bool         // wrote is ours, or was dropped: see recall
-	kept      bool         // LeaseFile has wrote
-	keepError retry.LastError
+	wrote    record
+	next     []byte // in LeaseFile at the start, see keptRecord
+	verified int64
+	known    []netip.Addr // the addresses in LeaseFile at the start
+	recalled bool         // wrote is ours, or was dropped: see recall
+
+	file leaseFile
 }
 
-var _ subnet.Manager = (*Manager)(nil)
+var (
+	_ subnet.Manager    = (*Manager)(nil)
+	_ subnet.FileKeeper = (*Manager)(nil)
+)
 
 // New returns a manager. It sends no request to etcd, which may still be down; an error is about the options.
 func New(ctx context.Context, o Options) (*Manager, error) {

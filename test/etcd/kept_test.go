@@ -350,6 +350,42 @@ func TestCopiesWithOneIdentity(t *testing.T) {
 	}
 }
 
+// TestFileIsRestored: the file comes back when it was removed, and when it could not be written; another daemon's stays.
+func TestFileIsRestored(t *testing.T) {
+	s := newSite(t)
+	cfg := s.configure(small)
+	o := s.options("a")
+	dir := filepath.Join(t.TempDir(), "flannel")
+	o.LeaseFile = filepath.Join(dir, "subnet.env.lease")
+	if err := os.WriteFile(dir, nil, 0o600); err != nil { // where the directory is to be
+		t.Fatal(err)
+	}
+	m := s.managerWith(o)
+	m.RestoreFile()
+	l := s.acquire(m, cfg, want("198.18.0.1"))
+	log.await(t, 1, "Cannot keep this node's lease in a file", dir)
+	if err := os.Remove(dir); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		m.RestoreFile()
+		if file := readLeaseFile(t, o.LeaseFile); file["Key"] != s.prefix+"/subnets/"+l.Key() {
+			t.Errorf("the file has %v", file)
+		}
+		if err := os.Remove(o.LeaseFile); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const others = `{"Key":"another"}`
+	if err := os.WriteFile(o.LeaseFile, []byte(others), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	m.RestoreFile()
+	if text, err := os.ReadFile(o.LeaseFile); err != nil || string(text) != others {
+		t.Errorf("another daemon's file has %s, %v", text, err)
+	}
+}
+
 // TestRecordThatIsGone: peers know the node by the same data even after etcd has lost everything.
 func TestRecordThatIsGone(t *testing.T) {
 	s := newSite(t)

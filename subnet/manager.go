@@ -93,6 +93,7 @@ type State struct {
 	Check     string       // a command that asks the store whether it works
 	Connected bool         // the store does what it is asked
 	Problem   string       // why it does not, once the reason is known
+	Waiting   string       // what a lease waits for, and what to do about that; "": nothing, or there is a lease
 	Expires   time.Time    // when this node's lease ends unless it is renewed; zero: never, or there is no lease
 }
 

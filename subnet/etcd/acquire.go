@@ -23,6 +23,7 @@ func (m *Manager) Acquire(ctx context.Context, cfg *subnet.Config, want subnet.L
 	if err != nil {
 		return subnet.Lease{}, fmt.Errorf("what to publish with the lease: %w", err)
 	}
+	defer m.setWaiting("")
 	pause := subnet.Backoff()
 	full := false
 	for {
@@ -81,10 +82,11 @@ func (m *Manager) Acquire(ctx context.Context, cfg *subnet.Config, want subnet.L
 		default:
 			if !full {
 				full = true
+				fix := fmt.Sprintf("delete the leases of nodes that no longer exist (etcdctl get --prefix %s; etcdctl del KEY), "+
+					"or enlarge the network in %s", m.subnetsPrefix(), m.configKey())
+				m.setWaiting("a subnet, none of which is free: " + fix)
 				m.log.Error(nil, "No subnet is free; waiting until a lease is deleted",
-					"leases", len(records), "subnets", describePools(cfg),
-					"fix", fmt.Sprintf("delete the leases of nodes that no longer exist (etcdctl get --prefix %s; etcdctl del KEY), "+
-						"or enlarge the network in %s", m.subnetsPrefix(), m.configKey()))
+					"leases", len(records), "subnets", describePools(cfg), "fix", fix)
 			}
 			deletions := []clientv3.OpOption{clientv3.WithPrefix(), clientv3.WithFilterPut()}
 			if err := m.awaitChange(ctx, at, []string{m.subnetsPrefix()}, deletions...); err != nil {

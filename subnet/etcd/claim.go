@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"fmt"
 	"net/netip"
 	"slices"
 	"time"
@@ -44,6 +45,7 @@ type claim struct {
 // claimAll claims the node's public addresses, and waits until no other node holds one of them. A holder that does not
 // answer, such as a machine that this one replaces, does not hold them any more.
 func (m *Manager) claimAll(ctx context.Context, ips []netip.Addr) error {
+	defer m.setWaiting("")
 	answered := map[string]string{} // identities of the holders that are alive, by key
 	waited := false
 	for {
@@ -73,6 +75,7 @@ func (m *Manager) claimAll(ctx context.Context, ips []netip.Addr) error {
 					"address", h.ip, "hostname", plain.Text(h.Hostname), "key", h.key,
 					"fix", "if that machine still runs, give one of the two an address of its own")
 			}
+			m.setWaiting("")
 			continue
 		}
 		waited = true
@@ -85,7 +88,7 @@ func (m *Manager) claimAll(ctx context.Context, ips []netip.Addr) error {
 	}
 }
 
-// logHolder logs that another node holds our public address, and what to do about it.
+// logHolder logs that another node holds our public address, and what to do about it; State has that, too.
 func (m *Manager) logHolder(h holder) {
 	name := plain.Text(h.Hostname)
 	message := "Another node holds the public address, and is alive; waiting until it is free"
@@ -96,6 +99,7 @@ func (m *Manager) logHolder(h holder) {
 		message = "Another node holds the public address; waiting until it is free"
 		fix += ". If no such node exists: etcdctl del " + plain.Shell(h.key)
 	}
+	m.setWaiting(fmt.Sprintf("the public address %s, which another node holds, %s (key %s). %s", h.ip, name, h.key, fix))
 	m.ownRecords.Error(h.key, h.Identity, nil, message,
 		"address", h.ip, "hostname", name, "key", h.key, "fix", fix)
 }

@@ -98,6 +98,7 @@ type Manager struct {
 	latest  watchPoint
 	claim   *claim    // nil: none held
 	expires time.Time // of the lease that is kept
+	waiting string    // see subnet.State
 
 	// Of Previous, Acquire and Keep alone: our own record as we wrote or found it last, maybe before a restart, and the
 	// revision of its creation once we know that no older lease overlaps it.
@@ -290,7 +291,7 @@ func (m *Manager) State() subnet.State {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	s := m.health.State()
-	s.Expires, s.Addresses = m.expires, m.dialer.Remotes()
+	s.Expires, s.Waiting, s.Addresses = m.expires, m.waiting, m.dialer.Remotes()
 	return s
 }
 
@@ -299,6 +300,13 @@ func (m *Manager) setExpires(at time.Time) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.expires = at
+}
+
+// setWaiting records what this node's lease waits for; "": nothing.
+func (m *Manager) setWaiting(what string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.waiting = what
 }
 
 // Previous implements subnet.Manager.

@@ -183,7 +183,8 @@ func (m *Manager) recall(ctx context.Context, self subnet.Attrs) (records []reco
 		case sameNode(m.wrote.attrs, self):
 			m.recalled = true
 		case i < 0:
-			m.forget() // nothing proves that no copy of this machine publishes the same
+			// Nothing proves that no copy of this machine publishes the same.
+			m.wrote, m.recalled = record{key: m.wrote.key}, true
 		default:
 			former := slices.DeleteFunc(m.wrote.attrs.PublicIPs(), func(ip netip.Addr) bool {
 				return slices.Contains(self.PublicIPs(), ip)

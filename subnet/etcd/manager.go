@@ -322,7 +322,7 @@ func (m *Manager) Previous(ctx context.Context, self subnet.Attrs) (subnet.Attrs
 		}
 		// A reservation that was never used has no backend data.
 		unused := found.BackendType == "" && len(found.BackendData) == 0 && len(found.BackendV6Data) == 0
-		if r.valid && unused && sameNode(r.attrs, self) {
+		if r.valid && unused && sameNode(r.attrs, self) && (!m.wrote.isGone() || r.reserved()) {
 			found = r.attrs
 		}
 	}

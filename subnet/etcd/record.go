@@ -33,6 +33,9 @@ type record struct {
 
 func (r record) exists() bool { return r.created != 0 }
 
+// isGone tells whether the record stands for one that this node had, and that is gone from etcd.
+func (r record) isGone() bool { return r.key != "" && r.changed == 0 }
+
 // reserved tells whether the operator has reserved the subnets for a node.
 func (r record) reserved() bool { return r.exists() && r.valid && r.lease == clientv3.NoLease }
 

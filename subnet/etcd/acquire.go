@@ -48,7 +48,8 @@ func (m *Manager) Acquire(ctx context.Context, cfg *subnet.Config, want subnet.L
 					m.log.Error(nil, "Giving up a lease that overlaps what this host uses", "subnet", r.subnets, "key", r.key,
 						"overlaps", o.Name)
 				} else {
-					m.log.Info("Deleting a lease of this node, or of its address, that this node does not use", "subnet", r.subnets, "key", r.key)
+					m.log.Info("Deleting a lease with this node's address, or of this node, which does not use it",
+						"subnet", r.subnets, "key", r.key)
 				}
 				if err := m.remove(ctx, r); err != nil {
 					return subnet.Lease{}, err

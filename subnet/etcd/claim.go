@@ -92,14 +92,14 @@ func (m *Manager) claimAll(ctx context.Context, ips []netip.Addr) error {
 func (m *Manager) logHolder(h holder) {
 	name := plain.Text(h.Hostname)
 	message := "Another node holds the public address, and is alive; waiting until it is free"
-	fix := "If this machine replaces " + name + ", stop flanneld there. If not, give this node an address of its own with " +
+	fix := "If this machine replaces " + name + ", stop flanneld there (systemctl stop flanneld). If not, give this node an address of its own with " +
 		"--iface, --iface-regex, --iface-can-reach or --public-ip. " +
 		"Machines behind NAT may all have the same address, such as 10.0.2.15"
 	if h.lease == clientv3.NoLease {
 		message = "Another node holds the public address; waiting until it is free"
 		fix += ". If no such node exists: etcdctl del " + plain.Shell(h.key)
 	}
-	m.setWaiting(fmt.Sprintf("the public address %s, which another node holds, %s (key %s). %s", h.ip, name, h.key, fix))
+	m.setWaiting(fmt.Sprintf("the public address %s, which the node %s holds (key %s). %s", h.ip, name, h.key, fix))
 	m.ownRecords.Error(h.key, h.Identity, nil, message,
 		"address", h.ip, "hostname", name, "key", h.key, "fix", fix)
 }

@@ -25,9 +25,9 @@ const freeEnough = 100
 // choose decides which subnets the node takes that wants to publish want, and had want.Subnets before. Wrote is the
 // record that this node wrote last, whatever public address it carries. If that record is as it was, or is known to be
 // gone, the other records with this node's address are other machines', which had the address before and may come for
-// them; only reservations are this node's. The older ones are dropped: peers leave out the younger of two leases with one
-// address, which would be this node's. A machine whose record is gone leases the same subnets again if they are free.
-// Pick returns a number below n.
+// them; only reservations are this node's. The older ones are dropped: peers leave out the younger of two leases with
+// one address, which would be this node's. A machine whose record is gone leases the same subnets again if they are
+// free. Pick returns a number below n.
 func choose(records []record, cfg *subnet.Config, want subnet.Lease, wrote record, pick func(n int) int) choice {
 	var c choice
 	var own, others, usable []record

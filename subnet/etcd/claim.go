@@ -92,8 +92,8 @@ func (m *Manager) claimAll(ctx context.Context, ips []netip.Addr) error {
 func (m *Manager) logHolder(h holder) {
 	name := plain.Text(h.Hostname)
 	message := "Another node holds the public address, and is alive; waiting until it is free"
-	fix := "If this machine replaces " + name + ", stop flanneld there (systemctl stop flanneld). If not, give this node an address of its own with " +
-		"--iface, --iface-regex, --iface-can-reach or --public-ip. " +
+	fix := "If this machine replaces " + name + ", stop flanneld there (systemctl stop flanneld). If not, give this " +
+		"node an address of its own with --iface, --iface-regex, --iface-can-reach or --public-ip. " +
 		"Machines behind NAT may all have the same address, such as 10.0.2.15"
 	if h.lease == clientv3.NoLease {
 		message = "Another node holds the public address; waiting until it is free"
@@ -113,8 +113,8 @@ const claimGrace = 5 * time.Second
 //
 // The question is the holder's own claim, with AskedBy set, and on an etcd lease of the node that asks. A live daemon
 // claims its address again at once. Meanwhile nobody else can claim the address, and any number of nodes may ask. The
-// node that asked may be dead by now, or may be an earlier run of this daemon: whoever has waited for claimGrace deletes
-// a question without an answer.
+// node that asked may be dead by now, or may be an earlier run of this daemon: whoever has waited for claimGrace
+// deletes a question without an answer.
 func (m *Manager) silent(ctx context.Context, holders []holder) ([]holder, error) {
 	lease, _, err := m.grant(ctx, claimTTL)
 	if err != nil {

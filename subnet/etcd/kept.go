@@ -37,8 +37,8 @@ type keptRecord struct {
 const maxKept = 64 << 10
 
 // readKept reads LeaseFile into m.wrote and m.next, and its addresses into m.known. A file that does not exist leaves
-// them empty. The record is not ours if another machine wrote the file: then this machine may be a copy of that one. Its
-// addresses are good to prefer all the same, since only one machine can have them.
+// them empty. The record is not ours if another machine wrote the file: then this machine may be a copy of that one.
+// Its addresses are good to prefer all the same, since only one machine can have them.
 func (m *Manager) readKept() error {
 	if m.options.LeaseFile == "" {
 		return nil
@@ -87,8 +87,8 @@ func (m *Manager) setWrote(r record) {
 	}
 }
 
-// keep writes LeaseFile. Next is what this node is about to write as the value of its record, if anything: a daemon that
-// is killed after that recognizes its record all the same.
+// keep writes LeaseFile. Next is what this node is about to write as the value of its record, if anything: a daemon
+// that is killed after that recognizes its record all the same.
 func (m *Manager) keep(next []byte) {
 	if m.options.LeaseFile == "" {
 		return
@@ -156,9 +156,9 @@ func (m *Manager) RestoreFile() {
 // recall lists the records, and finds out, once, whether the record of LeaseFile is still this node's, now that its
 // public addresses are self's. It is not, if another program has written the record since, or if a daemon with this
 // machine's identity lives at the addresses that the record names: this machine is then a copy of that one. Another
-// machine may live there: a node that takes a record by its address writes it, see publish, so that machine has not taken
-// this one. If the record is this node's, and has other addresses, recall writes self's into it: of several copies of a
-// machine that start together, one is the first, and the others publish nothing that the record has.
+// machine may live there: a node that takes a record by its address writes it, see publish, so that machine has not
+// taken this one. If the record is this node's, and has other addresses, recall writes self's into it: of several
+// copies of a machine that start together, one is the first, and the others publish nothing that the record has.
 func (m *Manager) recall(ctx context.Context, self subnet.Attrs) (records []record, at watchPoint, err error) {
 	pause := subnet.Backoff()
 	for {
@@ -194,7 +194,7 @@ func (m *Manager) recall(ctx context.Context, self subnet.Attrs) (records []reco
 				return nil, watchPoint{}, err
 			}
 			if copied != nil {
-				m.log.Error(nil, "A copy of this machine lives at the public address that this node had before; leaving it the lease",
+				m.log.Error(nil, "A copy of this machine lives at this node's former public address; leaving it the lease",
 					"address", copied.ip, "hostname", plain.Text(copied.Hostname), "subnet", m.wrote.subnets,
 					"fix", fix+m.options.LeaseFile)
 				m.forget()

@@ -139,8 +139,8 @@ func TestLeaseThatIsNoLongerOurs(t *testing.T) {
 	}
 }
 
-// TestKilledAtAnyInstant: a daemon was killed while it took its lease along from 198.18.0.1 to 198.18.0.2. The next one,
-// whose address is 198.18.0.3 by then, has the lease, and publishes what peers know.
+// TestKilledAtAnyInstant: a daemon was killed while it took its lease along from 198.18.0.1 to 198.18.0.2. The next
+// one, whose address is 198.18.0.3 by then, has the lease, and publishes what peers know.
 func TestKilledAtAnyInstant(t *testing.T) {
 	const claim, question = `{"Identity":"a","Hostname":"here"}`, `{"Identity":"a","Hostname":"here","AskedBy":"here"}`
 	for name, killed := range map[string]func(s *site, cfg *subnet.Config, o etcd.Options){
@@ -196,7 +196,8 @@ func TestKilledAtAnyInstant(t *testing.T) {
 	}
 }
 
-// TestFileBeforeTheRecord: a daemon that is killed right after it has written its record finds in the file what it wrote.
+// TestFileBeforeTheRecord: a daemon that is killed right after it has written its record finds in the file what it
+// wrote.
 func TestFileBeforeTheRecord(t *testing.T) {
 	s := newOwnSite(t)
 	s.up()
@@ -252,10 +253,10 @@ func readLeaseFile(t *testing.T, path string) (file map[string]any) {
 	return file
 }
 
-// TestAddressesThatChangedPlaces: each of three nodes has the former address of the next one. All start together; or one
-// after the other, when the former address of each but the first is alive, in the order of the records' ages and in the
-// reverse one. Each has its subnet again. No record is left that keeps peers from a node, because it is older and has
-// that node's address.
+// TestAddressesThatChangedPlaces: each of three nodes has the former address of the next one. All start together; or
+// one after the other, when the former address of each but the first is alive, in the order of the records' ages and in
+// the reverse one. Each has its subnet again. No record is left that keeps peers from a node, because it is older and
+// has that node's address.
 func TestAddressesThatChangedPlaces(t *testing.T) {
 	for name, order := range map[string][]int{"together": nil, "the oldest first": {0, 1, 2}, "the youngest first": {2, 1, 0}} {
 		t.Run(name, func(t *testing.T) {
@@ -316,8 +317,8 @@ func TestAddressesThatChangedPlaces(t *testing.T) {
 	}
 }
 
-// TestCopiesWithOneIdentity: copies that cannot be told from the original start together, while it is off. One takes the
-// lease along; no other publishes what that one does.
+// TestCopiesWithOneIdentity: copies that cannot be told from the original start together, while it is off. One takes
+// the lease along; no other publishes what that one does.
 func TestCopiesWithOneIdentity(t *testing.T) {
 	for name, gone := range map[string]bool{"the lease is there": false, "the lease is gone": true} {
 		t.Run(name, func(t *testing.T) {
@@ -360,7 +361,8 @@ func TestCopiesWithOneIdentity(t *testing.T) {
 	}
 }
 
-// TestFileIsRestored: the file comes back when it was removed, and when it could not be written; another daemon's stays.
+// TestFileIsRestored: the file comes back when it was removed, and when it could not be written; another daemon's
+// stays.
 func TestFileIsRestored(t *testing.T) {
 	s := newSite(t)
 	cfg := s.configure(small)

@@ -196,12 +196,29 @@ func TestKilledAtAnyInstant(t *testing.T) {
 	}
 }
 
+// TestAddressOfAnotherFamily: a node that gets an IPv4 address beside its IPv6 address keeps its lease.
+func TestAddressOfAnotherFamily(t *testing.T) {
+	s := newSite(t)
+	cfg := s.configure(`{"Network": "10.5.0.0/16", "EnableIPv6": true, "IPv6Network": "fd00:5::/48"}`)
+	o := s.options("a")
+	o.LeaseFile = filepath.Join(t.TempDir(), "subnet.env.lease")
+	m := s.managerWith(o)
+	had := s.acquire(m, cfg, want("fd18::1"))
+	m.Close()
+	w := want("fd18::1")
+	w.Attrs.PublicIP = netip.MustParseAddr("198.18.0.1")
+	if l := s.acquire(s.managerWith(o), cfg, w); l.Subnets != had.Subnets {
+		t.Errorf("got %v, had %v", l.Subnets, had.Subnets)
+	}
+}
+
 // TestFileBeforeTheRecord: a daemon that is killed right after it has written its record finds in the file what it
 // wrote.
 func TestFileBeforeTheRecord(t *testing.T) {
 	s := newOwnSite(t)
 	s.up()
-	s.put("subnets/10.5.40.0-24", `{"PublicIP": "198.18.0.1"}`) // a reservation needs no etcd lease, which etcd would refuse
+	// A reservation needs no etcd lease, which etcd would refuse to renew.
+	s.put("subnets/10.5.40.0-24", `{"PublicIP": "198.18.0.1"}`)
 	_, _, o := stopped(s)
 	// etcd lets the node do all but write its record.
 	everything := func(prefix string) string { return clientv3.GetPrefixRangeEnd(prefix) }
@@ -258,7 +275,9 @@ func readLeaseFile(t *testing.T, path string) (file map[string]any) {
 // the reverse one. Each has its subnet again. No record is left that keeps peers from a node, because it is older and
 // has that node's address.
 func TestAddressesThatChangedPlaces(t *testing.T) {
-	for name, order := range map[string][]int{"together": nil, "the oldest first": {0, 1, 2}, "the youngest first": {2, 1, 0}} {
+	for name, order := range map[string][]int{
+		"together": nil, "the oldest first": {0, 1, 2}, "the youngest first": {2, 1, 0},
+	} {
 		t.Run(name, func(t *testing.T) {
 			s := newSite(t)
 			cfg := s.configure(small)

@@ -137,9 +137,7 @@ func (m *Manager) silent(ctx context.Context, holders []holder) ([]holder, error
 			return nil, err
 		}
 		at, asked = readAt, slices.DeleteFunc(asked, func(h holder) bool {
-			return slices.ContainsFunc(now, func(n holder) bool {
-				return n.key == h.key && n.changed != 0 && n.changed != h.changed
-			})
+			return !slices.ContainsFunc(now, func(n holder) bool { return n.key == h.key && n.changed == h.changed })
 		})
 		if late != nil {
 			break
@@ -154,8 +152,7 @@ func (m *Manager) silent(ctx context.Context, holders []holder) ([]holder, error
 }
 
 // ask writes the question to the keys of holders that nobody has asked yet, and returns the holders that have not
-// answered by then, as they are now. A holder whose claim is gone has not answered: a live daemon claims its address
-// again.
+// answered by then, as they are now.
 func (m *Manager) ask(ctx context.Context, holders []holder, lease clientv3.LeaseID) ([]holder, watchPoint, error) {
 	for _, h := range holders {
 		if h.AskedBy != "" {
@@ -183,7 +180,7 @@ func (m *Manager) ask(ctx context.Context, holders []holder, lease clientv3.Leas
 		}
 	}
 	now, at, err := m.holders(ctx, addressesOf(holders))
-	return slices.DeleteFunc(now, func(h holder) bool { return h.changed != 0 && h.AskedBy == "" }), at, err
+	return slices.DeleteFunc(now, func(h holder) bool { return h.AskedBy == "" }), at, err
 }
 
 func keysOfHolders(holders []holder) (keys []string) {

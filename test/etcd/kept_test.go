@@ -271,9 +271,8 @@ func readLeaseFile(t *testing.T, path string) (file map[string]any) {
 }
 
 // TestAddressesThatChangedPlaces: each of three nodes has the former address of the next one. All start together; or
-// one after the other, when the former address of each but the first is alive, in the order of the records' ages and in
-// Each has its subnet again. No record is left that keeps peers from a node, because it is older and
-// has that node's address.
+// one after the other, in several orders, when the former address of a node may be alive. Each has its subnet again. No
+// record is left that keeps peers from a node, because it is older and has that node's address.
 func TestAddressesThatChangedPlaces(t *testing.T) {
 	for name, order := range map[string][]int{
 		"together": nil, "the oldest first": {0, 1, 2}, "the youngest first": {2, 1, 0}, "the oldest second": {2, 0, 1},

@@ -1,6 +1,7 @@
 package network
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"net"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/pkg/plain"
+	"github.com/flanneld/flanneld/subnet"
 )
 
 // health reports the node's state: to probes over HTTP, to systemd by sd_notify(3).
@@ -23,9 +25,12 @@ type health struct {
 	missing string // what the node waits for; "" once it is ready
 
 	families []string // why a family does not work
+
+	manager subnet.Manager // knows what a lease waits for, after the start as well
+	lease   string         // what systemd was notified of about that
 }
 
-func newHealth() *health { return &health{missing: "to start"} }
+func newHealth(m subnet.Manager) *health { return &health{missing: "to start", manager: m} }
 
 // serve serves /healthz, /readyz, /metrics and, with profile, /debug/pprof until ctx ends;
 // nowhere, if the port is 0. No request changes anything.
@@ -53,12 +58,12 @@ func (h *health) serve(ctx context.Context, group *sync.WaitGroup, at netip.Addr
 }
 
 func (h *health) readyz(w http.ResponseWriter, _ *http.Request) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if h.missing != "" {
-		http.Error(w, "waiting for "+h.missing, http.StatusServiceUnavailable)
+	if missing := h.waitingFor(); missing != "" {
+		http.Error(w, "waiting for "+missing, http.StatusServiceUnavailable)
 		return
 	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
 	fmt.Fprintln(w, "ok")
 	for _, why := range h.families {
 		fmt.Fprintln(w, why)
@@ -89,11 +94,41 @@ func (h *health) waitFor(what string) {
 	notify("STATUS=Waiting for " + what)
 }
 
-// waitingFor returns what the node waits for, "" once it has been ready.
+// waitingFor returns what the node waits for, "" once it has been ready; after that, it may wait for another lease.
 func (h *health) waitingFor() string {
+	if waiting := waitingFor(h.manager); waiting != "" {
+		return waiting
+	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return h.missing
+}
+
+// notifyLease notifies systemd of what the lease waits for, if that has changed.
+func (h *health) notifyLease() {
+	waiting := waitingFor(h.manager)
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if waiting == h.lease {
+		return
+	}
+	h.lease = waiting
+	if waiting = cmp.Or(waiting, h.missing); waiting != "" {
+		notify("STATUS=Waiting for " + waiting)
+	} else {
+		notify("STATUS=Ready")
+	}
+}
+
+// waitingFor returns what the lease of the manager's node waits for.
+func waitingFor(m subnet.Manager) string {
+	if m == nil {
+		return ""
+	}
+	if what := m.State().Waiting; what != "" {
+		return "a lease: " + plain.Line(what)
+	}
+	return ""
 }
 
 func (h *health) setReady() {

@@ -25,10 +25,11 @@ import (
 type metrics struct {
 	registry *prometheus.Registry
 
-	ready, peers, faulty prometheus.Gauge
-	leaseEvents          *prometheus.CounterVec
-	leaseDuration        prometheus.Histogram
-	errors               *prometheus.CounterVec
+	ready         atomic.Bool // the node has been ready
+	peers, faulty prometheus.Gauge
+	leaseEvents   *prometheus.CounterVec
+	leaseDuration prometheus.Histogram
+	errors        *prometheus.CounterVec
 
 	manager subnet.Manager
 	rules   atomic.Pointer[firewall.Reconciler]
@@ -63,8 +64,6 @@ func newMetrics(m subnet.Manager, version string) *metrics {
 	info.Set(1)
 	s.registry.MustRegister(info)
 
-	s.ready = gauge("flannel_ready",
-		"1 as soon as the node's network is set up and `/readyz` answers 200; it stays 1 while the daemon runs")
 	s.peers = gauge("flannel_peers", "leases of other nodes")
 	s.faulty = gauge("flannel_peers_faulty",
 		"leases of other nodes that are left out, wholly or in part; the log gives the reason")
@@ -99,6 +98,9 @@ func (s *metrics) setBackend(b backend.Backend) {
 
 // These metrics are computed at each scrape.
 var (
+	descReady = prometheus.NewDesc("flannel_ready",
+		"1 while `/readyz` answers 200: as soon as the node's network is set up, until the node waits for another lease",
+		nil, nil)
 	descConnected = prometheus.NewDesc("flannel_manager_connected",
 		"1 while etcd or the API server answers requests; an outage shows within about 20 s", nil, nil)
 	descExpiry = prometheus.NewDesc("flannel_lease_expiry_timestamp_seconds",
@@ -139,7 +141,7 @@ var (
 // Describe implements prometheus.Collector.
 func (s *metrics) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
-		descConnected, descExpiry, descObjectsWanted, descObjectsHeld, descRepairs, descFights,
+		descReady, descConnected, descExpiry, descObjectsWanted, descObjectsHeld, descRepairs, descFights,
 		descRulesChecks, descRulesWrites, descRulesRepairs, descRulesInPlace, descRulesChecked,
 		descPackets, descOctets, descDrops,
 	} {
@@ -156,6 +158,7 @@ func (s *metrics) Collect(ch chan<- prometheus.Metric) {
 		ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(v), labels...)
 	}
 	state := s.manager.State()
+	gauge(descReady, truth(s.ready.Load() && state.Waiting == ""))
 	gauge(descConnected, truth(state.Connected))
 	if !state.Expires.IsZero() {
 		gauge(descExpiry, float64(state.Expires.Unix()))

@@ -112,7 +112,7 @@ func Run(ctx context.Context, o Options) error {
 		Options: o, started: time.Now(), log: klog.FromContext(ctx), status: newStatusServer(),
 		metrics: newMetrics(o.Manager, o.Version), errors: retry.LastErrors[string]{},
 		records: subnet.NewRecordLog(klog.FromContext(ctx)), retry: time.NewTimer(0), retrying: true,
-		health: newHealth(), locks: map[string]*lock.Lock{},
+		health: newHealth(o.Manager), locks: map[string]*lock.Lock{},
 	}
 	n.Uplink.Overlay = backend.Device
 	defer n.releaseLocks()
@@ -153,6 +153,7 @@ func (n *node) run(ctx context.Context) (err error) {
 		n.refreshHost(ctx)
 		n.reconcile()
 		n.updateMetrics()
+		n.health.notifyLease()
 		running, err = n.handleEvent(ctx, compare.C)
 	}
 	return err
@@ -570,7 +571,7 @@ func (n *node) reconcileKernel() {
 func (n *node) becomeReady() {
 	n.ready = true
 	n.health.setReady()
-	n.metrics.ready.Set(1)
+	n.metrics.ready.Store(true)
 	n.Manager.Ready()
 	debug.FreeOSMemory() // the memory that reading everything took is not needed again
 	n.log.Info("Ready", "after", time.Since(n.started).Round(time.Millisecond),

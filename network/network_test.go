@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -58,6 +59,7 @@ type manager struct {
 	updates             chan subnet.Update
 	configs             chan *subnet.Config
 	expires             time.Time
+	waiting             atomic.Pointer[string] // nil: a lease waits for nothing
 }
 
 func newManager(config string) *manager {
@@ -76,7 +78,13 @@ func (m *manager) Config(context.Context) (*subnet.Config, error) {
 	return c, c.Divide()
 }
 
-func (m *manager) State() subnet.State { return subnet.State{Connected: true, Expires: m.expires} }
+func (m *manager) State() subnet.State {
+	s := subnet.State{Connected: true, Expires: m.expires}
+	if w := m.waiting.Load(); w != nil {
+		s.Waiting = *w
+	}
+	return s
+}
 
 func (m *manager) Configs(context.Context) <-chan *subnet.Config { return m.configs }
 
@@ -266,6 +274,55 @@ func TestFromStartToReady(t *testing.T) {
 	d.done <- nil
 	if after, _ := nstest.Try("ip route"); after != before {
 		t.Errorf("stopping changed\n%s\nto\n%s", before, after)
+	}
+}
+
+// TestLeaseThatIsLost: a node whose lease went to another node, and that waits for another one, is not ready: probes,
+// flannelctl, metrics and systemd say so, and what it waits for.
+func TestLeaseThatIsLost(t *testing.T) {
+	next := notifySocket(t)
+	m := newManager(vxlanConfig)
+	socket := filepath.Join(t.TempDir(), "flanneld.sock")
+	begin(t, m, func(o *Options) { o.StatusSocket, o.KernelResync = socket, 100*time.Millisecond })
+	m.grants <- lease("10.5.1.0-24", "")
+	m.updates <- snapshot(peer2)
+	eventually(t, "ready", ready)
+	notified := func(want string) {
+		t.Helper()
+		for next() != want {
+		}
+	}
+	status := func() Status {
+		t.Helper()
+		s, err := NewClient(socket).Status(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	if s := status(); !s.Ready || s.Lease == nil {
+		t.Errorf("with a lease: %+v", s)
+	}
+
+	what := "the public address 198.18.0.1"
+	m.waiting.Store(&what)
+	m.lost <- struct{}{}
+	notified("STATUS=Waiting for a lease: " + what)
+	if code, text := get("/readyz"); code != http.StatusServiceUnavailable || text != "waiting for a lease: "+what {
+		t.Errorf("readyz: %d %s", code, text)
+	}
+	if s := status(); s.Ready || s.Waiting != "a lease: "+what || s.Lease != nil {
+		t.Errorf("without a lease: %+v", s)
+	}
+	waitMetrics(t, map[string]float64{"flannel_ready": 0})
+
+	m.waiting.Store(nil)
+	m.grants <- lease("10.5.1.0-24", "")
+	notified("STATUS=Ready")
+	eventually(t, "ready again", ready)
+	waitMetrics(t, map[string]float64{"flannel_ready": 1})
+	if s := status(); !s.Ready || s.Lease == nil {
+		t.Errorf("with a lease again: %+v", s)
 	}
 }
 

@@ -19,7 +19,7 @@ type Status struct {
 	Version string    `json:"version,omitempty"` // of flanneld
 	Started time.Time `json:"started,omitzero"`
 	Ready   bool      `json:"ready"`
-	Waiting string    `json:"waitingFor,omitempty"` // what flanneld waits for, until it is ready
+	Waiting string    `json:"waitingFor,omitempty"` // what flanneld waits for, while it is not ready
 
 	Network []netip.Prefix `json:"network,omitempty"`
 	Backend string         `json:"backend,omitempty"`
@@ -136,8 +136,9 @@ type view struct {
 func (n *node) view() view {
 	v := view{
 		Options: n.Options, state: &n.state, waiting: n.health.waitingFor(), started: n.started,
-		ready: n.ready, rulesSet: n.rulesSet, fileWritten: n.fileSet,
+		rulesSet: n.rulesSet, fileWritten: n.fileSet,
 	}
+	v.ready = n.ready && v.waiting == ""
 	for duty, err := range n.errors {
 		if v.errors == nil {
 			v.errors = map[string]string{}
@@ -172,7 +173,7 @@ func (v view) status() Status {
 		Addresses: family.Valid(v.uplink.Addrs()), PublicIPs: family.Valid(v.uplink.PublicIPs()),
 	}
 	s.Overlaps = v.setup.overlaps(v.host, v.own)
-	if v.own == nil {
+	if v.own == nil || waitingFor(v.Manager) != "" { // there is none, or it is not kept any more
 		return s
 	}
 	own := v.leaseStatus(*v.own)

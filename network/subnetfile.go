@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/fsnotify/fsnotify"
 	"k8s.io/klog/v2"
@@ -14,8 +15,8 @@ import (
 )
 
 // A fileWatch signals when any program, this one included, has written, replaced or
-// removed a file. Signals that nobody has taken are merged into one. They end with
-// the context.
+// removed a file, or one whose name begins with the name of that file. Signals that
+// nobody has taken are merged into one. They end with the context.
 type fileWatch struct {
 	changes chan struct{}
 	watcher *fsnotify.Watcher
@@ -37,7 +38,7 @@ func watchFile(ctx context.Context, path string) (*fileWatch, error) {
 			case <-ctx.Done():
 				return
 			case e := <-f.watcher.Events:
-				if filepath.Base(e.Name) != filepath.Base(path) && e.Name != f.dir {
+				if !strings.HasPrefix(filepath.Base(e.Name), filepath.Base(path)) && e.Name != f.dir {
 					continue
 				}
 			case err := <-f.watcher.Errors:
@@ -65,9 +66,18 @@ func (f *fileWatch) again() error {
 	return nil
 }
 
+// restoreManagersFile has the manager's file beside the subnet file written again, if
+// there must be one and it is missing.
+func (n *node) restoreManagersFile() {
+	if k, ok := n.Manager.(subnet.FileKeeper); ok {
+		k.RestoreFile()
+	}
+}
+
 // writeFile writes the subnet file and logs a failure, which is retried.
 func (n *node) writeFile() {
 	unwatched := n.watchFileAgain()
+	n.restoreManagersFile()
 	err := n.planNode(n.Options).env.WriteFile(n.SubnetFile)
 	n.logOnce("Subnet file", err)
 	if n.fileSet = err == nil; !n.fileSet {
@@ -85,12 +95,14 @@ func (n *node) watchFileAgain() error {
 	return n.file.again()
 }
 
-// checkFile finds out whether the subnet file still has the right content.
+// checkFile finds out whether the subnet file still has the right content, and whether
+// the manager's file is still there.
 func (n *node) checkFile() {
 	if !n.fileSet {
 		return
 	}
 	unwatched := n.watchFileAgain()
+	n.restoreManagersFile()
 	env, err := subnet.ReadEnv(n.SubnetFile)
 	if n.fileSet = err == nil && env == n.planNode(n.Options).env; !n.fileSet {
 		n.log.Info("The subnet file was changed or removed by another program; writing it again", "path", n.SubnetFile)

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -49,6 +50,46 @@ func TestSubnetFile(t *testing.T) {
 		})
 	}
 }
+
+// A fileKeeper is a manager with a file beside the subnet file.
+type fileKeeper struct {
+	*manager
+	file string
+}
+
+func (k fileKeeper) RestoreFile() {
+	if _, err := os.Lstat(k.file); err != nil {
+		os.WriteFile(k.file, nil, 0o600)
+	}
+}
+
+// The manager restores its file as the subnet file is restored: when it was removed, and where it could not be written.
+func TestFileBesideTheSubnetFile(t *testing.T) {
+	m := newManager(vxlanConfig)
+	k := fileKeeper{manager: m}
+	d := begin(t, m, func(o *Options) {
+		o.KernelResync = time.Hour
+		k.file = o.SubnetFile + ".lease"
+		o.Manager = k
+	})
+	m.grants <- lease("10.5.1.0-24", "")
+	m.updates <- snapshot(peer2)
+	eventually(t, "ready", ready)
+	dir := filepath.Dir(d.file)
+	remove := func() error { return os.Remove(k.file) }
+	for i, harm := range []func() error{
+		remove, remove, remove, // no event of the subnet file is left
+		func() error { return errors.Join(os.Remove(d.file), os.Remove(k.file)) },
+		func() error { return os.Rename(dir, dir+".old") },
+	} {
+		if err := harm(); err != nil {
+			t.Fatal(i, err)
+		}
+		eventually(t, fmt.Sprint("both files after harm ", i), func() bool { return exists(k.file) && exists(d.file) })
+	}
+}
+
+func exists(path string) bool { _, err := os.Lstat(path); return err == nil }
 
 // A logBuffer is what was logged. Several goroutines use it.
 type logBuffer struct {

@@ -77,6 +77,13 @@ type EventRecorder interface {
 	RecordEvent(subject, reason, message string)
 }
 
+// A FileKeeper is a Manager that keeps a file beside the subnet file, whose name begins with the subnet file's.
+type FileKeeper interface {
+	// RestoreFile writes the file again if it is missing, or could not be written. It may be called at any time, and does
+	// not wait for the store.
+	RestoreFile()
+}
+
 // A State is how a node stands with its Manager's store.
 type State struct {
 	Kind      string       // of the store: "etcd", "kubernetes"
@@ -86,6 +93,7 @@ type State struct {
 	Check     string       // a command that asks the store whether it works
 	Connected bool         // the store does what it is asked
 	Problem   string       // why it does not, once the reason is known
+	Waiting   string       // what a lease waits for, and what to do about that; "": nothing, or there is a lease
 	Expires   time.Time    // when this node's lease ends unless it is renewed; zero: never, or there is no lease
 }
 

@@ -23,6 +23,7 @@ func (m *Manager) Acquire(ctx context.Context, cfg *subnet.Config, want subnet.L
 	if err != nil {
 		return subnet.Lease{}, fmt.Errorf("what to publish with the lease: %w", err)
 	}
+	defer m.setWaiting("")
 	pause := subnet.Backoff()
 	full := false
 	for {
@@ -31,11 +32,8 @@ func (m *Manager) Acquire(ctx context.Context, cfg *subnet.Config, want subnet.L
 				return subnet.Lease{}, err
 			}
 		}
-		records, at, err := m.list(ctx)
+		records, at, err := m.recall(ctx, want.Attrs)
 		if err != nil {
-			return subnet.Lease{}, err
-		}
-		if err := m.recall(ctx, records, want.Attrs); err != nil {
 			return subnet.Lease{}, err
 		}
 		c := choose(records, cfg, want, m.wrote, rand.IntN)
@@ -50,7 +48,8 @@ func (m *Manager) Acquire(ctx context.Context, cfg *subnet.Config, want subnet.L
 					m.log.Error(nil, "Giving up a lease that overlaps what this host uses", "subnet", r.subnets, "key", r.key,
 						"overlaps", o.Name)
 				} else {
-					m.log.Info("Deleting a lease that this node no longer needs", "subnet", r.subnets, "key", r.key)
+					m.log.Info("Deleting a lease with this node's address, or of this node, which does not use it",
+						"subnet", r.subnets, "key", r.key)
 				}
 				if err := m.remove(ctx, r); err != nil {
 					return subnet.Lease{}, err
@@ -84,10 +83,11 @@ func (m *Manager) Acquire(ctx context.Context, cfg *subnet.Config, want subnet.L
 		default:
 			if !full {
 				full = true
+				fix := fmt.Sprintf("delete the leases of nodes that no longer exist (etcdctl get --prefix %s; etcdctl del KEY), "+
+					"or enlarge the network in %s", m.subnetsPrefix(), m.configKey())
+				m.setWaiting("a subnet, none of which is free: " + fix)
 				m.log.Error(nil, "No subnet is free; waiting until a lease is deleted",
-					"leases", len(records), "subnets", describePools(cfg),
-					"fix", fmt.Sprintf("delete the leases of nodes that no longer exist (etcdctl get --prefix %s; etcdctl del KEY), "+
-						"or enlarge the network in %s", m.subnetsPrefix(), m.configKey()))
+					"leases", len(records), "subnets", describePools(cfg), "fix", fix)
 			}
 			deletions := []clientv3.OpOption{clientv3.WithPrefix(), clientv3.WithFilterPut()}
 			if err := m.awaitChange(ctx, at, []string{m.subnetsPrefix()}, deletions...); err != nil {

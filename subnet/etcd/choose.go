@@ -2,6 +2,7 @@ package etcd
 
 import (
 	"cmp"
+	"math"
 	"net/netip"
 	"slices"
 
@@ -11,7 +12,7 @@ import (
 // A choice is what to do to get a lease, given all records. If there is something to drop, that is done first, and then
 // the choice is made again.
 type choice struct {
-	drop   []record       // our own, which cannot be used
+	drop   []record       // our own, which cannot be used, and others' that keep peers from us
 	unfit  []record       // reservations for us that cannot be used: the operator is to know
 	take   record         // our own, which we take if it exists
 	create subnet.Subnets // else free subnets, whose record we create; zero when there are none
@@ -22,13 +23,24 @@ type choice struct {
 const freeEnough = 100
 
 // choose decides which subnets the node takes that wants to publish want, and had want.Subnets before. Wrote is the
-// record that this process wrote last, whatever public address it carries. Pick returns a number below n.
+// record that this node wrote last, whatever public address it carries. If that record is as it was, or is known to be
+// gone, the other records with this node's address are other machines', which had the address before and may come for
+// them; only reservations are this node's. The older ones are dropped: peers leave out the younger of two leases with
+// one address, which would be this node's. A machine whose record is gone leases the same subnets again if they are
+// free. Pick returns a number below n.
 func choose(records []record, cfg *subnet.Config, want subnet.Lease, wrote record, pick func(n int) int) choice {
 	var c choice
 	var own, others, usable []record
+	isWrote := func(r record) bool { return r.key == wrote.key && r.changed == wrote.changed }
+	known, since := wrote.isGone(), int64(math.MaxInt64)
+	if i := slices.IndexFunc(records, isWrote); i >= 0 {
+		known, since = true, records[i].created
+	}
 	for _, r := range records {
-		if r.valid && sameNode(r.attrs, want.Attrs) || r.key == wrote.key && r.changed == wrote.changed {
+		if byAddress := r.valid && sameNode(r.attrs, want.Attrs); isWrote(r) || byAddress && (!known || r.reserved()) {
 			own = append(own, r)
+		} else if byAddress && r.created < since {
+			c.drop = append(c.drop, r)
 		} else if canHave(cfg, r.subnets) {
 			others = append(others, r)
 		}

@@ -179,9 +179,17 @@ func TestChoose(t *testing.T) {
 			records: "10.5.3.0-24 198.18.0.2", want: "take 10.5.3.0-24"},
 		{name: "written, and then by another", config: four, self: self, previous: "10.5.3.0-24", wrote: "10.5.3.0-24 then",
 			records: "10.5.3.0-24 198.18.0.2", want: "create 10.5.1.0-24"},
-		{name: "written, and a leftover of the new address", config: four, self: self, wrote: "10.5.3.0-24", records: `
+		{name: "written, and a younger one at the new address", config: four, self: self, wrote: "10.5.3.0-24", records: `
+			10.5.3.0-24 198.18.0.2
+			10.5.2.0-24 198.18.0.1`, want: "take 10.5.3.0-24"},
+		{name: "written, and an older one at the new address", config: four, self: self, wrote: "10.5.3.0-24", records: `
 			10.5.2.0-24 198.18.0.1
 			10.5.3.0-24 198.18.0.2`, want: "drop 10.5.2.0-24, take 10.5.3.0-24"},
+		{name: "written and gone, and another at the new address", config: four, self: self, wrote: "10.5.3.0-24 gone",
+			previous: "10.5.3.0-24", records: `10.5.2.0-24 198.18.0.1`, want: "drop 10.5.2.0-24, create 10.5.3.0-24"},
+		{name: "written, and a reservation of the new address", config: four, self: self, wrote: "10.5.3.0-24", records: `
+			10.5.2.0-24 198.18.0.1 reserved
+			10.5.3.0-24 198.18.0.2`, want: "drop 10.5.3.0-24, take 10.5.2.0-24"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			cfg, err := subnet.ParseConfig([]byte(c.config))
@@ -209,9 +217,12 @@ func TestChoose(t *testing.T) {
 				if r.subnets.Key() == key {
 					wrote = r
 					if changed != "" {
-						wrote.changed = r.changed - 1
+						wrote.changed = r.changed + 1
 					}
 				}
+			}
+			if changed == "gone" {
+				wrote = record{key: "/net/subnets/" + key}
 			}
 			got := choose(all, cfg, want, wrote, func(n int) int { return 0 })
 			if got.String() != c.want {

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"fmt"
 	"net/netip"
 	"slices"
 	"time"
@@ -44,6 +45,7 @@ type claim struct {
 // claimAll claims the node's public addresses, and waits until no other node holds one of them. A holder that does not
 // answer, such as a machine that this one replaces, does not hold them any more.
 func (m *Manager) claimAll(ctx context.Context, ips []netip.Addr) error {
+	defer m.setWaiting("")
 	answered := map[string]string{} // identities of the holders that are alive, by key
 	waited := false
 	for {
@@ -73,6 +75,7 @@ func (m *Manager) claimAll(ctx context.Context, ips []netip.Addr) error {
 					"address", h.ip, "hostname", plain.Text(h.Hostname), "key", h.key,
 					"fix", "if that machine still runs, give one of the two an address of its own")
 			}
+			m.setWaiting("")
 			continue
 		}
 		waited = true
@@ -85,17 +88,18 @@ func (m *Manager) claimAll(ctx context.Context, ips []netip.Addr) error {
 	}
 }
 
-// logHolder logs that another node holds our public address, and what to do about it.
+// logHolder logs that another node holds our public address, and what to do about it; State has that, too.
 func (m *Manager) logHolder(h holder) {
 	name := plain.Text(h.Hostname)
 	message := "Another node holds the public address, and is alive; waiting until it is free"
-	fix := "If this machine replaces " + name + ", stop flanneld there. If not, give this node an address of its own with " +
-		"--iface, --iface-regex, --iface-can-reach or --public-ip. " +
+	fix := "If this machine replaces " + name + ", stop flanneld there (systemctl stop flanneld). If not, give this " +
+		"node an address of its own with --iface, --iface-regex, --iface-can-reach or --public-ip. " +
 		"Machines behind NAT may all have the same address, such as 10.0.2.15"
 	if h.lease == clientv3.NoLease {
 		message = "Another node holds the public address; waiting until it is free"
 		fix += ". If no such node exists: etcdctl del " + plain.Shell(h.key)
 	}
+	m.setWaiting(fmt.Sprintf("the public address %s, which the node %s holds (key %s). %s", h.ip, name, h.key, fix))
 	m.ownRecords.Error(h.key, h.Identity, nil, message,
 		"address", h.ip, "hostname", name, "key", h.key, "fix", fix)
 }
@@ -108,36 +112,43 @@ const claimGrace = 5 * time.Second
 // hold their addresses no longer.
 //
 // The question is the holder's own claim, with AskedBy set, and on an etcd lease of the node that asks. A live daemon
-// claims its address again at once. Meanwhile nobody else can claim the address, and any number of nodes may ask.
+// claims its address again at once. Meanwhile nobody else can claim the address, and any number of nodes may ask. The
+// node that asked may be dead by now, or may be an earlier run of this daemon: whoever has waited for claimGrace
+// deletes a question without an answer.
 func (m *Manager) silent(ctx context.Context, holders []holder) ([]holder, error) {
 	lease, _, err := m.grant(ctx, claimTTL)
 	if err != nil {
 		return nil, err
 	}
-	defer m.revoke(lease) // a question without an answer is deleted
-	holders, at, err := m.ask(ctx, holders, lease)
+	defer m.revoke(lease) // if ctx ends, the question ends too
+	asked, at, err := m.ask(ctx, holders, lease)
 	if err != nil {
 		return nil, err
 	}
-	for len(holders) > 0 {
-		grace, cancel := context.WithTimeout(ctx, claimGrace)
-		late := m.awaitChange(grace, at, keysOfHolders(holders))
-		cancel()
+	grace, cancel := context.WithTimeout(ctx, claimGrace)
+	defer cancel()
+	for len(asked) > 0 {
+		late := m.awaitChange(grace, at, keysOfHolders(asked))
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
 		}
-		now, readAt, err := m.holders(ctx, addressesOf(holders))
+		now, readAt, err := m.holders(ctx, addressesOf(asked))
 		if err != nil {
 			return nil, err
 		}
-		at, holders = readAt, slices.DeleteFunc(holders, func(h holder) bool {
+		at, asked = readAt, slices.DeleteFunc(asked, func(h holder) bool {
 			return !slices.ContainsFunc(now, func(n holder) bool { return n.key == h.key && n.changed == h.changed })
 		})
 		if late != nil {
-			return holders, nil
+			break
 		}
 	}
-	return nil, nil
+	for _, h := range asked {
+		if err := m.removeKey(ctx, "delete the claim of a machine that is gone", h.key, h.changed); err != nil {
+			return nil, err
+		}
+	}
+	return asked, nil
 }
 
 // ask writes the question to the keys of holders that nobody has asked yet, and returns the holders that have not

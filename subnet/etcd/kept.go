@@ -7,15 +7,18 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/flanneld/flanneld/pkg/atomicfile"
 	"github.com/flanneld/flanneld/pkg/plain"
+	"github.com/flanneld/flanneld/pkg/retry"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -26,131 +29,209 @@ type keptRecord struct {
 	Key      string // in etcd
 	Revision int64  // of the last change of the key
 	Value    string // the JSON of subnet.Attrs
+	Next     string `json:",omitempty"` // what this node was about to write as the value; it may have done so
 	Identity string // of the machine, see Options: a copy of a machine must not take the lease of the original
 }
 
 // maxKept is the size of the largest LeaseFile that is read, in bytes.
 const maxKept = 64 << 10
 
-// readKept reads LeaseFile. The zero record stands for a file that does not exist. The record is not ours if another
-// machine wrote the file: then this machine may be a copy of that one. Its addresses are good to prefer all the same,
-// since only one machine can have them.
-func (m *Manager) readKept() (r record, ours bool, err error) {
+// readKept reads LeaseFile into m.wrote and m.next, and its addresses into m.known. A file that does not exist leaves
+// them empty. The record is not ours if another machine wrote the file: then this machine may be a copy of that one.
+// Its addresses are good to prefer all the same, since only one machine can have them.
+func (m *Manager) readKept() error {
 	if m.options.LeaseFile == "" {
-		return record{}, false, nil
+		return nil
 	}
 	text, err := atomicfile.ReadTrusted(m.options.LeaseFile, maxKept)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return record{}, false, nil
+		return nil
 	case err != nil:
-		return record{}, false, err
+		return err
 	}
 	var k keptRecord
 	if err := json.Unmarshal(text, &k); err != nil {
-		return record{}, false, fmt.Errorf("%s: %s", m.options.LeaseFile, plain.Text(err.Error()))
+		return fmt.Errorf("%s: %s", m.options.LeaseFile, plain.Text(err.Error()))
 	}
-	r = record{key: k.Key, changed: k.Revision, value: []byte(k.Value)}
+	r := record{key: k.Key, changed: k.Revision, value: []byte(k.Value)}
 	if !strings.HasPrefix(k.Key, m.subnetsPrefix()) {
-		return record{}, false, nil // of another network
+		return nil // of another network
 	}
 	if r.subnets, err = subnet.ParseKey(strings.TrimPrefix(r.key, m.subnetsPrefix())); err != nil {
-		return record{}, false, fmt.Errorf("%s: %w", m.options.LeaseFile, err)
+		return fmt.Errorf("%s: %w", m.options.LeaseFile, err)
 	}
 	if r.attrs, err = subnet.ParseAttrs(r.value); err != nil {
-		return record{}, false, fmt.Errorf("%s: %w", m.options.LeaseFile, err)
+		return fmt.Errorf("%s: %w", m.options.LeaseFile, err)
 	}
 	r.valid = true
+	m.known = r.attrs.PublicIPs()
 	if k.Identity != m.options.Identity {
 		m.log.Info("The file with this node's lease is of another machine, or of this one under another host name; "+
 			"the lease counts only at the same public address", "path", m.options.LeaseFile, "subnet", r.subnets)
-		return r, false, nil
+		return nil
 	}
-	return r, true, nil
+	m.wrote, m.next = r, []byte(k.Next)
+	return nil
 }
+
+// isWrote tells whether a record is as this node wrote or found it last: nobody has written the record since.
+func (m *Manager) isWrote(r record) bool { return r.key == m.wrote.key && r.changed == m.wrote.changed }
 
 // setWrote records this node's record as this node wrote or found it last, and writes LeaseFile.
 func (m *Manager) setWrote(r record) {
-	changed := r.key != m.wrote.key || r.changed != m.wrote.changed
+	changed := !m.isWrote(r)
 	m.wrote = r
-	if m.options.LeaseFile == "" || !changed && m.kept {
+	if changed || !m.file.isWritten() {
+		m.keep(nil)
+	}
+}
+
+// keep writes LeaseFile. Next is what this node is about to write as the value of its record, if anything: a daemon
+// that is killed after that recognizes its record all the same.
+func (m *Manager) keep(next []byte) {
+	if m.options.LeaseFile == "" {
 		return
 	}
-	text, err := json.Marshal(keptRecord{Key: r.key, Revision: r.changed, Value: string(r.value), Identity: m.options.Identity})
-	if err == nil {
-		err = os.MkdirAll(filepath.Dir(m.options.LeaseFile), 0o755)
+	r := m.wrote
+	text, err := json.Marshal(keptRecord{
+		Key: r.key, Revision: r.changed, Value: string(r.value), Next: string(next), Identity: m.options.Identity,
+	})
+	if err != nil {
+		m.log.Error(err, "Cannot keep this node's lease in a file")
+		return
 	}
+	m.file.mu.Lock()
+	defer m.file.mu.Unlock()
+	m.file.text = append(text, '\n')
+	m.writeLeaseFile()
+}
+
+// A leaseFile is the state of LeaseFile.
+type leaseFile struct {
+	mu      sync.Mutex
+	text    []byte // what the file must have; nil: nothing was written yet
+	written bool   // and that succeeded
+	err     retry.LastError
+}
+
+func (f *leaseFile) isWritten() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.written
+}
+
+// writeLeaseFile writes LeaseFile. The caller holds m.file.mu.
+func (m *Manager) writeLeaseFile() {
+	f := &m.file
+	err := os.MkdirAll(filepath.Dir(m.options.LeaseFile), 0o755)
 	if err == nil {
-		err = atomicfile.Write(m.options.LeaseFile, append(text, '\n'), 0o600) // backend data may be for this network's nodes only
+		err = atomicfile.Write(m.options.LeaseFile, f.text, 0o600) // backend data may be for this network's nodes only
 	}
-	m.kept = err == nil
-	if m.keepError.Changed(err) && err != nil {
+	f.written = err == nil
+	if f.err.Changed(err) && err != nil {
 		m.log.Error(err, "Cannot keep this node's lease in a file: "+
 			"with another public address after a restart, this node would get another subnet")
 	}
 }
 
-// recall finds out, once, whether the record of LeaseFile is still this node's, now that its public addresses are
-// self's. It is not, if another program has written the record since, or if a daemon lives at the addresses that the
-// record names: this machine is then a copy of that one. If the record is this node's, and has other addresses, recall
-// writes self's into it, here and in records: of several copies of a machine that start together, one is the first, and
-// the others publish nothing that the record has.
-func (m *Manager) recall(ctx context.Context, records []record, self subnet.Attrs) error {
-	if m.recalled {
-		return nil
+// RestoreFile implements subnet.FileKeeper. A file with another content stays: it may be that of a flanneld that shares
+// the directory, which would restore its own.
+func (m *Manager) RestoreFile() {
+	m.file.mu.Lock()
+	defer m.file.mu.Unlock()
+	if m.file.text == nil {
+		return
 	}
-	i := slices.IndexFunc(records, func(r record) bool { return r.key == m.wrote.key })
-	switch {
-	case m.wrote.key == "":
-	case i >= 0 && (records[i].changed != m.wrote.changed || !bytes.Equal(records[i].value, m.wrote.value)):
-		m.wrote = record{}
-	case sameNode(m.wrote.attrs, self):
-	case i < 0:
-		m.wrote = record{} // nothing proves that no copy of this machine publishes the same
-	default:
-		alive, err := m.anyAlive(ctx, m.wrote.attrs)
-		if err != nil {
-			return err
+	if m.file.written {
+		if _, err := os.Lstat(m.options.LeaseFile); !errors.Is(err, fs.ErrNotExist) {
+			return
 		}
-		const fix = "a copy of a machine needs a /etc/machine-id of its own, and none of the files "
-		if alive != nil {
-			m.log.Error(nil, "Another node lives at the public address that this node had before; leaving it the lease",
-				"address", alive.ip, "hostname", plain.Text(alive.Hostname), "subnet", m.wrote.subnets,
-				"fix", fix+m.options.LeaseFile)
-			m.wrote = record{}
-			break
-		}
-		r, ok, err := m.move(ctx, records[i], self)
-		if err != nil {
-			return err
-		}
-		if !ok {
-			m.log.Error(nil, "Another copy of this machine took the lease that this node had before, or lives at its address",
-				"subnet", m.wrote.subnets, "fix", fix+m.options.LeaseFile)
-			m.wrote = record{}
-			break
-		}
-		m.log.Info("This node's public address changed; it takes its lease along", "subnet", r.subnets,
-			"addresses", self.PublicIPs(), "before", records[i].attrs.PublicIPs())
-		m.setWrote(r)
-		records[i] = r
+		m.log.Info("The file with this node's lease was removed by another program; writing it again",
+			"path", m.options.LeaseFile)
 	}
-	m.recalled = true
-	return nil
+	m.writeLeaseFile()
 }
 
-// move writes self's public addresses into a record. If another program is faster, or a daemon lives at one of the
-// former addresses by now, ok is false, and nothing is written.
-func (m *Manager) move(ctx context.Context, from record, self subnet.Attrs) (r record, ok bool, err error) {
-	ips := self.PublicIPs()
-	if err := m.claimAll(ctx, ips); err != nil {
+// recall lists the records, and finds out, once, whether the record of LeaseFile is still this node's, now that its
+// public addresses are self's. It is not, if another program has written the record since, or if a daemon with this
+// machine's identity lives at the addresses that the record names: this machine is then a copy of that one. Another
+// machine may live there: a node that takes a record by its address writes it, see publish, so that machine has not
+// taken this one. If the record is this node's, and has other addresses, recall writes self's into it: of several
+// copies of a machine that start together, one is the first, and the others publish nothing that the record has.
+func (m *Manager) recall(ctx context.Context, self subnet.Attrs) (records []record, at watchPoint, err error) {
+	pause := subnet.Backoff()
+	for {
+		if records, at, err = m.list(ctx); err != nil || m.recalled {
+			return records, at, err
+		}
+		i := slices.IndexFunc(records, func(r record) bool { return r.key == m.wrote.key })
+		if i >= 0 && records[i].changed > m.wrote.changed && len(m.next) > 0 && bytes.Equal(records[i].value, m.next) {
+			m.setWrote(records[i]) // this node was ended before it knew that the value was written
+		}
+		const fix = "a copy of a machine needs a /etc/machine-id of its own, and none of the files "
+		switch {
+		case m.wrote.key == "":
+			m.recalled = true
+		case i >= 0 && (records[i].changed != m.wrote.changed || !bytes.Equal(records[i].value, m.wrote.value)):
+			if !sameNode(records[i].attrs, self) {
+				m.log.Error(nil, "Another node has the lease that this node had before; leaving the lease to it",
+					"addresses", records[i].attrs.PublicIPs(), "subnet", m.wrote.subnets, "fix", "if that is a copy of this machine: "+
+						fix+m.options.LeaseFile)
+			}
+			m.forget()
+		case sameNode(m.wrote.attrs, self):
+			m.recalled = true
+		case i < 0:
+			// Nothing proves that no copy of this machine publishes the same.
+			m.wrote, m.recalled = record{key: m.wrote.key}, true
+		default:
+			former := slices.DeleteFunc(m.wrote.attrs.PublicIPs(), func(ip netip.Addr) bool {
+				return slices.Contains(self.PublicIPs(), ip)
+			})
+			holders, copied, err := m.findCopy(ctx, former)
+			if err != nil {
+				return nil, watchPoint{}, err
+			}
+			if copied != nil {
+				m.log.Error(nil, "A copy of this machine lives at this node's former public address; leaving it the lease",
+					"address", copied.ip, "hostname", plain.Text(copied.Hostname), "subnet", m.wrote.subnets,
+					"fix", fix+m.options.LeaseFile)
+				m.forget()
+				break
+			}
+			r, ok, err := m.move(ctx, records[i], self, holders)
+			if err != nil {
+				return nil, watchPoint{}, err
+			}
+			if !ok { // another program was faster: find out which
+				if err := pause.Sleep(ctx); err != nil {
+					return nil, watchPoint{}, err
+				}
+				break
+			}
+			m.log.Info("This node's public address changed; it takes its lease along", "subnet", r.subnets,
+				"addresses", self.PublicIPs(), "before", records[i].attrs.PublicIPs())
+			m.setWrote(r)
+			m.recalled = true
+		}
+	}
+}
+
+// forget forgets the record of LeaseFile, which is not this node's.
+func (m *Manager) forget() { m.wrote, m.recalled = record{}, true }
+
+// move writes self's public addresses into a record. If another program is faster, with the record or with one of the
+// former addresses, whose holders are given, ok is false, and nothing is written.
+func (m *Manager) move(ctx context.Context, from record, self subnet.Attrs, holders []holder) (
+	r record, ok bool, err error,
+) {
+	if err := m.claimAll(ctx, self.PublicIPs()); err != nil {
 		return record{}, false, err
 	}
-	var deserted []clientv3.Cmp
-	for _, ip := range from.attrs.PublicIPs() {
-		if !slices.Contains(ips, ip) {
-			deserted = append(deserted, clientv3.Compare(clientv3.CreateRevision(m.nodeKey(ip)), "=", 0))
-		}
+	var unchanged []clientv3.Cmp
+	for _, h := range holders {
+		unchanged = append(unchanged, clientv3.Compare(clientv3.ModRevision(h.key), "=", h.changed))
 	}
 	attrs := from.attrs
 	attrs.PublicIP, attrs.PublicIPv6 = self.PublicIP, self.PublicIPv6
@@ -158,33 +239,34 @@ func (m *Manager) move(ctx context.Context, from record, self subnet.Attrs) (r r
 	if err != nil {
 		return record{}, false, err
 	}
-	r, _, ok, err = m.publish(ctx, from, from.key, value, deserted...)
+	r, _, ok, err = m.publish(ctx, from, from.key, value, unchanged...)
 	return r, ok, err
 }
 
-// anyAlive returns a node that is alive on one of the addresses; nil: there is none.
-func (m *Manager) anyAlive(ctx context.Context, a subnet.Attrs) (*holder, error) {
-	holders, _, err := m.holders(ctx, a.PublicIPs())
-	if err != nil {
-		return nil, err
-	}
-	holders = slices.DeleteFunc(holders, func(h holder) bool { return h.changed == 0 })
-	for _, h := range holders {
-		if h.lease == clientv3.NoLease {
-			return &h, nil
+// findCopy returns who holds the addresses, and which of the holders is alive and has this machine's identity, if one
+// is and has.
+func (m *Manager) findCopy(ctx context.Context, ips []netip.Addr) (holders []holder, copied *holder, err error) {
+	for asked := false; ; asked = true {
+		holders, _, err := m.holders(ctx, ips)
+		if err != nil {
+			return nil, nil, err
+		}
+		var own []holder
+		for _, h := range holders {
+			if h.changed != 0 && !h.isOther(m.options.Identity) {
+				own = append(own, h)
+			}
+		}
+		for _, h := range own {
+			if asked || h.lease == clientv3.NoLease {
+				return holders, &h, nil
+			}
+		}
+		if len(own) == 0 {
+			return holders, nil, nil
+		}
+		if _, err := m.silent(ctx, own); err != nil {
+			return nil, nil, err
 		}
 	}
-	if len(holders) == 0 {
-		return nil, nil
-	}
-	dead, err := m.silent(ctx, holders)
-	if err != nil {
-		return nil, err
-	}
-	for _, h := range holders {
-		if !slices.ContainsFunc(dead, func(d holder) bool { return d.key == h.key }) {
-			return &h, nil
-		}
-	}
-	return nil, nil
 }

@@ -32,7 +32,6 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/pkg/iface"
-	"github.com/flanneld/flanneld/pkg/retry"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -99,18 +98,23 @@ type Manager struct {
 	latest  watchPoint
 	claim   *claim    // nil: none held
 	expires time.Time // of the lease that is kept
+	waiting string    // see subnet.State
 
 	// Of Previous, Acquire and Keep alone: our own record as we wrote or found it last, maybe before a restart, and the
 	// revision of its creation once we know that no older lease overlaps it.
-	wrote     record
-	verified  int64
-	known     []netip.Addr // the addresses in LeaseFile at the start
-	recalled  bool         // wrote is ours, or was dropped: see recall
-	kept      bool         // LeaseFile has wrote
-	keepError retry.LastError
+	wrote    record
+	next     []byte // in LeaseFile at the start, see keptRecord
+	verified int64
+	known    []netip.Addr // the addresses in LeaseFile at the start
+	recalled bool         // wrote is ours, or was dropped: see recall
+
+	file leaseFile
 }
 
-var _ subnet.Manager = (*Manager)(nil)
+var (
+	_ subnet.Manager    = (*Manager)(nil)
+	_ subnet.FileKeeper = (*Manager)(nil)
+)
 
 // New returns a manager. It sends no request to etcd, which may still be down; an error is about the options.
 func New(ctx context.Context, o Options) (*Manager, error) {
@@ -155,12 +159,8 @@ func New(ctx context.Context, o Options) (*Manager, error) {
 			Kind: "etcd", Store: "etcd at " + strings.Join(o.Endpoints, ","), Endpoints: o.Endpoints, Check: checkCommand(o),
 		}),
 	}
-	kept, ours, err := m.readKept()
-	if err != nil {
+	if err := m.readKept(); err != nil {
 		log.Error(err, "Cannot tell which lease this node held before")
-	}
-	if m.known = kept.attrs.PublicIPs(); ours {
-		m.wrote = kept
 	}
 	m.running.Go(m.runHeartbeat)
 	return m, nil
@@ -291,7 +291,7 @@ func (m *Manager) State() subnet.State {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	s := m.health.State()
-	s.Expires, s.Addresses = m.expires, m.dialer.Remotes()
+	s.Expires, s.Waiting, s.Addresses = m.expires, m.waiting, m.dialer.Remotes()
 	return s
 }
 
@@ -302,23 +302,27 @@ func (m *Manager) setExpires(at time.Time) {
 	m.expires = at
 }
 
+// setWaiting records what this node's lease waits for; "": nothing.
+func (m *Manager) setWaiting(what string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.waiting = what
+}
+
 // Previous implements subnet.Manager.
 func (m *Manager) Previous(ctx context.Context, self subnet.Attrs) (subnet.Attrs, error) {
-	records, _, err := m.list(ctx)
+	records, _, err := m.recall(ctx, self)
 	if err != nil {
 		return subnet.Attrs{}, err
 	}
 	var found subnet.Attrs
-	if err := m.recall(ctx, records, self); err != nil {
-		return subnet.Attrs{}, err
-	}
 	for _, r := range records {
-		if r.key == m.wrote.key && r.changed == m.wrote.changed {
+		if m.isWrote(r) {
 			return r.attrs, nil
 		}
 		// A reservation that was never used has no backend data.
 		unused := found.BackendType == "" && len(found.BackendData) == 0 && len(found.BackendV6Data) == 0
-		if r.valid && unused && sameNode(r.attrs, self) {
+		if r.valid && unused && sameNode(r.attrs, self) && (!m.wrote.isGone() || r.reserved()) {
 			found = r.attrs
 		}
 	}

@@ -33,6 +33,9 @@ type record struct {
 
 func (r record) exists() bool { return r.created != 0 }
 
+// isGone tells whether the record stands for one that this node had, and that is gone from etcd.
+func (r record) isGone() bool { return r.key != "" && r.changed == 0 }
+
 // reserved tells whether the operator has reserved the subnets for a node.
 func (r record) reserved() bool { return r.exists() && r.valid && r.lease == clientv3.NoLease }
 
@@ -152,8 +155,9 @@ func tooLarge(err error) bool {
 
 // publish gives the node's record the value, and renews its etcd lease, or replaces an etcd lease that has ended; a
 // reservation stays without an etcd lease. The record is written only when it changes, because each write wakes all
-// peers. Now is the record as it was last read; if it is zero, publish creates the record. The results are the record
-// and its end; ok is false when another program was faster, or one of also does not hold, and nothing was done.
+// peers; or where this node has found it by its address alone: it may be another machine's, whose LeaseFile then counts
+// no longer. Now is the record as it was last read; if it is zero, publish creates the record. The results are the
+// record and its end; ok is false when another program was faster, or one of also does not hold, and nothing was done.
 func (m *Manager) publish(ctx context.Context, now record, key string, value []byte, also ...clientv3.Cmp) (
 	r record, expires time.Time, ok bool, err error,
 ) {
@@ -174,8 +178,12 @@ func (m *Manager) publish(ctx context.Context, now record, key string, value []b
 		}
 		expires = time.Now().Add(ttl)
 	}
-	if now.exists() && !granted && bytes.Equal(now.value, value) {
+	known := now.exists() && m.isWrote(now)
+	if now.exists() && !granted && bytes.Equal(now.value, value) && (known || m.options.LeaseFile == "") {
 		return now, expires, true, nil
+	}
+	if known {
+		m.keep(value)
 	}
 	var answer *clientv3.TxnResponse
 	write := func(ctx context.Context, c *clientv3.Client) (h *pb.ResponseHeader, err error) {
@@ -208,17 +216,22 @@ func (m *Manager) publish(ctx context.Context, now record, key string, value []b
 
 // remove deletes a record, unless it changed since it was seen.
 func (m *Manager) remove(ctx context.Context, r record) error {
+	return m.removeKey(ctx, "delete the lease "+r.key, r.key, r.changed)
+}
+
+// removeKey deletes a key, unless it changed since the revision.
+func (m *Manager) removeKey(ctx context.Context, operation, key string, changed int64) error {
 	remove := func(ctx context.Context, c *clientv3.Client) (*pb.ResponseHeader, error) {
 		answer, err := c.Txn(ctx).
-			If(clientv3.Compare(clientv3.ModRevision(r.key), "=", r.changed)).
-			Then(clientv3.OpDelete(r.key)).
+			If(clientv3.Compare(clientv3.ModRevision(key), "=", changed)).
+			Then(clientv3.OpDelete(key)).
 			Commit()
 		if err != nil {
 			return nil, err
 		}
 		return answer.Header, nil
 	}
-	_, err := m.do(ctx, "delete the lease "+r.key, remove)
+	_, err := m.do(ctx, operation, remove)
 	return err
 }
 

@@ -270,8 +270,12 @@ func TestAcquireEndsWithItsContext(t *testing.T) {
 	cfg := s.configure(`{"Network": "10.5.0.0/16", "SubnetMin": "10.5.1.0", "SubnetMax": "10.5.1.0"}`)
 	s.putLeased("subnets/10.5.1.0-24", record("198.18.0.9"))
 	ctx, cancel := context.WithCancel(s.ctx())
-	done := s.acquireLater(ctx, s.manager("a"), cfg, want("198.18.0.1"))
+	m := s.manager("a")
+	done := s.acquireLater(ctx, m, cfg, want("198.18.0.1"))
 	log.await(t, 1, "No subnet is free", s.prefix)
+	if got := m.State().Waiting; !strings.Contains(got, "etcdctl del") {
+		t.Errorf("it waits for %q", got)
+	}
 	cancel()
 	if got := receive(t, done); !errors.Is(got.err, context.Canceled) {
 		t.Errorf("got %v", got.err)
@@ -286,7 +290,8 @@ func TestPublicAddressOfAnotherNode(t *testing.T) {
 	s.keep(holder, held)
 	before := s.list("subnets/")
 
-	done := s.acquireLater(s.ctx(), s.manager("b"), cfg, want("10.0.2.15"))
+	waits := s.manager("b")
+	done := s.acquireLater(s.ctx(), waits, cfg, want("10.0.2.15"))
 	said := log.await(t, 1, "Another node holds the public address", `address="10.0.2.15"`, s.prefix+"/nodes/10.0.2.15")[0]
 	if !strings.HasPrefix(said, "E") {
 		t.Errorf("not an error: %s", said)
@@ -294,6 +299,11 @@ func TestPublicAddressOfAnotherNode(t *testing.T) {
 	for _, part := range []string{"is alive", "--iface", "--iface-regex", "--iface-can-reach", "--public-ip", "stop flanneld"} {
 		if !strings.Contains(said, part) {
 			t.Errorf("%q does not say %q", said, part)
+		}
+	}
+	for _, part := range []string{"the public address 10.0.2.15", s.prefix + "/nodes/10.0.2.15", "--public-ip", "stop flanneld"} {
+		if got := waits.State().Waiting; !strings.Contains(got, part) {
+			t.Errorf("%q does not say %q", got, part)
 		}
 	}
 	if after := s.list("subnets/"); !slices.Equal(after, before) {
@@ -306,6 +316,9 @@ func TestPublicAddressOfAnotherNode(t *testing.T) {
 	holder.Close()
 	if got := receive(t, done); got.err != nil || got.lease.Subnets != held.Subnets {
 		t.Errorf("got %v, %v; the address had %v", got.lease.Subnets, got.err, held.Subnets)
+	}
+	if got := waits.State().Waiting; got != "" {
+		t.Errorf("with a lease, it waits for %s", got)
 	}
 }
 
@@ -329,6 +342,20 @@ func TestHolderThatDied(t *testing.T) {
 	}
 	if lines, _ := log.lines("Another node holds the public address", "10.0.2.15", s.prefix); len(lines) > 0 {
 		t.Errorf("logged as alive: %q", lines)
+	}
+}
+
+// TestHolderWhoseAskerDied: a question whose asker has died keeps nobody from the address, however long it stays in etcd.
+func TestHolderWhoseAskerDied(t *testing.T) {
+	s := newSite(t)
+	cfg := s.configure(small)
+	s.putLeased("nodes/10.0.2.15", `{"Identity":"dead","Hostname":"one","AskedBy":"two"}`)
+	s.acquire(s.manager("b"), cfg, want("10.0.2.15"))
+	if e := s.get("nodes/10.0.2.15"); !strings.Contains(e.value, `"Identity":"b"`) {
+		t.Errorf("the claim is %+v", e)
+	}
+	if lines := log.await(t, 1, "does not answer. Taking its place", s.prefix); len(lines) != 1 {
+		t.Errorf("logged %q", lines)
 	}
 }
 

@@ -18,6 +18,7 @@ import (
 
 	"github.com/flanneld/flanneld/backend"
 	"github.com/flanneld/flanneld/pkg/family"
+	"github.com/flanneld/flanneld/pkg/fight"
 	"github.com/flanneld/flanneld/pkg/firewall"
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/kernel"
@@ -88,6 +89,11 @@ type node struct {
 	overlaps []string // of the network with what the host uses, as logged
 	fileSet  bool     // the subnet file has the right content
 	ready    bool
+
+	fileFights *fight.Detector[string, string]
+	fileFight  string // over the subnet file, in words; "": none
+	filePaced  bool   // the subnet file is fought over: the next retry writes it
+
 	errors   retry.LastErrors[string] // of each duty
 	records  *subnet.RecordLog        // what is wrong with leases of peers
 	retry    *time.Timer
@@ -114,7 +120,7 @@ func Run(ctx context.Context, o Options) error {
 		Options: o, started: time.Now(), log: klog.FromContext(ctx), status: newStatusServer(),
 		metrics: newMetrics(o.Manager, o.Version), errors: retry.LastErrors[string]{},
 		records: subnet.NewRecordLog(klog.FromContext(ctx)), retry: time.NewTimer(0), retrying: true,
-		health: newHealth(), locks: map[string]*lock.Lock{},
+		health: newHealth(), fileFights: newFileFights(klog.FromContext(ctx)), locks: map[string]*lock.Lock{},
 	}
 	n.Uplink.Overlay = backend.Device
 	defer n.releaseLocks()
@@ -244,7 +250,7 @@ func (n *node) handleEvent(ctx context.Context, compare <-chan time.Time) (runni
 	case answer := <-n.status.requests:
 		answer()
 	case <-n.retry.C:
-		n.retrying = false
+		n.retrying, n.filePaced = false, false
 		if n.blocked != nil {
 			err = n.refreshUplink(ctx, n.blocked)
 		}
@@ -253,6 +259,8 @@ func (n *node) handleEvent(ctx context.Context, compare <-chan time.Time) (runni
 	case <-compare:
 		n.kernel.Compare()
 		n.fileSet = false
+		n.fileFights.Forget()
+		n.recordFileFight()
 		n.checkLost()
 		err = n.refreshUplink(ctx, n.target.cfg)
 	}
@@ -553,7 +561,7 @@ func (n *node) reconcile() {
 		n.health.waitFor("the device: " + string(n.errors["Kernel"]))
 	case !n.rulesSet:
 		n.health.waitFor("the rules: see the log")
-	case !n.fileSet:
+	case !n.fileSet && !n.filePaced:
 		n.writeFile()
 	}
 	if !n.ready && n.fileSet {

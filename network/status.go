@@ -138,11 +138,12 @@ func (n *node) view() view {
 		Options: n.Options, state: &n.state, waiting: n.health.waitingFor(), started: n.started,
 		ready: n.ready, rulesSet: n.rulesSet, fileWritten: n.fileSet,
 	}
+	v.errors = map[string]string{}
 	for duty, err := range n.errors {
-		if v.errors == nil {
-			v.errors = map[string]string{}
-		}
 		v.errors[duty] = string(err)
+	}
+	if n.fileFight != "" {
+		v.errors["Subnet file"] = n.fileFight
 	}
 	return v
 }

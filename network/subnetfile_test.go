@@ -50,6 +50,56 @@ func TestSubnetFile(t *testing.T) {
 	}
 }
 
+// A program that changes the subnet file whenever flanneld has written it is noticed: that is logged once, and flanneld
+// writes the file more slowly.
+func TestSubnetFileFight(t *testing.T) {
+	log := &logBuffer{}
+	logger := textlogger.NewLogger(textlogger.NewConfig(textlogger.Output(log)))
+	m := newManager(vxlanConfig)
+	socket := filepath.Join(t.TempDir(), "sock")
+	d := beginIn(klog.NewContext(t.Context(), logger), t, m, func(o *Options) {
+		o.KernelResync, o.StatusSocket = time.Hour, socket
+	})
+	m.grants <- lease("10.5.1.0-24", "")
+	m.updates <- snapshot(peer2)
+	eventually(t, "ready", ready)
+	written := func() bool {
+		env, err := subnet.ReadEnv(d.file)
+		return err == nil && env.MTU == 1450
+	}
+	undo := func() {
+		t.Helper()
+		eventually(t, "the file", written)
+		env, err := subnet.ReadEnv(d.file)
+		if err == nil {
+			env.MTU = 1400
+			err = env.WriteFile(d.file)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	const begins = "again and again"
+	for i := 0; len(log.lines(begins)) == 0; i++ {
+		if i == 1000 { // a fight has 20 bursts of 50 ms
+			t.Fatal("nothing is noticed")
+		}
+		undo()
+	}
+	changes := len(log.lines("writing it again"))
+	for range 3 { // from now on, each is a second apart
+		undo()
+	}
+	if lines := log.lines("subnet.env"); len(lines) != changes+1 || len(log.lines(begins)) != 1 {
+		t.Errorf("after %d lines on changes: %q", changes, lines)
+	}
+	s, err := NewClient(socket).Status(t.Context())
+	if _, text := get("/metrics"); err != nil || !strings.Contains(s.Errors["Subnet file"], begins) || attempts(text) < 3 {
+		t.Errorf("status: %q, %v; %d attempts", s.Errors, err, attempts(text))
+	}
+	eventually(t, "the file", written)
+}
+
 // A logBuffer is what was logged. Several goroutines use it.
 type logBuffer struct {
 	mu   sync.Mutex

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -118,12 +119,17 @@ func heldBy(holder *lock.Holder, name string) error {
 		"give one of the two networks another Network, or stop one of the daemons", holder, strings.TrimPrefix(name, networkLock))
 }
 
+// overlapTimeout is how long sockets that only look like locks can hold up checkOverlap.
+const overlapTimeout = 5 * time.Second
+
 // checkOverlap returns which other daemon has a network that overlaps a network.
 func (n *node) checkOverlap(ctx context.Context, network netip.Prefix) error {
 	names, err := lock.Names(networkLock)
 	if err != nil {
 		n.log.Error(err, "A network of another flanneld that overlaps would not be noticed")
 	}
+	ctx, cancel := context.WithTimeout(ctx, overlapTimeout)
+	defer cancel()
 	for _, name := range names {
 		other, err := netip.ParsePrefix(strings.TrimPrefix(name, networkLock))
 		if _, ours := n.locks[name]; ours || err != nil || !other.Overlaps(network) {

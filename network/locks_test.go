@@ -2,7 +2,9 @@ package network
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"net/netip"
 	"os"
@@ -10,6 +12,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/nstest"
@@ -75,6 +79,20 @@ func TestOverlappingNetworks(t *testing.T) {
 	m.grants <- lease("10.5.1.0-24", "")
 	m.updates <- snapshot(peer2)
 	eventually(t, "ready", ready)
+	// A socket that does not accept connections may be anybody's: it does not count.
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	if err := errors.Join(unix.Bind(fd, &unix.SockaddrUnix{Name: "@flanneld/prefix/0.0.0.0/0"}), unix.Listen(fd, 0)); err != nil {
+		t.Fatal(err)
+	}
+	conn, err := net.Dial("unix", "@flanneld/prefix/0.0.0.0/0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
 	other, _, otherReady := beside(t, "blue", `{"Network": "10.5.0.0/17", "Backend": {"Type": "host-gw"}}`, healthPort+2)
 	eventually(t, "the other network waits", func() bool {
 		return strings.Contains(otherReady(), thisProcess+", has the network 10.5.0.0/16") &&

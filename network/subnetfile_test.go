@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/fsnotify/fsnotify"
@@ -18,6 +19,7 @@ import (
 	"k8s.io/klog/v2/textlogger"
 
 	"github.com/flanneld/flanneld/pkg/nstest"
+	"github.com/flanneld/flanneld/pkg/retry"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -98,6 +100,45 @@ func TestSubnetFileFight(t *testing.T) {
 		t.Errorf("status: %q, %v; %d attempts", s.Errors, err, attempts(text))
 	}
 	eventually(t, "the file", written)
+}
+
+// What is undone within a second waits for the next retry, when it is fought over.
+func TestSubnetFilePace(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newManager(`{"Network": "10.5.0.0/16", "Backend": {"Type": "toy"}}`)
+		cfg, err := m.Config(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		own := lease("10.5.1.0-24", "")
+		n := &node{
+			Options: Options{Manager: m, SubnetFile: filepath.Join(t.TempDir(), "subnet.env")},
+			state:   state{setup: setup{cfg: cfg, backend: &toy{}}, own: &own},
+			health:  newHealth(), metrics: newMetrics(m, ""), errors: retry.LastErrors[string]{}, fileFights: newFileFights(klog.Background()),
+		}
+		undo := func() {
+			n.writeFile()
+			if err := os.Remove(n.SubnetFile); err != nil {
+				t.Fatal(err)
+			}
+			n.checkFile()
+		}
+		for range n.fileFights.Times {
+			if n.filePaced {
+				t.Fatal("what is no fight waits")
+			}
+			time.Sleep(n.fileFights.Burst)
+			undo()
+		}
+		if !n.filePaced || n.fileFight == "" {
+			t.Error("a fight does not wait")
+		}
+		time.Sleep(n.fileFights.Calm + 1)
+		n.fileFights.Forget()
+		if n.recordFileFight(); n.fileFight != "" {
+			t.Error("a fight does not end")
+		}
+	})
 }
 
 // A logBuffer is what was logged. Several goroutines use it.

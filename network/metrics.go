@@ -79,7 +79,8 @@ func newMetrics(m subnet.Manager, version string) *metrics {
 	s.registry.MustRegister(s.leaseDuration)
 	s.errors = vector("flannel_errors_total",
 		"attempts that failed and are retried, by operation as in the log: `uplink`, `configuration`, `publishing`, "+
-			"`kernel`, `rules`, `subnet_file` and `watching_the_subnet_file`",
+			"`kernel`, `rules`, `subnet_file` (also each time that another program undoes it, again and again) and "+
+			"`watching_the_subnet_file`",
 		"operation", "uplink", "configuration", "publishing", "kernel", "rules", "subnet_file")
 	return s
 }

@@ -18,6 +18,7 @@ import (
 
 	"github.com/flanneld/flanneld/backend"
 	"github.com/flanneld/flanneld/pkg/family"
+	"github.com/flanneld/flanneld/pkg/fight"
 	"github.com/flanneld/flanneld/pkg/firewall"
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/kernel"
@@ -71,7 +72,9 @@ type node struct {
 	events  events
 	within  []netip.Prefix        // the networks that this host's network has, or had
 	locks   map[string]*lock.Lock // by name, see locks.go; nil: there can be none
-	blocked error                 // why the node's objects are not set: another flanneld has the device
+	blocked *subnet.Config        // not in force, since another flanneld has a lock that it needs; nil: none
+
+	leftOver bool // locks and routes of earlier setups may be held: see giveUp
 
 	unapplied   map[subnet.Subnets]time.Time // when updates were received that the kernel does not hold yet
 	kernelWoken bool                         // the kernel's reconciler has something to do
@@ -86,6 +89,11 @@ type node struct {
 	overlaps []string // of the network with what the host uses, as logged
 	fileSet  bool     // the subnet file has the right content
 	ready    bool
+
+	fileFights *fight.Detector[string, string]
+	fileFight  string // over the subnet file, in words; "": none
+	filePaced  bool   // the subnet file is fought over: the next retry writes it
+
 	errors   retry.LastErrors[string] // of each duty
 	records  *subnet.RecordLog        // what is wrong with leases of peers
 	retry    *time.Timer
@@ -112,7 +120,7 @@ func Run(ctx context.Context, o Options) error {
 		Options: o, started: time.Now(), log: klog.FromContext(ctx), status: newStatusServer(),
 		metrics: newMetrics(o.Manager, o.Version), errors: retry.LastErrors[string]{},
 		records: subnet.NewRecordLog(klog.FromContext(ctx)), retry: time.NewTimer(0), retrying: true,
-		health: newHealth(o.Manager), locks: map[string]*lock.Lock{},
+		health: newHealth(o.Manager), fileFights: newFileFights(klog.FromContext(ctx)), locks: map[string]*lock.Lock{},
 	}
 	n.Uplink.Overlay = backend.Device
 	defer n.releaseLocks()
@@ -181,7 +189,11 @@ func (n *node) start(ctx context.Context) (err error) {
 	}
 	n.kernel.Network = n.Name
 	if env, err := subnet.ReadEnv(n.SubnetFile); err == nil {
-		n.within = env.Networks.Each() // routes may be left of these
+		for _, network := range env.Networks.Each() { // routes may be left of these
+			if n.checkOverlap(ctx, network) == nil {
+				n.within = append(n.within, network)
+			}
+		}
 	}
 	n.rules = firewall.NewReconciler(n.Name, n.RulesResync)
 	n.metrics.rules.Store(n.rules)
@@ -228,6 +240,7 @@ func (n *node) handleEvent(ctx context.Context, compare <-chan time.Time) (runni
 		}
 	case cfg, ok := <-n.events.configs:
 		if running = ok; ok {
+			n.blocked = nil
 			err = n.refreshUplink(ctx, cfg)
 		}
 	case sel, ok := <-n.events.selectors:
@@ -238,15 +251,17 @@ func (n *node) handleEvent(ctx context.Context, compare <-chan time.Time) (runni
 	case answer := <-n.status.requests:
 		answer()
 	case <-n.retry.C:
-		n.retrying = false
+		n.retrying, n.filePaced = false, false
 		if n.blocked != nil {
-			n.apply(ctx)
+			err = n.refreshUplink(ctx, n.blocked)
 		}
 	case <-n.events.watchdog:
 		notify("WATCHDOG=1")
 	case <-compare:
 		n.kernel.Compare()
 		n.fileSet = false
+		n.fileFights.Forget()
+		n.recordFileFight()
 		n.checkLost()
 		err = n.refreshUplink(ctx, n.target.cfg)
 	}
@@ -299,22 +314,45 @@ func (n *node) refreshUplink(ctx context.Context, cfg *subnet.Config) error {
 	forBackend := backendConfig(cfg, uplink)
 	b, err := backend.New(forBackend, uplink)
 	cfg.Warnings = forBackend.Warnings
+	next := setup{cfg, uplink, b}
+	var held error // by another flanneld
+	if err == nil {
+		held = n.takeLocks(ctx, next)
+		err = held
+	}
+	if held != nil && (n.backend == nil || cfg != n.cfg) {
+		n.blocked = cfg
+	}
 	switch {
+	case held != nil && n.backend == nil:
+		n.target = setup{cfg: cfg, uplink: uplink}
+		n.health.waitFor("what another flanneld has: " + err.Error())
+		n.logOnce("Configuration", err)
+		return nil
 	case err != nil && n.backend == nil:
 		return err
 	case err != nil && cfg != n.cfg:
 		n.logOnce("Configuration", fmt.Errorf("the new one is refused, the old one stays in force: %w", err))
+		if old.cfg == cfg { // there was no uplink for it
+			n.target = n.setup
+			return n.refreshUplink(ctx, n.cfg)
+		}
 		return nil
 	case err != nil:
 		n.logOnce("Uplink", fmt.Errorf("%s cannot be used, staying with %s: %w", uplink, old.uplink, err))
 		return nil
 	}
-	n.logOnce("Configuration", nil)
+	if cfg != n.cfg || cfg == n.blocked { // else another one is refused
+		n.logOnce("Configuration", nil)
+	}
+	if cfg == n.blocked {
+		n.blocked = nil
+	}
 	if old.backend == nil || !uplink.Equal(old.uplink) {
 		n.log.Info("Uplink found", "uplink", uplink)
 	}
 	n.logWarnings(cfg) // of the backend's keys too
-	n.target = setup{cfg, uplink, b}
+	n.target, n.leftOver = next, true
 	n.keeper.setObstacles(n.target.obstacles(n.readHost()))
 	if n.own == nil {
 		n.setup = n.target
@@ -434,11 +472,6 @@ func (n *node) applyLease(ctx context.Context, a acquired) {
 // all of its peers.
 func (n *node) apply(ctx context.Context) {
 	p := n.planNode(n.Options)
-	n.blocked = n.takeDevices(ctx, p.objects)
-	n.logOnce("Device", n.blocked)
-	if n.blocked != nil {
-		return
-	}
 	for _, network := range n.cfg.Networks().Each() {
 		if !slices.Contains(n.within, network) {
 			n.within = append(n.within, network)
@@ -509,12 +542,10 @@ func (n *node) update(u subnet.Update) {
 
 // reconcile makes everything as planned, as far as possible now.
 func (n *node) reconcile() {
-	if n.own == nil {
-		return
-	}
 	if n.blocked != nil {
-		n.health.waitFor("a device of its own: " + n.blocked.Error())
 		n.retryLater()
+	}
+	if n.own == nil {
 		return
 	}
 	if n.leases == nil {
@@ -524,18 +555,20 @@ func (n *node) reconcile() {
 		return
 	}
 	n.reconcileKernel()
+	n.giveUp()
 	switch {
 	case !n.kernel.Has(nodeOwner):
 		n.health.waitFor("the device: " + string(n.errors["Kernel"]))
 	case !n.rulesSet:
 		n.health.waitFor("the rules: see the log")
-	case !n.fileSet:
+	case !n.fileSet && !n.filePaced:
 		n.writeFile()
 	}
 	if !n.ready && n.fileSet {
 		n.becomeReady()
 	}
 	switch { // the subnet file; the kernel's and the rules' reconcilers retry by themselves
+	case n.blocked != nil:
 	case !n.rulesSet || n.fileSet:
 		n.pause.Reset()
 	default:

@@ -139,11 +139,12 @@ func (n *node) view() view {
 		rulesSet: n.rulesSet, fileWritten: n.fileSet,
 	}
 	v.ready = n.ready && v.waiting == ""
+	v.errors = map[string]string{}
 	for duty, err := range n.errors {
-		if v.errors == nil {
-			v.errors = map[string]string{}
-		}
 		v.errors[duty] = string(err)
+	}
+	if n.fileFight != "" {
+		v.errors["Subnet file"] = n.fileFight
 	}
 	return v
 }

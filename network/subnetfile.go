@@ -7,10 +7,12 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/fsnotify/fsnotify"
 	"k8s.io/klog/v2"
 
+	"github.com/flanneld/flanneld/pkg/fight"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -84,6 +86,7 @@ func (n *node) writeFile() {
 		n.health.waitFor(err.Error())
 		return // without the directory, the file cannot be watched for the same reason
 	}
+	n.fileFights.Restored(n.SubnetFile)
 	n.logOnce("Watching the subnet file", unwatched)
 }
 
@@ -104,9 +107,45 @@ func (n *node) checkFile() {
 	unwatched := n.watchFileAgain()
 	n.restoreManagersFile()
 	env, err := subnet.ReadEnv(n.SubnetFile)
-	if n.fileSet = err == nil && env == n.planNode(n.Options).env; !n.fileSet {
+	if n.fileSet = err == nil && env == n.planNode(n.Options).env; n.fileSet {
+		n.logOnce("Watching the subnet file", unwatched)
+		return
+	}
+	n.filePaced = n.fileFights.Undone(n.SubnetFile, n.SubnetFile)
+	n.fileFights.LogNew()
+	n.recordFileFight()
+	if n.fileFight == "" { // the log has each of the first changes, and then the fight
 		n.log.Info("The subnet file was changed or removed by another program; writing it again", "path", n.SubnetFile)
 		return
 	}
-	n.logOnce("Watching the subnet file", unwatched)
+	n.metrics.failed("Subnet file")
+}
+
+// newFileFights returns the detector of fights over the subnet file.
+func newFileFights(log klog.Logger) *fight.Detector[string, string] {
+	return fight.New[string, string](log, fight.Options{
+		Times: 20,
+		Burst: 50 * time.Millisecond,
+		Calm:  time.Minute,
+		Pace:  time.Second,
+
+		Message: "Another program changes or removes the subnet file again and again; writing it at most once per second",
+		Key:     "path",
+		Fix:     fileFightFix,
+	})
+}
+
+const fileFightFix = "If another flanneld, of another network namespace or container, has the same --subnet-file, give it " +
+	"another one. `auditctl -w PATH -p wa` finds other programs"
+
+// recordFileFight takes note of the beginning and of the end of a fight over the subnet file.
+func (n *node) recordFileFight() {
+	message := ""
+	if path := n.fileFights.Latest(); path != "" {
+		message = fmt.Sprintf("Another program changes or removes %s again and again. %s", path, fileFightFix)
+	}
+	if message != n.fileFight {
+		n.fileFight = message
+		n.recordEvent("subnet-file", "SubnetFileFight", message)
+	}
 }

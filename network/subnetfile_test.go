@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/fsnotify/fsnotify"
@@ -19,6 +20,7 @@ import (
 	"k8s.io/klog/v2/textlogger"
 
 	"github.com/flanneld/flanneld/pkg/nstest"
+	"github.com/flanneld/flanneld/pkg/retry"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -49,6 +51,95 @@ func TestSubnetFile(t *testing.T) {
 			return err == nil && env.Subnets.Key() == "10.5.1.0-24"
 		})
 	}
+}
+
+// A program that changes the subnet file whenever flanneld has written it is noticed: that is logged once, and flanneld
+// writes the file more slowly.
+func TestSubnetFileFight(t *testing.T) {
+	log := &logBuffer{}
+	logger := textlogger.NewLogger(textlogger.NewConfig(textlogger.Output(log)))
+	m := newManager(vxlanConfig)
+	socket := filepath.Join(t.TempDir(), "sock")
+	d := beginIn(klog.NewContext(t.Context(), logger), t, m, func(o *Options) {
+		o.KernelResync, o.StatusSocket = time.Hour, socket
+	})
+	m.grants <- lease("10.5.1.0-24", "")
+	m.updates <- snapshot(peer2)
+	eventually(t, "ready", ready)
+	written := func() bool {
+		env, err := subnet.ReadEnv(d.file)
+		return err == nil && env.MTU == 1450
+	}
+	undo := func() {
+		t.Helper()
+		eventually(t, "the file", written)
+		env, err := subnet.ReadEnv(d.file)
+		if err == nil {
+			env.MTU = 1400
+			err = env.WriteFile(d.file)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	const begins = "again and again"
+	for i := 0; len(log.lines(begins)) == 0; i++ {
+		if i == 1000 { // a fight has 20 bursts of 50 ms
+			t.Fatal("nothing is noticed")
+		}
+		undo()
+	}
+	changes := len(log.lines("writing it again"))
+	for range 3 { // from now on, each is a second apart
+		undo()
+	}
+	if lines := log.lines("subnet.env"); len(lines) != changes+1 || len(log.lines(begins)) != 1 {
+		t.Errorf("after %d lines on changes: %q", changes, lines)
+	}
+	s, err := NewClient(socket).Status(t.Context())
+	if _, text := get("/metrics"); err != nil || !strings.Contains(s.Errors["Subnet file"], begins) || attempts(text) < 3 {
+		t.Errorf("status: %q, %v; %d attempts", s.Errors, err, attempts(text))
+	}
+	eventually(t, "the file", written)
+}
+
+// What is undone within a second waits for the next retry, when it is fought over.
+func TestSubnetFilePace(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newManager(`{"Network": "10.5.0.0/16", "Backend": {"Type": "toy"}}`)
+		cfg, err := m.Config(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		own := lease("10.5.1.0-24", "")
+		n := &node{
+			Options: Options{Manager: m, SubnetFile: filepath.Join(t.TempDir(), "subnet.env")},
+			state:   state{setup: setup{cfg: cfg, backend: &toy{}}, own: &own},
+			health:  newHealth(m), metrics: newMetrics(m, ""), errors: retry.LastErrors[string]{}, fileFights: newFileFights(klog.Background()),
+		}
+		undo := func() {
+			n.writeFile()
+			if err := os.Remove(n.SubnetFile); err != nil {
+				t.Fatal(err)
+			}
+			n.checkFile()
+		}
+		for range n.fileFights.Times {
+			if n.filePaced {
+				t.Fatal("what is no fight waits")
+			}
+			time.Sleep(n.fileFights.Burst)
+			undo()
+		}
+		if !n.filePaced || n.fileFight == "" {
+			t.Error("a fight does not wait")
+		}
+		time.Sleep(n.fileFights.Calm + 1)
+		n.fileFights.Forget()
+		if n.recordFileFight(); n.fileFight != "" {
+			t.Error("a fight does not end")
+		}
+	})
 }
 
 // A fileKeeper is a manager with a file beside the subnet file.

@@ -3,12 +3,15 @@ package lock
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -33,6 +36,16 @@ func TestMain(m *testing.M) {
 		}
 		if err != nil {
 			os.Stdout.WriteString(err.Error())
+		}
+	case "crowd": // connects more often than the queue is long, until it is refused, and leaves it so
+		for range 100 {
+			fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_NONBLOCK, 0)
+			if err == nil {
+				err = unix.Connect(fd, &unix.SockaddrUnix{Name: "@flanneld/x"})
+			}
+			if err != nil && !errors.Is(err, unix.EAGAIN) {
+				os.Stdout.WriteString(err.Error())
+			}
 		}
 	default:
 		os.Exit(m.Run())
@@ -122,23 +135,111 @@ func TestStrangers(t *testing.T) {
 			t.Errorf("got %v, held by %v, %v", l, h, err)
 		}
 	})
-	t.Run("whose queue is full", func(t *testing.T) {
-		nstest.New(t)
-		fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+}
+
+// Of a process that listens and accepts nothing, nothing is known: it counts as the holder.
+func TestFullQueue(t *testing.T) {
+	nstest.New(t)
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	if err := errors.Join(unix.Bind(fd, &unix.SockaddrUnix{Name: "@flanneld/x"}), unix.Listen(fd, 0)); err != nil {
+		t.Fatal(err)
+	}
+	conn, err := net.Dial("unix", "@flanneld/x")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	l, h, err := Take(t.Context(), "x")
+	if l != nil || err != nil || h == nil || !h.Silent {
+		t.Fatalf("got %v, held by %v, %v", l, h, err)
+	}
+	h.Wait(t.Context()) // returns
+	h.Close()
+}
+
+// However often the lock is asked for, by whomever, the holder is known, also while it is stopped, and no file
+// descriptors are left.
+func TestManyAsk(t *testing.T) {
+	nstest.New(t)
+	nstest.Need(t, "sysctl")
+	nstest.Run(t, "sysctl -qw net.core.somaxconn=4") // of the namespace
+	pid, _ := child(t, "holder", nil)
+	open := func(of int) int {
+		files, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", of))
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer unix.Close(fd)
-		if err := errors.Join(unix.Bind(fd, &unix.SockaddrUnix{Name: "@flanneld/x"}), unix.Listen(fd, 0)); err != nil {
-			t.Fatal(err)
+		return len(files)
+	}
+	ask := func() {
+		t.Helper()
+		_, h, err := Take(t.Context(), "x")
+		if err != nil || h == nil || h.PID != pid {
+			t.Fatalf("held by %v, %v: want process %d", h, err, pid)
 		}
-		conn, err := net.Dial("unix", "@flanneld/x")
+		h.Close()
+	}
+	ask()
+	ours, theirs := open(os.Getpid()), open(pid)
+	for range 100 {
+		ask()
+	}
+	child(t, "crowd", &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}) // keeps its connections
+	ask()
+	if err := unix.Kill(pid, unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	ask()
+	if err := unix.Kill(pid, unix.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	const few = 10 // pipes of the other child, and what is about to be closed
+	for deadline := time.Now().Add(20 * time.Second); open(pid) > theirs || open(os.Getpid()) > ours+few; {
+		if time.Now().After(deadline) {
+			t.Fatalf("the holder has %d open files, at first %d; this process %d, at first %d", open(pid), theirs,
+				open(os.Getpid()), ours)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
+// The number of processes that wait is limited; all of them are notified of the end.
+func TestManyWait(t *testing.T) {
+	nstest.New(t)
+	l := mustTake(t, "x")
+	var holders []*Holder
+	for range maxWaiting + 1 {
+		_, h, err := Take(t.Context(), "x")
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer conn.Close()
-		if l, h, err := Take(t.Context(), "x"); l != nil || h != nil || !errors.Is(err, unix.EAGAIN) {
-			t.Errorf("got %v, held by %v, %v", l, h, err)
-		}
-	})
+		holders = append(holders, h)
+	}
+	holders[maxWaiting].Wait(t.Context()) // returns: there are too many
+	l.Release()
+	for _, h := range holders {
+		h.Wait(t.Context())
+	}
+	mustTake(t, "x").Release()
+}
+
+// Names lists the locks, and not the connections to them.
+func TestNames(t *testing.T) {
+	nstest.New(t)
+	for _, name := range []string{"a/1", "a/2", "b/1"} {
+		defer mustTake(t, name).Release()
+	}
+	_, h, err := Take(t.Context(), "a/1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.Close()
+	names, err := Names("a/")
+	if slices.Sort(names); err != nil || !slices.Equal(names, []string{"a/1", "a/2"}) {
+		t.Errorf("%q, %v", names, err)
+	}
 }

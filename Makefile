@@ -226,7 +226,7 @@ fuzz: ## Each fuzz target for FUZZTIME
 	@grep -r --include=*_test.go '^func Fuzz' . | sed -E 's|^(.*)/[^/]*:func (Fuzz[A-Za-z0-9_]*).*|\1 \2|' | \
 	while read -r package name; do \
 		echo "go test -fuzz $$name -fuzztime $(FUZZTIME) $$package"; \
-		go test -vet=off -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) "$$package"; \
+		go test -vet=off -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 100x "$$package"; \
 	done
 
 # The results do not come from the test cache, which does not know that the binaries have changed. Tests wait most of

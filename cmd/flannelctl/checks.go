@@ -61,7 +61,11 @@ func daemonWaiting(d *diagnosis) []problem {
 func daemonError(d *diagnosis) []problem {
 	var found []problem
 	for _, duty := range slices.Sorted(maps.Keys(d.status.Errors)) {
-		found = append(found, problem{duty + ": " + d.status.Errors[duty], showLog})
+		text := d.status.Errors[duty]
+		if !strings.HasPrefix(text, duty) {
+			text = duty + ": " + text
+		}
+		found = append(found, problem{text, showLog})
 	}
 	if d.status.Daemon && d.status.Ready && !d.status.Rules.InPlace {
 		found = append(found, problem{"the rules of " + d.status.Rules.Mode + " cannot be set: the log has the reason",

@@ -336,14 +336,18 @@ func TestDrift(t *testing.T) {
 		`ip6tables -t nat -D FLANNEL-POSTRTG 1`,
 		`ip6tables -F && ip6tables -X`,
 	}
+	var halves [2][]string // the variants of iptables print the same: each has one half
+	for i, command := range iptables {
+		halves[i%2] = append(halves[i%2], command)
+	}
 	deleteRule := func(chain string) string {
 		return `nft delete rule ip flannel-ipv4 ` + chain + ` handle $(nft -a list chain ip flannel-ipv4 ` + chain +
 			` | sed -n 's/.*counter.* handle //p' | head -n 1)`
 	}
 	drift := map[string][]string{
-		legacyMode.name: iptables,
+		legacyMode.name: halves[0],
 		nftMode.name: append([]string{`nft flush ruleset`, `nft delete table ip nat`, `nft delete table ip6 filter`},
-			iptables...),
+			halves[1]...),
 		tablesMode.name: {
 			`nft flush ruleset`,
 			`nft delete table ip flannel-ipv4`,

@@ -79,12 +79,12 @@ func TestHang(t *testing.T) {
 			n.remove("*-legacy*", "*-nft*") // the other variant would do instead
 			n.hang(p.name, p.realName, p.arguments)
 			// The others are done well within that.
-			runner := &command.Runner{Limit: 3 * time.Second}
+			runner := &command.Runner{Limit: 2 * time.Second}
 			d, err := newDriver(t.Context(), runner, "", p.nftables)
 			if err == nil {
 				err = d.Apply(t.Context(), both)
 			}
-			if err == nil || !strings.Contains(err.Error(), "ended, since it took longer than 3s") {
+			if err == nil || !strings.Contains(err.Error(), "ended, since it took longer than 2s") {
 				t.Errorf("got %v", err)
 			}
 			if n.child() == 0 {
@@ -140,7 +140,7 @@ func TestReconcilerEndsWhileProgramHangs(t *testing.T) {
 				}
 			}()
 			r := NewReconciler("", resync)
-			runner := &command.Runner{Waits: command.Waits{Notice: 500 * time.Millisecond}}
+			runner := &command.Runner{Waits: command.Waits{Notice: 100 * time.Millisecond}}
 			r.open = func(ctx context.Context, nftables bool) (driver, error) { return newDriver(ctx, runner, "", nftables) }
 			r.Set(both, p.nftables)
 			r.Run(ctx) // in this thread's namespace

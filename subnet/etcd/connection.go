@@ -59,7 +59,7 @@ func (c *connection) attempt(ctx context.Context, f func(context.Context, *clien
 		case err == nil || again || limited.Err() != nil:
 			return err
 		case !current: // again, with the new client
-		case tokenRefused(err) && c.logOut(request): // again, with another token
+		case (tokenRefused(err) || tokenMissing(err, request)) && c.logOut(request): // again, with another token
 		default:
 			return err
 		}
@@ -130,6 +130,14 @@ func (c *connection) logIn(ctx context.Context) (string, error) {
 func tokenRefused(err error) bool {
 	token := []error{rpctypes.ErrInvalidAuthToken, rpctypes.ErrUserEmpty, rpctypes.ErrAuthOldRevision}
 	return slices.Contains(token, rpctypes.Error(err))
+}
+
+// tokenMissing tells whether a request may have failed because it had no token: authentication was switched on since,
+// and to etcd, a request without a token over a connection with a client certificate is that of the user whom the
+// certificate names.
+func tokenMissing(err error, request context.Context) bool {
+	sent, _ := metadata.FromOutgoingContext(request)
+	return rpctypes.Error(err) == rpctypes.ErrPermissionDenied && len(sent.Get(rpctypes.TokenFieldNameGRPC)) == 0
 }
 
 // logOut forgets the token that a request was made with, and tells whether we can get another one.

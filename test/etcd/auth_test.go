@@ -199,6 +199,26 @@ func TestAuthenticationSwitchedOffAndOn(t *testing.T) {
 	})
 }
 
+// A daemon with a client certificate and a password is connected already. Without a token, its requests are those of
+// the certificate's user, whom etcd does not know.
+func TestAuthenticationSwitchedOnBesideCertificates(t *testing.T) {
+	t.Parallel()
+	ofEachVersion(t, func(t *testing.T, path string) {
+		s := newProgramSite(t, path)
+		o := s.secure(newAuthority(t, "ca"))
+		o.Username, o.Password = "flannel", "secret"
+		s.up()
+		s.put("config", small)
+		m := s.managerWith(o)
+		for _, change := range []func(){func() {}, func() { s.withUsers(); s.authentication(true) }} {
+			change()
+			if _, err := m.Config(s.ctx()); err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+}
+
 func TestAuthenticationSwitchedOnForNobody(t *testing.T) {
 	withTokens(t, "300", func(s *programSite) {
 		s.authentication(false)

@@ -12,22 +12,9 @@ import (
 // bootDebian is bootSystemd with the files of another system, $2, in the place of
 // the machine's. /sys is read-only, as in every container: programs that find it
 // writable wait for udev.
-const bootDebian = `set -e
-for group in /sys/fs/cgroup/"$1" /sys/fs/cgroup/*/"$1"; do
-	[ ! -d "$group" ] || echo $$ >"$group"/cgroup.procs
-done
+const bootDebian = joinCgroup + `
 exec unshare --pid --ipc --mount --fork --kill-child sh -ec '
-	if [ ! -e /sys/fs/cgroup/cgroup.procs ]; then
-		mount -t tmpfs tmpfs /run
-		mkdir /run/cgroup
-		mount -t tmpfs tmpfs /run/cgroup
-		for hierarchy in /sys/fs/cgroup/*/cgroup.procs; do
-			name=$(basename $(dirname $hierarchy))
-			mkdir /run/cgroup/$name
-			mount --bind /sys/fs/cgroup/$name /run/cgroup/$name
-		done
-		mount --move /run/cgroup /sys/fs/cgroup
-	fi
+` + ownCgroups + `
 	mount -t overlay -o lowerdir="$2",upperdir="$1"/files,workdir="$1"/work overlay "$1"/root
 	cd "$1"/root
 	mount -t proc proc proc

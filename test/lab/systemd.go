@@ -22,10 +22,7 @@ type Systemd struct {
 // machine it cannot: sysctls, files in /etc, /run, /var/lib and /usr/local/bin, and in
 // the directory of control groups, where it mounts what it misses and then forbids
 // all others to write.
-const bootSystemd = `set -e
-for group in /sys/fs/cgroup/"$1" /sys/fs/cgroup/*/"$1"; do
-	[ ! -d "$group" ] || echo $$ >"$group"/cgroup.procs
-done
+const bootSystemd = joinCgroup + `
 exec unshare --pid --ipc --mount --fork --kill-child --mount-proc sh -ec '
 	mount --bind /proc/sys /proc/sys
 	mount -o remount,bind,ro /proc/sys
@@ -33,6 +30,20 @@ exec unshare --pid --ipc --mount --fork --kill-child --mount-proc sh -ec '
 		mkdir -p "$1"/root/$own "$1"/work/$own
 		mount -t overlay -o lowerdir=/$own,upperdir="$1"/root/$own,workdir="$1"/work/$own overlay /$own
 	done
+` + ownCgroups + `
+	exec /lib/systemd/systemd --system --unit=lab.target --show-status=no --log-target=console' sh "$2" >"$3" 2>&1
+`
+
+// joinCgroup puts the shell into the control group of the node, $1.
+const joinCgroup = `set -e
+for group in /sys/fs/cgroup/"$1" /sys/fs/cgroup/*/"$1"; do
+	[ ! -d "$group" ] || echo $$ >"$group"/cgroup.procs
+done
+`
+
+// ownCgroups mounts a /run, and the machine's control groups into a directory in which systemd can mount more. Systemd
+// makes that directory read-only for all others otherwise.
+const ownCgroups = `
 	mount -t tmpfs tmpfs /run
 	if [ ! -e /sys/fs/cgroup/cgroup.procs ]; then
 		mkdir /run/cgroup
@@ -44,7 +55,6 @@ exec unshare --pid --ipc --mount --fork --kill-child --mount-proc sh -ec '
 		done
 		mount --move /run/cgroup /sys/fs/cgroup
 	fi
-	exec /lib/systemd/systemd --system --unit=lab.target --show-status=no --log-target=console' sh "$2" >"$3" 2>&1
 `
 
 // Install puts a program into the /usr/local/bin that systemd and its services will see.

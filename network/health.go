@@ -33,13 +33,17 @@ type health struct {
 func newHealth(m subnet.Manager) *health { return &health{missing: "to start", manager: m} }
 
 // serve serves /healthz, /readyz, /metrics and, with profile, /debug/pprof until ctx ends;
-// nowhere, if the port is 0. No request changes anything.
+// nowhere, if the port is 0. An address that is not valid stands for all addresses. No request changes anything.
 func (h *health) serve(ctx context.Context, group *sync.WaitGroup, at netip.AddrPort, metrics http.Handler,
 	profile bool) error {
 	if at.Port() == 0 {
 		return nil
 	}
-	l, err := net.Listen("tcp", at.String())
+	where := at.String()
+	if !at.Addr().IsValid() {
+		where = fmt.Sprintf(":%d", at.Port())
+	}
+	l, err := net.Listen("tcp", where)
 	if err != nil {
 		return fmt.Errorf("--healthz-ip, --healthz-port: %w", err)
 	}

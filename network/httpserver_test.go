@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -23,6 +24,29 @@ import (
 
 	"github.com/flanneld/flanneld/pkg/nstest"
 )
+
+// TestHealthOnAllAddresses: without an address, the health server is reached at addresses of both families.
+func TestHealthOnAllAddresses(t *testing.T) {
+	nstest.NeedRoot(t)
+	nstest.Run(t, "ip link set lo up")
+	ctx, cancel := context.WithCancel(t.Context())
+	var group sync.WaitGroup
+	defer group.Wait()
+	defer cancel()
+	const port = 8471 // in the namespace of TestMain
+	if err := newHealth(nil).serve(ctx, &group, netip.AddrPortFrom(netip.Addr{}, port), http.NotFoundHandler(),
+		false); err != nil {
+		t.Fatal(err)
+	}
+	for _, ip := range []string{"127.0.0.1", "::1"} {
+		conn, err := net.Dial("tcp", net.JoinHostPort(ip, strconv.Itoa(port)))
+		if err != nil {
+			t.Error(err)
+			continue
+		}
+		conn.Close()
+	}
+}
 
 // TestManyConnections: clients that hold connections take no more than a few descriptors, and other clients are
 // answered.

@@ -44,7 +44,7 @@ type Options struct {
 	KernelResync time.Duration
 
 	Blackhole bool           // drop what is sent to our subnet and has no pod there
-	Health    netip.AddrPort // where /healthz, /readyz and /metrics are served; port 0: nowhere
+	Health    netip.AddrPort // of /healthz, /readyz and /metrics; port 0: nowhere; no address: all
 	Profile   bool           // /debug/pprof as well
 
 	StatusSocket string // where flannelctl asks; "": nowhere

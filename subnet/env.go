@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -16,7 +17,7 @@ import (
 
 // Env is the content of subnet.env, from which CNI plugins, Docker and scripts learn this node's subnet.
 type Env struct {
-	Networks Subnets // the whole networks
+	Networks Subnets // the whole networks; of several networks of a family, the one that has the subnet
 	Subnets  Subnets // this node's
 	MTU      int     // for pods, in bytes
 	IPMasq   bool    // traffic that leaves the network is masqueraded by us
@@ -43,9 +44,25 @@ func (e Env) Format() []byte {
 	return b.Bytes()
 }
 
+// An EnvFile is subnet.env as another program may have written it. flannel's CNI plugin takes several networks of a
+// family, separated by commas.
+type EnvFile struct {
+	Env
+	AllNetworks []netip.Prefix // without repetitions: those of IPv4, then those of IPv6, each in the order of the file
+	Missing     []string       // names of variables that a CNI plugin needs and that are not there
+}
+
 // ParseEnv is the inverse of Format. It skips lines that it does not know.
 func ParseEnv(text []byte) (Env, error) {
+	f, err := ParseEnvFile(text)
+	return f.Env, err
+}
+
+// ParseEnvFile parses the text of a subnet file. It skips lines that it does not know.
+func ParseEnvFile(text []byte) (EnvFile, error) {
 	var e Env
+	var networks4, networks6 []netip.Prefix
+	found := map[string]bool{}
 	lines := bufio.NewScanner(bytes.NewReader(text))
 	for n := 1; lines.Scan(); n++ {
 		key, value, ok := strings.Cut(strings.TrimSpace(lines.Text()), "=")
@@ -55,23 +72,71 @@ func ParseEnv(text []byte) (Env, error) {
 		var err error
 		switch key {
 		case "FLANNEL_NETWORK":
-			e.Networks.IPv4, err = envPrefix(value, netip.Addr.Is4)
+			networks4, err = envPrefixes(value, netip.Addr.Is4)
 		case "FLANNEL_SUBNET":
 			e.Subnets.IPv4, err = envPrefix(value, netip.Addr.Is4)
 		case "FLANNEL_IPV6_NETWORK":
-			e.Networks.IPv6, err = envPrefix(value, isIPv6)
+			networks6, err = envPrefixes(value, isIPv6)
 		case "FLANNEL_IPV6_SUBNET":
 			e.Subnets.IPv6, err = envPrefix(value, isIPv6)
 		case "FLANNEL_MTU":
-			e.MTU, err = strconv.Atoi(value)
+			if e.MTU, err = strconv.Atoi(value); e.MTU < 0 {
+				err = fmt.Errorf("%d is less than 0", e.MTU)
+			}
 		case "FLANNEL_IPMASQ":
 			e.IPMasq, err = strconv.ParseBool(value)
 		}
 		if err != nil {
-			return Env{}, fmt.Errorf("line %d: %s: %s", n, key, plain.Text(err.Error()))
+			return EnvFile{}, fmt.Errorf("line %d: %s: %s", n, key, plain.Text(err.Error()))
+		}
+		found[key] = true
+	}
+	e.Networks = Subnets{networkOf(networks4, e.Subnets.IPv4), networkOf(networks6, e.Subnets.IPv6)}
+	f := EnvFile{Env: e, AllNetworks: append(networks4, networks6...)}
+	const network4, network6, subnet4, subnet6 = "FLANNEL_NETWORK", "FLANNEL_IPV6_NETWORK", "FLANNEL_SUBNET",
+		"FLANNEL_IPV6_SUBNET"
+	need := func(names ...string) {
+		if !slices.ContainsFunc(names, func(name string) bool { return found[name] }) {
+			f.Missing = append(f.Missing, names...)
 		}
 	}
-	return e, lines.Err()
+	switch {
+	case found[subnet4] && found[network6]:
+		need(network4)
+	case found[subnet6] && found[network4]:
+		need(network6)
+	default:
+		need(network4, network6)
+	}
+	need(subnet4, subnet6)
+	need("FLANNEL_MTU")
+	need("FLANNEL_IPMASQ")
+	return f, lines.Err()
+}
+
+// networkOf returns the network that has the subnet, or else the first network, which is not valid if there is none.
+func networkOf(networks []netip.Prefix, subnet netip.Prefix) netip.Prefix {
+	for _, n := range networks {
+		if n.Overlaps(subnet) && n.Bits() <= subnet.Bits() {
+			return n
+		}
+	}
+	return append(networks, netip.Prefix{})[0]
+}
+
+// envPrefixes parses networks that are separated by commas.
+func envPrefixes(text string, family func(netip.Addr) bool) ([]netip.Prefix, error) {
+	var out []netip.Prefix
+	for part := range strings.SplitSeq(text, ",") {
+		p, err := envPrefix(part, family)
+		if err != nil {
+			return nil, err
+		}
+		if !slices.Contains(out, p) {
+			out = append(out, p)
+		}
+	}
+	return out, nil
 }
 
 func envPrefix(text string, family func(netip.Addr) bool) (netip.Prefix, error) {
@@ -101,15 +166,21 @@ func (e Env) WriteFile(path string) error {
 	return nil
 }
 
-// ReadEnv reads the file that WriteFile, or upstream, wrote.
+// ReadEnv reads the file that WriteFile, or flannel, wrote.
 func ReadEnv(path string) (Env, error) {
+	f, err := ReadEnvFile(path)
+	return f.Env, err
+}
+
+// ReadEnvFile reads a subnet file.
+func ReadEnvFile(path string) (EnvFile, error) {
 	text, err := os.ReadFile(path)
 	if err != nil {
-		return Env{}, err
+		return EnvFile{}, err
 	}
-	e, err := ParseEnv(text)
+	f, err := ParseEnvFile(text)
 	if err != nil {
-		return Env{}, fmt.Errorf("%s: %w", path, err)
+		return EnvFile{}, fmt.Errorf("%s: %w", path, err)
 	}
-	return e, nil
+	return f, nil
 }

@@ -3,10 +3,12 @@ package subnet
 import (
 	"errors"
 	"flag"
+	"fmt"
 	"io/fs"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -61,10 +63,32 @@ func TestParseEnv(t *testing.T) {
 	}{
 		{"", Env{}},
 		{"FLANNEL_NETWORK=10.5.0.0/16\r\nFLANNEL_SUBNET=10.5.34.1/24\r\nFLANNEL_MTU=1450\r\nFLANNEL_IPMASQ=true\r\n", env4},
+		{"FLANNEL_NETWORK=10.4.0.0/16,10.5.0.0/16\nFLANNEL_SUBNET=10.5.34.1/24\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=true\n", env4},
 		{"# old\nFLANNEL_MTU=1472\n\nPATH=/bin\nrubbish\n  FLANNEL_IPMASQ=false", Env{MTU: 1472}},
 	} {
 		if got, err := ParseEnv([]byte(c.text)); err != nil || got != c.want {
 			t.Errorf("%q: got %+v, %v", c.text, got, err)
+		}
+	}
+}
+
+// TestParseEnvFile: several networks, and what a CNI plugin would miss.
+func TestParseEnvFile(t *testing.T) {
+	for _, c := range []struct{ text, networks, missing, network string }{
+		{"", "[]", "[FLANNEL_NETWORK FLANNEL_IPV6_NETWORK FLANNEL_SUBNET FLANNEL_IPV6_SUBNET FLANNEL_MTU FLANNEL_IPMASQ]", ""},
+		{"FLANNEL_IPV6_NETWORK=fd04::/48,fd05::/48\nFLANNEL_NETWORK=10.6.0.0/16,10.5.0.0/16,10.6.0.1/16\n" +
+			"FLANNEL_SUBNET=10.5.34.1/24\nFLANNEL_MTU=0\nFLANNEL_IPMASQ=false\n",
+			"[10.6.0.0/16 10.5.0.0/16 fd04::/48 fd05::/48]", "[]", "10.5.0.0/16,fd04::/48"},
+		{"FLANNEL_NETWORK=10.6.0.0/16,10.5.0.0/16\nFLANNEL_NETWORK=10.7.0.0/16\nFLANNEL_IPV6_SUBNET=fd05::1/64\n",
+			"[10.7.0.0/16]", "[FLANNEL_IPV6_NETWORK FLANNEL_MTU FLANNEL_IPMASQ]", "10.7.0.0/16"},
+	} {
+		f, err := ParseEnvFile([]byte(c.text))
+		if err != nil {
+			t.Errorf("%q: %v", c.text, err)
+		}
+		got := []string{fmt.Sprint(f.AllNetworks), fmt.Sprint(f.Missing), f.Networks.String()}
+		if want := []string{c.networks, c.missing, c.network}; !slices.Equal(got, want) {
+			t.Errorf("%q:\n got %q\nwant %q", c.text, got, want)
 		}
 	}
 }
@@ -78,6 +102,9 @@ func TestParseEnvErrors(t *testing.T) {
 		{"FLANNEL_IPV6_SUBNET=10.5.34.1/24", `line 1: FLANNEL_IPV6_SUBNET: 10.5.34.1/24 is of the wrong address family`},
 		{"FLANNEL_IPV6_NETWORK=::ffff:10.5.0.0/112",
 			`line 1: FLANNEL_IPV6_NETWORK: ::ffff:10.5.0.0/112 is of the wrong address family`},
+		{"FLANNEL_NETWORK=10.5.0.0/16,", `line 1: FLANNEL_NETWORK: netip.ParsePrefix(""): no '/'`},
+		{"FLANNEL_NETWORK=10.5.0.0/16,fc00::/48", `line 1: FLANNEL_NETWORK: fc00::/48 is of the wrong address family`},
+		{"FLANNEL_MTU=-1", `line 1: FLANNEL_MTU: -1 is less than 0`},
 		{"FLANNEL_MTU=many", `line 1: FLANNEL_MTU: strconv.Atoi: parsing "many": invalid syntax`},
 		{"FLANNEL_MTU=1\x1b[2J\u009b", `line 1: FLANNEL_MTU: strconv.Atoi: parsing "1\x1b[2J\u009b": invalid syntax`},
 		{"FLANNEL_MTU=" + strings.Repeat("x", 60000),

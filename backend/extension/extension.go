@@ -57,8 +57,11 @@ type options struct {
 	// command that runs for each peer that is gone, and for each peer that has changed, before `SubnetAddCommand`
 	SubnetRemoveCommand string
 
-	// command that runs when flanneld stops
+	// command that runs when flanneld stops, if `RunShutdownCommand` is true
 	ShutdownCommand string
+
+	// flannel has the key `ShutdownCommand` and never runs the command; true runs the command
+	RunShutdownCommand bool `default:"false"`
 
 	// MTU of pods
 	MTU int `default:"the uplink's"`
@@ -84,6 +87,10 @@ func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
 	}
 	if err := backend.Options(cfg, &x.options); err != nil {
 		return nil, err
+	}
+	if x.ShutdownCommand != "" && !x.RunShutdownCommand {
+		cfg.Warnings = append(cfg.Warnings,
+			"ShutdownCommand is not run, as in flannel: RunShutdownCommand must be true for that")
 	}
 	if x.options.MTU == 0 {
 		x.options.MTU = uplink.MTU

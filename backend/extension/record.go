@@ -86,7 +86,7 @@ func cleanup(ctx context.Context, cfg *subnet.Config, _ subnet.Env) (backend.Cle
 	var o options
 	if cfg != nil && cfg.BackendType == Type && backend.Options(cfg, &o) == nil && o.PostStartupCommand != "" {
 		note := "what PostStartupCommand has done"
-		if o.ShutdownCommand != "" {
+		if o.ShutdownCommand != "" && o.RunShutdownCommand {
 			note += ", if flanneld was killed: else it has run ShutdownCommand"
 		}
 		c.Notes = append(c.Notes, note)

@@ -93,8 +93,11 @@ func (w *worker) start(ctx context.Context) {
 	}
 }
 
-// end runs ShutdownCommand.
+// end runs ShutdownCommand, if RunShutdownCommand is set.
 func (w *worker) end(ctx context.Context) {
+	if !w.RunShutdownCommand {
+		return
+	}
 	if err := w.run(ctx, "ShutdownCommand", w.ShutdownCommand, w.environment(), ""); err != nil {
 		w.log.Error(err, "Command failed")
 	}

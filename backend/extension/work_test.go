@@ -161,7 +161,7 @@ const (
 func TestWork(t *testing.T) {
 	n := newNode(t)
 	n.start(options{PostStartupCommand: start, SubnetAddCommand: add, SubnetRemoveCommand: remove,
-		ShutdownCommand: shutdown})
+		ShutdownCommand: shutdown, RunShutdownCommand: true})
 	n.peers <- snapshot(peerLease(2, "two"), peerLease(3, "three"),
 		lease("10.5.4.0-24&fd05:0:0:4::-64", `{"PublicIP":"198.18.0.4","PublicIPv6":"fd18::4","BackendType":"extension"}`))
 	n.expect("start 10.5.0.0/16 10.5.1.0/24  198.18.0.1 ",
@@ -182,17 +182,46 @@ func TestWork(t *testing.T) {
 	n.expect("shutdown 10.5.0.0/16 10.5.1.0/24  198.18.0.1 ")
 }
 
+// TestShutdownCommand: as in flannel, ShutdownCommand alone does not run, and is remarked on. Configurations of k3s for
+// Tailscale have one that takes the node off its network.
+func TestShutdownCommand(t *testing.T) {
+	n := newNode(t)
+	n.start(options{SubnetAddCommand: add, ShutdownCommand: "touch $DIR/shutdown; " + shutdown})
+	n.peers <- snapshot(peerLease(2, "two"))
+	n.expect("add 10.5.2.0/24  198.18.0.2  two")
+	n.stop(backend.ErrStopping)
+	if _, err := os.Stat(filepath.Join(n.dir, "shutdown")); !os.IsNotExist(err) {
+		t.Errorf("the command was run: %v", err)
+	}
+	const notRun = "ShutdownCommand is not run, as in flannel: RunShutdownCommand must be true for that"
+	for run, want := range map[string]string{"": notRun, `, "RunShutdownCommand": true`: ""} {
+		cfg, err := subnet.ParseConfig([]byte(`{"Network": "10.5.0.0/16",
+			"Backend": {"Type": "extension", "ShutdownCommand": "true"` + run + `}}`))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := New(cfg, iface.Uplink{Name: "eth0", MTU: 1500}); err != nil {
+			t.Fatal(err)
+		}
+		if got := strings.Join(cfg.Warnings, "\n"); got != want {
+			t.Errorf("with %q: %q, want %q", run, got, want)
+		}
+	}
+}
+
 // What left, or changed, while flanneld was down is removed as it was added.
 // What stayed is added again: only the commands know what is still there.
 func TestRestart(t *testing.T) {
 	n := newNode(t)
-	n.start(options{SubnetAddCommand: add, SubnetRemoveCommand: remove, ShutdownCommand: shutdown})
+	n.start(options{SubnetAddCommand: add, SubnetRemoveCommand: remove, ShutdownCommand: shutdown,
+		RunShutdownCommand: true})
 	n.peers <- snapshot(peerLease(2, "two"), peerLease(3, "three"), peerLease(4, "four"))
 	for range 3 {
 		n.next()
 	}
 	n.stop(nil)
-	n.start(options{SubnetAddCommand: add, SubnetRemoveCommand: remove, ShutdownCommand: shutdown})
+	n.start(options{SubnetAddCommand: add, SubnetRemoveCommand: remove, ShutdownCommand: shutdown,
+		RunShutdownCommand: true})
 	n.peers <- snapshot(peerLease(2, "two"), peerLease(4, "changed"))
 	n.expect("remove 10.5.3.0/24  198.18.0.3  three",
 		"add 10.5.2.0/24  198.18.0.2  two",

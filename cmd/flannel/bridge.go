@@ -13,7 +13,7 @@ import (
 // readdress prepares a bridge that has an address of an earlier subnet of this node, which the bridge plugin refuses.
 // Where the bridge has no ports, the address goes, and the bridge plugin sets the new one. Where there are containers,
 // readdress changes nothing, and returns what to do about it, for the error of ADD.
-func (r *request) readdress(conf object, env subnet.Env) (blocked string) {
+func (r *request) readdress(conf object, env subnet.EnvFile) (blocked string) {
 	if conf.text("type") != "bridge" {
 		return ""
 	}
@@ -24,7 +24,7 @@ func (r *request) readdress(conf object, env subnet.Env) (blocked string) {
 	}
 	name := cmp.Or(conf.text("bridge"), "cni0") // the bridge plugin's default
 	for _, b := range all {
-		stale := b.Stale(env.Networks.Each(), env.Subnets.Each())
+		stale := b.Stale(env.AllNetworks, env.Subnets.Each())
 		if b.Name != name || len(stale) == 0 {
 			continue
 		}

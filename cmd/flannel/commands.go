@@ -35,10 +35,9 @@ func add(args *skel.CmdArgs) error {
 		return types.NewError(types.ErrIOFailure, fmt.Sprintf("dataDir: %v", err), "")
 	}
 	blocked := r.readdress(conf, env)
-	result, err := run("ADD", r.call(conf))
+	result, err := runAdd(r.call(conf))
 	if err == nil {
-		_, err = os.Stdout.Write(result)
-		return err
+		return result.Print()
 	}
 	var undo error
 	if formerErr == nil {
@@ -84,10 +83,10 @@ func del(args *skel.CmdArgs) error {
 
 // detach runs the delegate's DEL. It is no error if the interface or the namespace is gone already.
 func detach(conf object, netns string, environ ...string) error {
-	_, err := run("DEL", conf, environ...)
+	err := run("DEL", conf, environ...)
 	if err != nil && netns != "" {
 		if _, gone := os.Stat(netns); errors.Is(gone, fs.ErrNotExist) {
-			_, err = run("DEL", conf, append(environ, "CNI_NETNS=")...) // empty: the namespace is gone
+			err = run("DEL", conf, append(environ, "CNI_NETNS=")...) // empty: the namespace is gone
 		}
 	}
 	if err != nil && code(err) == types.ErrUnknownContainer {
@@ -96,7 +95,8 @@ func detach(conf object, netns string, environ ...string) error {
 	return err
 }
 
-// check compares a container with the result of its ADD.
+// check compares a container with the result of its ADD. Without a record there is nothing to compare with: flannel's
+// plugin accepts every CHECK.
 func check(args *skel.CmdArgs) error {
 	r, err := parse(args.StdinData)
 	if err != nil {
@@ -104,15 +104,12 @@ func check(args *skel.CmdArgs) error {
 	}
 	_, conf, err := r.record(attachment{args.ContainerID, args.IfName})
 	if errors.Is(err, fs.ErrNotExist) {
-		return types.NewError(types.ErrUnknownContainer,
-			fmt.Sprintf("dataDir %s has no record of %s of container %s: it was never attached, or was detached; "+
-				"attach it again", r.DataDir, args.IfName, args.ContainerID), "")
+		return nil
 	}
 	if err != nil {
 		return types.NewError(types.ErrIOFailure, fmt.Sprintf("dataDir: %v", err), "")
 	}
-	_, err = run("CHECK", r.call(conf))
-	return err
+	return run("CHECK", r.call(conf))
 }
 
 // status returns an error if an ADD would fail.
@@ -129,7 +126,7 @@ func status(args *skel.CmdArgs) error {
 	if err != nil {
 		return err
 	}
-	_, err = run("STATUS", r.call(conf))
+	err = run("STATUS", r.call(conf))
 	if err != nil && code(err) != types.ErrLimitedConnectivity {
 		err = types.NewError(types.ErrPluginNotAvailable, err.Error(), "")
 	}
@@ -155,8 +152,7 @@ func collect(args *skel.CmdArgs) error {
 		try(err)
 	} else {
 		conf.set("cni.dev/valid-attachments", r.ValidAttachments)
-		_, err := run("GC", r.call(conf))
-		try(err)
+		try(run("GC", r.call(conf)))
 	}
 	if failed != nil {
 		return errors.New(strings.Join(failed, "; "))

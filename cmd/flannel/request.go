@@ -9,6 +9,7 @@ import (
 	"maps"
 	"net/netip"
 	"path/filepath"
+	"strings"
 
 	"github.com/containernetworking/cni/pkg/types"
 
@@ -69,28 +70,19 @@ func parse(stdin []byte) (*request, error) {
 	return r, nil
 }
 
-// env reads subnet.env. The result has at least one subnet, the network of each subnet, and an MTU.
-func (r *request) env() (subnet.Env, error) {
+// env reads subnet.env. Of the variables of the file, none that the plugin needs is missing.
+func (r *request) env() (subnet.EnvFile, error) {
 	const notReady = "flanneld is not ready on this node: "
 	const see = "; see `kubectl -n kube-flannel logs ds/kube-flannel-ds` or `journalctl -u flanneld`"
-	env, err := subnet.ReadEnv(r.SubnetFile)
+	env, err := subnet.ReadEnvFile(r.SubnetFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		return env, types.NewError(types.ErrTryAgainLater, notReady+r.SubnetFile+" is missing"+see, "")
 	}
 	if path := (*fs.PathError)(nil); errors.As(err, &path) {
 		return env, types.NewError(types.ErrIOFailure, err.Error(), "")
 	}
-	lacks := func(key string) error { return fmt.Errorf("%s: %s is missing", r.SubnetFile, key) }
-	switch {
-	case err != nil:
-	case len(env.Subnets.Each()) == 0:
-		err = lacks("FLANNEL_SUBNET or FLANNEL_IPV6_SUBNET")
-	case env.Subnets.IPv4.IsValid() && !env.Networks.IPv4.IsValid():
-		err = lacks("FLANNEL_NETWORK")
-	case env.Subnets.IPv6.IsValid() && !env.Networks.IPv6.IsValid():
-		err = lacks("FLANNEL_IPV6_NETWORK")
-	case env.MTU <= 0:
-		err = lacks("FLANNEL_MTU")
+	if err == nil && env.Missing != nil {
+		err = fmt.Errorf("%s is missing %s", r.SubnetFile, strings.Join(env.Missing, ", "))
 	}
 	if err != nil {
 		return env, types.NewError(types.ErrDecodingFailure, notReady+err.Error()+see, "")
@@ -99,7 +91,7 @@ func (r *request) env() (subnet.Env, error) {
 }
 
 // delegate returns the configuration of the delegate: the user's keys, completed from subnet.env.
-func (r *request) delegate(env subnet.Env) (object, error) {
+func (r *request) delegate(env subnet.EnvFile) (object, error) {
 	d, err := parseObject("delegate", r.Delegate)
 	if err != nil {
 		return nil, err
@@ -161,7 +153,7 @@ func (r *request) record(a attachment) (path string, conf object, err error) {
 
 // ipam returns the delegate's ipam object: the user's, with an address of each of this node's subnets and routes to the
 // whole networks.
-func (r *request) ipam(env subnet.Env) (object, error) {
+func (r *request) ipam(env subnet.EnvFile) (object, error) {
 	ipam, err := parseObject("ipam", r.IPAM)
 	if err != nil {
 		return nil, err
@@ -186,11 +178,11 @@ func (r *request) ipam(env subnet.Env) (object, error) {
 	var ranges [][]ipRange // a pod gets one address of each inner list
 	for _, s := range env.Subnets.Each() {
 		ranges = append(ranges, []ipRange{{s}})
-		network := env.Networks.IPv4
-		if s.Addr().Is6() {
-			network = env.Networks.IPv6
+	}
+	for _, n := range env.AllNetworks {
+		if (n.Addr().Is4() && env.Subnets.IPv4.IsValid()) || (n.Addr().Is6() && env.Subnets.IPv6.IsValid()) {
+			routes = append(routes, route{n}) // a pod without an address of the family cannot use the route
 		}
-		routes = append(routes, route{network})
 	}
 	ipam.set("ranges", ranges)
 	ipam.set("routes", routes)

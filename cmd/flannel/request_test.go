@@ -110,7 +110,7 @@ func TestReference(t *testing.T) {
 	if r.DataDir != defaults.DataDir {
 		t.Errorf("dataDir is %q by default", r.DataDir)
 	}
-	conf, err := r.delegate(subnet.Env{MTU: 1450})
+	conf, err := r.delegate(subnet.EnvFile{Env: subnet.Env{MTU: 1450}})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -64,7 +64,7 @@ func run(ctx context.Context, o *settings.Options) error {
 	log := klog.FromContext(ctx)
 	log.Info("flanneld starts", "version", version, "go", runtime.Version(), "settings", o.String())
 	for _, w := range o.Warnings {
-		log.Error(nil, "Setting ignored", "reason", w)
+		log.Error(nil, "Check the settings", "reason", w)
 	}
 	manager, err := o.Manager(ctx)
 	if err != nil {

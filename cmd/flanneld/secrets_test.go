@@ -87,3 +87,13 @@ func TestSecretsStayOut(t *testing.T) {
 		})
 	}
 }
+
+// TestOddSettings: flanneld runs with settings with which flannel runs, and logs a warning about each.
+func TestOddSettings(t *testing.T) {
+	log := daemon(t, "Check the settings", 2, nil, "--iptables-resync=0", "--etcd-endpoints=http://127.0.0.1:1,")
+	for _, want := range []string{"iptables-resync", "an empty URL is left out"} {
+		if !strings.Contains(log, want) {
+			t.Errorf("nothing about %q:\n%s", want, log)
+		}
+	}
+}

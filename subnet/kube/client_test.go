@@ -226,3 +226,14 @@ func TestRedirect(t *testing.T) {
 		t.Errorf("%s, %s", cause, text)
 	}
 }
+
+// TestServerWithoutScheme: --kube-api-url may be HOST:PORT, as in flannel.
+func TestServerWithoutScheme(t *testing.T) {
+	c, err := newClient(t.Context(), "192.0.2.1:8080", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.server != "http://192.0.2.1:8080" {
+		t.Errorf("the server is %q", c.server)
+	}
+}

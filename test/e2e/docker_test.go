@@ -24,7 +24,7 @@ func TestDocker(t *testing.T) {
 	var addresses [2][]string
 	for i, n := range l.Nodes() {
 		file := filepath.Join(n.Dir, "docker.env")
-		labtest.Must(n.Run(ctx, "sh ../../dist/mk-docker-opts.sh -c -f "+n.SubnetFile()+" -d "+file))(t)
+		labtest.Must(n.Run(ctx, "sh ../../dist/mk-docker-opts.sh -c -6 -f "+n.SubnetFile()+" -d "+file))(t)
 		// As systemd reads an EnvironmentFile, and splits $DOCKER_OPTS.
 		text := strings.TrimSpace(string(labtest.Must(os.ReadFile(file))(t)))
 		options := strings.Fields(strings.Trim(strings.TrimPrefix(text, "DOCKER_OPTS="), `"`))

@@ -156,7 +156,8 @@ func TestSecondSignal(t *testing.T) {
 			ctx := labtest.Context(t, time.Minute)
 			pidFile := filepath.Join(t.TempDir(), "pid")
 			command := fmt.Sprintf("echo $$ >%[1]s.new; mv %[1]s.new %[1]s; exec sleep 600", pidFile)
-			config := fmt.Sprintf(`{%s, %s "Backend": {"Type": "extension", "ShutdownCommand": %q}}`, ipv4Network,
+			config := fmt.Sprintf(`{%s, %s "Backend": {"Type": "extension", "RunShutdownCommand": true,
+				"ShutdownCommand": %q}}`, ipv4Network,
 				c.config, command)
 			l := labtest.New(ctx, t, config, lab.NodeOptions{})
 			n := l.Nodes()[0]

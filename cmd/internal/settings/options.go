@@ -4,6 +4,7 @@ package settings
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"flag"
 	"fmt"
@@ -13,6 +14,7 @@ import (
 	"net/netip"
 	"net/url"
 	"os"
+	"path"
 	"path/filepath"
 	"regexp"
 	"regexp/syntax"
@@ -35,7 +37,7 @@ type Options struct {
 	LeaseRenewMargin time.Duration
 
 	EtcdEndpoints                         []string // URLs: http, https or unix
-	EtcdPrefix                            string   // a leading slash, no trailing one
+	EtcdPrefix                            string   // no trailing slash
 	EtcdCAFile, EtcdCertFile, EtcdKeyFile string
 	EtcdUsername                          string
 	EtcdPassword                          secret
@@ -56,11 +58,11 @@ type Options struct {
 	KernelResync    time.Duration
 	BlackholeRoute  bool
 
-	HealthzIP   netip.Addr
-	HealthzPort int // 0: off
+	HealthzIP   netip.Addr // not valid: all addresses of both families
+	HealthzPort int        // 0: off
 	Profile     bool
 
-	// Warnings are about settings that are ignored, one line each.
+	// Warnings are about settings that are ignored, or taken in another way than they are written, one line each.
 	Warnings []string
 
 	help, version bool
@@ -90,15 +92,27 @@ type setting struct {
 	set  func(text string) error // checks the text and puts it into the options
 
 	repeatable bool
-	hidden     bool // the value is a secret
+	hidden     bool   // the value is a secret
+	manager    string // the subnet manager that has a use for the setting; empty: all
 
 	texts []string // the values that were set, in order; one unless repeatable
 	from  string   // "--iface" or "FLANNELD_IFACE"; empty: not set
+	err   error    // why the value is refused, or a remark
 }
+
+// A remark is an error about a value that is accepted all the same, because flannel runs with it.
+type remark string
+
+func (r remark) Error() string { return string(r) }
+
+// A malformed value is not of the type of its flag: no number, or neither true nor false. flannel refuses such a flag,
+// and ignores such a variable.
+type malformed struct{ error }
 
 // A group is a section of the help.
 type group struct {
 	title    string
+	manager  string // the subnet manager that the group is for; empty: all
 	settings []*setting
 }
 
@@ -107,19 +121,19 @@ func flags(o *Options) []group { return append(leaseFlags(o), hostFlags(o)...) }
 
 func leaseFlags(o *Options) []group {
 	return []group{
-		{"General", []*setting{
-			{name: "subnet-file", arg: "PATH", def: "/run/flannel/subnet.env", set: into(&o.SubnetFile, path),
+		{"General", "", []*setting{
+			{name: "subnet-file", arg: "PATH", def: defaultSubnetFile, set: into(&o.SubnetFile, subnetFile),
 				help: "file with this node's subnet, for CNI, Docker and scripts"},
 			{name: "status-socket", arg: "PATH", def: statusBeside, set: into(&o.StatusSocket, anything),
 				help: "unix socket for flannelctl, for root only; auto: flanneld.sock beside subnet.env, flanneld-NAME.sock " +
 					"beside NAME.env; off: none"},
 			{name: "subnet-lease-renew-margin", arg: "MINUTES", def: "60",
-				set:  into(&o.LeaseRenewMargin, duration("minutes", time.Minute, 1, 1439)),
+				set:  into(&o.LeaseRenewMargin, duration("minutes", time.Minute, 1, 1439, 0)),
 				help: "minutes before its end at which the one-day lease is renewed: 1 to 1439"},
 			{name: "version", def: "false", set: into(&o.version, boolean), help: "print the version and exit"},
 			{name: "help", def: "false", set: into(&o.help, boolean), help: "print this text and exit"},
 		}},
-		{"Leases in etcd", []*setting{
+		{"Leases in etcd", "etcd", []*setting{
 			{name: "etcd-endpoints", arg: "URL[,URL...]", def: "http://127.0.0.1:4001,http://127.0.0.1:2379",
 				set: into(&o.EtcdEndpoints, endpoints), help: "URLs of etcd's endpoints: http://, https:// or unix://"},
 			{name: "etcd-prefix", arg: "KEY", def: "/coreos.com/network", set: into(&o.EtcdPrefix, etcdPrefix),
@@ -131,11 +145,11 @@ func leaseFlags(o *Options) []group {
 			{name: "etcd-keyfile", arg: "PATH", set: into(&o.EtcdKeyFile, anything),
 				help: "private key of the client certificate; needs --etcd-certfile"},
 			{name: "etcd-username", arg: "NAME", set: into(&o.EtcdUsername, anything),
-				help: "user name for etcd; needs --etcd-password"},
+				help: "user name for etcd; without effect unless --etcd-password is set"},
 			{name: "etcd-password", arg: "PASSWORD", hidden: true, set: into(&o.EtcdPassword, password),
 				help: "password of that user; other users of the host cannot see the password if it is set in the environment"},
 		}},
-		{"Leases in Kubernetes", []*setting{
+		{"Leases in Kubernetes", "kubernetes", []*setting{
 			{name: "kube-subnet-mgr", def: "false", set: into(&o.KubeSubnetMgr, boolean),
 				help: "use the Node's spec.podCIDRs as the subnet, in place of a lease in etcd"},
 			{name: "kube-api-url", arg: "URL", set: into(&o.KubeAPIURL, optional(apiURL)),
@@ -145,7 +159,7 @@ func leaseFlags(o *Options) []group {
 			{name: "kube-annotation-prefix", arg: "PREFIX", def: "flannel.alpha.coreos.com",
 				set:  into(&o.KubeAnnotationPrefix, annotationPrefix),
 				help: "prefix of the names of the Node's annotations"},
-			{name: "net-config-path", arg: "PATH", def: "/etc/kube-flannel/net-conf.json", set: into(&o.NetConfigPath, path),
+			{name: "net-config-path", arg: "PATH", def: "/etc/kube-flannel/net-conf.json", set: into(&o.NetConfigPath, file),
 				help: "file with the network configuration"},
 			{name: "set-node-network-unavailable", def: "true", set: into(&o.SetNodeNetworkUnavailable, boolean),
 				help: "set the Node's condition NetworkUnavailable to False once the network is up"},
@@ -155,7 +169,7 @@ func leaseFlags(o *Options) []group {
 
 func hostFlags(o *Options) []group {
 	return []group{
-		{"Uplink (the interface that peers reach this node on)", []*setting{
+		{"Uplink (the interface that peers reach this node on)", "", []*setting{
 			{name: "iface", arg: "NAME|IP", repeatable: true, set: appendTo(&o.Uplink.Names, anything),
 				help: "name or address of the interface; the first match is used"},
 			{name: "iface-regex", arg: "REGEX", repeatable: true, set: appendTo(&o.Uplink.Regexps, pattern),
@@ -170,7 +184,7 @@ func hostFlags(o *Options) []group {
 			{name: "public-ipv6", arg: "IP", set: into(&o.Uplink.PublicIPv6, optional(publicIP("IPv6", netip.Addr.Is6))),
 				help: "the same as --public-ip, for IPv6"},
 		}},
-		{"Rules and routes", []*setting{
+		{"Rules and routes", "", []*setting{
 			{name: "ip-masq", def: "false", set: into(&o.IPMasq, boolean),
 				help: "masquerade traffic that leaves the overlay"},
 			{name: "ip-masq-fully-random-disable", def: "false", set: into(&o.IPMasqNotRandom, boolean),
@@ -178,23 +192,23 @@ func hostFlags(o *Options) []group {
 			{name: "iptables-forward-rules", def: "true", set: into(&o.ForwardRules, boolean),
 				help: "add rules that accept forwarded packets from and to the overlay"},
 			{name: "iptables-resync", arg: "SECONDS", def: "5",
-				set:  into(&o.RulesResync, duration("seconds", time.Second, 1, math.MaxInt32)),
+				set:  into(&o.RulesResync, duration("seconds", time.Second, 1, math.MaxInt32, 5)),
 				help: "seconds between two checks of the firewall rules: 1 or more"},
 			{name: "kernel-resync", arg: "SECONDS", def: "60",
-				set: into(&o.KernelResync, duration("seconds", time.Second, 1, math.MaxInt32)),
+				set: into(&o.KernelResync, duration("seconds", time.Second, 1, math.MaxInt32, 0)),
 				help: "seconds between two checks of devices and routes, which are also restored at once " +
 					"when the kernel announces a change: 1 or more"},
 			{name: "ip-blackhole-route", def: "false", set: into(&o.BlackholeRoute, boolean),
 				help: "drop packets to pods that no longer exist, by a blackhole route for the node's own subnet"},
 		}},
-		{"Health", []*setting{
-			{name: "healthz-ip", arg: "IP", def: "0.0.0.0", set: into(&o.HealthzIP, address),
+		{"Health", "", []*setting{
+			{name: "healthz-ip", arg: "IP", def: "0.0.0.0", set: func(string) error { return nil }, // see healthz
 				help: "address on which /healthz, /readyz and /metrics are served"},
 			{name: "healthz-port", arg: "PORT", def: "0", set: into(&o.HealthzPort, port),
 				help: "port for --healthz-ip; 0 disables the health server"},
 			{name: "pprof", def: "false", set: into(&o.Profile, boolean), help: "also serve /debug/pprof on that port"},
 		}},
-		{"Logging (to standard error)", []*setting{
+		{"Logging (to standard error)", "", []*setting{
 			{name: "v", arg: "LEVEL", def: "0", set: logFlag("v", "a log level: 0 or more"), help: "log level: 0 to 4"},
 			{name: "vmodule", arg: "FILE=LEVEL[,...]",
 				set:  logFlag("vmodule", "a list of files and log levels such as vxlan=4,kube*=2"),
@@ -215,16 +229,20 @@ func Parse(args, env []string) (*Options, error) {
 	if err != nil {
 		return nil, err
 	}
+	fs.SetInterspersed(false) // as in flannel, a word ends the flags
 	if err := fs.Parse(doubleDashes(fs, args)); err != nil {
 		return nil, o.explain(err)
 	}
+	at := len(args) - fs.NArg()
 	switch {
-	case o.help:
+	case o.help, fs.Arg(0) == "help" && at == 0:
 		return nil, ErrHelp
 	case o.version:
 		return nil, ErrVersion
+	case fs.NArg() > 0 && at == 0:
+		return nil, fmt.Errorf("%q belongs to no flag: flanneld has only flags, see --help", args[0])
 	case fs.NArg() > 0:
-		return nil, unexpected(fs.Arg(0), args)
+		o.Warnings = append(o.Warnings, o.unexpected(args, at))
 	}
 	return o, o.Complete(env)
 }
@@ -239,6 +257,9 @@ func Flags(fs *pflag.FlagSet) (*Options, error) {
 					return nil, fmt.Errorf("default of --%s: %w", s.name, err)
 				}
 			}
+			if s.name != "kube-subnet-mgr" {
+				s.manager = g.manager
+			}
 			o.settings = append(o.settings, s)
 			f := fs.VarPF(s, s.name, "", s.help)
 			if s.arg == "" {
@@ -251,8 +272,18 @@ func Flags(fs *pflag.FlagSet) (*Options, error) {
 
 // Complete takes the settings without a flag from the environment, and checks all settings.
 func (o *Options) Complete(env []string) error {
-	if err := o.environment(env); err != nil {
-		return err
+	o.environment(env)
+	for _, s := range o.settings {
+		var odd remark
+		switch {
+		case s.err == nil:
+		case s.manager != "" && s.manager != o.manager():
+			o.warn("%s is ignored, since leases are in %s: %v", s.from, o.manager(), s.err)
+		case errors.As(s.err, &odd):
+			o.warn("%s: %v", s.from, odd)
+		default:
+			return fmt.Errorf("%s: %w", s.from, s.err)
+		}
 	}
 	switch o.StatusSocket {
 	case statusBeside:
@@ -267,18 +298,22 @@ func (o *Options) Complete(env []string) error {
 	return o.check()
 }
 
+func (o *Options) warn(format string, args ...any) {
+	o.Warnings = append(o.Warnings, fmt.Sprintf(format, args...))
+}
+
 // Values of --status-socket that are not paths.
 const (
 	statusBeside = "auto"
 	statusOff    = "off"
 )
 
-// doubleDashes rewrites -name as --name. It does not change values, nor arguments after "--".
+// doubleDashes rewrites -name as --name. It does not change values, nor what follows "--" or a word.
 func doubleDashes(fs *pflag.FlagSet, args []string) []string {
 	out := slices.Clone(args)
 	for i := 0; i < len(out) && out[i] != "--"; i++ {
 		if len(out[i]) < 2 || out[i][0] != '-' {
-			continue
+			break
 		}
 		name, _, joined := strings.Cut(strings.TrimPrefix(out[i][1:], "-"), "=")
 		if name == "h" {
@@ -298,11 +333,13 @@ func doubleDashes(fs *pflag.FlagSet, args []string) []string {
 func (o *Options) explain(err error) error {
 	var unknown *pflag.NotExistError
 	var noValue *pflag.ValueRequiredError
-	var invalid *pflag.InvalidValueError
 	var malformed *pflag.InvalidSyntaxError
 	switch {
 	case errors.As(err, &unknown):
 		name := unknown.GetSpecifiedName()
+		if instead, former := formerFlags[name]; former {
+			return fmt.Errorf("--%s is a flag of flannel before 0.8: %s", name, instead)
+		}
 		hint := ""
 		if near := o.nearest(name); near != "" {
 			hint = fmt.Sprintf(" did you mean --%s?", near)
@@ -314,25 +351,53 @@ func (o *Options) explain(err error) error {
 	case errors.As(err, &noValue):
 		s := noValue.GetFlag().Value.(*setting)
 		return fmt.Errorf("--%s needs a value: --%s=%s", s.name, s.name, s.arg)
-	case errors.As(err, &invalid):
-		return fmt.Errorf("--%s: %w", invalid.GetFlag().Name, invalid.Unwrap())
 	}
 	return err
 }
 
-// unexpected returns the error for a word that belongs to no flag. The word is redacted if it may be the rest of a
-// password with spaces.
-func unexpected(word string, args []string) error {
-	quoted := strconv.Quote(word)
-	for _, arg := range slices.Backward(args[:slices.Index(args, word)]) {
+// What took the place of the flags that flannel had before 0.8.
+const (
+	noServer   = "there is no server between nodes and store; each node has --etcd-endpoints or --kube-subnet-mgr"
+	oneNetwork = "run one flanneld for each network, each with its own --etcd-prefix and --subnet-file"
+	logsOnly   = "flanneld always logs to standard error"
+)
+
+var formerFlags = map[string]string{
+	"listen": noServer, "remote": noServer,
+	"remote-keyfile": noServer, "remote-certfile": noServer, "remote-cafile": noServer,
+	"networks": oneNetwork, "watch-networks": oneNetwork, "subnet-dir": oneNetwork,
+	"logtostderr": logsOnly, "alsologtostderr": logsOnly, "stderrthreshold": logsOnly, "log_dir": logsOnly,
+}
+
+// unexpected returns the warning about a word that belongs to no flag, which is the argument at an index. The word is
+// redacted if it may be the rest of a password with spaces.
+func (o *Options) unexpected(args []string, at int) string {
+	word, before := args[at], strings.TrimLeft(args[at-1], "-")
+	text := strconv.Quote(word)
+	for _, arg := range slices.Backward(args[:at]) {
 		if strings.HasPrefix(arg, "-") {
 			if strings.Contains(arg, "password") {
-				quoted = redacted
+				text = redacted
 			}
 			break
 		}
 	}
-	return fmt.Errorf("%s belongs to no flag: give values as --name=value, and values with spaces in quotes", quoted)
+	text += " belongs to no flag, and is ignored: give values as --name=value, and values with spaces in quotes"
+	if s := o.setting(before); s != nil && s.arg == "" && (word == "true" || word == "false") {
+		text = fmt.Sprintf("%q after --%s is ignored, and --%[2]s without a value means true: write --%[2]s=%[1]s",
+			word, before)
+	}
+	var names []string
+	for _, arg := range args[at+1:] {
+		name, _, _ := strings.Cut(arg, "=")
+		if strings.HasPrefix(name, "-") && o.setting(strings.TrimLeft(name, "-")) != nil {
+			names = append(names, name)
+		}
+	}
+	if names != nil {
+		text += "; as in flannel, what follows is ignored, too: " + strings.Join(names, " ")
+	}
+	return text
 }
 
 const envPrefix = "FLANNELD_"
@@ -354,7 +419,7 @@ func serviceLink(name, value string) bool {
 }
 
 // environment takes the settings that the command line does not have from env. An empty variable counts as not set.
-func (o *Options) environment(env []string) error {
+func (o *Options) environment(env []string) {
 	vars := map[string]string{}
 	for _, line := range env {
 		if name, value, _ := strings.Cut(line, "="); strings.HasPrefix(name, envPrefix) {
@@ -370,49 +435,54 @@ func (o *Options) environment(env []string) error {
 		if text == "" || s.from != "" || serviceLink(s.env(), text) {
 			continue
 		}
-		if err := s.Set(text); err != nil {
-			return fmt.Errorf("%s: %w", s.env(), err)
-		}
+		_ = s.Set(text)
 		s.from = s.env()
+		if wrong := (malformed{}); errors.As(s.err, &wrong) {
+			o.warn("environment variable %s is ignored: %v", s.from, wrong)
+			s.texts, s.from, s.err = nil, "", nil
+		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(vars)) {
 		if serviceLink(name, vars[name]) {
 			continue
 		}
+		like := strings.ToLower(strings.ReplaceAll(strings.TrimPrefix(name, envPrefix), "_", "-"))
 		hint := ""
-		if near := o.nearest(strings.ToLower(strings.ReplaceAll(strings.TrimPrefix(name, envPrefix), "_", "-"))); near != "" {
+		if instead, former := formerFlags[like]; former {
+			hint = "; flannel had it before 0.8: " + instead
+		} else if near := o.nearest(like); near != "" {
 			hint = fmt.Sprintf(", did you mean %s?", o.setting(near).env())
 		}
-		o.Warnings = append(o.Warnings,
-			fmt.Sprintf("environment variable %s is ignored: there is no such setting%s", name, hint))
+		o.warn("environment variable %s is ignored: there is no such setting%s", name, hint)
 	}
-	return nil
 }
 
 // check checks settings that depend on each other, and the files that settings name.
 func (o *Options) check() error {
-	together := func(a, b string) error {
+	// alone reports whether one setting is there without the other. As in flannel, it has no effect then.
+	alone := func(a, b string) bool {
 		x, y := o.setting(a), o.setting(b)
 		if x.value() == "" {
 			x, y = y, x
 		}
-		if x.value() != "" && y.value() == "" {
-			return fmt.Errorf("%s is set without --%s: set both, or neither", x.from, y.name)
+		if x.value() == "" || y.value() != "" {
+			return false
 		}
-		return nil
+		o.warn("%s is ignored: it has no effect without --%s", x.from, y.name)
+		return true
 	}
-	readable := func(name string) error {
+	readable := func(name, file string) error {
 		s := o.setting(name)
-		if s.value() == "" {
+		if file == "" {
 			return nil
 		}
-		f, err := os.Open(s.value())
+		f, err := os.Open(file)
 		if err != nil {
 			return fmt.Errorf("%s: cannot read the file: %w", s.from, err)
 		}
 		defer f.Close()
 		if info, err := f.Stat(); err == nil && info.IsDir() {
-			return fmt.Errorf("%s: %s is a directory, not a file", s.from, s.value())
+			return fmt.Errorf("%s: %s is a directory, not a file", s.from, file)
 		}
 		return nil
 	}
@@ -423,14 +493,24 @@ func (o *Options) check() error {
 		}
 		return nil
 	}
+	if err := o.healthz(); err != nil {
+		return err
+	}
 	if o.Profile && o.HealthzPort == 0 {
 		return fmt.Errorf("%s needs --healthz-port, which is 0 (disabled): set both", o.setting("pprof").from)
 	}
 	if o.KubeSubnetMgr {
-		return cmp.Or(apart("iface"), apart("iface-regex"), apart("iface-can-reach"), readable("kubeconfig-file"))
+		return cmp.Or(apart("iface"), apart("iface-regex"), apart("iface-can-reach"),
+			readable("kubeconfig-file", o.KubeconfigFile))
 	}
 	if o.IfaceNodeAddress {
 		return fmt.Errorf("%s works only with --kube-subnet-mgr: use --iface instead", nodeAddress.from)
+	}
+	if alone("etcd-keyfile", "etcd-certfile") {
+		o.EtcdKeyFile, o.EtcdCertFile = "", ""
+	}
+	if alone("etcd-username", "etcd-password") {
+		o.EtcdUsername, o.EtcdPassword = "", ""
 	}
 	for i, e := range o.EtcdEndpoints {
 		switch {
@@ -441,18 +521,58 @@ func (o *Options) check() error {
 			o.EtcdEndpoints[i] = "https://" + e
 		}
 	}
+	secure := func(e string) bool { return strings.HasPrefix(e, "https://") }
+	if o.EtcdCAFile != "" && o.EtcdCertFile == "" && !slices.ContainsFunc(o.EtcdEndpoints, secure) {
+		o.warn("%s is ignored: no endpoint begins with https://", o.setting("etcd-cafile").from)
+		o.EtcdCAFile = ""
+	}
 	return cmp.Or(
-		together("etcd-keyfile", "etcd-certfile"),
-		together("etcd-username", "etcd-password"),
-		readable("etcd-cafile"),
-		readable("etcd-certfile"),
-		readable("etcd-keyfile"),
+		readable("etcd-cafile", o.EtcdCAFile),
+		readable("etcd-certfile", o.EtcdCertFile),
+		readable("etcd-keyfile", o.EtcdKeyFile),
 	)
 }
 
-// setting returns the setting of a flag that exists.
+// lookupLimit is how long the lookup of a name may take.
+const lookupLimit = 5 * time.Second
+
+// healthz sets HealthzIP. It looks up a name, of whose addresses the first IPv4 address is used, as net.Listen does.
+func (o *Options) healthz() error {
+	s := o.setting("healthz-ip")
+	text := s.value()
+	ip, err := netip.ParseAddr(text)
+	switch {
+	case err == nil:
+		o.HealthzIP = ip.Unmap()
+		return nil
+	case text == "":
+		o.HealthzIP = netip.Addr{}
+		o.warn("%s is empty: all addresses of both families are used", s.from)
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), lookupLimit)
+	defer cancel()
+	ips, err := net.DefaultResolver.LookupNetIP(ctx, "ip", text)
+	switch {
+	case err == nil && len(ips) > 0:
+		o.HealthzIP = ips[max(0, slices.IndexFunc(ips, func(ip netip.Addr) bool { return ip.Unmap().Is4() }))].Unmap()
+		o.warn("%s: %q is a name, and its address is looked up only now: %s is used", s.from, text, o.HealthzIP)
+	case o.HealthzPort == 0:
+		o.HealthzIP = netip.IPv4Unspecified()
+		o.warn("%s is ignored: --healthz-port is 0 (disabled), and %q is neither an IP address nor a name", s.from, text)
+	default:
+		return fmt.Errorf("%s: %q is not an IP address such as 192.0.2.7 or 2001:db8::7, nor a name that has one: %w",
+			s.from, text, err)
+	}
+	return nil
+}
+
+// setting returns the setting of a flag, nil if there is no such flag.
 func (o *Options) setting(name string) *setting {
-	return o.settings[slices.IndexFunc(o.settings, func(s *setting) bool { return s.name == name })]
+	if i := slices.IndexFunc(o.settings, func(s *setting) bool { return s.name == name }); i >= 0 {
+		return o.settings[i]
+	}
+	return nil
 }
 
 // Redacted returns the settings that differ from their defaults, as flags that an operator could type. A secret is
@@ -509,17 +629,20 @@ func distance(a, b string) int {
 
 // Set implements pflag.Value. An empty text counts as not set where there is no default: units have lines such as
 // --iface=$IFACE.
+//
+// Set returns no error: Complete returns it, unless the setting has no use.
 func (s *setting) Set(text string) error {
-	if err := s.set(text); err != nil {
-		return err
-	}
-	if s.hidden && text != "" {
+	err := s.set(text)
+	switch {
+	case s.hidden && text != "":
 		text = redacted
+	case strings.Contains(text, "://"):
+		text = withoutUser(text)
 	}
 	if !s.repeatable {
-		s.texts = nil
+		s.texts, s.err = nil, nil
 	}
-	s.texts, s.from = append(s.texts, text), "--"+s.name
+	s.texts, s.from, s.err = append(s.texts, text), "--"+s.name, cmp.Or(s.err, err)
 	return nil
 }
 
@@ -567,7 +690,7 @@ For flags without a value, --name means true, and --name=false means false.
 func into[T any](p *T, parse func(string) (T, error)) func(string) error {
 	return func(text string) error {
 		v, err := parse(text)
-		if err == nil {
+		if _, odd := err.(remark); err == nil || odd {
 			*p = v
 		}
 		return err
@@ -605,14 +728,23 @@ func password(text string) (secret, error) { return secret(text), nil }
 func boolean(text string) (bool, error) {
 	v, err := strconv.ParseBool(text)
 	if err != nil {
-		return false, fmt.Errorf("%q is not true or false", text)
+		return false, malformed{fmt.Errorf("%q is not true or false", text)}
 	}
 	return v, nil
 }
 
-func path(text string) (string, error) {
+func file(text string) (string, error) {
 	if text == "" {
 		return "", errors.New("the value must be the path of a file")
+	}
+	return text, nil
+}
+
+const defaultSubnetFile = "/run/flannel/subnet.env"
+
+func subnetFile(text string) (string, error) {
+	if text == "" {
+		return defaultSubnetFile, remark("the value is empty: " + defaultSubnetFile + " is used")
 	}
 	return text, nil
 }
@@ -626,24 +758,42 @@ func pattern(text string) (*regexp.Regexp, error) {
 	return re, err
 }
 
+// number parses an integer as flannel does, which takes 0x10, 0o20, 020 and 0b10000 for 16.
+func number(text string) (int64, error) { return strconv.ParseInt(text, 0, strconv.IntSize) }
+
 func port(text string) (int, error) {
-	n, err := strconv.ParseUint(text, 10, 16)
-	if err != nil {
-		return 0, fmt.Errorf("%q is not a port number: 0 (disabled) to 65535", text)
+	n, err := number(text)
+	want := fmt.Errorf("%q is not a port number: 0 (disabled) to 65535", text)
+	switch {
+	case err != nil:
+		return 0, malformed{want}
+	case n < 0:
+		return 0, remark(want.Error() + "; 0 is used")
+	case n > math.MaxUint16:
+		return 0, want
 	}
 	return int(n), nil
 }
 
-func duration(units string, unit time.Duration, low, high int) func(string) (time.Duration, error) {
+// duration returns a parser of a number of units. A number out of range is an error, unless there is a number to use
+// instead.
+func duration(units string, unit time.Duration, low, high, instead int) func(string) (time.Duration, error) {
+	allowed := fmt.Sprintf("%d to %d", low, high)
+	if high == math.MaxInt32 {
+		allowed = fmt.Sprintf("%d or more", low)
+	}
 	return func(text string) (time.Duration, error) {
-		n, err := strconv.Atoi(text)
+		n, err := number(text)
+		want := fmt.Errorf("%q is not a number of %s: %s", text, units, allowed)
 		switch {
-		case err == nil && low <= n && n <= high:
+		case err != nil:
+			return 0, malformed{want}
+		case int64(low) <= n && n <= int64(high):
 			return time.Duration(n) * unit, nil
-		case high == math.MaxInt32:
-			return 0, fmt.Errorf("%q is not a number of %s: %d or more", text, units, low)
+		case instead != 0:
+			return time.Duration(instead) * unit, remark(fmt.Sprintf("%v; %d is used", want, instead))
 		}
-		return 0, fmt.Errorf("%q is not a number of %s: %d to %d", text, units, low, high)
+		return 0, want
 	}
 }
 
@@ -668,53 +818,88 @@ func publicIP(family string, is func(netip.Addr) bool) func(string) (netip.Addr,
 	}
 }
 
-// endpoints parses etcd's comma-separated URLs. Old units have HOST:PORT alone, which stays without a scheme here:
-// check chooses the scheme.
+// endpoints parses etcd's comma-separated URLs. An entry that cannot work is left out if there are others.
 func endpoints(text string) ([]string, error) {
-	var out []string
+	var out, remarks []string
+	var failed error
 	for part := range strings.SplitSeq(text, ",") {
-		part = strings.TrimSpace(part)
-		bare := false
-		if _, _, err := net.SplitHostPort(part); err == nil && !strings.Contains(part, "/") {
-			bare, part = true, "http://"+part
-		}
-		u, err := url.Parse(part)
-		quoted := strconv.Quote(withoutUser(part))
-		switch {
-		case part == "":
-			return nil, fmt.Errorf("%q has an empty URL: "+
-				"give one or more URLs such as http://127.0.0.1:2379, separated by commas", withoutUser(text))
-		case err == nil && u.Scheme == "unix" && u.Host+u.Path+u.Opaque != "":
-			out = append(out, part)
+		if part = strings.TrimSpace(part); part == "" {
+			remarks = append(remarks, "an empty URL is left out")
 			continue
-		case err != nil || u.Scheme != "http" && u.Scheme != "https":
-			return nil, fmt.Errorf("%s is not a URL: http://HOST:PORT, https://HOST:PORT or unix:///PATH", quoted)
-		case u.User != nil:
-			return nil, fmt.Errorf("%s contains a user name: use --etcd-username and --etcd-password", quoted)
-		case u.Hostname() == "" || u.Port() == "":
-			return nil, fmt.Errorf("%s has no host or no port: %s://127.0.0.1:2379, for example", quoted, u.Scheme)
-		case strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.Fragment != "":
-			return nil, fmt.Errorf("%s has more after the port: did you mean %s://%s?", quoted, u.Scheme, u.Host)
 		}
-		if _, err := port(u.Port()); err != nil {
-			return nil, fmt.Errorf("%s has no valid port: 1 to 65535", quoted)
-		}
-		if bare {
-			out = append(out, u.Host)
+		e, err := endpoint(part)
+		if _, odd := err.(remark); err == nil || odd {
+			out = append(out, e)
 		} else {
-			out = append(out, u.Scheme+"://"+u.Host)
+			failed = cmp.Or(failed, err)
+			err = fmt.Errorf("%w; it is left out", err)
 		}
+		if err != nil {
+			remarks = append(remarks, err.Error())
+		}
+	}
+	switch {
+	case failed != nil && out == nil:
+		return nil, failed
+	case out == nil:
+		return nil, fmt.Errorf("%q has no URL: give one or more URLs such as http://127.0.0.1:2379, separated by commas",
+			text)
+	case remarks != nil:
+		return out, remark(strings.Join(remarks, "; "))
 	}
 	return out, nil
 }
 
+// endpoint parses one of etcd's URLs. Old units have HOST:PORT alone, which stays without a scheme here: check chooses
+// the scheme. What flannel's client ignores in a URL is ignored, with a remark.
+func endpoint(part string) (string, error) {
+	quoted := strconv.Quote(withoutUser(part))
+	bare := false
+	if _, _, err := net.SplitHostPort(part); err == nil && !strings.Contains(part, "/") {
+		bare, part = true, "http://"+part
+	}
+	u, err := url.Parse(part)
+	switch {
+	case err == nil && u.Scheme == "unix" && u.Host+u.Path+u.Opaque != "":
+		return part, nil
+	case err != nil || u.Scheme != "http" && u.Scheme != "https":
+		return "", fmt.Errorf("%s is not a URL: http://HOST:PORT, https://HOST:PORT or unix:///PATH", quoted)
+	case u.Hostname() == "" || u.Port() == "":
+		return "", fmt.Errorf("%s has no host or no port: %s://127.0.0.1:2379, for example", quoted, u.Scheme)
+	}
+	if _, err := strconv.ParseUint(u.Port(), 10, 16); err != nil {
+		return "", fmt.Errorf("%s has no valid port: 1 to 65535", quoted)
+	}
+	out := u.Scheme + "://" + u.Host
+	if bare {
+		out = u.Host
+	}
+	switch {
+	case u.User != nil:
+		return out, remark(quoted + " contains a user name, which is not used: " +
+			"use --etcd-username and --etcd-password")
+	case strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.Fragment != "":
+		return out, remark(fmt.Sprintf("%s has more after the port, which is not used: %s is used", quoted, out))
+	}
+	return out, nil
+}
+
+// apiURL checks the URL of the API server. A URL without a scheme is left to client-go, as in flannel.
 func apiURL(text string) (string, error) {
-	u, err := url.Parse(text)
+	bare := !strings.Contains(text, "://")
+	full := text
+	if bare {
+		full = "http://" + text
+	}
+	u, err := url.Parse(full)
 	switch {
 	case err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Hostname() == "":
 		return "", fmt.Errorf("%q is not a URL: https://HOST:PORT or http://HOST:PORT", withoutUser(text))
 	case u.User != nil:
 		return "", fmt.Errorf("%q contains a user name: use --kubeconfig-file for credentials", withoutUser(text))
+	case bare:
+		return text, remark(fmt.Sprintf("%q has no scheme: "+
+			"http:// is used, or https:// if the kubeconfig file has certificates", text))
 	}
 	return text, nil
 }
@@ -727,13 +912,15 @@ func withoutUser(text string) string {
 	return text
 }
 
-// etcdPrefix returns the key with a leading slash and without a trailing slash.
+// etcdPrefix returns the key without a trailing slash. flannel joins it with "config" and "subnets" as it is: without a
+// leading slash, the key is another one.
 func etcdPrefix(text string) (string, error) {
-	key := strings.Trim(text, "/")
-	if key == "" {
-		return "", fmt.Errorf("%q is not a key: /coreos.com/network, for example", text)
+	if strings.HasPrefix(text, "/") {
+		return path.Clean(text), nil
 	}
-	return "/" + key, nil
+	key := path.Join(text)
+	return key, remark(fmt.Sprintf("%q has no leading slash: the configuration is read from the key %q", text,
+		path.Join(key, "config")))
 }
 
 // The name of an annotation is an optional DNS name with a slash, then at most 63 letters, digits, '-', '_' and '.',
@@ -773,8 +960,12 @@ func logFlag(name, want string) func(string) error {
 	fs := flag.NewFlagSet("klog", flag.ContinueOnError)
 	klog.InitFlags(fs)
 	return func(text string) error {
+		wrong := fmt.Errorf("%q is not %s", text, want)
+		if n, err := strconv.Atoi(text); err == nil && n < 0 && fs.Set(name, "0") == nil {
+			return remark(wrong.Error() + "; 0 is used")
+		}
 		if strings.HasPrefix(text, "-") || fs.Set(name, text) != nil {
-			return fmt.Errorf("%q is not %s", text, want)
+			return malformed{wrong}
 		}
 		return nil
 	}

@@ -42,7 +42,7 @@ func TestManyConnections(t *testing.T) {
 		start                  func(ctx context.Context, group *sync.WaitGroup) error
 	}{
 		"health server": {"tcp", at.String(), "/healthz", func(ctx context.Context, group *sync.WaitGroup) error {
-			err := newHealth(nil).serve(ctx, group, at, http.NotFoundHandler(), false)
+			err := newHealth(nil, nil).serve(ctx, group, at, nil)
 			return err
 		}},
 		"status server": {"unix", socket, "/status", func(ctx context.Context, group *sync.WaitGroup) error {

@@ -71,7 +71,5 @@ func run(ctx context.Context, o *settings.Options) error {
 		return err
 	}
 	defer manager.Close()
-	options := o.Network(manager)
-	options.Version = version
-	return network.Run(ctx, options)
+	return network.Run(ctx, options(ctx, o, manager))
 }

@@ -66,6 +66,7 @@ func run(ctx context.Context, o *settings.Options) error {
 	for _, w := range o.Warnings {
 		log.Error(nil, "Setting ignored", "reason", w)
 	}
+	settings.RegisterBackends()
 	manager, err := o.Manager(ctx)
 	if err != nil {
 		return err

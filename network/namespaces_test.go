@@ -40,7 +40,15 @@ func join(ctx context.Context, t *testing.T, address string, linked <-chan struc
 	o.SubnetFile, o.StatusSocket = filepath.Join(dir, "subnet.env"), m.socket
 	inside := make(chan error)
 	go func() {
-		runtime.LockOSThread() // and never unlocked: the thread ends with the goroutine
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		home, err := netns.Get()
+		if err != nil {
+			inside <- err
+			return
+		}
+		defer home.Close()
+		defer netns.Set(home)
 		namespace, err := netns.New()
 		if err == nil {
 			defer namespace.Close()

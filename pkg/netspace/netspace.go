@@ -62,6 +62,14 @@ func (s *Space) In(f func()) func() {
 	}
 	return func() {
 		runtime.LockOSThread()
+		if unix.Gettid() == unix.Getpid() {
+			// The first thread's namespace is that of the whole process in /proc. This thread is locked: f runs on another.
+			defer runtime.UnlockOSThread()
+			var group sync.WaitGroup
+			group.Go(s.In(f))
+			group.Wait()
+			return
+		}
 		if err := enter(s.own); err != nil {
 			panic(err)
 		}

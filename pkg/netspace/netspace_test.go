@@ -6,6 +6,8 @@ import (
 	"sync"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/flanneld/flanneld/pkg/nstest"
 )
 
@@ -63,6 +65,9 @@ func TestAway(t *testing.T) {
 			all.Go(s.In(func() {
 				if got := here(t); got != away {
 					t.Errorf("In runs in %s, not in %s", got, away)
+				}
+				if unix.Gettid() == unix.Getpid() {
+					t.Error("the first thread has moved, and the process with it")
 				}
 			}))
 		}

@@ -1,5 +1,6 @@
-// Package backend defines how pods' packets get from one node to another. Each
-// backend is a folder beside this file; importing the folder registers it.
+// Package backend, which other programs may import, defines how pods' packets get
+// from one node to another. Each backend is a folder beside this file; importing
+// the folder registers it. A program can register backends of its own.
 package backend
 
 import (

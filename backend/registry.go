@@ -55,7 +55,8 @@ var (
 	devices = map[string]*regexp.Regexp{} // by name of the type
 )
 
-// Register makes a type of backend known. It is called from init.
+// Register makes a type of backend known, in place of a type of the same name. It is called from init, or else before
+// anything uses backends.
 func Register(t Type) {
 	types[t.Name] = t
 	if t.MaxData > 0 {

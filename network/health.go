@@ -1,25 +1,19 @@
 package network
 
 import (
-	"cmp"
 	"context"
 	"fmt"
 	"net"
 	"net/http"
-	"net/http/pprof"
 	"net/netip"
 	"sync"
-	"time"
-
-	"github.com/coreos/go-systemd/v22/daemon"
-	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/pkg/plain"
 	"github.com/flanneld/flanneld/subnet"
 )
 
-// health reports the node's state: to probes over HTTP, to systemd by sd_notify(3).
+// health reports the node's state: to probes over HTTP, and to the caller of Run.
 type health struct {
 	mu      sync.Mutex
 	missing string // what the node waits for; "" once it is ready
@@ -27,15 +21,21 @@ type health struct {
 	families []string // why a family does not work
 
 	manager subnet.Manager // knows what a lease waits for, after the start as well
-	lease   string         // what systemd was notified of about that
+
+	changed  func(waiting string) // see Options.Waiting
+	reported string               // what it was called with last
 }
 
-func newHealth(m subnet.Manager) *health { return &health{missing: "to start", manager: m} }
+// starting is what a node waits for until something else is known.
+const starting = "to start"
 
-// serve serves /healthz, /readyz, /metrics and, with profile, /debug/pprof until ctx ends;
-// nowhere, if the port is 0. An address that is not valid stands for all addresses. No request changes anything.
-func (h *health) serve(ctx context.Context, group *sync.WaitGroup, at netip.AddrPort, metrics http.Handler,
-	profile bool) error {
+func newHealth(m subnet.Manager, changed func(string)) *health {
+	return &health{missing: starting, manager: m, changed: changed, reported: starting}
+}
+
+// serve serves /healthz and /readyz until ctx ends, and what other serves, which may be nil; nowhere, if the port is 0.
+// An address that is not valid stands for all addresses.
+func (h *health) serve(ctx context.Context, group *sync.WaitGroup, at netip.AddrPort, other http.Handler) error {
 	if at.Port() == 0 {
 		return nil
 	}
@@ -50,12 +50,8 @@ func (h *health) serve(ctx context.Context, group *sync.WaitGroup, at netip.Addr
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
 	mux.HandleFunc("GET /readyz", h.readyz)
-	mux.Handle("GET /metrics", metrics)
-	if profile {
-		// Without the command line, which may hold a password.
-		mux.HandleFunc("GET /debug/pprof/", pprof.Index)
-		mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
-		mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
+	if other != nil {
+		mux.Handle("/", other)
 	}
 	serveHTTP(ctx, group, l, mux, "health server")
 	return nil
@@ -88,14 +84,20 @@ func (h *health) setMissing(families map[family.Family]error) {
 
 // waitFor sets what the node waits for, until it has been ready once.
 func (h *health) waitFor(what string) {
-	what = plain.Line(what) // a line of systemd's protocol, and of the answer to a probe
 	h.mu.Lock()
-	defer h.mu.Unlock()
-	if h.missing == "" || h.missing == what {
-		return
+	if h.missing != "" {
+		h.missing = plain.Line(what) // a line of the answer to a probe
 	}
-	h.missing = what
-	notify("STATUS=Waiting for " + what)
+	h.mu.Unlock()
+	h.report()
+}
+
+// setReady records that the node is ready for the first time.
+func (h *health) setReady() {
+	h.mu.Lock()
+	h.missing = ""
+	h.mu.Unlock()
+	h.report()
 }
 
 // waitingFor returns what the node waits for, "" once it has been ready; after that, it may wait for another lease.
@@ -108,19 +110,13 @@ func (h *health) waitingFor() string {
 	return h.missing
 }
 
-// notifyLease notifies systemd of what the lease waits for, if that has changed.
-func (h *health) notifyLease() {
-	waiting := waitingFor(h.manager)
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if waiting == h.lease {
-		return
-	}
-	h.lease = waiting
-	if waiting = cmp.Or(waiting, h.missing); waiting != "" {
-		notify("STATUS=Waiting for " + waiting)
-	} else {
-		notify("STATUS=Ready")
+// report calls changed if what the node waits for has changed. It is for the main loop alone.
+func (h *health) report() {
+	if waiting := h.waitingFor(); waiting != h.reported {
+		h.reported = waiting
+		if h.changed != nil {
+			h.changed(waiting)
+		}
 	}
 }
 
@@ -133,31 +129,4 @@ func waitingFor(m subnet.Manager) string {
 		return "a lease: " + plain.Line(what)
 	}
 	return ""
-}
-
-func (h *health) setReady() {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.missing = ""
-	notify("READY=1\nSTATUS=Ready")
-}
-
-// watchdog ticks twice within the time after which systemd, where it is our parent,
-// takes the daemon for hung. It is nil where systemd has no watchdog for the daemon.
-func watchdog(log klog.Logger) <-chan time.Time {
-	limit, err := daemon.SdWatchdogEnabled(false)
-	if err != nil {
-		log.Error(err, "systemd's WatchdogSec has no effect")
-	}
-	if limit == 0 {
-		return nil
-	}
-	return time.Tick(limit / 2)
-}
-
-// notify sends the state to systemd, where it is our parent and waits for that.
-func notify(state string) {
-	if _, err := daemon.SdNotify(false, state); err != nil {
-		klog.Background().Error(err, "Cannot notify systemd")
-	}
 }

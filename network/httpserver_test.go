@@ -34,8 +34,7 @@ func TestHealthOnAllAddresses(t *testing.T) {
 	defer group.Wait()
 	defer cancel()
 	const port = 8471 // in the namespace of TestMain
-	if err := newHealth(nil).serve(ctx, &group, netip.AddrPortFrom(netip.Addr{}, port), http.NotFoundHandler(),
-		false); err != nil {
+	if err := newHealth(nil, nil).serve(ctx, &group, netip.AddrPortFrom(netip.Addr{}, port), nil); err != nil {
 		t.Fatal(err)
 	}
 	for _, ip := range []string{"127.0.0.1", "::1"} {
@@ -66,7 +65,7 @@ func TestManyConnections(t *testing.T) {
 		start                  func(ctx context.Context, group *sync.WaitGroup) error
 	}{
 		"health server": {"tcp", at.String(), "/healthz", func(ctx context.Context, group *sync.WaitGroup) error {
-			err := newHealth(nil).serve(ctx, group, at, http.NotFoundHandler(), false)
+			err := newHealth(nil, nil).serve(ctx, group, at, nil)
 			return err
 		}},
 		"status server": {"unix", socket, "/status", func(ctx context.Context, group *sync.WaitGroup) error {

@@ -24,7 +24,7 @@ import (
 // becomeOnly waits until no other flanneld keeps this network in the network namespace, and serves health: already
 // while it waits, unless the other one has the port.
 func (n *node) becomeOnly(ctx context.Context) error {
-	serveErr := n.health.serve(ctx, &n.group, n.Health, n.metrics, n.Profile)
+	serveErr := n.health.serve(ctx, &n.group, n.Health, n.Handler)
 	if serveErr != nil && !errors.Is(serveErr, unix.EADDRINUSE) {
 		return serveErr
 	}
@@ -56,7 +56,7 @@ func (n *node) becomeOnly(ctx context.Context) error {
 	if waited {
 		n.log.Info("The other flanneld has ended; taking over")
 		if serveErr != nil {
-			serveErr = n.health.serve(ctx, &n.group, n.Health, n.metrics, n.Profile)
+			serveErr = n.health.serve(ctx, &n.group, n.Health, n.Handler)
 		}
 	}
 	return serveErr

@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/common/expfmt"
 	"k8s.io/klog/v2"
 
@@ -23,7 +22,7 @@ import (
 // metrics holds the metrics for Prometheus. They are set when something changes, and a scrape reads them without a lock
 // on the main loop. make docs writes the help texts into Documentation/metrics.md.
 type metrics struct {
-	registry *prometheus.Registry
+	set []prometheus.Collector // those below, and flannel_build_info; all others are computed
 
 	ready         atomic.Bool // the node has been ready
 	peers, faulty prometheus.Gauge
@@ -41,12 +40,10 @@ type metrics struct {
 func operation(duty string) string { return strings.ReplaceAll(strings.ToLower(duty), " ", "_") }
 
 func newMetrics(m subnet.Manager, version string) *metrics {
-	s := &metrics{registry: prometheus.NewRegistry(), manager: m}
-	s.registry.MustRegister(s, collectors.NewGoCollector(),
-		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	s := &metrics{manager: m}
 	gauge := func(name, help string) prometheus.Gauge {
 		g := prometheus.NewGauge(prometheus.GaugeOpts{Name: name, Help: help})
-		s.registry.MustRegister(g)
+		s.set = append(s.set, g)
 		return g
 	}
 	vector := func(name, help, label string, values ...string) *prometheus.CounterVec {
@@ -54,7 +51,7 @@ func newMetrics(m subnet.Manager, version string) *metrics {
 		for _, value := range values {
 			v.WithLabelValues(value) // a rate begins at zero
 		}
-		s.registry.MustRegister(v)
+		s.set = append(s.set, v)
 		return v
 	}
 	info := prometheus.NewGauge(prometheus.GaugeOpts{
@@ -62,7 +59,7 @@ func newMetrics(m subnet.Manager, version string) *metrics {
 		ConstLabels: prometheus.Labels{"version": version, "goversion": runtime.Version()},
 	})
 	info.Set(1)
-	s.registry.MustRegister(info)
+	s.set = append(s.set, info)
 
 	s.peers = gauge("flannel_peers", "leases of other nodes")
 	s.faulty = gauge("flannel_peers_faulty",
@@ -76,7 +73,7 @@ func newMetrics(m subnet.Manager, version string) *metrics {
 		Help:    "from when the watch delivered the event of one lease until the kernel has the lease's objects",
 		Buckets: []float64{.001, .005, .01, .05, .1, .5, 1, 5, 30},
 	})
-	s.registry.MustRegister(s.leaseDuration)
+	s.set = append(s.set, s.leaseDuration)
 	s.errors = vector("flannel_errors_total",
 		"attempts that failed and are retried, by operation as in the log: `uplink`, `configuration`, `publishing`, "+
 			"`kernel`, `rules`, `subnet_file` (also each time that another program undoes it, again and again) and "+
@@ -148,10 +145,16 @@ func (s *metrics) Describe(ch chan<- *prometheus.Desc) {
 	} {
 		ch <- d
 	}
+	for _, c := range s.set {
+		c.Describe(ch)
+	}
 }
 
 // Collect implements prometheus.Collector.
 func (s *metrics) Collect(ch chan<- prometheus.Metric) {
+	for _, c := range s.set {
+		c.Collect(ch)
+	}
 	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
 		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
 	}
@@ -210,22 +213,24 @@ func truth(b bool) float64 {
 	return 0
 }
 
-// ServeHTTP answers a scrape, in Prometheus' text format.
-func (s *metrics) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	var out bytes.Buffer
-	families, err := s.registry.Gather()
-	for _, f := range families {
-		if err == nil {
-			_, err = expfmt.MetricFamilyToText(&out, f)
+// MetricsHandler returns a handler that answers scrapes of g, in Prometheus' text format.
+func MetricsHandler(g prometheus.Gatherer) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		var out bytes.Buffer
+		families, err := g.Gather()
+		for _, f := range families {
+			if err == nil {
+				_, err = expfmt.MetricFamilyToText(&out, f)
+			}
 		}
-	}
-	if err != nil {
-		klog.FromContext(r.Context()).V(1).Info("Cannot answer a scrape of /metrics", "err", err)
-		http.Error(w, err.Error(), http.StatusInternalServerError)
-		return
-	}
-	w.Header().Set("Content-Type", string(expfmt.NewFormat(expfmt.TypeTextPlain)))
-	w.Write(out.Bytes())
+		if err != nil {
+			klog.FromContext(r.Context()).V(1).Info("Cannot answer a scrape of the metrics", "err", err)
+			http.Error(w, err.Error(), http.StatusInternalServerError)
+			return
+		}
+		w.Header().Set("Content-Type", string(expfmt.NewFormat(expfmt.TypeTextPlain)))
+		w.Write(out.Bytes())
+	})
 }
 
 // updateMetrics sets the metrics that this goroutine knows.

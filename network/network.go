@@ -1,19 +1,26 @@
-// Package network is the main loop: configuration, uplink, lease, backend, rules
-// and subnet file, set up and kept so until the loop is told to stop.
+// Package network, which other programs may import, is the main loop: configuration,
+// uplink, lease, backend, rules and subnet file, set up and kept so until the loop is
+// told to stop.
+//
+// Run leaves the process to its caller: it reads no environment variables, handles no
+// signals, sets nothing of the Go runtime, and ends by returning an error. It logs with
+// the logger of its context. Several can run in one process, each in a network namespace
+// of its own.
 package network
 
 import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
 	"net/netip"
 	"os"
-	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/backend"
@@ -23,33 +30,76 @@ import (
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/kernel"
 	"github.com/flanneld/flanneld/pkg/lock"
+	"github.com/flanneld/flanneld/pkg/netspace"
 	"github.com/flanneld/flanneld/pkg/retry"
 	"github.com/flanneld/flanneld/subnet"
 )
 
-// Options are what the operator can choose for one node.
+// Options are what can be chosen for one node. Only Manager and SubnetFile are needed.
 type Options struct {
-	Manager    subnet.Manager
+	Manager    subnet.Manager // the caller closes it after Run
 	Uplink     iface.Selector
 	SubnetFile string // path of subnet.env
 	Name       string // of the network on this host, where there are several; "" is a name
 
-	IPMasq      bool          // masquerade what leaves the network
-	RandomFully bool          // with random ports, where possible
-	Forward     bool          // accept forwarding to and from the network
-	RulesResync time.Duration // between checks of the rules
+	IPMasq      family.Pair[bool] // masquerade what leaves the network
+	RandomFully bool              // with random ports, where possible
+	Forward     bool              // accept forwarding to and from the network
+	RulesResync time.Duration     // between checks of the rules; 0 or less: DefaultRulesResync
 
 	// KernelResync is the time between comparisons of all that the kernel holds
-	// with what it should, whether or not the kernel has notified of changes.
+	// with what it should, whether or not the kernel has notified of changes. 0 or
+	// less: DefaultKernelResync.
 	KernelResync time.Duration
 
 	Blackhole bool           // drop what is sent to our subnet and has no pod there
-	Health    netip.AddrPort // of /healthz, /readyz and /metrics; port 0: nowhere; no address: all
-	Profile   bool           // /debug/pprof as well
+	Health    netip.AddrPort // of /healthz and /readyz; port 0: nowhere; no address: all
+	Handler   http.Handler   // serves all other paths there, see MetricsHandler; nil: nothing does
+
+	// Metrics is where the metrics are registered as long as Run runs; nil: nowhere.
+	// Several networks in one process need several registries, or a label each:
+	// prometheus.WrapRegistererWith.
+	Metrics prometheus.Registerer
 
 	StatusSocket string // where flannelctl asks; "": nowhere
 	Version      string // of this program
+
+	// Waiting is called when what the node waits for changes: with a line of text, or
+	// with "" when the node is ready, for the first time or again. nil: nothing is.
+	// The main loop calls it, and waits for its end.
+	Waiting func(what string)
+
+	// Heartbeat is called by the main loop every HeartbeatEvery, as long as the loop
+	// does not hang, from when the configuration is known. HeartbeatEvery 0: never.
+	Heartbeat      func()
+	HeartbeatEvery time.Duration
 }
+
+// What takes the place of times that Options leave out. flanneld's flags have the same defaults.
+const (
+	DefaultRulesResync  = 5 * time.Second
+	DefaultKernelResync = time.Minute
+)
+
+// complete fills in what is left out, and returns what cannot be.
+func (o *Options) complete() error {
+	switch {
+	case o.Manager == nil:
+		return errors.New("network: Options have no Manager")
+	case o.SubnetFile == "":
+		return errors.New("network: Options have no SubnetFile")
+	}
+	if o.RulesResync <= 0 {
+		o.RulesResync = DefaultRulesResync
+	}
+	if o.KernelResync <= 0 {
+		o.KernelResync = DefaultKernelResync
+	}
+	return nil
+}
+
+// masquerades tells whether any family is masqueraded.
+func (o Options) masquerades() bool { return o.IPMasq.IPv4 || o.IPMasq.IPv6 }
 
 // node executes the plans for this node and its peers. It belongs to the goroutine
 // of Run; the other goroutines send what they learn on channels.
@@ -108,24 +158,40 @@ type events struct {
 	links     <-chan struct{}
 	file      <-chan struct{}      // nil: the subnet file cannot be watched
 	leases    <-chan subnet.Update // nil: leases are not watched
-	watchdog  <-chan time.Time
+	heartbeat <-chan time.Time     // nil: there is none
 }
 
 // Run keeps the node's network until ctx ends, and leaves the data path in place.
 // It logs with the logger of ctx (klog.NewContext). An error is for the operator: it
 // says what neither waiting nor retrying can solve.
+//
+// All happens in the network namespace of the calling thread. Where that is not the
+// process's own, the caller has locked the thread (runtime.LockOSThread).
 func Run(ctx context.Context, o Options) error {
-	inner, cancel := context.WithCancel(ctx)
+	if err := o.complete(); err != nil {
+		return err
+	}
+	space, err := netspace.Current()
+	if err != nil {
+		return err
+	}
+	inner, cancel := context.WithCancel(space.NewContext(ctx))
 	n := &node{
 		Options: o, started: time.Now(), log: klog.FromContext(ctx), status: newStatusServer(),
 		metrics: newMetrics(o.Manager, o.Version), errors: retry.LastErrors[string]{},
 		records: subnet.NewRecordLog(klog.FromContext(ctx)), retry: time.NewTimer(0), retrying: true,
-		health: newHealth(o.Manager), fileFights: newFileFights(klog.FromContext(ctx)), locks: map[string]*lock.Lock{},
+		health: newHealth(o.Manager, o.Waiting), fileFights: newFileFights(klog.FromContext(ctx)), locks: map[string]*lock.Lock{},
 	}
 	n.Uplink.Overlay = backend.Device
 	defer n.releaseLocks()
 	defer n.group.Wait()
 	defer cancel()
+	if o.Metrics != nil {
+		if err := o.Metrics.Register(n.metrics); err != nil {
+			return fmt.Errorf("registering the metrics (several networks need a label each): %w", err)
+		}
+		defer o.Metrics.Unregister(n.metrics)
+	}
 	// The manager may notice the end of ctx before inner has ended.
 	if err := n.run(inner); ctx.Err() == nil {
 		return err
@@ -161,7 +227,7 @@ func (n *node) run(ctx context.Context) (err error) {
 		n.refreshHost(ctx)
 		n.reconcile()
 		n.updateMetrics()
-		n.health.notifyLease()
+		n.health.report()
 		running, err = n.handleEvent(ctx, compare.C)
 	}
 	return err
@@ -197,11 +263,13 @@ func (n *node) start(ctx context.Context) (err error) {
 	}
 	n.rules = firewall.NewReconciler(n.Name, n.RulesResync)
 	n.metrics.rules.Store(n.rules)
-	n.group.Go(func() { n.rules.Run(ctx) })
+	n.group.Go(netspace.FromContext(ctx).In(func() { n.rules.Run(ctx) }))
 	n.keeper = newLeaseKeeper(n.Manager, n.metrics)
 	n.worker = newWorker()
 	n.events.configs = n.Manager.Configs(ctx)
-	n.events.watchdog = watchdog(n.log)
+	if n.HeartbeatEvery > 0 {
+		n.events.heartbeat = time.Tick(n.HeartbeatEvery)
+	}
 	return nil
 }
 
@@ -255,8 +323,8 @@ func (n *node) handleEvent(ctx context.Context, compare <-chan time.Time) (runni
 		if n.blocked != nil {
 			err = n.refreshUplink(ctx, n.blocked)
 		}
-	case <-n.events.watchdog:
-		notify("WATCHDOG=1")
+	case <-n.events.heartbeat:
+		n.Heartbeat()
 	case <-compare:
 		n.kernel.Compare()
 		n.fileSet = false
@@ -603,10 +671,9 @@ func (n *node) reconcileKernel() {
 
 func (n *node) becomeReady() {
 	n.ready = true
-	n.health.setReady()
 	n.metrics.ready.Store(true)
 	n.Manager.Ready()
-	debug.FreeOSMemory() // the memory that reading everything took is not needed again
+	n.health.setReady()
 	n.log.Info("Ready", "after", time.Since(n.started).Round(time.Millisecond),
 		"subnet", n.own.Subnets, "peers", n.others())
 }

@@ -5,18 +5,21 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/nstest"
 	"github.com/flanneld/flanneld/subnet"
@@ -167,9 +170,11 @@ func beginIn(ctx context.Context, t *testing.T, m *manager, change func(*Options
 	nstest.Run(t, "ip link set eth0 up")
 	nstest.Run(t, "ip addr add 198.18.0.1/24 dev eth0")
 	d := &flanneld{manager: m, file: filepath.Join(t.TempDir(), "run", "subnet.env"), done: make(chan error, 1)}
+	metrics, handler := prometheus.NewRegistry(), http.NewServeMux()
+	handler.Handle("GET /metrics", MetricsHandler(metrics))
 	o := Options{
-		Manager: m, Uplink: iface.Selector{Names: []string{"eth0"}}, SubnetFile: d.file,
-		IPMasq: true, Forward: true, RulesResync: 100 * time.Millisecond, KernelResync: time.Minute,
+		Manager: m, Uplink: iface.Selector{Names: []string{"eth0"}}, SubnetFile: d.file, Metrics: metrics, Handler: handler,
+		IPMasq: family.Pair[bool]{IPv4: true, IPv6: true}, Forward: true, RulesResync: 100 * time.Millisecond, KernelResync: time.Minute,
 		Health: netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), healthPort),
 	}
 	if change != nil {
@@ -278,18 +283,21 @@ func TestFromStartToReady(t *testing.T) {
 }
 
 // TestLeaseThatIsLost: a node whose lease went to another node, and that waits for another one, is not ready: probes,
-// flannelctl, metrics and systemd say so, and what it waits for.
+// flannelctl, metrics and Options.Waiting say so, and what it waits for.
 func TestLeaseThatIsLost(t *testing.T) {
-	next := notifySocket(t)
+	waits := make(chan string, 100)
 	m := newManager(vxlanConfig)
 	socket := filepath.Join(t.TempDir(), "flanneld.sock")
-	begin(t, m, func(o *Options) { o.StatusSocket, o.KernelResync = socket, 100*time.Millisecond })
+	begin(t, m, func(o *Options) {
+		o.StatusSocket, o.KernelResync = socket, 100*time.Millisecond
+		o.Waiting = func(what string) { waits <- what }
+	})
 	m.grants <- lease("10.5.1.0-24", "")
 	m.updates <- snapshot(peer2)
 	eventually(t, "ready", ready)
-	notified := func(want string) {
+	waitsFor := func(want string) {
 		t.Helper()
-		for next() != want {
+		for nextWait(t, waits) != want {
 		}
 	}
 	status := func() Status {
@@ -307,7 +315,7 @@ func TestLeaseThatIsLost(t *testing.T) {
 	what := "the public address 198.18.0.1"
 	m.waiting.Store(&what)
 	m.lost <- struct{}{}
-	notified("STATUS=Waiting for a lease: " + what)
+	waitsFor("a lease: " + what)
 	if code, text := get("/readyz"); code != http.StatusServiceUnavailable || text != "waiting for a lease: "+what {
 		t.Errorf("readyz: %d %s", code, text)
 	}
@@ -318,7 +326,7 @@ func TestLeaseThatIsLost(t *testing.T) {
 
 	m.waiting.Store(nil)
 	m.grants <- lease("10.5.1.0-24", "")
-	notified("STATUS=Ready")
+	waitsFor("")
 	eventually(t, "ready again", ready)
 	waitMetrics(t, map[string]float64{"flannel_ready": 1})
 	if s := status(); !s.Ready || s.Lease == nil {
@@ -326,42 +334,36 @@ func TestLeaseThatIsLost(t *testing.T) {
 	}
 }
 
-// notifySocket plays systemd: next returns what it is told.
-func notifySocket(t *testing.T) (next func() string) {
+// nextWait returns what Options.Waiting was called with next.
+func nextWait(t *testing.T, waits <-chan string) string {
 	t.Helper()
-	socket := filepath.Join(t.TempDir(), "notify")
-	l, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: socket, Net: "unixgram"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { l.Close() })
-	t.Setenv("NOTIFY_SOCKET", socket)
-	return func() string {
-		t.Helper()
-		buf := make([]byte, 4096)
-		l.SetReadDeadline(time.Now().Add(20 * time.Second))
-		n, err := l.Read(buf)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return string(buf[:n])
+	select {
+	case what := <-waits:
+		return what
+	case <-time.After(20 * time.Second):
+		t.Fatal("within 20 s, Waiting was not called again")
+		return ""
 	}
 }
 
-// systemd is told when the node is ready, and until then what it waits for.
-func TestNotifiesSystemd(t *testing.T) {
-	next := notifySocket(t)
+// TestWaiting: the caller of Run learns what the node waits for, each thing once, and when the node is ready.
+func TestWaiting(t *testing.T) {
+	waits := make(chan string, 100)
 	m := newManager(vxlanConfig)
-	begin(t, m, nil)
-	for got := ""; got != "STATUS=Waiting for a lease"; {
-		if got = next(); strings.Contains(got, "READY") {
-			t.Fatalf("%s without a lease", got)
+	begin(t, m, func(o *Options) { o.Waiting = func(what string) { waits <- what } })
+	var got []string
+	until := func(want string) {
+		t.Helper()
+		for len(got) == 0 || got[len(got)-1] != want {
+			got = append(got, nextWait(t, waits))
 		}
 	}
+	until("a lease")
 	m.grants <- lease("10.5.1.0-24", "")
 	m.updates <- snapshot(peer2)
-	for got := ""; !strings.Contains(got, "READY=1"); {
-		got = next()
+	until("")
+	if slices.Contains(got[:len(got)-1], "") || len(slices.Compact(slices.Clone(got))) != len(got) {
+		t.Errorf("Waiting was called with %q", got)
 	}
 }
 

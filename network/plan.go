@@ -61,7 +61,8 @@ func (s *state) planNode(o Options) nodePlan {
 	p := nodePlan{
 		objects:  s.backend.Local(s.working()),
 		nftables: s.cfg.EnableNFTables,
-		env:      subnet.Env{Networks: s.cfg.Networks(), Subnets: s.own.Subnets, MTU: s.backend.Info().MTU, IPMasq: o.IPMasq},
+		env: subnet.Env{Networks: s.cfg.Networks(), Subnets: s.own.Subnets, MTU: s.backend.Info().MTU,
+			IPMasq: o.masquerades()}, // false: the CNI plugin has the bridge masquerade both families
 	}
 	if !s.backend.Info().ForeignRoutes {
 		p.networks = s.cfg.Networks().Each()
@@ -71,9 +72,9 @@ func (s *state) planNode(o Options) nodePlan {
 			p.objects = append(p.objects, kernel.Route{Dst: subnet, Blackhole: true, Metric: blackholeMetric})
 		}
 	}
-	rules := firewall.Options{Masquerade: o.IPMasq, RandomFully: o.RandomFully, Forward: o.Forward}
 	for f, pool := range s.cfg.Pools().Each() {
 		if s.works(f) {
+			rules := firewall.Options{Masquerade: o.IPMasq.Of(f), RandomFully: o.RandomFully, Forward: o.Forward}
 			*p.rules.At(f) = firewall.For(pool.Network, s.own.Of(f), rules)
 		}
 	}

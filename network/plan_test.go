@@ -12,7 +12,7 @@ import (
 
 	"github.com/flanneld/flanneld/backend"
 	"github.com/flanneld/flanneld/backend/backendtest"
-	"github.com/flanneld/flanneld/pkg/firewall"
+	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/pkg/kernel"
 	"github.com/flanneld/flanneld/subnet"
 )
@@ -84,8 +84,10 @@ func (s *scenario) step(input string) (string, error) {
 		case "#", "":
 		case "options":
 			on := func(word string) bool { return slices.Contains(strings.Fields(rest), word) }
-			s.options = Options{IPMasq: on("masquerade"), RandomFully: on("random"), Forward: on("forward"),
-				Blackhole: on("blackhole")}
+			s.options = Options{RandomFully: on("random"), Forward: on("forward"), Blackhole: on("blackhole"),
+				IPMasq: family.Pair[bool]{
+					IPv4: on("masquerade") || on("masquerade4"), IPv6: on("masquerade") || on("masquerade6"),
+				}}
 		case "config":
 			s.cfg, err = subnet.ParseConfig([]byte(rest))
 			setUp = true
@@ -201,7 +203,10 @@ func writeNodePlan(out *strings.Builder, p nodePlan) {
 	if p.nftables {
 		mode = "nftables"
 	}
-	for _, rules := range []firewall.Ruleset{p.rules.IPv4, p.rules.IPv6} {
+	for f, rules := range p.rules.Each() {
+		if f == family.IPv6 {
+			mode += ", IPv6"
+		}
 		for _, r := range rules.Postrouting {
 			fmt.Fprintf(out, "%s postrouting: %s: %s\n", mode, r.Verdict, r.Why)
 		}

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
 
 	"github.com/flanneld/flanneld/backend/backendtest"
 	"github.com/flanneld/flanneld/pkg/kernel"
@@ -24,7 +25,10 @@ func complete() *prometheus.Registry {
 	s := newMetrics(m, "")
 	s.kernel.Store(&kernel.Stats{})
 	s.setBackend(mover{})
-	return s.registry
+	registry := prometheus.NewRegistry()
+	registry.MustRegister(s, collectors.NewGoCollector(), // as flanneld does
+		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	return registry
 }
 
 // exported returns their names, a histogram's series among them.

@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/flanneld/flanneld/pkg/netspace"
 	"github.com/flanneld/flanneld/pkg/plain"
 )
 
@@ -58,7 +59,9 @@ func (n *node) serveStatus(ctx context.Context) {
 		mux.HandleFunc("GET "+path, func(w http.ResponseWriter, r *http.Request) {
 			ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
 			defer cancel()
-			v, err := f(ctx)
+			var v any
+			var err error
+			netspace.FromContext(ctx).Do(func() { v, err = f(ctx) }) // it may run commands
 			answer(w, v, err)
 		})
 	}

@@ -100,7 +100,7 @@ type Endpoint struct {
 type Rules struct {
 	Mode       string `json:"mode"` // iptables or nftables
 	InPlace    bool   `json:"inPlace"`
-	Masquerade bool   `json:"masquerade"`
+	Masquerade bool   `json:"masquerade"` // of a family at least
 	Forward    bool   `json:"forward"`
 }
 
@@ -156,7 +156,7 @@ func (v view) status() Status {
 		return s
 	}
 	s.Network, s.Backend = v.cfg.Networks().Each(), v.cfg.BackendType
-	s.Rules = Rules{Mode: "iptables", InPlace: v.rulesSet, Masquerade: v.IPMasq, Forward: v.Forward}
+	s.Rules = Rules{Mode: "iptables", InPlace: v.rulesSet, Masquerade: v.masquerades(), Forward: v.Forward}
 	if v.cfg.EnableNFTables {
 		s.Rules.Mode = "nftables"
 	}

@@ -115,7 +115,7 @@ func TestSubnetFilePace(t *testing.T) {
 		n := &node{
 			Options: Options{Manager: m, SubnetFile: filepath.Join(t.TempDir(), "subnet.env")},
 			state:   state{setup: setup{cfg: cfg, backend: &toy{}}, own: &own},
-			health:  newHealth(m), metrics: newMetrics(m, ""), errors: retry.LastErrors[string]{}, fileFights: newFileFights(klog.Background()),
+			health:  newHealth(m, nil), metrics: newMetrics(m, ""), errors: retry.LastErrors[string]{}, fileFights: newFileFights(klog.Background()),
 		}
 		undo := func() {
 			n.writeFile()

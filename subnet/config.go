@@ -136,7 +136,7 @@ func ParseConfig(data []byte) (*Config, error) {
 		{familyIPv6, doc.EnableIPv6, doc.IPv6Network, doc.IPv6SubnetMin, doc.IPv6SubnetMax, doc.IPv6SubnetLen, &c.IPv6},
 	} {
 		if !f.on {
-			if f.network != "" {
+			if f.network != "" && !strings.HasSuffix(f.network, "/0") { // 0.0.0.0/0 and ::/0 are for "none"
 				c.Warnings = append(c.Warnings,
 					fmt.Sprintf("%sNetwork %s is ignored: Enable%s is false", f.prefix, plain.Quote(f.network), f.name))
 			}

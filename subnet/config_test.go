@@ -141,6 +141,8 @@ func TestConfigWarnings(t *testing.T) {
 		{`{"Network": "10.5.3.4/16"}`, []string{`Network 10.5.3.4/16 is taken as 10.5.0.0/16`}},
 		{`{"Network": "10.5.0.0/16", "IPv6Network": "fd00:5::/48"}`,
 			[]string{`IPv6Network "fd00:5::/48" is ignored: EnableIPv6 is false`}},
+		{`{"Network": "10.5.0.0/16", "EnableIPv6": false, "IPv6Network": "::/0"}`, nil},
+		{`{"EnableIPv4": false, "Network": "0.0.0.0/0", "EnableIPv6": true, "IPv6Network": "fd00:5::/48"}`, nil},
 		{`{"Network": "10.5.0.0/16", "EnableIPv4": false, "EnableIPv6": true, "IPv6Network": "fd00:5::1/48"}`, []string{
 			`Network "10.5.0.0/16" is ignored: EnableIPv4 is false`,
 			`IPv6Network fd00:5::1/48 is taken as fd00:5::/48`}},

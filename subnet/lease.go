@@ -1,5 +1,5 @@
-// Package subnet holds what nodes agree on: the network's configuration, the leases that give each node its subnet, and
-// subnet.env, the file by which the rest of the node learns its subnet.
+// Package subnet, which other programs may import, holds what nodes agree on: the network's configuration, the leases
+// that give each node its subnet, and subnet.env, the file by which the rest of the node learns its subnet.
 package subnet
 
 import (

@@ -1,4 +1,4 @@
-// Package all registers every backend.
+// Package all, which other programs may import, registers every backend.
 package all
 
 import (

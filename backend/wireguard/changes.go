@@ -74,7 +74,7 @@ func changes(
 		// one order for a key, and in the other order for a handshake that ends meanwhile, which may be a deadlock.
 		first.PrivateKey, first.ReplacePeers = &private, true
 		clear(held)
-		add(&first, "private-key %s", keyFile())
+		add(&first, "private-key %s", want.keyFile)
 	}
 	if have.ListenPort != want.port {
 		first.ListenPort = &want.port

@@ -49,7 +49,7 @@ func wanted(endpoint string, allowed ...string) peer {
 }
 
 func usual(peers map[byte]peer) config {
-	c := config{Private: ours, port: 51820, peers: map[wgtypes.Key]peer{}}
+	c := config{Private: ours, keyFile: "/key", port: 51820, peers: map[wgtypes.Key]peer{}}
 	for b, p := range peers {
 		c.peers[key(b)] = p
 	}
@@ -107,11 +107,11 @@ func TestChanges(t *testing.T) {
 	}{
 		{"nothing to do", with(held('b', leased, 5, time.Second, one)), usual(b(wanted(leased, one))), "b", false, "", ""},
 		{"new device", &wgtypes.Device{}, usual(b(wanted(leased, one, two))), "", false,
-			"private-key " + keyFile() + "; listen-port 51820; peer b endpoint 198.18.0.2:51820 allowed-ips 10.5.2.0/24,10.5.3.0/24", "b"},
+			"private-key /key; listen-port 51820; peer b endpoint 198.18.0.2:51820 allowed-ips 10.5.2.0/24,10.5.3.0/24", "b"},
 		{"private key changed", &wgtypes.Device{PrivateKey: key('x'), ListenPort: 51820,
 			Peers: []wgtypes.Peer{held('b', leased, 0, 0, one)}},
-			usual(b(wanted(leased, one))), "b", false, "private-key " + keyFile() +
-				"; peer b endpoint 198.18.0.2:51820 allowed-ips 10.5.2.0/24", "b"},
+			usual(b(wanted(leased, one))), "b", false, "private-key /key; " +
+				"peer b endpoint 198.18.0.2:51820 allowed-ips 10.5.2.0/24", "b"},
 		{"port changed", &wgtypes.Device{PrivateKey: key('a'), ListenPort: 1,
 			Peers: []wgtypes.Peer{held('b', leased, 0, 0, one)}},
 			usual(b(wanted(leased, one))), "b", false, "listen-port 51820", ""},

@@ -75,7 +75,7 @@ func (w *wireguard) Diff(_ context.Context, own subnet.Lease, peers []subnet.Lea
 		if err != nil {
 			return nil, fmt.Errorf("reading %s: %w", t.dev, err)
 		}
-		key, err := readKey(keyFile())
+		key, err := readKey(w.host.KeyFile)
 		switch {
 		case errors.Is(err, fs.ErrNotExist), errors.Is(err, errEmpty):
 			key = secret(have.PrivateKey) // the daemon has the key in memory

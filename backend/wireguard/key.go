@@ -41,15 +41,8 @@ func (s *secret) UnmarshalText(text []byte) error {
 	return nil
 }
 
-const defaultKeyFile = "/run/flannel/wgkey"
-
-// keyFile returns the path of the private key of the node.
-func keyFile() string {
-	if file := os.Getenv("WIREGUARD_KEY_FILE"); file != "" {
-		return file
-	}
-	return defaultKeyFile
-}
+// DefaultKeyFile is the path of the node's private key, as flannel has it.
+const DefaultKeyFile = "/run/flannel/wgkey"
 
 // privateKey returns the key in a file. A file that is missing or empty gets a new key. Peers must never see two keys,
 // nor a part of a key.
@@ -136,7 +129,7 @@ func create(file string, text []byte) error {
 }
 
 // cleanup finds the private key, and the sockets of a daemon that was killed.
-func cleanup(context.Context, *subnet.Config, subnet.Env) (backend.Cleanup, error) {
-	files := []string{keyFile(), filepath.Join(controlDir, "flannel-wg*.sock"), filepath.Join(controlDir, ".flanneld-*")}
+func (h Host) cleanup(context.Context, *subnet.Config, subnet.Env) (backend.Cleanup, error) {
+	files := []string{h.KeyFile, filepath.Join(controlDir, "flannel-wg*.sock"), filepath.Join(controlDir, ".flanneld-*")}
 	return backend.Cleanup{Files: files, Dirs: []string{controlDir}}, nil
 }

@@ -19,6 +19,7 @@ import (
 // A config is the desired configuration of a device.
 type config struct {
 	Private   secret // exported, so that fmt calls String
+	keyFile   string // which holds it
 	port      int
 	PSK       secret
 	keepalive time.Duration
@@ -35,7 +36,7 @@ type peer struct {
 // returns their errors.
 func (w *wireguard) config(t tunnel, private secret, own subnet.Lease, leases map[subnet.Subnets]subnet.Lease) config {
 	c := config{
-		Private: private, port: t.port, PSK: w.PSK,
+		Private: private, keyFile: w.host.KeyFile, port: t.port, PSK: w.PSK,
 		keepalive: time.Duration(w.PersistentKeepaliveInterval) * time.Second,
 		peers:     map[wgtypes.Key]peer{},
 	}
@@ -114,7 +115,7 @@ func (w *wireguard) peerOf(t tunnel, own, l subnet.Lease, ours []wgtypes.Key) (w
 	}
 	if slices.Contains(ours, d.PublicKey) {
 		return wgtypes.Key{}, peer{}, fmt.Errorf("its public key %v is this node's own: delete %s on one of them, "+
-			"and start its flanneld again", d.PublicKey, defaultKeyFile)
+			"and start its flanneld again", d.PublicKey, DefaultKeyFile)
 	}
 	port := d.Port
 	if port == 0 {

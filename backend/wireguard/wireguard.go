@@ -3,11 +3,11 @@
 package wireguard
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"os"
 	"slices"
 	"strings"
 
@@ -38,8 +38,18 @@ const (
 
 var modes = []string{separate, auto, overIPv4, overIPv6}
 
-func init() {
-	backend.Register(backend.Type{Name: Type, New: New, Devices: "flannel-wg(-v6)?", Checks: checks, Cleanup: cleanup})
+func init() { backend.Register(Host{}.Type()) }
+
+// A Host is what a program chooses for the host that it runs on, beside the configuration, which all nodes share.
+type Host struct {
+	KeyFile   string // of the node's private key, which is made if it is missing; "": DefaultKeyFile
+	UserSpace bool   // this process encrypts although the kernel could
+}
+
+// Type returns the type of backend on the host. It is for backend.Register, in place of the type for the zero Host.
+func (h Host) Type() backend.Type {
+	h.KeyFile = cmp.Or(h.KeyFile, DefaultKeyFile)
+	return backend.Type{Name: Type, New: h.new, Devices: "flannel-wg(-v6)?", Checks: checks, Cleanup: h.cleanup}
 }
 
 // options are the backend's keys in the configuration. make docs writes the comments of the fields into README.md.
@@ -76,6 +86,7 @@ type data struct {
 
 type wireguard struct {
 	options
+	host     Host
 	uplink   iface.Uplink
 	networks subnet.Subnets
 	tunnels  []tunnel
@@ -95,17 +106,15 @@ var (
 	_ backend.Differ = (*wireguard)(nil)
 )
 
-// userSpace is an environment variable of wireguard-go. With the value 1, flanneld encrypts although the kernel could.
-const userSpace = "WG_I_PREFER_BUGGY_USERSPACE_TO_POLISHED_KMOD"
-
-// New makes the backend.
-func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
-	return newBackend(cfg, uplink, func() bool { return os.Getenv(userSpace) != "1" && kernel.HasWireGuard() })
+// new makes the backend.
+func (h Host) new(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
+	return newBackend(cfg, uplink, h, func() bool { return !h.UserSpace && kernel.HasWireGuard() })
 }
 
-func newBackend(cfg *subnet.Config, uplink iface.Uplink, hasWireGuard func() bool) (backend.Backend, error) {
+func newBackend(cfg *subnet.Config, uplink iface.Uplink, host Host, hasWireGuard func() bool) (backend.Backend, error) {
 	w := &wireguard{
 		options:  defaults,
+		host:     host,
 		uplink:   uplink,
 		networks: cfg.Networks(),
 	}
@@ -162,7 +171,7 @@ func newBackend(cfg *subnet.Config, uplink iface.Uplink, hasWireGuard func() boo
 func (w *wireguard) Info() backend.Info { return w.info }
 
 func (w *wireguard) Attrs(context.Context, subnet.Attrs) (subnet.Attrs, error) {
-	key, err := privateKey(keyFile())
+	key, err := privateKey(w.host.KeyFile)
 	if err != nil {
 		return subnet.Attrs{}, err
 	}

@@ -20,7 +20,10 @@ import (
 	"github.com/flanneld/flanneld/subnet"
 )
 
-// TestMain gives the scenarios one private key, and a kernel that has WireGuard.
+// host has one private key for all scenarios.
+var host Host
+
+// TestMain gives the scenarios the private key, and a kernel that has WireGuard.
 func TestMain(m *testing.M) {
 	os.Exit(func() int {
 		dir, err := os.MkdirTemp("", "wireguard")
@@ -32,10 +35,10 @@ func TestMain(m *testing.M) {
 		if err := os.WriteFile(file, []byte(key('a').String()), 0o400); err != nil {
 			panic(err)
 		}
-		os.Setenv("WIREGUARD_KEY_FILE", file)
+		host.KeyFile = file
 		backend.Register(backend.Type{Name: Type,
 			New: func(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
-				return newBackend(cfg, uplink, func() bool { return true })
+				return newBackend(cfg, uplink, host, func() bool { return true })
 			}})
 		return m.Run()
 	}())
@@ -58,7 +61,7 @@ func newTest(t *testing.T, config string, uplink iface.Uplink) *wireguard {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b, err := newBackend(cfg, uplink, func() bool { return false })
+	b, err := newBackend(cfg, uplink, host, func() bool { return false })
 	if err != nil {
 		t.Fatal(err)
 	}

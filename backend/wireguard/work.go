@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"os"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -60,8 +59,8 @@ func (w *wireguard) Work(ctx context.Context, own subnet.Lease, peers <-chan sub
 	log := klog.FromContext(ctx)
 	if !w.inKernel {
 		why := "this kernel has no WireGuard"
-		if os.Getenv(userSpace) == "1" {
-			why = userSpace + " is set"
+		if w.host.UserSpace {
+			why = "the kernel's WireGuard is not to be used on this host"
 		}
 		log.Info("Encrypting packets in flanneld", "reason", why)
 	}
@@ -102,7 +101,7 @@ func (w *wireguard) Work(ctx context.Context, own subnet.Lease, peers <-chan sub
 			continue
 		}
 		if key == (secret{}) {
-			if key, err = privateKey(keyFile()); err != nil {
+			if key, err = privateKey(w.host.KeyFile); err != nil {
 				devices[0].logOnce(err)
 				next.Reset(syncInterval)
 				continue

@@ -119,6 +119,7 @@ func (t *tool) complete() error {
 			}
 		}
 	}
+	settings.RegisterBackends()
 	return t.options.Complete(append(file, env...)) // the later line wins
 }
 

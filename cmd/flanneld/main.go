@@ -66,12 +66,11 @@ func run(ctx context.Context, o *settings.Options) error {
 	for _, w := range o.Warnings {
 		log.Error(nil, "Check the settings", "reason", w)
 	}
+	settings.RegisterBackends()
 	manager, err := o.Manager(ctx)
 	if err != nil {
 		return err
 	}
 	defer manager.Close()
-	options := o.Network(manager)
-	options.Version = version
-	return network.Run(ctx, options)
+	return network.Run(ctx, options(ctx, o, manager))
 }

@@ -1,5 +1,5 @@
-// Package family holds what IPv4 and IPv6 differ in, and pairs of values, one
-// for each of them.
+// Package family, which other programs may import, holds what IPv4 and IPv6 differ
+// in, and pairs of values, one for each of them.
 package family
 
 import (

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
 
+	"github.com/flanneld/flanneld/pkg/netspace"
 	"github.com/flanneld/flanneld/pkg/rtnl"
 )
 
@@ -35,7 +36,8 @@ var routing = []int{
 // no route at all, because the old route may come back.
 type Dialer struct {
 	net.Dialer
-	log klog.Logger
+	log   klog.Logger
+	space *netspace.Space
 
 	mu     sync.Mutex
 	kernel *netlink.Handle // nil once ctx has ended
@@ -52,8 +54,12 @@ type conn struct {
 }
 
 // NewDialer returns a Dialer for the calling thread's network namespace. The Dialer watches its connections until ctx
-// ends.
+// ends. It resolves names in the process's own namespace.
 func NewDialer(ctx context.Context) (*Dialer, error) {
+	space, err := netspace.Current()
+	if err != nil {
+		return nil, err
+	}
 	changes, err := rtnl.Signals(ctx, routing...)
 	if err != nil {
 		return nil, fmt.Errorf("listening for changes of routes: %w", err)
@@ -62,7 +68,7 @@ func NewDialer(ctx context.Context) (*Dialer, error) {
 	if err != nil {
 		return nil, fmt.Errorf("netlink: %w", err)
 	}
-	d := &Dialer{log: klog.FromContext(ctx), kernel: kernel, conns: map[*conn]struct{}{}}
+	d := &Dialer{log: klog.FromContext(ctx), space: space, kernel: kernel, conns: map[*conn]struct{}{}}
 	go func() {
 		eachBurst(ctx, changes, d.checkAll)
 		d.mu.Lock()
@@ -96,7 +102,7 @@ func eachBurst(ctx context.Context, signals <-chan struct{}, check func()) {
 
 // DialContext connects as net.Dialer does, and watches the connection unless the remote address is a loopback address.
 func (d *Dialer) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
-	nc, err := d.Dialer.DialContext(ctx, network, address)
+	nc, err := d.dial(ctx, network, address)
 	if err != nil {
 		return nil, err
 	}
@@ -123,6 +129,16 @@ func (d *Dialer) DialContext(ctx context.Context, network, address string) (net.
 	}
 	d.conns[c] = struct{}{}
 	return c, nil
+}
+
+// dial connects in the Dialer's namespace.
+func (d *Dialer) dial(ctx context.Context, network, address string) (nc net.Conn, err error) {
+	dialer := d.Dialer
+	if d.space != nil {
+		dialer.FallbackDelay = -1 // else net.Dialer makes sockets in goroutines of its own
+	}
+	d.space.Do(func() { nc, err = dialer.DialContext(ctx, network, address) })
+	return nc, err
 }
 
 // Remotes returns the remote addresses of the connections that are watched, sorted.

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -40,6 +41,30 @@ func awaitClosed(t *testing.T, c net.Conn) {
 	if _, err := c.Read(make([]byte, 1)); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("from %s: %v", c.LocalAddr(), err)
 	}
+}
+
+// A Dialer connects in the namespace in which it was made, from goroutines in any namespace.
+func TestDialerElsewhere(t *testing.T) {
+	nstest.New(t)
+	d, err := NewDialer(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	var group sync.WaitGroup
+	group.Go(func() { // on a thread of the process's own namespace
+		conn, err := d.DialContext(t.Context(), "tcp", l.Addr().String())
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		conn.Close()
+	})
+	group.Wait()
 }
 
 // A connection is closed when its own address is removed, and stays open when another address is removed.

@@ -1,5 +1,5 @@
-// Package iface finds the interface and the addresses on which peers reach this node, and signals when they may have
-// changed.
+// Package iface, which other programs may import, finds the interface and the addresses on which peers reach this node,
+// and signals when they may have changed.
 package iface
 
 import (

@@ -1,5 +1,6 @@
-// Package kernel makes the kernel hold the desired links, addresses, neighbours, FDB entries, routes and IPsec
-// policies, and restores them when another program changes them. No other code of this project writes them.
+// Package kernel, which other programs may import, makes the kernel hold the desired links, addresses, neighbours, FDB
+// entries, routes and IPsec policies, and restores them when another program changes them. No other code of this project
+// writes them.
 package kernel
 
 import (

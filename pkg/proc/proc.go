@@ -8,10 +8,10 @@ import (
 	"strings"
 )
 
-// Find returns the IDs of a program's processes in this process's network namespace. It leaves out zombies, and
+// Find returns the IDs of a program's processes in the calling thread's network namespace. It leaves out zombies, and
 // processes that this process may not inspect.
 func Find(program string) []int {
-	own, err := os.Readlink("/proc/self/ns/net")
+	own, err := os.Readlink("/proc/thread-self/ns/net")
 	if err != nil {
 		return nil
 	}

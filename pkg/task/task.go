@@ -1,7 +1,11 @@
 // Package task runs a function in a goroutine that can be stopped and restarted.
 package task
 
-import "context"
+import (
+	"context"
+
+	"github.com/flanneld/flanneld/pkg/netspace"
+)
 
 // A Task runs one function at a time: the next function starts when the one
 // before has returned. Its methods are for one goroutine.
@@ -19,7 +23,7 @@ func (t *Task) Failed() <-chan error { return t.failed }
 // Restart runs f in place of the function before, which it stops with cause
 // (see context.Cause). It does not wait: f starts when the function before has
 // returned, even if f has been stopped meanwhile. f runs until ctx ends or until
-// the Task is stopped.
+// the Task is stopped, in the network namespace of ctx (see netspace).
 func (t *Task) Restart(ctx context.Context, cause error, f func(context.Context) error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	stopBefore, done := t.stop, make(chan struct{})
@@ -27,7 +31,7 @@ func (t *Task) Restart(ctx context.Context, cause error, f func(context.Context)
 		cancel(cause)
 		<-done
 	}
-	go func() {
+	go netspace.FromContext(ctx).In(func() {
 		defer close(done)
 		defer cancel(nil)
 		stopBefore(cause)
@@ -37,7 +41,7 @@ func (t *Task) Restart(ctx context.Context, cause error, f func(context.Context)
 			case <-ctx.Done():
 			}
 		}
-	}()
+	})()
 }
 
 // Stop stops the function with cause and waits until it has returned. A Task

@@ -1,5 +1,5 @@
-// Package etcd is the subnet manager that keeps leases in etcd, in upstream flannel's layout. Under the prefix,
-// /coreos.com/network by default:
+// Package etcd, which other programs may import, is the subnet manager that keeps leases in etcd, in upstream flannel's
+// layout. Under the prefix, /coreos.com/network by default:
 //
 //	config                the network's configuration, which the operator writes
 //	subnets/10.5.34.0-24  a node's lease; the value is the JSON of subnet.Attrs

@@ -1,9 +1,10 @@
-// Package kube is the subnet manager that takes leases from Kubernetes. A node's subnets are its Node's spec.podCIDRs,
-// which another program assigns, such as kube-controller-manager. What the node publishes for its peers is in the
-// Node's annotations, under upstream's names.
+// Package kube, which other programs may import, is the subnet manager that takes leases from Kubernetes. A node's
+// subnets are its Node's spec.podCIDRs, which another program assigns, such as kube-controller-manager. What the node
+// publishes for its peers is in the Node's annotations, under upstream's names.
 package kube
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -21,6 +22,7 @@ import (
 
 	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/pkg/iface"
+	"github.com/flanneld/flanneld/pkg/netspace"
 	"github.com/flanneld/flanneld/pkg/plain"
 	"github.com/flanneld/flanneld/pkg/retry"
 	"github.com/flanneld/flanneld/subnet"
@@ -29,7 +31,7 @@ import (
 // Options are where the API server is, and how this node is known.
 type Options struct {
 	APIURL, Kubeconfig string // neither: the cluster that the pod runs in
-	AnnotationPrefix   string // complete, "flannel.alpha.coreos.com/"
+	AnnotationPrefix   string // complete; "": DefaultAnnotationPrefix
 	ConfigPath         string // of the network's configuration, a JSON file
 	NodeName           string // or else:
 	Namespace, Pod     string // our own pod, whose node this is
@@ -39,6 +41,9 @@ type Options struct {
 	// SetCondition sets the Node's condition NetworkUnavailable to False once the network is up.
 	SetCondition bool
 }
+
+// DefaultAnnotationPrefix is flannel's.
+const DefaultAnnotationPrefix = "flannel.alpha.coreos.com/"
 
 // The annotations, behind the prefix.
 const (
@@ -88,12 +93,14 @@ var (
 	_ subnet.EventRecorder = (*Manager)(nil)
 )
 
-// New returns a manager. It sends no request to the API server yet: an error is about the options.
+// New returns a manager, which runs until ctx ends or Close is called. It sends no request to the API server yet: an error
+// is about the options. Its connections are made in the network namespace of the calling thread.
 func New(ctx context.Context, o Options) (*Manager, error) {
 	if o.NodeName == "" && (o.Namespace == "" || o.Pod == "") {
 		return nil, errors.New("which Node is this? Set the environment variable NODE_NAME, or POD_NAME and POD_NAMESPACE " +
 			"(in a pod: valueFrom: fieldRef: spec.nodeName)")
 	}
+	o.AnnotationPrefix = cmp.Or(o.AnnotationPrefix, DefaultAnnotationPrefix)
 	ctx, cancel := context.WithCancel(ctx)
 	c, err := newClient(ctx, o.APIURL, o.Kubeconfig)
 	if err != nil {
@@ -173,7 +180,7 @@ func (m *Manager) Configs(context.Context) <-chan *subnet.Config { return nil }
 // Select implements subnet.Manager: the Node's annotations may name the public addresses.
 func (m *Manager) Select(ctx context.Context, sel iface.Selector) <-chan iface.Selector {
 	out := make(chan iface.Selector)
-	go func() {
+	go netspace.FromContext(ctx).In(func() { // which reads the addresses of this host
 		defer close(out)
 		for first := true; ; first = false {
 			own, changed, err := m.await(ctx, m.addressMissing)
@@ -191,7 +198,7 @@ func (m *Manager) Select(ctx context.Context, sel iface.Selector) <-chan iface.S
 				return
 			}
 		}
-	}()
+	})()
 	return out
 }
 

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/flanneld/flanneld/pkg/iface"
+	"github.com/flanneld/flanneld/pkg/netspace"
+	"github.com/flanneld/flanneld/pkg/nstest"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -259,6 +261,32 @@ func TestSelect(t *testing.T) {
 	next("198.18.0.4 fd18::1")
 	s.frames <- frame("MODIFIED", annotated())
 	next("invalid IP fd18::1")
+}
+
+// The Manager waits until an interface has the Node's address, in the network namespace of the context, from which it
+// also reaches the API server.
+func TestSelectElsewhere(t *testing.T) {
+	nstest.New(t)
+	logged(t)
+	s, m := newOwnServer(t)
+	m.options.NodeAddress = true
+	m.on = subnet.Subnets{IPv4: netip.MustParsePrefix("10.5.0.0/16")}
+	nstest.Run(t, "ip addr add 198.18.0.1/32 dev lo")
+	space, err := netspace.Current()
+	if err != nil {
+		t.Fatal(err)
+	}
+	selected := m.Select(space.NewContext(t.Context()), iface.Selector{})
+	s.frames <- frame("ADDED", annotated()) // its InternalIP is 198.18.0.1
+	s.frames <- lastBookmark
+	select {
+	case sel := <-selected:
+		if len(sel.Names) != 1 || sel.Names[0] != "198.18.0.1" {
+			t.Errorf("selected %v", sel.Names)
+		}
+	case <-time.After(20 * time.Second):
+		t.Error("the address is not found")
+	}
 }
 
 // A Node that the API server does not find, though its watch has it, is patched

@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"github.com/flanneld/flanneld/network"
+	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/subnet"
 	"github.com/flanneld/flanneld/subnet/etcd"
 	"github.com/flanneld/flanneld/subnet/kube"
@@ -16,7 +17,7 @@ import (
 // LeaseFile returns the path of the file in which a node with etcd keeps its lease: beside the subnet file.
 func (o *Options) LeaseFile() string { return o.SubnetFile + ".lease" }
 
-// Network returns the options of network.Run.
+// Network returns the options of network.Run, but for those that concern the process.
 func (o *Options) Network(m subnet.Manager) network.Options {
 	return network.Options{
 		Manager:      m,
@@ -24,14 +25,13 @@ func (o *Options) Network(m subnet.Manager) network.Options {
 		SubnetFile:   o.SubnetFile,
 		Name:         o.NetworkName(),
 		StatusSocket: o.StatusSocket,
-		IPMasq:       o.IPMasq,
+		IPMasq:       family.Pair[bool]{IPv4: o.IPMasq, IPv6: o.IPMasq},
 		RandomFully:  !o.IPMasqNotRandom,
 		Forward:      o.ForwardRules,
 		RulesResync:  o.RulesResync,
 		KernelResync: o.KernelResync,
 		Blackhole:    o.BlackholeRoute,
 		Health:       netip.AddrPortFrom(o.HealthzIP, uint16(o.HealthzPort)),
-		Profile:      o.Profile,
 	}
 }
 

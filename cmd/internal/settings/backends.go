@@ -1,0 +1,17 @@
+package settings
+
+import (
+	"os"
+
+	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/backend/wireguard"
+)
+
+// RegisterBackends registers the backends with what the environment of the process says about this host. The variables
+// are flannel's and wireguard-go's.
+func RegisterBackends() {
+	backend.Register(wireguard.Host{
+		KeyFile:   os.Getenv("WIREGUARD_KEY_FILE"),
+		UserSpace: os.Getenv("WG_I_PREFER_BUGGY_USERSPACE_TO_POLISHED_KMOD") == "1",
+	}.Type())
+}

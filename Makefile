@@ -75,15 +75,24 @@ build/image/base-$(ARCH).tar: Makefile
 	SOURCE_DATE_EPOCH=0 mmdebstrap --quiet --architectures=$(ARCH) --variant=extract --include=iptables,nftables \
 		--skip=output/dev --extract-hook='rm -rf "$$1"/usr/share/[!x]* "$$1"/usr/lib/*/gconv "$$1"/etc/hostname' bookworm $@
 
-build/image/flannel-$(ARCH).tar: Dockerfile Documentation/kube-flannel.yml $(if $(BASE),,build/image/base-$(ARCH).tar) \
+# The certificates of Mozilla's list, in one file: the package makes it when it is configured, which does not happen
+# here.
+build/image/ca-certificates.crt: Makefile
+	@mkdir -p $(@D)
+	mmdebstrap --quiet --variant=extract --include=ca-certificates --format=null --skip=output/dev \
+		--extract-hook='cat "$$1"/usr/share/ca-certificates/mozilla/*.crt >"$(CURDIR)/$@"' bookworm
+
+build/image/flannel-$(ARCH).tar: Dockerfile dist/image/files dist/mk-docker-opts.sh Documentation/kube-flannel.yml \
+	build/image/ca-certificates.crt $(if $(BASE),,build/image/base-$(ARCH).tar) \
 	$(addprefix build/image/bin/$(ARCH)/,flanneld flannel flannelctl)
+	dist/image/files build/image/bin/$(ARCH) build/image/ca-certificates.crt build/image/files/$(ARCH)
 	@dist/image/with-docker bash -euxc '\
 		export DOCKER_BUILDKIT=1; \
 		base=$(BASE); [ "$$base" ] || { base=flannel-base:$(ARCH); \
 			echo -e "FROM scratch\nADD base-$(ARCH).tar /" | \
 			docker build --platform linux/$(ARCH) --tag $$base --file - build/image; }; \
 		docker build --platform linux/$(ARCH) --build-arg BASE=$$base --build-arg TARGETARCH=$(ARCH) --tag $(IMAGE) \
-			--file Dockerfile build/image/bin; \
+			--file Dockerfile build/image/files; \
 		docker save --output $@ $(IMAGE)'
 
 image: need-image build/image/flannel-$(ARCH).tar ## An image for Kubernetes: IMAGE=name ARCH=arm64 BASE=image

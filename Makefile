@@ -181,7 +181,7 @@ MANIFEST = { echo "\# The pod network, for kubectl apply. Made by make manifest 
 	echo "\# the same with other settings comes from helm template. Network is what"; \
 	echo "\# kube-controller-manager has as --cluster-cidr."; \
 	build/bin/helm template flannel chart/flannel --namespace kube-flannel \
-		--set createNamespace=true,restartOnChange=false | \
+		--set createNamespace=true,restartOnChange=false,flannel.selectorLabels.k8s-app=flannel | \
 	sed '/^\# Source: /d; /^$$/d'; }
 
 manifest: build/bin/helm ## Write Documentation/kube-flannel.yml from the chart
@@ -251,7 +251,7 @@ test-stores: build need-lab $(SERVERS) $(OLD_ETCD) ## Every version of etcd and 
 	cd test && LONG=all $(GO_TEST) $(E2E) ./stores ./etcd
 
 test-long: build need-e2e $(SERVERS) $(OLD_ETCD) build/bin/helm build/debian image ## What test leaves out: all stores and combinations
-	cd test && LONG=rest $(GO_TEST) $(E2E) -run '^Test(Cleanup|Cluster|DoctorTunnels|Faults|HostileRecords|Matrix|Neighbours|Reconfigure|Restart|Stores)$$' ./e2e ./stores
+	cd test && LONG=rest $(GO_TEST) $(E2E) -run '^Test(Cleanup|Cluster|DoctorTunnels|Faults|HostileRecords|Matrix|Neighbours|OtherManifests|Reconfigure|Restart|Stores)$$' ./e2e ./stores
 	cd test && LONG=rest $(RACE_TEST) $(E2E) ./etcd ./ec2
 
 # The kernel, and what tests run, from Debian's packages. Some 100 MB, once.

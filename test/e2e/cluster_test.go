@@ -36,7 +36,7 @@ func TestCluster(t *testing.T) {
 			c := newCluster(ctx, t, l, proxy)
 			manifest := labtest.Must(os.ReadFile("../../Documentation/kube-flannel.yml"))(t)
 			if from == "chart" {
-				manifest = renderChart(ctx, t, l, "createNamespace=true,nftables=true")
+				manifest = renderChart(ctx, t, l, "createNamespace=true,flannel.enableNFTables=true")
 			}
 			testCluster(ctx, t, c, string(manifest))
 		})
@@ -86,6 +86,49 @@ func testCluster(ctx context.Context, t *testing.T, c *lab.Cluster, manifest str
 }
 
 const flannelDaemonSet = "daemonset/kube-flannel-ds"
+
+// TestOtherManifests: manifests that others write for flannel's images work with ours: its name is all that changes. It is
+// left to make test-long.
+func TestOtherManifests(t *testing.T) {
+	t.Parallel()
+	for name, flags := range map[string][]string{
+		"flannel's":    {"--namespace=kube-flannel"},
+		"up to 0.14's": {"--namespace=kube-system", `--set-json=selector={"tier": "node"}`, `--set-json=installConf=["cp", "-f"]`},
+	} {
+		if !labtest.Selected(false) {
+			continue
+		}
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			ctx := labtest.Context(t, 4*time.Minute)
+			l := labtest.New(ctx, t, "{}")
+			c := newCluster(ctx, t, l, "iptables")
+			var ours struct {
+				Spec struct {
+					Template struct {
+						Spec struct{ Containers []struct{ Image string } }
+					}
+				}
+			}
+			object(t, string(labtest.Must(os.ReadFile("../../Documentation/kube-flannel.yml"))(t)), "DaemonSet", &ours)
+			repository, tag, _ := strings.Cut(ours.Spec.Template.Spec.Containers[0].Image, ":")
+			text := labtest.Must(c.Helm(ctx, append([]string{"template", "flannel", "testdata/flannel-chart",
+				"--values=testdata/flannel-values.yaml", "--set=flannel.image.repository=" + repository + ",flannel.image.tag=" + tag,
+				"--set=flannel.flannel_cni.image.repository=" + repository + ",flannel.flannel_cni.image.tag=" + tag}, flags...)...))(t)
+
+			namespace := strings.TrimPrefix(flags[0], "--namespace=")
+			if _, err := c.Kubectl(ctx, "get", "namespace", namespace); err != nil {
+				kubectl(ctx, t, c, "create namespace "+namespace)
+			}
+			labtest.Must(c.KubectlApply(ctx, text))(t)
+			labtest.Must(c.KubectlApply(ctx, lab.Echo))(t)
+			kubectl(ctx, t, c, "-n "+namespace+" rollout status --timeout=90s "+flannelDaemonSet)
+			kubectl(ctx, t, c, "wait nodes --all --for=condition=Ready --timeout=60s")
+			waitRollout(ctx, t, c, "deployment/echo")
+			checkEcho(ctx, t, c, enterPods(ctx, t, c))
+		})
+	}
+}
 
 // newCluster makes a cluster of two nodes that has the image. When the test
 // fails, the cluster is asked about its pods.

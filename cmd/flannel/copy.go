@@ -9,8 +9,8 @@ import (
 	"github.com/spf13/pflag"
 )
 
-// copyCommands are names of this program in the image besides "flannel". Manifests that are written for flannel's images
-// call these commands in init containers, to install the plugin and its configuration:
+// copyCommands are names of this program in the image besides "flannel". Manifests that are written for flannel's
+// images call these commands in init containers, to install the plugin and its configuration:
 //
 //	cp -f /flannel /opt/cni/bin/flannel
 //	install-conf /etc/kube-flannel/cni-conf.json /etc/cni/net.d/10-flannel.conflist

@@ -24,20 +24,58 @@ import (
 	"github.com/flanneld/flanneld/test/lab/labtest"
 )
 
-// TestImage: the image has the programs and files of flannel's image and of flannel-cni-plugin's, at their paths, and
-// answers to every command that manifests for them call.
+// TestImage: the images have the programs and files of flannel's image and of flannel-cni-plugin's, at their paths, and
+// answer to every command that manifests for them call. The larger image is left to make test-long.
 func TestImage(t *testing.T) {
 	t.Parallel()
 	nstest.NeedRoot(t)
-	ctx := labtest.Context(t, time.Minute)
-	root, config := unpackImage(t)
-	if config.Entrypoint == nil || config.Entrypoint[0] != "/opt/bin/flanneld" {
-		t.Errorf("the image runs %q", config.Entrypoint)
+	for variant, check := range map[string]func(context.Context, *testing.T, string, imageConfig){
+		"": checkNoShell, "-full": checkFull,
+	} {
+		if !labtest.Selected(variant == "") {
+			continue
+		}
+		t.Run("flannel"+variant, func(t *testing.T) {
+			t.Parallel()
+			ctx := labtest.Context(t, time.Minute)
+			root, config := unpackImage(t, "flannel-"+runtime.GOARCH+variant)
+			check(ctx, t, root, config)
+			testImage(ctx, t, root, config)
+		})
 	}
+}
+
+// checkNoShell: the small image has no shell.
+func checkNoShell(_ context.Context, t *testing.T, root string, _ imageConfig) {
 	for _, shell := range []string{"bin/sh", "usr/bin/sh", "bin/bash", "usr/bin/bash"} {
 		if _, err := os.Lstat(filepath.Join(root, shell)); err == nil {
 			t.Errorf("the image has %s", shell)
 		}
+	}
+}
+
+// checkFull: the programs run that the larger image has for backends and scripts.
+func checkFull(ctx context.Context, t *testing.T, root string, config imageConfig) {
+	labtest.Do(t, os.MkdirAll(filepath.Join(root, "run/flannel"), 0o755))
+	labtest.Do(t, os.WriteFile(filepath.Join(root, "run/flannel/subnet.env"),
+		[]byte("FLANNEL_SUBNET=10.5.1.1/24\nFLANNEL_MTU=1450\n"), 0o644))
+	for command, want := range map[string]string{
+		"ip -Version": "iproute2", "wg --version": "wireguard-tools", "/usr/lib/ipsec/charon --version": "strongSwan",
+		"/opt/bin/mk-docker-opts.sh -d /run/docker": "",
+	} {
+		if out, err := runInImage(ctx, root, config, command); err != nil || !strings.Contains(string(out), want) {
+			t.Errorf("%s: %v: %s, want %q in it", command, err, out, want)
+		}
+	}
+	options, err := os.ReadFile(filepath.Join(root, "run/docker"))
+	if !strings.Contains(string(options), `--bip=10.5.1.1/24 --mtu=1450`) {
+		t.Errorf("mk-docker-opts.sh writes %q, %v", options, err)
+	}
+}
+
+func testImage(ctx context.Context, t *testing.T, root string, config imageConfig) {
+	if config.Entrypoint == nil || config.Entrypoint[0] != "/opt/bin/flanneld" {
+		t.Errorf("the image runs %q", config.Entrypoint)
 	}
 	for path, want := range map[string]string{"opt/bin/mk-docker-opts.sh": "#!/bin/sh\n", "flannel": "\x7fELF"} {
 		text, err := os.ReadFile(filepath.Join(root, path))
@@ -106,12 +144,12 @@ func checkAuthorities(t *testing.T, file string) {
 // An imageConfig has what a runtime needs to know of an image.
 type imageConfig struct{ Env, Entrypoint []string }
 
-// unpackImage writes the files of the image that make image has built into a directory.
-func unpackImage(t *testing.T) (root string, config imageConfig) {
+// unpackImage writes the files of an image that make image has built into a directory.
+func unpackImage(t *testing.T, name string) (root string, config imageConfig) {
 	t.Helper()
-	file := "../../build/image/flannel-" + runtime.GOARCH + ".tar"
+	file := "../../build/image/" + name + ".tar"
 	if _, err := os.Stat(file); err != nil {
-		nstest.Missing(t, "%v: run make image", err)
+		nstest.Missing(t, "%v: run make image image-full", err)
 	}
 	saved, root := t.TempDir(), t.TempDir()
 	labtest.Do(t, untar(file, saved))

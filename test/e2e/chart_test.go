@@ -328,9 +328,15 @@ func TestHelmUpgrade(t *testing.T) {
 	const ours, values = "../../chart/flannel", "--values=testdata/flannel-values.yaml"
 	const image = "--set=flannel.image.repository=docker.io/flanneld/flannel,flannel.image.tag=v9"
 
-	release := func(args ...string) {
+	release := func(args ...string) string {
 		t.Helper()
-		labtest.Must(k.Helm(ctx, append(args, "--namespace=kube-flannel")...))(t)
+		return labtest.Must(k.Helm(ctx, append(args, "--namespace=kube-flannel")...))(t)
+	}
+	for repository, warned := range map[string]bool{"ghcr.io/flannel-io/flannel": true, "docker.io/flanneld/flannel": false} {
+		notes := release("install", "flannel", ours, "--dry-run=server", "--set=flannel.image.repository="+repository)
+		if strings.Contains(notes, "WARNING: flannel.image is "+repository) != warned {
+			t.Errorf("with the image %s, helm says\n%s", repository, notes)
+		}
 	}
 	for _, apply := range []string{"--server-side=true", "--server-side=false"} { // as Helm 4 and Helm 3 do it
 		release("install", "flannel", "testdata/flannel-chart", values, "--create-namespace", apply)

@@ -1,6 +1,6 @@
-# An image with flanneld, flannel, the CNI plugin, and flannelctl, for operators:
-# /opt/bin/flanneld, as in upstream's image, and beside it the two. It needs no
-# shell.
+# An image that takes the place of flannel's image and of its flannel-cni-plugin
+# image: it has the programs and files of both at the same paths, see
+# dist/image/files. It needs no shell.
 #
 #   make image ARCH=arm64 IMAGE=example.com/flannel:v1
 #
@@ -10,6 +10,7 @@
 ARG BASE
 FROM ${BASE}
 ARG TARGETARCH=amd64
-COPY ${TARGETARCH}/ /opt/bin/
-ENV PATH=/opt/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+COPY ${TARGETARCH}/ /
+# The last directory has commands for a base that lacks them.
+ENV PATH=/opt/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/opt/bin/fallback
 ENTRYPOINT ["/opt/bin/flanneld"]

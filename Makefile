@@ -35,9 +35,11 @@ BINARIES := $(patsubst cmd/%/main.go,build/bin/%,$(wildcard cmd/*/main.go))
 SOURCES := $(shell find . -path ./test -prune -o -path ./build -prune -o -path ./.git -prune -o \
 	-type f -not -name '*_test.go' -print)
 # The image that the manifest names, unless told otherwise.
-IMAGE ?= $(shell awk '$$1 == "image:" { print $$2; exit }' Documentation/kube-flannel.yml)
+IMAGE ?= $(shell awk '$$1 == "image:" { print $$2; exit }' Documentation/kube-flannel.yml)$(SUFFIX)
 ARCH ?= $(shell go env GOARCH)
 BASE ?=# an image with iptables and nft; none: made of Debian's packages
+VARIANT ?=# full: the image also has a shell, and the programs that the backends extension and ipsec run
+SUFFIX := $(addprefix -,$(VARIANT))
 ETCD := build/bin/etcd build/bin/etcdctl
 # Older servers, which answer differently.
 OLD_ETCD := build/stores/etcd-3.4 build/stores/etcd-3.6
@@ -46,8 +48,8 @@ CNI := $(addprefix build/cni/,bridge host-local loopback portmap)
 OTHER_KUBE := build/stores/kube-apiserver-1.34 build/stores/kine
 KUBE := $(addprefix build/kube/,kube-apiserver kube-controller-manager kube-scheduler kube-proxy kubelet kubectl)
 
-.PHONY: help build image manifest docs release release-check tools check check-source vulncheck test unit fuzz e2e \
-	test-stores test-long test-vm bench bench-faults bench-kube bench-udp demo demo-kube demo-down clean FORCE \
+.PHONY: help build image image-full manifest docs release release-check tools check check-source vulncheck test unit \
+	fuzz e2e test-stores test-long test-vm bench bench-faults bench-kube bench-udp demo demo-kube demo-down clean FORCE \
 	$(NEED) $(INSTALL)
 .NOTPARALLEL: # the go tool uses all processors itself
 
@@ -68,25 +70,42 @@ build/version: FORCE
 build/image/bin/$(ARCH)/%: $(SOURCES) build/version
 	GOARCH=$(ARCH) go build -ldflags "-s -w -X main.version=$$(cat build/version)" -o $@ ./cmd/$*
 
-# The files of two packages and of what they depend on, and nothing to run them
+# The files of some packages and of what they depend on, and nothing to run them
 # with. For any architecture: none of them is executed.
-build/image/base-$(ARCH).tar: Makefile
+packages := iptables nftables
+packages-full := $(packages) dash coreutils grep sed iproute2 wireguard-tools \
+	strongswan-charon strongswan-swanctl libstrongswan-standard-plugins
+build/image/base-$(ARCH)$(SUFFIX).tar: Makefile
 	@mkdir -p $(@D)
-	SOURCE_DATE_EPOCH=0 mmdebstrap --quiet --architectures=$(ARCH) --variant=extract --include=iptables,nftables \
-		--skip=output/dev --extract-hook='rm -rf "$$1"/usr/share/[!x]* "$$1"/usr/lib/*/gconv "$$1"/etc/hostname' bookworm $@
+	SOURCE_DATE_EPOCH=0 mmdebstrap --quiet --architectures=$(ARCH) --variant=extract \
+		--include="$(packages$(SUFFIX))" --skip=output/dev \
+		--extract-hook='rm -rf "$$1"/usr/share/[!x]* "$$1"/usr/lib/*/gconv "$$1"/etc/hostname' \
+		--extract-hook='[ -z "$(VARIANT)" ] || { mkdir -p "$$1"/run; ln -s ../run "$$1"/var/run; }' bookworm $@
 
-build/image/flannel-$(ARCH).tar: Dockerfile Documentation/kube-flannel.yml $(if $(BASE),,build/image/base-$(ARCH).tar) \
+# The certificates of Mozilla's list, in one file: the package makes it when it is configured, which does not happen
+# here.
+build/image/ca-certificates.crt: Makefile
+	@mkdir -p $(@D)
+	mmdebstrap --quiet --variant=extract --include=ca-certificates --format=null --skip=output/dev \
+		--extract-hook='cat "$$1"/usr/share/ca-certificates/mozilla/*.crt >"$(CURDIR)/$@"' bookworm
+
+build/image/flannel-$(ARCH)$(SUFFIX).tar: Dockerfile Documentation/kube-flannel.yml dist/image/files \
+	dist/mk-docker-opts.sh build/image/ca-certificates.crt $(if $(BASE),,build/image/base-$(ARCH)$(SUFFIX).tar) \
 	$(addprefix build/image/bin/$(ARCH)/,flanneld flannel flannelctl)
+	dist/image/files build/image/bin/$(ARCH) build/image/ca-certificates.crt build/image/files/$(ARCH)
 	@dist/image/with-docker bash -euxc '\
 		export DOCKER_BUILDKIT=1; \
-		base=$(BASE); [ "$$base" ] || { base=flannel-base:$(ARCH); \
-			echo -e "FROM scratch\nADD base-$(ARCH).tar /" | \
+		base=$(BASE); [ "$$base" ] || { base=flannel-base:$(ARCH)$(SUFFIX); \
+			echo -e "FROM scratch\nADD base-$(ARCH)$(SUFFIX).tar /" | \
 			docker build --platform linux/$(ARCH) --tag $$base --file - build/image; }; \
 		docker build --platform linux/$(ARCH) --build-arg BASE=$$base --build-arg TARGETARCH=$(ARCH) --tag $(IMAGE) \
-			--file Dockerfile build/image/bin; \
+			--file Dockerfile build/image/files; \
 		docker save --output $@ $(IMAGE)'
 
-image: need-image build/image/flannel-$(ARCH).tar ## An image for Kubernetes: IMAGE=name ARCH=arm64 BASE=image
+image: need-image build/image/flannel-$(ARCH)$(SUFFIX).tar ## An image: IMAGE=name ARCH=arm64 BASE=image VARIANT=full
+
+image-full: ## The larger image, with VARIANT=full
+	@$(MAKE) --no-print-directory image VARIANT=full
 
 BUILT := build/bin/staticcheck build/bin/helm build/debian $(ETCD) $(OLD_ETCD) $(CNI) $(KUBE) $(OTHER_KUBE)
 tools: install-tools $(BUILT) ## Install what checks and tests need
@@ -172,7 +191,7 @@ MANIFEST = { echo "\# The pod network, for kubectl apply. Made by make manifest 
 	echo "\# the same with other settings comes from helm template. Network is what"; \
 	echo "\# kube-controller-manager has as --cluster-cidr."; \
 	build/bin/helm template flannel chart/flannel --namespace kube-flannel \
-		--set createNamespace=true,restartOnChange=false | \
+		--set createNamespace=true,restartOnChange=false,flannel.selectorLabels.k8s-app=flannel | \
 	sed '/^\# Source: /d; /^$$/d'; }
 
 manifest: build/bin/helm ## Write Documentation/kube-flannel.yml from the chart
@@ -241,8 +260,8 @@ e2e: build need-e2e $(SERVERS) build/bin/helm build/debian image ## End-to-end t
 test-stores: build need-lab $(SERVERS) $(OLD_ETCD) ## Every version of etcd and Kubernetes that is tested
 	cd test && LONG=all $(GO_TEST) $(E2E) ./stores ./etcd
 
-test-long: build need-e2e $(SERVERS) $(OLD_ETCD) build/bin/helm build/debian image ## What test leaves out: all stores and combinations
-	cd test && LONG=rest $(GO_TEST) $(E2E) -run '^Test(Cleanup|Cluster|DoctorTunnels|Faults|HostileRecords|Matrix|Neighbours|Reconfigure|Restart|Stores)$$' ./e2e ./stores
+test-long: build need-e2e $(SERVERS) $(OLD_ETCD) build/bin/helm build/debian image image-full ## What test leaves out: all stores and combinations
+	cd test && LONG=rest $(GO_TEST) $(E2E) -run '^Test(Cleanup|Cluster|DoctorTunnels|Faults|FullImage|HelmCluster|HostileRecords|Image|Matrix|Neighbours|OtherManifests|Reconfigure|Restart|Stores)$$' ./e2e ./stores
 	cd test && LONG=rest $(RACE_TEST) $(E2E) ./etcd ./ec2
 
 # The kernel, and what tests run, from Debian's packages. Some 100 MB, once.

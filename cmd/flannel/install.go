@@ -21,6 +21,7 @@ import (
 	"github.com/google/renameio/v2"
 	"github.com/spf13/pflag"
 
+	"github.com/flanneld/flanneld/pkg/atomicfile"
 	"github.com/flanneld/flanneld/pkg/plain"
 )
 
@@ -30,7 +31,7 @@ const settle = 100 * time.Millisecond
 
 // An installer installs this program and the configuration of a network where the container runtime finds them.
 type installer struct {
-	program string // path of this program
+	program string // path of this program; "": it is not installed
 	binDir  string // directory for the program, which is installed as "flannel"
 	conf    string // path of the configuration, a list of plugins; "": none
 	confDir string // directory for the configuration
@@ -42,11 +43,13 @@ type installer struct {
 
 // runInstall is `flannel install`.
 func runInstall(args []string) error {
-	in := installer{program: "/proc/self/exe"}
+	in := installer{}
 	keep := false
 	flags := pflag.NewFlagSet("flannel install", pflag.ContinueOnError)
 	flags.SortFlags = false
 	flags.StringVar(&in.binDir, "bin-dir", "/opt/cni/bin", "directory of CNI plugins, where this program is installed")
+	flags.StringVar(&in.program, "program", "/proc/self/exe",
+		"program to install as \"flannel\"; empty if something else installs the plugin")
 	flags.StringVar(&in.conf, "conf", "/etc/kube-flannel/cni-conf.json",
 		"configuration of the network, a conflist; empty installs the program alone")
 	flags.StringVar(&in.confDir, "conf-dir", "/etc/cni/net.d", "directory where the configuration is installed")
@@ -101,13 +104,15 @@ func (in *installer) install() error {
 			return fmt.Errorf("--conf %s: %w", in.conf, err)
 		}
 	}
-	program, err := os.Open(in.program)
-	if err != nil {
-		return err
-	}
-	defer program.Close()
-	if err := put(filepath.Join(in.binDir, "flannel"), program, 0o755); err != nil {
-		return fmt.Errorf("--bin-dir: %w", err)
+	if in.program != "" {
+		program, err := os.Open(in.program)
+		if err != nil {
+			return err
+		}
+		defer program.Close()
+		if err := put(filepath.Join(in.binDir, "flannel"), program, 0o755); err != nil {
+			return fmt.Errorf("--bin-dir: %w", err)
+		}
 	}
 	if in.conf == "" {
 		return nil
@@ -186,14 +191,14 @@ func put(path string, content io.ReadSeeker, mode fs.FileMode) error {
 	t, err := renameio.NewPendingFile(path,
 		renameio.WithTempDir(filepath.Dir(path)), renameio.WithStaticPermissions(mode))
 	if err != nil {
-		return err
+		return atomicfile.NameError(err, path)
 	}
 	defer t.Cleanup()
 	if _, err := io.Copy(t, content); err != nil {
 		return fmt.Errorf("%s: %w", path, err)
 	}
 	if err := t.CloseAtomicallyReplace(); err != nil {
-		return err
+		return atomicfile.NameError(err, path)
 	}
 	log.Printf("Installed %s", path)
 	return nil

@@ -221,6 +221,21 @@ func TestInstallProgramAlone(t *testing.T) {
 	}
 }
 
+func TestInstallConfigurationAlone(t *testing.T) {
+	out := logged(t)
+	in := newInstaller(t)
+	in.program = ""
+	if err := in.install(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(filepath.Join(in.confDir, in.name)); err != nil {
+		t.Error(err)
+	}
+	if files, _ := os.ReadDir(in.binDir); len(files) > 0 || !strings.Contains(out.String(), "the CNI plugin flannel is not in") {
+		t.Errorf("there is %v, and it says\n%s", files, out)
+	}
+}
+
 func TestKeepWithoutDirectory(t *testing.T) {
 	logged(t)
 	in := newInstaller(t)

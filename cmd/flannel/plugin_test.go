@@ -18,10 +18,10 @@ import (
 )
 
 // TestMain lets the test binary play all parts, by the name it is started
-// under: the plugin, a delegate, or the tests.
+// under: the plugin, one of its other names, a delegate, or the tests.
 func TestMain(m *testing.M) {
 	switch filepath.Base(os.Args[0]) {
-	case "flannel":
+	case "flannel", "cp", "install-conf":
 		main()
 	case "bridge":
 		fakeDelegate()

@@ -36,7 +36,7 @@ func TestCluster(t *testing.T) {
 			c := newCluster(ctx, t, l, proxy)
 			manifest := labtest.Must(os.ReadFile("../../Documentation/kube-flannel.yml"))(t)
 			if from == "chart" {
-				manifest = renderChart(ctx, t, l, "createNamespace=true,nftables=true")
+				manifest = renderChart(ctx, t, l, "createNamespace=true,flannel.enableNFTables=true")
 			}
 			testCluster(ctx, t, c, string(manifest))
 		})
@@ -86,6 +86,107 @@ func testCluster(ctx context.Context, t *testing.T, c *lab.Cluster, manifest str
 }
 
 const flannelDaemonSet = "daemonset/kube-flannel-ds"
+
+// TestOtherManifests: manifests that others write for flannel's images work with ours: its name is all that changes. It
+// is left to make test-long.
+func TestOtherManifests(t *testing.T) {
+	t.Parallel()
+	for name, flags := range map[string][]string{
+		"flannel's":    {"--namespace=kube-flannel"},
+		"up to 0.14's": {"--namespace=kube-system", `--set-json=selector={"tier": "node"}`, `--set-json=installConf=["cp", "-f"]`},
+	} {
+		if !labtest.Selected(false) {
+			continue
+		}
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			ctx := labtest.Context(t, 4*time.Minute)
+			l := labtest.New(ctx, t, "{}")
+			c := newCluster(ctx, t, l, "iptables")
+			text := labtest.Must(c.Helm(ctx, slices.Concat([]string{"template", "flannel", "testdata/flannel-chart"},
+				valuesWithImage(t), flags)...))(t)
+			namespace := strings.TrimPrefix(flags[0], "--namespace=")
+			if _, err := c.Kubectl(ctx, "get", "namespace", namespace); err != nil {
+				kubectl(ctx, t, c, "create namespace "+namespace)
+			}
+			labtest.Must(c.KubectlApply(ctx, text))(t)
+			labtest.Must(c.KubectlApply(ctx, lab.Echo))(t)
+			kubectl(ctx, t, c, "-n "+namespace+" rollout status --timeout=90s "+flannelDaemonSet)
+			kubectl(ctx, t, c, "wait nodes --all --for=condition=Ready --timeout=60s")
+			waitRollout(ctx, t, c, "deployment/echo")
+			checkEcho(ctx, t, c, enterPods(ctx, t, c))
+		})
+	}
+}
+
+// valuesWithImage are flags of helm: values in the shape of flannel's chart, with the image that was built.
+func valuesWithImage(t *testing.T) []string {
+	t.Helper()
+	manifest := string(labtest.Must(os.ReadFile("../../Documentation/kube-flannel.yml"))(t))
+	_, image, _ := strings.Cut(manifest, " image: ")
+	repository, rest, _ := strings.Cut(image, ":")
+	tag, _, _ := strings.Cut(rest, "\n")
+	return []string{
+		"--values=testdata/flannel-values.yaml",
+		"--set=flannel.image.repository=" + repository + ",flannel.image.tag=" + tag,
+		"--set=flannel.flannel_cni.image.repository=" + repository + ",flannel.flannel_cni.image.tag=" + tag,
+	}
+}
+
+// TestHelmCluster: while a release in the shape of flannel's chart is upgraded to our chart, and rolled back, pods lose
+// no packet. It is left to make test-long.
+func TestHelmCluster(t *testing.T) {
+	t.Parallel()
+	if !labtest.Selected(false) {
+		t.Skip("left to make test-long")
+	}
+	ctx := labtest.Context(t, 4*time.Minute)
+	l := labtest.New(ctx, t, "{}")
+	c := newCluster(ctx, t, l, "iptables")
+	release := func(args ...string) {
+		t.Helper()
+		labtest.Must(c.Helm(ctx, append(args, "--namespace=kube-flannel")...))(t)
+		waitRollout(ctx, t, c, flannelDaemonSet)
+	}
+	release(append([]string{"install", "flannel", "testdata/flannel-chart", "--create-namespace"}, valuesWithImage(t)...)...)
+	labtest.Must(c.KubectlApply(ctx, lab.Echo))(t)
+	waitRollout(ctx, t, c, "deployment/echo")
+	pods := enterPods(ctx, t, c)
+	checkEcho(ctx, t, c, pods)
+
+	p1, p2 := labtest.Must(pods[0].StartPing(ctx, pods[1].ip))(t), labtest.Must(pods[1].StartPing(ctx, pods[0].ip))(t)
+	release(append([]string{"upgrade", "flannel", "../../chart/flannel"}, valuesWithImage(t)...)...)
+	checkRights(ctx, t, c) // the pods are those of our chart
+	checkEcho(ctx, t, c, pods)
+	release("rollback", "flannel", "1")
+	checkEcho(ctx, t, c, pods)
+	for _, p := range []*lab.Pinging{p1, p2} {
+		if got := labtest.Must(p.Stop())(t); len(got.Lost) > 0 {
+			t.Errorf("%s: of %d packets these were lost: %d", p, got.Sent, got.Lost)
+		}
+	}
+}
+
+// TestFullImage: the larger image has what the commands of the extension backend need. It is left to make test-long.
+func TestFullImage(t *testing.T) {
+	t.Parallel()
+	if !labtest.Selected(false) {
+		t.Skip("left to make test-long")
+	}
+	ctx := labtest.Context(t, 4*time.Minute)
+	l := labtest.New(ctx, t, "{}")
+	c := newCluster(ctx, t, l, "iptables")
+	labtest.Do(t, c.Import(ctx, filepath.Join(l.Build, "image", "flannel-"+runtime.GOARCH+"-full.tar")))
+	text := labtest.Must(c.Helm(ctx, "template", "flannel", "../../chart/flannel", "--namespace=kube-flannel",
+		"--set=createNamespace=true,flannel.image.tag=v0.1.0-full,flannel.backend=extension", "--set-json=flannel.backendOptions="+
+			`{"SubnetAddCommand": "ip route replace $SUBNET via $PUBLIC_IP", "SubnetRemoveCommand": "ip route del $SUBNET"}`))(t)
+	labtest.Must(c.KubectlApply(ctx, text))(t)
+	labtest.Must(c.KubectlApply(ctx, lab.Echo))(t)
+	waitRollout(ctx, t, c, flannelDaemonSet)
+	kubectl(ctx, t, c, "wait nodes --all --for=condition=Ready --timeout=60s")
+	waitRollout(ctx, t, c, "deployment/echo")
+	checkEcho(ctx, t, c, enterPods(ctx, t, c))
+}
 
 // newCluster makes a cluster of two nodes that has the image. When the test
 // fails, the cluster is asked about its pods.

@@ -551,6 +551,16 @@ func (k *Kube) KubectlApply(ctx context.Context, text string) (string, error) {
 	return k.kubectl(ctx, text, "apply", "--filename=-")
 }
 
+// Helm runs helm as an administrator and returns what it prints. Files are relative to the test's directory.
+func (k *Kube) Helm(ctx context.Context, args ...string) (string, error) {
+	program, err := k.lab.Program("bin/helm")
+	if err != nil {
+		return "", err
+	}
+	return k.lab.net.run(ctx, "", append([]string{"env", "HOME=" + k.file("helm"), program,
+		"--kubeconfig=" + k.Kubeconfig(kubeAdmin)}, args...)...)
+}
+
 func (k *Kube) kubectl(ctx context.Context, stdin string, args ...string) (string, error) {
 	program, err := k.lab.Program("kube/kubectl")
 	if err != nil {

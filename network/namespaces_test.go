@@ -192,7 +192,9 @@ func TestIncompleteOptions(t *testing.T) {
 		"network: Options have no Manager":    {SubnetFile: "/nowhere/subnet.env"},
 		"network: Options have no SubnetFile": {Manager: m},
 	} {
-		if err := Run(t.Context(), o); err == nil || err.Error() != want {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		if err := Run(ctx, o); err == nil || err.Error() != want {
 			t.Errorf("Run returned %v, not %s", err, want)
 		}
 	}

@@ -75,8 +75,8 @@ func (s setup) locks() (names []string) {
 	for _, network := range s.cfg.Networks().Each() {
 		names = append(names, networkLock+network.String())
 	}
-	any := state{setup: s, own: &subnet.Lease{Subnets: s.cfg.Networks()}}
-	for _, o := range s.backend.Local(any.working()) {
+	leased := state{setup: s, own: &subnet.Lease{Subnets: s.cfg.Networks()}}
+	for _, o := range s.backend.Local(leased.working()) {
 		if l, ok := o.(kernel.Link); ok {
 			names = append(names, deviceLock+l.Name)
 		}

@@ -90,6 +90,12 @@ func TestWireGuardFaults(t *testing.T) {
 	t.Parallel()
 	ctx := labtest.Context(t, 5*time.Minute)
 	s := newWireGuardTestbed(ctx, t)
+	defer func() {
+		if t.Failed() {
+			out, _ := s.node.Run(t.Context(), "wg show all")
+			t.Logf("%s\n%s", out, s.node.Log())
+		}
+	}()
 	for _, want := range []string{"51820", "51821", "198.18.0.2:51820", "[fd18::2]:51821"} {
 		if !strings.Contains(s.kept, want) {
 			t.Errorf("there is no %s in\n%s", want, s.kept)

@@ -113,7 +113,7 @@ const claimGrace = 5 * time.Second
 //
 // The question is the holder's own claim, with AskedBy set, and on an etcd lease of the node that asks. A live daemon
 // claims its address again at once. Meanwhile nobody else can claim the address, and any number of nodes may ask. The
-// node that asked may be dead by now, or may be an earlier run of this daemon: whoever has waited for claimGrace
+// node that asked may be dead by now, or may be an earlier run of this daemon: the node that has waited for claimGrace
 // deletes a question without an answer.
 func (m *Manager) silent(ctx context.Context, holders []holder) ([]holder, error) {
 	lease, _, err := m.grant(ctx, claimTTL)

@@ -177,9 +177,10 @@ func (s *programSite) start() {
 	}
 	ctx, cancel := context.WithCancel(s.ctx())
 	defer cancel()
+	exited := s.program.exited // of this start: the goroutine may run when another one has begun
 	go func() {
 		select {
-		case <-s.program.exited:
+		case <-exited:
 			cancel()
 		case <-ctx.Done():
 		}

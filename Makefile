@@ -49,8 +49,8 @@ OTHER_KUBE := build/stores/kube-apiserver-1.34 build/stores/kine
 KUBE := $(addprefix build/kube/,kube-apiserver kube-controller-manager kube-scheduler kube-proxy kubelet kubectl)
 
 .PHONY: help build image image-full manifest docs release release-check tools check check-source vulncheck test unit \
-	fuzz e2e test-stores test-long test-race test-vm bench bench-faults bench-kube bench-udp demo demo-kube demo-down \
-	clean FORCE $(NEED) $(INSTALL)
+	fuzz e2e test-all test-stores test-clusters test-long test-race test-vm bench bench-faults bench-kube bench-udp \
+	demo demo-kube demo-down clean FORCE $(NEED) $(INSTALL)
 .NOTPARALLEL: # the go tool uses all processors itself
 
 help: ## List the targets
@@ -231,7 +231,10 @@ check-source: build/bin/staticcheck build/bin/helm
 	build/bin/helm lint --quiet --strict chart/flannel
 	@diff -u Documentation/kube-flannel.yml <($(MANIFEST)) || { echo "the chart has changed: run make manifest"; exit 1; }
 
-test: check-source fuzz unit e2e ## Check, fuzz, unit and end-to-end tests (root); see test-long, test-race, test-vm
+test: check-source unit e2e ## Check, unit and end-to-end tests (root)
+
+test-all: check-source fuzz unit e2e test-race test-clusters test-long ## All that .ci/run runs, and all cases of all tests
+	LONG=all $(MAKE) test-vm
 
 # check vets all packages. Without debug information the linker takes half of the time.
 GO_TEST := go test -vet=off -ldflags=-w
@@ -249,9 +252,9 @@ fuzz: ## Each fuzz target for FUZZTIME
 	done
 
 # The results do not come from the test cache, which does not know that the binaries have changed. Tests wait most of
-# the time: four of e2e run at a time, beside another package. The race detector is for packages whose tests call our
+# the time: six of e2e run at a time, beside another package. The race detector is for packages whose tests call our
 # code, and left to test-race: our programs run in processes of their own, without it.
-E2E = -count=1 -p=2 -parallel=4 -timeout=30m $(TESTFLAGS)
+E2E = -count=1 -p=2 -parallel=6 -timeout=30m $(TESTFLAGS)
 
 SERVERS := $(ETCD) build/stores/etcd-3.4 $(CNI) $(KUBE) $(OTHER_KUBE)
 e2e: build need-e2e $(SERVERS) build/bin/helm build/debian image ## End-to-end tests in the lab
@@ -260,8 +263,13 @@ e2e: build need-e2e $(SERVERS) build/bin/helm build/debian image ## End-to-end t
 test-stores: build need-lab $(SERVERS) $(OLD_ETCD) ## Every version of etcd and Kubernetes that is tested
 	cd test && LONG=all $(GO_TEST) $(E2E) ./stores ./etcd
 
-test-long: build need-e2e $(SERVERS) $(OLD_ETCD) build/bin/helm build/debian image image-full ## What test leaves out of e2e: clusters, combinations
-	cd test && LONG=rest $(GO_TEST) $(E2E) -run '^Test(Cleanup|Cluster|DoctorTunnels|Faults|FullImage|HelmCluster|HostileRecords|Image|Matrix|Neighbours|OtherManifests|Reconfigure|Restart)$$' ./e2e
+LONG_TEST = cd test && LONG=rest $(GO_TEST) $(E2E) -run
+LONG_TEST_NEEDS := build need-e2e $(SERVERS) $(OLD_ETCD) build/bin/helm build/debian image image-full
+test-clusters: $(LONG_TEST_NEEDS) ## Whole clusters from the manifest, the chart, and manifests of others
+	$(LONG_TEST) '^Test(Cluster|FullImage|HelmCluster|Image|OtherManifests)$$' ./e2e
+
+test-long: $(LONG_TEST_NEEDS) ## What test leaves out of e2e: combinations, faults, neighbours
+	$(LONG_TEST) '^Test(Cleanup|DoctorTunnels|Faults|HostileRecords|Matrix|Neighbours|Reconfigure|Restart)$$' ./e2e
 
 test-race: build need-lab $(SERVERS) $(OLD_ETCD) ## What test leaves out of the stores' tests, with the race detector
 	cd test && LONG=rest $(RACE_TEST) $(E2E) ./etcd ./ec2

@@ -22,7 +22,7 @@ import (
 )
 
 // TestCluster: kubelet, kube-proxy, pods from a Deployment. The network comes from the manifest as it is published, or
-// from the chart, and recovers from what happens to its pods and files. It is left to make test-long.
+// from the chart, and recovers from what happens to its pods and files. It is left to make test-clusters.
 func TestCluster(t *testing.T) {
 	t.Parallel()
 	for from, proxy := range map[string]string{"manifest": "iptables", "chart": "nftables"} {
@@ -88,7 +88,7 @@ func testCluster(ctx context.Context, t *testing.T, c *lab.Cluster, manifest str
 const flannelDaemonSet = "daemonset/kube-flannel-ds"
 
 // TestOtherManifests: manifests that others write for flannel's images work with ours: its name is all that changes. It
-// is left to make test-long.
+// is left to make test-clusters.
 func TestOtherManifests(t *testing.T) {
 	t.Parallel()
 	for name, flags := range map[string][]string{
@@ -134,11 +134,11 @@ func valuesWithImage(t *testing.T) []string {
 }
 
 // TestHelmCluster: while a release in the shape of flannel's chart is upgraded to our chart, and rolled back, pods lose
-// no packet. It is left to make test-long.
+// no packet. It is left to make test-clusters.
 func TestHelmCluster(t *testing.T) {
 	t.Parallel()
 	if !labtest.Selected(false) {
-		t.Skip("left to make test-long")
+		t.Skip("left to make test-clusters")
 	}
 	ctx := labtest.Context(t, 4*time.Minute)
 	l := labtest.New(ctx, t, "{}")
@@ -167,11 +167,11 @@ func TestHelmCluster(t *testing.T) {
 	}
 }
 
-// TestFullImage: the larger image has what the commands of the extension backend need. It is left to make test-long.
+// TestFullImage: the larger image has what the commands of the extension backend need. It is left to make test-clusters.
 func TestFullImage(t *testing.T) {
 	t.Parallel()
 	if !labtest.Selected(false) {
-		t.Skip("left to make test-long")
+		t.Skip("left to make test-clusters")
 	}
 	ctx := labtest.Context(t, 4*time.Minute)
 	l := labtest.New(ctx, t, "{}")

@@ -25,7 +25,7 @@ import (
 )
 
 // TestImage: the images have the programs and files of flannel's image and of flannel-cni-plugin's, at their paths, and
-// answer to every command that manifests for them call. The larger image is left to make test-long.
+// answer to every command that manifests for them call. The larger image is left to make test-clusters.
 func TestImage(t *testing.T) {
 	t.Parallel()
 	nstest.NeedRoot(t)

@@ -267,7 +267,7 @@ func (p *Process) Kill() {
 
 // Patience is how long Poll waits where the context sets no closer deadline. It is long, since several tests run at a
 // time: some start a whole control plane.
-const Patience = time.Minute
+const Patience = 3 * time.Minute
 
 // Patiently multiplies a time by LAB_SLOWNESS, for machines that are slower by that factor.
 func Patiently(d time.Duration) time.Duration {

@@ -103,7 +103,7 @@ func (w *nodeWatcher) watch(ctx context.Context, o metav1.ListOptions) (watch.In
 		events, err := w.tryWatch(ctx, o)
 		switch {
 		case err == nil:
-			return w.observe(ctx, events, initial), nil
+			return w.observe(ctx, events, o.ResourceVersion, initial), nil
 		case !initial && resumable(err), utilnet.IsConnectionRefused(err), apierrors.IsTooManyRequests(err):
 			// A reflector would request the whole state, which is 50 MB of 5000 Nodes for each of 5000 daemons; or it would
 			// pause without respect to ctx.
@@ -199,8 +199,8 @@ func (o *observedWatch) Stop() {
 
 // observe records what the events of a watch tell about the server's health. A watch that begins with the state has
 // succeeded once the state is complete, which a bookmark tells; if it fails before, the reflector lists the state
-// instead.
-func (w *nodeWatcher) observe(ctx context.Context, from watch.Interface, initial bool) watch.Interface {
+// instead. The version is the one that the watch begins after.
+func (w *nodeWatcher) observe(ctx context.Context, from watch.Interface, version string, initial bool) watch.Interface {
 	o := &observedWatch{Interface: from, events: make(chan watch.Event), done: make(chan struct{})}
 	o.stop = sync.OnceFunc(func() { close(o.done) })
 	began, heard := time.Now(), false
@@ -221,6 +221,9 @@ func (w *nodeWatcher) observe(ctx context.Context, from watch.Interface, initial
 			switch {
 			case initial && e.Type == watch.Bookmark: // from now on, it is a watch like any other
 				initial, heard, began = false, false, time.Now()
+				if node, ok := e.Object.(*Node); ok {
+					version = node.ResourceVersion
+				}
 				w.succeeded()
 			case initial:
 			case e.Type == watch.Error:
@@ -244,11 +247,18 @@ func (w *nodeWatcher) observe(ctx context.Context, from watch.Interface, initial
 			return
 		}
 		if rest := settledAfter - time.Since(began); rest > 0 && !heard {
-			// A reflector would request the whole state after a watch that ends as soon as this.
 			w.failed(ctx, errClosed)
 			w.settledAfter = settledAfterBreak
 			select {
 			case <-time.After(rest):
+			case <-o.done:
+				return
+			}
+			// A reflector requests the whole state after a watch without events that ends within a second, which it measures
+			// from a later moment than we do. A bookmark is an event.
+			here := &Node{ObjectMeta: metav1.ObjectMeta{ResourceVersion: version}}
+			select {
+			case o.events <- watch.Event{Type: watch.Bookmark, Object: here}:
 			case <-o.done:
 			}
 		}

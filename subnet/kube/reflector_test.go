@@ -19,6 +19,7 @@ import (
 
 	"golang.org/x/time/rate"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/watch"
 
 	"github.com/flanneld/flanneld/subnet"
 )
@@ -166,6 +167,41 @@ func TestWatchResumes(t *testing.T) {
 	if text := said(); strings.Count(text, `operation="watch the Nodes"`) != 2 ||
 		strings.Count(text, "The store is back") != 1 {
 		t.Errorf("logged\n%s", text)
+	}
+}
+
+// A reflector that is slow to begin takes a watch for shorter than it was. Without an event it would request the whole
+// state.
+func TestShortWatchHasAnEvent(t *testing.T) {
+	for name, c := range map[string]struct {
+		initial bool
+		events  []watch.Event // before the end
+		version string        // of the last event
+	}{
+		"a watch":                {false, nil, "7"},
+		"a watch with the state": {true, []watch.Event{{Type: watch.Bookmark, Object: &Node{ObjectMeta: metav1.ObjectMeta{ResourceVersion: "20"}}}}, "20"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := testManager(onlyIPv4)
+			m.client = testClient(t, "http://127.0.0.1:1")
+			w := &nodeWatcher{manager: m, settledAfter: settledAfter}
+			from := watch.NewFakeWithChanSize(len(c.events), false)
+			for _, e := range c.events {
+				from.Action(e.Type, e.Object)
+			}
+			from.Stop()
+			var got []watch.Event
+			for e := range w.observe(t.Context(), from, "7", c.initial).ResultChan() {
+				got = append(got, e)
+			}
+			if len(got) != len(c.events)+1 {
+				t.Fatalf("%d events: %v", len(got), got)
+			}
+			last := got[len(got)-1]
+			if node, ok := last.Object.(*Node); !ok || last.Type != watch.Bookmark || node.ResourceVersion != c.version {
+				t.Errorf("the last event is %+v", last)
+			}
+		})
 	}
 }
 

@@ -164,11 +164,17 @@ func (r *Reconciler) ownsLink(Object) bool { return true }
 func (r *Reconciler) applyLink(e *entry) error {
 	name := e.key().Dev
 	err := r.changeLink(e, name)
-	if err != nil { // it may be half done
+	if err == nil {
+		return nil
+	}
+	at, missing := r.links.LinkByName(name)
+	switch {
+	case missing == nil: // it may be half done
+		e.have = r.readLink(at)
+	case e.want != nil:
 		e.have = nil
-		if at, err := r.links.LinkByName(name); err == nil {
-			e.have = r.readLink(at)
-		}
+	case isNoDevice(missing): // another program was faster
+		return nil
 	}
 	return err
 }
@@ -177,7 +183,10 @@ func (r *Reconciler) changeLink(e *entry, name string) error {
 	want, wanted := e.want.(Link)
 	have, exists := e.have.(Link)
 	if exists && (!wanted || have.Type != want.Type) {
-		err := r.links.LinkDel(&netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Name: name}})
+		at, err := r.links.LinkByName(name)
+		if err == nil {
+			err = r.links.LinkDel(at)
+		}
 		if err != nil && !isNoDevice(err) {
 			return err
 		}

@@ -460,6 +460,38 @@ func TestDeviceThatDoesNotFitIsReplaced(t *testing.T) {
 	}
 }
 
+// Another program removes a device that we are about to remove or to replace. Its notification has not come yet.
+func TestDeviceThatIsRemovedMeanwhile(t *testing.T) {
+	for name, change := range map[string]func(*Reconciler){
+		"no longer desired": func(r *Reconciler) { r.Set("node", nil) },
+		"to be replaced": func(r *Reconciler) {
+			other := node()
+			l := other[0].(Link)
+			v := l.Type.(VXLAN)
+			v.Port = 4789
+			l.Type = v
+			other[0] = l
+			r.Set("node", other)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			host(t)
+			r := start(t)
+			r.Set("peer", nil)
+			r.Set("direct", nil)
+			change(r)
+			nstest.Run(t, "ip link del flannel.1")
+			if err := r.apply(); err != nil {
+				t.Errorf("refused: %v", err)
+			}
+			apply(t, r)
+			if !r.Has("node") {
+				t.Errorf("the device is not as desired:\n%s", tables(t))
+			}
+		})
+	}
+}
+
 // A lease of other subnets: the kernel removes the routes of a device with its only address.
 func TestAddressChanges(t *testing.T) {
 	host(t)

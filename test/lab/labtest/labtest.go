@@ -38,7 +38,7 @@ func Selected(quick bool) bool {
 }
 
 // New makes a lab with as many nodes, none started, as there are options. When
-// the test fails, the daemons' logs are shown.
+// the test fails, the daemons' logs are shown; it fails when a daemon panics.
 func New(ctx context.Context, t testing.TB, config string, nodes ...lab.NodeOptions) *lab.Lab {
 	t.Helper()
 	return NewWith(ctx, t, lab.Options{}, config, nodes...)
@@ -54,6 +54,11 @@ func NewWith(ctx context.Context, t testing.TB, o lab.Options, config string, no
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
+		for _, n := range l.Nodes() {
+			if strings.Contains(n.Log(), "\ngoroutine ") {
+				t.Errorf("flanneld on %s has panicked", n.Hostname)
+			}
+		}
 		if t.Failed() {
 			for _, n := range l.Nodes() {
 				t.Logf("%s said:\n%s", n.Hostname, n.Log())

@@ -261,7 +261,7 @@ test-stores: build need-lab $(SERVERS) $(OLD_ETCD) ## Every version of etcd and 
 	cd test && LONG=all $(GO_TEST) $(E2E) ./stores ./etcd
 
 test-long: build need-e2e $(SERVERS) $(OLD_ETCD) build/bin/helm build/debian image image-full ## What test leaves out of e2e: clusters, combinations
-	cd test && LONG=rest $(GO_TEST) $(E2E) -run '^Test(Cleanup|Cluster|DoctorTunnels|Faults|FullImage|HelmCluster|HostileRecords|Image|Matrix|Neighbours|OtherManifests|Reconfigure|Restart)$$' ./e2e
+	cd test && LONG=rest $(GO_TEST) $(E2E) -run '^Test(Cleanup|Cluster|DoctorTunnels|Faults|FullImage|HelmCluster|HostileRecords|Image|Matrix|Migrate|Neighbours|OtherManifests|Reconfigure|Restart|SetImage)$$' ./e2e
 
 test-race: build need-lab $(SERVERS) $(OLD_ETCD) ## What test leaves out of the stores' tests, with the race detector
 	cd test && LONG=rest $(RACE_TEST) $(E2E) ./etcd ./ec2

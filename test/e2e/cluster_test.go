@@ -157,7 +157,8 @@ func installOtherCNI(ctx context.Context, t *testing.T, c *lab.Cluster) {
 		podCIDR := kubectl(ctx, t, c, "get node "+n.Hostname+" -o jsonpath={.spec.podCIDR}")
 		conflist := filepath.Join(n.Dir, "other.conflist")
 		labtest.Do(t, os.WriteFile(conflist, fmt.Appendf(nil, `{"cniVersion": "1.0.0", "name": "other", "plugins": [{"type": "bridge",
-			"bridge": "cni0", "mtu": 1450, "isDefaultGateway": true, "ipam": {"type": "host-local", "subnet": %q}}]}`, podCIDR), 0o644))
+			"bridge": "cni0", "mtu": 1450, "hairpinMode": true, "isDefaultGateway": true,
+			"ipam": {"type": "host-local", "subnet": %q}}]}`, podCIDR), 0o644))
 		labtest.Must(n.Run(ctx, "mkdir -p /etc/cni/net.d"))(t)
 		labtest.Must(n.Run(ctx, "cp "+conflist+" /etc/cni/net.d"))(t)
 	}

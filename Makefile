@@ -266,7 +266,7 @@ test-stores: build need-lab $(SERVERS) $(OLD_ETCD) ## Every version of etcd and 
 LONG_TEST = cd test && LONG=rest $(GO_TEST) $(E2E) -run
 LONG_TEST_NEEDS := build need-e2e $(SERVERS) $(OLD_ETCD) build/bin/helm build/debian image image-full
 test-clusters: $(LONG_TEST_NEEDS) ## Whole clusters from the manifest, the chart, and manifests of others
-	$(LONG_TEST) '^Test(Cluster|FullImage|HelmCluster|Image|OtherManifests)$$' ./e2e
+	$(LONG_TEST) '^Test(Cluster|FullImage|HelmCluster|Image|Migrate|OtherManifests|SetImage)$$' ./e2e
 
 test-long: $(LONG_TEST_NEEDS) ## What test leaves out of e2e: combinations, faults, neighbours
 	$(LONG_TEST) '^Test(Cleanup|DoctorTunnels|Faults|HostileRecords|Matrix|Neighbours|Reconfigure|Restart)$$' ./e2e

@@ -91,46 +91,175 @@ const flannelDaemonSet = "daemonset/kube-flannel-ds"
 // is left to make test-clusters.
 func TestOtherManifests(t *testing.T) {
 	t.Parallel()
-	for name, flags := range map[string][]string{
-		"flannel's":    {"--namespace=kube-flannel"},
-		"up to 0.14's": {"--namespace=kube-system", `--set-json=selector={"tier": "node"}`, `--set-json=installConf=["cp", "-f"]`},
+	chart := []string{"template", "flannel", "testdata/flannel-chart"}
+	for name, m := range map[string]struct {
+		namespace, daemonSet string
+		helm                 []string // how the manifest is made of testdata/flannel-chart, if it is
+		prepare              func(context.Context, *testing.T, *lab.Cluster)
+	}{
+		"flannel's": {"kube-flannel", "kube-flannel-ds", chart, nil},
+		"up to 0.14's": {"kube-system", "kube-flannel-ds",
+			append(chart, `--set-json=selector={"tier": "node"}`, `--set-json=installConf=["cp", "-f"]`), nil},
+		"minikube":     {"kube-flannel", "kube-flannel-ds", nil, nil},
+		"kubespray":    {"kube-system", "kube-flannel", nil, nil},
+		"talos":        {"kube-system", "kube-flannel", nil, installPlugin},
+		"rke2-flannel": {"kube-system", "kube-flannel-ds", nil, installPlugin},
+		"canal":        {"kube-system", "canal", nil, installOtherCNI},
 	} {
 		if !labtest.Selected(false) {
 			continue
 		}
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			ctx := labtest.Context(t, 4*time.Minute)
+			ctx := labtest.Context(t, 5*time.Minute)
 			l := labtest.New(ctx, t, "{}")
 			c := newCluster(ctx, t, l, "iptables")
-			text := labtest.Must(c.Helm(ctx, slices.Concat([]string{"template", "flannel", "testdata/flannel-chart"},
-				valuesWithImage(t), flags)...))(t)
-			namespace := strings.TrimPrefix(flags[0], "--namespace=")
-			if _, err := c.Kubectl(ctx, "get", "namespace", namespace); err != nil {
-				kubectl(ctx, t, c, "create namespace "+namespace)
+			var text string
+			if m.helm != nil {
+				text = labtest.Must(c.Helm(ctx, slices.Concat(m.helm, valuesWithImage(t), []string{"--namespace=" + m.namespace})...))(t)
+				if _, err := c.Kubectl(ctx, "get", "namespace", m.namespace); err != nil {
+					kubectl(ctx, t, c, "create namespace "+m.namespace)
+				}
+			} else {
+				file := labtest.Must(os.ReadFile("testdata/installers/" + name + ".yaml"))(t)
+				repository, tag := imageName(t)
+				text = strings.ReplaceAll(string(file), "image: IMAGE", "image: "+repository+":"+tag)
+			}
+			if m.prepare != nil {
+				m.prepare(ctx, t, c)
 			}
 			labtest.Must(c.KubectlApply(ctx, text))(t)
 			labtest.Must(c.KubectlApply(ctx, lab.Echo))(t)
-			kubectl(ctx, t, c, "-n "+namespace+" rollout status --timeout=90s "+flannelDaemonSet)
+			kubectl(ctx, t, c, "-n "+m.namespace+" rollout status --timeout=90s daemonset/"+m.daemonSet)
 			kubectl(ctx, t, c, "wait nodes --all --for=condition=Ready --timeout=60s")
 			waitRollout(ctx, t, c, "deployment/echo")
 			checkEcho(ctx, t, c, enterPods(ctx, t, c))
+			for _, command := range []string{"status", "doctor"} {
+				t.Log(kubectl(ctx, t, c, "-n "+m.namespace+" exec daemonset/"+m.daemonSet+
+					" -c kube-flannel -- /opt/bin/flannelctl "+command))
+			}
 		})
+	}
+}
+
+// installPlugin puts the CNI plugin on the nodes, where an installer has it from elsewhere.
+func installPlugin(ctx context.Context, t *testing.T, c *lab.Cluster) {
+	t.Helper()
+	for _, n := range c.Nodes {
+		labtest.Must(n.Run(ctx, "cp "+labtest.Must(filepath.Abs("../../build/bin/flannel"))(t)+" /opt/cni/bin/flannel"))(t)
+	}
+}
+
+// installOtherCNI gives pods addresses of the podCIDR without our plugin, as Calico's plugin does it for canal.
+func installOtherCNI(ctx context.Context, t *testing.T, c *lab.Cluster) {
+	t.Helper()
+	for _, n := range c.Nodes {
+		podCIDR := kubectl(ctx, t, c, "get node "+n.Hostname+" -o jsonpath={.spec.podCIDR}")
+		conflist := filepath.Join(n.Dir, "other.conflist")
+		labtest.Do(t, os.WriteFile(conflist, fmt.Appendf(nil, `{"cniVersion": "1.0.0", "name": "other", "plugins": [{"type": "bridge",
+			"bridge": "cni0", "mtu": 1450, "hairpinMode": true, "isDefaultGateway": true,
+			"ipam": {"type": "host-local", "subnet": %q}}]}`, podCIDR), 0o644))
+		labtest.Must(n.Run(ctx, "mkdir -p /etc/cni/net.d"))(t)
+		labtest.Must(n.Run(ctx, "cp "+conflist+" /etc/cni/net.d"))(t)
+	}
+}
+
+// TestSetImage: the commands of Documentation/installers.md change the image of another's DaemonSet, and change it back. A
+// second name of our image stands for flannel's. It is left to make test-long.
+func TestSetImage(t *testing.T) {
+	t.Parallel()
+	if !labtest.Selected(false) {
+		t.Skip("left to make test-long")
+	}
+	ctx := labtest.Context(t, 4*time.Minute)
+	l := labtest.New(ctx, t, "{}")
+	c := newCluster(ctx, t, l, "iptables")
+	repository, tag := imageName(t)
+	ours, theirs := repository+":"+tag, "docker.io/flannel/flannel:v0.28.9"
+	for _, n := range c.Nodes {
+		labtest.Must(n.Run(ctx, "ctr --namespace=k8s.io images tag "+ours+" "+theirs))(t)
+	}
+	const images = "-n kube-flannel get pods -l app=flannel -o jsonpath={.items[*].spec['initContainers','containers'][*].image}"
+	check := func(want string) {
+		t.Helper()
+		waitRollout(ctx, t, c, flannelDaemonSet)
+		// Three containers on each of two nodes.
+		if got := kubectl(ctx, t, c, images); got != strings.TrimSpace(strings.Repeat(want+" ", 6)) {
+			t.Errorf("the containers run %s, want %s", got, want)
+		}
+	}
+	file := string(labtest.Must(os.ReadFile("testdata/installers/minikube.yaml"))(t))
+	labtest.Must(c.KubectlApply(ctx, strings.ReplaceAll(file, "image: IMAGE", "image: "+theirs)))(t)
+	labtest.Must(c.KubectlApply(ctx, lab.Echo))(t)
+	check(theirs)
+	waitRollout(ctx, t, c, "deployment/echo")
+	pods := enterPods(ctx, t, c)
+	p := labtest.Must(pods[0].StartPing(ctx, pods[1].ip))(t)
+	kubectl(ctx, t, c, "-n kube-flannel set image "+flannelDaemonSet+" *="+ours)
+	check(ours)
+	kubectl(ctx, t, c, "-n kube-flannel rollout undo "+flannelDaemonSet)
+	check(theirs)
+	if got := labtest.Must(p.Stop())(t); len(got.Lost) > 0 {
+		t.Errorf("%s: of %d packets these were lost: %d", p, got.Sent, got.Lost)
+	}
+}
+
+// TestMigrate: the steps of Documentation/upgrading.md from a DaemonSet of another name in another namespace to our
+// manifest, and back: pods lose no packet. It is left to make test-long.
+func TestMigrate(t *testing.T) {
+	t.Parallel()
+	if !labtest.Selected(false) {
+		t.Skip("left to make test-long")
+	}
+	ctx := labtest.Context(t, 4*time.Minute)
+	l := labtest.New(ctx, t, "{}")
+	c := newCluster(ctx, t, l, "iptables")
+	repository, tag := imageName(t)
+	old := strings.ReplaceAll(string(labtest.Must(os.ReadFile("testdata/installers/kubespray.yaml"))(t)),
+		"image: IMAGE", "image: "+repository+":"+tag)
+	ours := string(labtest.Must(os.ReadFile("../../Documentation/kube-flannel.yml"))(t))
+	const oldRollout = "-n kube-system rollout status --timeout=90s daemonset/kube-flannel"
+	labtest.Must(c.KubectlApply(ctx, old))(t)
+	labtest.Must(c.KubectlApply(ctx, lab.Echo))(t)
+	kubectl(ctx, t, c, oldRollout)
+	waitRollout(ctx, t, c, "deployment/echo")
+	pods := enterPods(ctx, t, c)
+	p := labtest.Must(pods[0].StartPing(ctx, pods[1].ip))(t)
+
+	kubectl(ctx, t, c, "-n kube-system delete daemonset kube-flannel --cascade=foreground")
+	labtest.Must(c.KubectlApply(ctx, ours))(t)
+	waitRollout(ctx, t, c, flannelDaemonSet)
+	kubectl(ctx, t, c, "-n kube-system delete configmap/kube-flannel-cfg serviceaccount/flannel")
+	checkEcho(ctx, t, c, pods)
+
+	kubectl(ctx, t, c, "delete --cascade=foreground -f "+labtest.Must(filepath.Abs("../../Documentation/kube-flannel.yml"))(t))
+	labtest.Must(c.KubectlApply(ctx, old))(t)
+	kubectl(ctx, t, c, oldRollout)
+	checkEcho(ctx, t, c, pods)
+	if got := labtest.Must(p.Stop())(t); len(got.Lost) > 0 {
+		t.Errorf("%s: of %d packets these were lost: %d", p, got.Sent, got.Lost)
 	}
 }
 
 // valuesWithImage are flags of helm: values in the shape of flannel's chart, with the image that was built.
 func valuesWithImage(t *testing.T) []string {
 	t.Helper()
-	manifest := string(labtest.Must(os.ReadFile("../../Documentation/kube-flannel.yml"))(t))
-	_, image, _ := strings.Cut(manifest, " image: ")
-	repository, rest, _ := strings.Cut(image, ":")
-	tag, _, _ := strings.Cut(rest, "\n")
+	repository, tag := imageName(t)
 	return []string{
 		"--values=testdata/flannel-values.yaml",
 		"--set=flannel.image.repository=" + repository + ",flannel.image.tag=" + tag,
 		"--set=flannel.flannel_cni.image.repository=" + repository + ",flannel.flannel_cni.image.tag=" + tag,
 	}
+}
+
+// imageName returns the name of the image that was built.
+func imageName(t *testing.T) (repository, tag string) {
+	t.Helper()
+	manifest := string(labtest.Must(os.ReadFile("../../Documentation/kube-flannel.yml"))(t))
+	_, image, _ := strings.Cut(manifest, " image: ")
+	repository, rest, _ := strings.Cut(image, ":")
+	tag, _, _ = strings.Cut(rest, "\n")
+	return repository, tag
 }
 
 // TestHelmCluster: while a release in the shape of flannel's chart is upgraded to our chart, and rolled back, pods lose

@@ -165,11 +165,11 @@ func installOtherCNI(ctx context.Context, t *testing.T, c *lab.Cluster) {
 }
 
 // TestSetImage: the commands of Documentation/installers.md change the image of another's DaemonSet, and change it back. A
-// second name of our image stands for flannel's. It is left to make test-long.
+// second name of our image stands for flannel's. It is left to make test-clusters.
 func TestSetImage(t *testing.T) {
 	t.Parallel()
 	if !labtest.Selected(false) {
-		t.Skip("left to make test-long")
+		t.Skip("left to make test-clusters")
 	}
 	ctx := labtest.Context(t, 4*time.Minute)
 	l := labtest.New(ctx, t, "{}")
@@ -205,11 +205,11 @@ func TestSetImage(t *testing.T) {
 }
 
 // TestMigrate: the steps of Documentation/upgrading.md from a DaemonSet of another name in another namespace to our
-// manifest, and back: pods lose no packet. It is left to make test-long.
+// manifest, and back: pods lose no packet. It is left to make test-clusters.
 func TestMigrate(t *testing.T) {
 	t.Parallel()
 	if !labtest.Selected(false) {
-		t.Skip("left to make test-long")
+		t.Skip("left to make test-clusters")
 	}
 	ctx := labtest.Context(t, 4*time.Minute)
 	l := labtest.New(ctx, t, "{}")

@@ -307,7 +307,7 @@ func TestUnkillable(t *testing.T) {
 	if _, err := unix.Wait4(thread, nil, unix.WALL, nil); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the end to be noticed", func() bool { return r.stuckProcess(c) == 0 })
+	eventually(t, "the end to be noticed", func() bool { return r.stuckError(c.line()) == nil })
 }
 
 // childrenNamed returns the children of this process with a program's name.

@@ -1,6 +1,7 @@
 // Package command runs other programs. No other package of flanneld does: a program may hang, may leave children that
 // keep its output open, or may be impossible to kill. None of that may keep the caller waiting without end, or go
-// unnoticed. A program also does not get the secrets in this process's environment.
+// unnoticed. A program also does not get the secrets in this process's environment. Call gives libraries that start
+// programs by themselves the same limits.
 package command
 
 import (

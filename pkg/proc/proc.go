@@ -88,8 +88,8 @@ type Thread struct {
 	begun uint64 // when Mark was called, in ticks since boot
 }
 
-// Mark returns the calling thread, for Children to find the processes that the thread starts from now on. The caller has
-// locked the thread.
+// Mark returns the calling thread, for Children to find the processes that the thread starts from now on. The caller
+// has locked the thread.
 func Mark() Thread {
 	var now unix.Timespec
 	_ = unix.ClockGettime(unix.CLOCK_BOOTTIME, &now) // fails only for a clock that is unknown

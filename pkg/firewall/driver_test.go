@@ -707,6 +707,37 @@ func TestKubeletsVariant(t *testing.T) {
 	}
 }
 
+// Looking for kubelet's chain makes no table.
+func TestNewMakesNoTable(t *testing.T) {
+	eachMode(t, []mode{legacyMode, nftMode}, func(t *testing.T, m mode, n *node) {
+		asked := n.started(func() { n.driver(m) })
+		if !slices.ContainsFunc(asked, func(s string) bool { return strings.Contains(s, "KUBE-") }) {
+			t.Errorf("nobody has looked: %q", asked)
+		}
+		if tables := n.sh("nft list tables; cat /proc/self/net/ip_tables_names /proc/self/net/ip6_tables_names"); strings.TrimSpace(tables) != "nat" {
+			t.Errorf("got\n%s", tables) // nat: newNode
+		}
+	})
+}
+
+// When no rules are desired, also those go that another flanneld has put beside the chains, whatever is in them.
+func TestRemoveStaleRules(t *testing.T) {
+	eachMode(t, []mode{legacyMode, nftMode}, func(t *testing.T, m mode, n *node) {
+		before := n.listing()
+		n.apply(n.driver(m), both)
+		n.sh(`iptables -t nat -I POSTROUTING -s 10.9.0.0/16 ! -d 10.9.0.0/16 -m comment --comment "flanneld masq" -m comment \
+				--comment 'the "first" \ it'"'"'s' -j MASQUERADE
+			for i in 1 2; do iptables -A FORWARD -m comment --comment "flanneld forward" -j FLANNEL-FWD; done
+			ip6tables -A FORWARD -d fc09::/48 -m comment --comment "flanneld forward" -j ACCEPT`)
+		d := n.driver(m)
+		started := n.started(func() { n.apply(d, Desired{}) })
+		same(t, n.listing(), before)
+		if slices.ContainsFunc(started, func(s string) bool { return strings.Contains(s, "-restore") }) {
+			t.Errorf("got %q", started)
+		}
+	})
+}
+
 func TestRandomFullyRefused(t *testing.T) {
 	// A kernel that refuses is played by a program that does.
 	const refuse = `in=$(/bin/cat); case $in in *--random-fully*) echo refused >&2; exit 1;; esac; printf '%s\n' "$in" | `

@@ -155,7 +155,78 @@ func TestReconcilerEndsWhileProgramHangs(t *testing.T) {
 	}
 }
 
-// No program gets the secrets of this process's environment.
+// libraryPrograms are those that go-iptables runs, and with which of its calls each hangs. The other variant is there, too, with our rules.
+var libraryPrograms = []struct {
+	call string
+	mode
+	name, realName, arguments string
+	fails                     bool // there is no driver then
+}{
+	// The first time, we ask for the variant.
+	{"version", legacyMode, "iptables", "iptables-legacy", `"$([ -e $0.ran ] && echo --version || >$0.ran)"`, true},
+	{"list", nftMode, "iptables", "iptables-nft", "*KUBE-IPTABLES-HINT*", false},
+	{"delete rule", nftMode, "iptables-legacy", "iptables-legacy", "'-t nat -D POSTROUTING '*", false},
+	{"delete chain", legacyMode, "iptables-nft", "iptables-nft", "'-t filter -X FLANNEL-FWD '*", false},
+}
+
+// A call of the library whose program hangs has an end, at the limit and with its context. The log names the program
+// once. The rules are in place unless the program cannot be used at all.
+func TestLibraryHangs(t *testing.T) {
+	for _, p := range libraryPrograms {
+		t.Run(p.call, func(t *testing.T) {
+			n := newNode(t, p.variant)
+			other := map[string]string{"nft": "legacy", "legacy": "nft"}[p.variant]
+			for _, c := range []chain{postrouting, forward} {
+				n.sh(fmt.Sprintf(`iptables-%s -t %s -N %s; iptables-%[1]s -t %[2]s %[4]s`, other, c.table, c.name, c.jump()))
+			}
+			if p.fails {
+				n.remove("*-legacy*", "*-nft*") // the other variant would do instead
+			}
+			n.hang(p.name, p.realName, p.arguments)
+			log := &logBuffer{}
+			logger := textlogger.NewLogger(textlogger.NewConfig(textlogger.Output(log)))
+			ctx, cancel := context.WithCancel(klog.NewContext(t.Context(), logger))
+			defer cancel()
+			apply := func(limit time.Duration) error {
+				// The notice comes after what does not hang is done.
+				runner := &command.Runner{Limit: limit, Waits: command.Waits{Notice: 900 * time.Millisecond}}
+				d, err := newDriver(ctx, runner, "", p.nftables)
+				if err == nil {
+					err = d.Apply(ctx, ipv4Alone)
+				}
+				return err
+			}
+			if err := apply(10 * time.Second); (err != nil) != p.fails {
+				t.Errorf("got %v", err)
+			} else if p.fails && !strings.Contains(err.Error(), "ended, since it took longer than 10s") {
+				t.Errorf("got %v", err)
+			}
+			if !p.fails && !strings.Contains(n.sh("iptables-"+p.variant+"-save"), forward.jump()) {
+				t.Errorf("the rules are not in place:\n%s", n.listing())
+			}
+			want := `"Waiting for a program" program="` + filepath.Join(n.bin, p.name) + " "
+			if strings.Count(log.String(), want) != 1 {
+				t.Errorf("want one line with %s, got\n%s", want, log)
+			}
+			if n.child() == 0 {
+				t.Fatal("nothing has hung")
+			}
+			os.Remove(filepath.Join(n.bin, "child"))
+			go func() {
+				for n.child() == 0 && ctx.Err() == nil {
+					time.Sleep(5 * time.Millisecond)
+				}
+				cancel()
+			}()
+			_ = apply(time.Hour) // a failure to remove what others left is only logged
+			if ctx.Err() == nil {
+				t.Error("nothing has hung the second time")
+			}
+		})
+	}
+}
+
+// No program gets the secrets of this process's environment, but for what go-iptables runs.
 func TestEnvironment(t *testing.T) {
 	t.Setenv("FLANNELD_ETCD_PASSWORD", "hunter2")
 	t.Setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
@@ -165,7 +236,7 @@ func TestEnvironment(t *testing.T) {
 		names := map[string]string{"nft": "nft"}
 		if !m.nftables {
 			names = map[string]string{}
-			for _, action := range []string{"", "-save", "-restore"} {
+			for _, action := range []string{"-save", "-restore"} {
 				names["iptables"+action] = "iptables-" + m.variant + action
 			}
 		}

@@ -402,6 +402,16 @@ func (o *Options) unexpected(args []string, at int) string {
 
 const envPrefix = "FLANNELD_"
 
+// ClearEnvironment removes the settings, one of which is a password, from the environment of this process once they have
+// been read: libraries that start programs pass the environment on.
+func ClearEnvironment() {
+	for _, variable := range os.Environ() {
+		if name, _, _ := strings.Cut(variable, "="); strings.HasPrefix(name, envPrefix) {
+			_ = os.Unsetenv(name) // fails for no name that is in the environment
+		}
+	}
+}
+
 func (s *setting) env() string {
 	return envPrefix + strings.ToUpper(strings.ReplaceAll(s.name, "-", "_"))
 }

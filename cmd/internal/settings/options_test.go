@@ -586,3 +586,14 @@ vmodule
 		t.Errorf("got %s", got)
 	}
 }
+
+func TestClearEnvironment(t *testing.T) {
+	t.Setenv("FLANNELD_ETCD_PASSWORD", "hunter2")
+	t.Setenv("FLANNELD_IFACE", "")
+	t.Setenv("NODE_NAME", "n1")
+	ClearEnvironment()
+	env := strings.Join(os.Environ(), "\n")
+	if strings.Contains(env, "FLANNELD_") || !strings.Contains(env, "NODE_NAME=n1") {
+		t.Errorf("got\n%s", env)
+	}
+}

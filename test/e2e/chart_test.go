@@ -402,6 +402,17 @@ func TestHelmUpgrade(t *testing.T) {
 		}
 		labtest.Must(k.Kubectl(ctx, "--namespace=kube-system", "delete", flannelDaemonSet))(t)
 	}
+
+	// A DaemonSet for each architecture, which the manifest for kube-system would not replace, is deleted first.
+	text := labtest.Must(k.Helm(ctx, "template", "flannel", "testdata/flannel-chart", "--namespace=kube-system", values,
+		`--set-json=selector={"app": "flannel", "tier": "node"}`))(t)
+	labtest.Must(k.KubectlApply(ctx, strings.ReplaceAll(text, "name: kube-flannel-ds", "name: kube-flannel-ds-amd64")))(t)
+	labtest.Must(k.Kubectl(ctx, "--namespace=kube-system", "delete", "daemonset", "--selector=app=flannel"))(t)
+	labtest.Must(k.KubectlApply(ctx, string(labtest.Must(os.ReadFile("../../Documentation/kube-flannel-kube-system.yml"))(t))))(t)
+	got := labtest.Must(k.Kubectl(ctx, "--namespace=kube-system", "get", "daemonsets", "--output=name"))(t)
+	if strings.TrimSpace(got) != "daemonset.apps/kube-flannel-ds" {
+		t.Errorf("these DaemonSets are there: %s", got)
+	}
 }
 
 // netConf returns the network's configuration in the ConfigMap.

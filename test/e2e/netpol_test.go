@@ -56,6 +56,7 @@ func TestNetworkPolicy(t *testing.T) {
 	}
 
 	pods := enterPods(ctx, t, c)
+	waitCallers(ctx, t, "kube-network-policies to start", pods, pods)
 	checkEcho(ctx, t, c, pods)
 	labtest.Must(c.KubectlApply(ctx, friends))(t)
 	waitCallers(ctx, t, "a policy that allows nobody", pods, nil)

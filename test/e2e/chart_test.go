@@ -44,7 +44,9 @@ func TestChart(t *testing.T) {
 
 	manifest := string(labtest.Must(os.ReadFile("../../Documentation/kube-flannel.yml"))(t))
 	labtest.Do(t, k.DryRun(ctx, manifest))
-	checkToken(t, manifest)
+	checkToken(t, manifest, "kube-flannel")
+	labtest.Do(t, k.Apply(ctx, `{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "kube-system"}}`))
+	labtest.Do(t, k.DryRun(ctx, string(labtest.Must(os.ReadFile("../../Documentation/kube-flannel-kube-system.yml"))(t))))
 	for name, c := range map[string]struct {
 		set  []string
 		want string // the network's configuration
@@ -67,6 +69,7 @@ func TestChart(t *testing.T) {
 			`flannel.podLabels={"a": "b"}`, `flannel.podAnnotations={"c/d": "e"}`, `flannel.selectorLabels={"tier": "node"}`,
 			`flannel.extraEnv=[{"name": "GOGC", "value": "100"}]`, `flannel.extraVolumes=[{"name": "run-all", "emptyDir": {}}]`,
 			`flannel.extraVolumeMounts=[{"name": "run-all", "mountPath": "/var/run"}]`, `metrics={"annotations": true}`,
+			`netpol={"enabled": true, "args": ["--v=0"], "resources": {"limits": {"memory": "200Mi"}}}`,
 		}, `{"Network": "10.244.0.0/16", "EnableNFTables": true,
 			"Backend": {"Type": "vxlan", "DirectRouting": true, "Port": 4789, "MTU": 1400, "Learning": true}}`},
 		"on delete, nothing installed": {[]string{
@@ -100,7 +103,8 @@ func TestChart(t *testing.T) {
 		`flannel.enableNftables=true`:       "enableNftables",
 		`flannel.healthz.probe={}`:          "probe",
 		`flannel.cniConf="{\"name\": 1"`:    "flannel.cniConf: want JSON",
-		`netpol.enabled=true`:               "netpol.enabled: this chart does not deploy",
+		`netpol.image.repository=""`:        "/netpol/image/repository",
+		`netpol.port=9080`:                  "port",
 	} {
 		if text, err := render(t, set); err == nil || !strings.Contains(text, want) {
 			t.Errorf("%s: helm says %q, want %q in it", set, text, want)
@@ -220,6 +224,34 @@ func TestChartValues(t *testing.T) {
 	}
 	if skip["pod.initContainers.install-cni-plugin.command"] == "" {
 		t.Error("with skipCNIConfigInstallation the plugin is not installed")
+	}
+
+	// This adds a container, and nothing else to the pod.
+	const netpol = "pod.containers.kube-network-policies."
+	on := rendered(t, flannelValues, "--set-json", `netpol.enabled=true`)
+	for key, want := range map[string]string{
+		"image": "registry.invalid/kube-network-policies:v1.0.0", "command": "/bin/netpol --v=2",
+		"env.MY_NODE_NAME.valueFrom.fieldRef.fieldPath": "spec.nodeName",
+		"resources.requests.cpu":                        "100m",
+		"securityContext.capabilities.add":              "NET_ADMIN",
+		"securityContext.allowPrivilegeEscalation":      "false",
+	} {
+		if got := on[netpol+key]; got != want {
+			t.Errorf("with netpol.enabled %s is %q, want %q", key, got, want)
+		}
+	}
+	maps.DeleteFunc(on, func(key, _ string) bool { return strings.HasPrefix(key, netpol) })
+	if got := changes(base, on); got != "" {
+		t.Errorf("netpol.enabled makes this difference outside its container: %s", got)
+	}
+	text := labtest.Must(render(t, `netpol.enabled=true`))(t)
+	checkToken(t, text, "kube-flannel", "kube-network-policies")
+	const right = "resources: [networkpolicies]"
+	if off := labtest.Must(render(t))(t); !strings.Contains(text, right) || strings.Contains(off, right) {
+		t.Error("the right to read NetworkPolicies does not come and go with netpol.enabled")
+	}
+	if want := "--hostname-override=$(MY_NODE_NAME)"; !strings.Contains(text, want) {
+		t.Errorf("without a value for netpol.args there is no %s", want)
 	}
 }
 
@@ -370,6 +402,17 @@ func TestHelmUpgrade(t *testing.T) {
 		}
 		labtest.Must(k.Kubectl(ctx, "--namespace=kube-system", "delete", flannelDaemonSet))(t)
 	}
+
+	// A DaemonSet for each architecture, which the manifest for kube-system would not replace, is deleted first.
+	text := labtest.Must(k.Helm(ctx, "template", "flannel", "testdata/flannel-chart", "--namespace=kube-system", values,
+		`--set-json=selector={"app": "flannel", "tier": "node"}`))(t)
+	labtest.Must(k.KubectlApply(ctx, strings.ReplaceAll(text, "name: kube-flannel-ds", "name: kube-flannel-ds-amd64")))(t)
+	labtest.Must(k.Kubectl(ctx, "--namespace=kube-system", "delete", "daemonset", "--selector=app=flannel"))(t)
+	labtest.Must(k.KubectlApply(ctx, string(labtest.Must(os.ReadFile("../../Documentation/kube-flannel-kube-system.yml"))(t))))(t)
+	got := labtest.Must(k.Kubectl(ctx, "--namespace=kube-system", "get", "daemonsets", "--output=name"))(t)
+	if strings.TrimSpace(got) != "daemonset.apps/kube-flannel-ds" {
+		t.Errorf("these DaemonSets are there: %s", got)
+	}
 }
 
 // netConf returns the network's configuration in the ConfigMap.
@@ -394,9 +437,8 @@ func object(t *testing.T, text, kind string, into any) {
 	t.Fatalf("no %s in\n%s", kind, text)
 }
 
-// checkToken: no container but flanneld's gets the token of the service account, not even the container that runs only
-// at the start.
-func checkToken(t *testing.T, manifest string) {
+// checkToken: only these containers get the token of the service account, and not those that run only at the start.
+func checkToken(t *testing.T, manifest string, containers ...string) {
 	t.Helper()
 	type container struct {
 		Name         string
@@ -417,6 +459,10 @@ func checkToken(t *testing.T, manifest string) {
 		}
 	}
 	object(t, manifest, "DaemonSet", &ds)
+	var want []string
+	for _, c := range containers {
+		want = append(want, c+" "+serviceAccountDir)
+	}
 	spec := ds.Spec.Template.Spec
 	if spec.AutomountServiceAccountToken == nil || *spec.AutomountServiceAccountToken {
 		t.Error("Kubernetes mounts the token into every container")
@@ -431,7 +477,7 @@ func checkToken(t *testing.T, manifest string) {
 			}
 		}
 	}
-	if want := []string{"kube-flannel " + serviceAccountDir}; !slices.Equal(have, want) {
+	if !slices.Equal(have, want) {
 		t.Errorf("the token is mounted in %q, want %q", have, want)
 	}
 }

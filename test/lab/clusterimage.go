@@ -27,8 +27,8 @@ const (
 //go:embed echo.yaml
 var Echo string
 
-// makeImage builds the program of an image and writes the image, in the format
-// of `docker save`. It returns the file.
+// makeImage builds the program of an image and writes the image. It returns the
+// file.
 func (l *Lab) makeImage(ctx context.Context, image string) (string, error) {
 	name, _, _ := strings.Cut(filepath.Base(image), ":")
 	binary := filepath.Join(l.Dir, "images", name)
@@ -38,18 +38,38 @@ func (l *Lab) makeImage(ctx context.Context, image string) (string, error) {
 	if out, err := build.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("building %s: %w\n%s", name, err, out)
 	}
+	return l.packImage(image, name, binary)
+}
+
+// ImportProgram gives every node an image that holds one of the Programs, under
+// a path in the image. The program is static.
+func (c *Cluster) ImportProgram(ctx context.Context, image, path, program string) error {
+	binary, err := c.lab.Program(program)
+	if err != nil {
+		return err
+	}
+	file, err := c.lab.packImage(image, path, binary)
+	if err != nil {
+		return err
+	}
+	return c.Import(ctx, file)
+}
+
+// packImage writes an image that has a program under a path, in the format of
+// `docker save`. It returns the file.
+func (l *Lab) packImage(image, path, binary string) (string, error) {
 	program, err := os.ReadFile(binary)
 	if err != nil {
 		return "", err
 	}
-	layer, err := archive(file{name, program})
+	layer, err := archive(file{strings.TrimPrefix(path, "/"), program})
 	if err != nil {
 		return "", err
 	}
 	type object = map[string]any
 	config, err := json.Marshal(object{
 		"architecture": runtime.GOARCH, "os": "linux",
-		"config": object{"Entrypoint": []string{"/" + name}},
+		"config": object{"Entrypoint": []string{"/" + strings.TrimPrefix(path, "/")}},
 		"rootfs": object{"type": "layers", "diff_ids": []string{fmt.Sprintf("sha256:%x", sha256.Sum256(layer))}},
 	})
 	if err != nil {
@@ -64,7 +84,8 @@ func (l *Lab) makeImage(ctx context.Context, image string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	return binary + ".tar", os.WriteFile(binary+".tar", all, 0o644)
+	out := filepath.Join(l.Dir, "images", filepath.Base(path)+".tar")
+	return out, os.WriteFile(out, all, 0o644)
 }
 
 type file struct {

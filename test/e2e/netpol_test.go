@@ -29,11 +29,11 @@ spec:
 `
 
 // TestNetworkPolicy: with netpol.enabled, NetworkPolicies take effect, between pods of one node and between nodes,
-// beginning with the first connection. It is left to make test-long.
+// beginning with the first connection. It is left to make test-clusters.
 func TestNetworkPolicy(t *testing.T) {
 	t.Parallel()
 	if !labtest.Selected(false) {
-		t.Skip("left to make test-long")
+		t.Skip("left to make test-clusters")
 	}
 	const image = "docker.io/lab/netpol:v1"
 	ctx := labtest.Context(t, 4*time.Minute)

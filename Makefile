@@ -276,11 +276,11 @@ test-stores: build need-lab $(SERVERS) $(OLD_ETCD) ## Every version of etcd and 
 
 LONG_TEST = cd test && LONG=rest $(GO_TEST) $(E2E) -run
 LONG_TEST_NEEDS := build need-e2e $(SERVERS) $(OLD_ETCD) $(NETPOL) build/bin/helm build/debian image image-full
-test-clusters: $(LONG_TEST_NEEDS) ## Whole clusters from the manifest, the chart, and manifests of others
-	$(LONG_TEST) '^Test(Cluster|FullImage|HelmCluster|Image|Migrate|NetworkPolicy|OtherManifests|SetImage)$$' ./e2e
+test-clusters: $(LONG_TEST_NEEDS) ## Whole clusters from the manifest and the chart
+	$(LONG_TEST) '^Test(Cluster|FullImage|HelmCluster|Image|NetworkPolicy)$$' ./e2e
 
-test-long: $(LONG_TEST_NEEDS) ## What test leaves out of e2e: combinations, faults, neighbours
-	$(LONG_TEST) '^Test(Cleanup|DoctorTunnels|Faults|HostileRecords|Matrix|Neighbours|Reconfigure|Restart)$$' ./e2e
+test-long: $(LONG_TEST_NEEDS) ## What else test leaves out of e2e: combinations, faults, neighbours, manifests of others
+	$(LONG_TEST) '^Test(Cleanup|DoctorTunnels|Faults|HostileRecords|Matrix|Migrate|Neighbours|OtherManifests|Reconfigure|Restart|SetImage)$$' ./e2e
 
 test-race: build need-lab $(SERVERS) $(OLD_ETCD) ## What test leaves out of the stores' tests, with the race detector
 	cd test && LONG=rest $(RACE_TEST) $(E2E) ./etcd ./ec2

@@ -90,7 +90,7 @@ const flannelDaemonSet = "daemonset/kube-flannel-ds"
 
 // TestOtherManifests: manifests that others write for flannel's images work with ours: its name is all that changes. Our
 // manifest for kube-system takes the place of an old one there, and pods lose no packet. It is left to make
-// test-clusters.
+// test-long.
 func TestOtherManifests(t *testing.T) {
 	t.Parallel()
 	chart := []string{"template", "flannel", "testdata/flannel-chart"}
@@ -182,11 +182,11 @@ func installOtherCNI(ctx context.Context, t *testing.T, c *lab.Cluster) {
 }
 
 // TestSetImage: the commands of Documentation/installers.md change the image of another's DaemonSet, and change it back. A
-// second name of our image stands for flannel's. It is left to make test-clusters.
+// second name of our image stands for flannel's. It is left to make test-long.
 func TestSetImage(t *testing.T) {
 	t.Parallel()
 	if !labtest.Selected(false) {
-		t.Skip("left to make test-clusters")
+		t.Skip("left to make test-long")
 	}
 	ctx := labtest.Context(t, 4*time.Minute)
 	l := labtest.New(ctx, t, "{}")
@@ -222,11 +222,11 @@ func TestSetImage(t *testing.T) {
 }
 
 // TestMigrate: the steps of Documentation/upgrading.md from a DaemonSet of another name in another namespace to our
-// manifest, and back: pods lose no packet. It is left to make test-clusters.
+// manifest, and back: pods lose no packet. It is left to make test-long.
 func TestMigrate(t *testing.T) {
 	t.Parallel()
 	if !labtest.Selected(false) {
-		t.Skip("left to make test-clusters")
+		t.Skip("left to make test-long")
 	}
 	ctx := labtest.Context(t, 4*time.Minute)
 	l := labtest.New(ctx, t, "{}")

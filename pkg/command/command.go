@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"sync"
 	"time"
@@ -74,15 +75,13 @@ func (o Output) Text() string {
 	return strings.Join(lines, " | ")
 }
 
-// Find returns the path of a program in PATH.
-func Find(program string) (string, error) { return exec.LookPath(program) }
-
 // A Runner runs commands. It remembers which commands took long, so that the log has each of them once, and not at each
 // attempt. The zero value is ready to use, by several goroutines, too. It must not be copied.
 type Runner struct {
 	Limit time.Duration // how long a command may run; 0: DefaultLimit
 	Grace time.Duration // how long a command may go on when its context has ended
 	Waits Waits         // logs which commands are waited for
+	Path  string        // the folders where Find looks, separated as in PATH; "": PATH
 
 	mu    sync.Mutex
 	stuck map[string]error // of processes that were killed and have not ended, by Command.line
@@ -140,6 +139,19 @@ func (r *Runner) Run(ctx context.Context, c Command) (Output, error) {
 	}
 	end(killed)
 	return Output{out.kept.Bytes(), errs.kept.Bytes()}, err
+}
+
+// Find returns the path of a program.
+func (r *Runner) Find(program string) (string, error) {
+	if r.Path == "" {
+		return exec.LookPath(program)
+	}
+	for _, dir := range filepath.SplitList(r.Path) {
+		if path, err := exec.LookPath(filepath.Join(dir, program)); err == nil {
+			return path, nil
+		}
+	}
+	return "", &exec.Error{Name: program, Err: exec.ErrNotFound}
 }
 
 func (r *Runner) limit() time.Duration { return cmp.Or(r.Limit, DefaultLimit) }

@@ -118,7 +118,7 @@ func (ipt *iptables) marked(ctx context.Context) bool {
 func newIPTables(ctx context.Context, programs *command.Runner, network string, p protocol, name string) (*iptables, error) {
 	var paths []string
 	for _, program := range []string{name, name + "-save", name + "-restore"} {
-		path, err := command.Find(program)
+		path, err := programs.Find(program)
 		if err != nil {
 			return nil, fmt.Errorf("iptables mode needs the program %s: install the package iptables "+
 				`(iptables-nft on Fedora and RHEL), or set "EnableNFTables": true in the network configuration: %w`, program, err)

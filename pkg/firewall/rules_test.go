@@ -170,6 +170,7 @@ func TestForMasks(t *testing.T) {
 
 // What a program can do follows from its version. A program with a version that cannot be read is taken for an old one.
 func TestAbilities(t *testing.T) {
+	t.Parallel()
 	for version, want := range map[string][2]bool{ // nft, recent
 		"iptables v1.8.9 (nf_tables)":   {true, true},
 		"iptables v1.8.9 (legacy)":      {false, true},
@@ -192,8 +193,7 @@ func TestAbilities(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		t.Setenv("PATH", dir)
-		ipt, err := newIPTables(t.Context(), &command.Runner{}, "", protocols.IPv4, "iptables")
+		ipt, err := newIPTables(t.Context(), &command.Runner{Path: dir}, "", protocols.IPv4, "iptables")
 		if err != nil {
 			t.Errorf("%q: %v", version, err)
 		} else if got := [2]bool{ipt.nft, ipt.recent}; got != want {

@@ -97,7 +97,11 @@ func TestChart(t *testing.T) {
 	for set, want := range map[string]string{
 		`podCidr=""`:                        "podCidr, podCidrv6: at least one is needed",
 		`podCidr="10.244"`:                  "/podCidr",
-		`flannel.mtu="1400"`:                "/flannel/mtu",
+		`flannel.mtu="1400 bytes"`:          "/flannel/mtu",
+		`flannel.enableNFTables="false"`:    "/flannel/enableNFTables", // flannel's chart takes it for true
+		`flannel.backend=null`:              "missing property 'backend'",
+		`flannel.image=null`:                "missing property 'image'",
+		`netpol=null`:                       "missing property 'netpol'",
 		`flannel.backend={"Type": "vxlan"}`: "/flannel/backend",
 		`backend={"Type": "vxlan"}`:         "backend",
 		`flannel.enableNftables=true`:       "enableNftables",
@@ -172,6 +176,9 @@ func TestChartValues(t *testing.T) {
 		{[]string{`flannel.args=["--kube-subnet-mgr", "--healthz-ip=0.0.0.0"]`},
 			"pod.containers.kube-flannel.command=/opt/bin/flanneld --healthz-ip=127.0.0.1 --kube-subnet-mgr --healthz-ip=0.0.0.0 --healthz-port=8081 " +
 				"pod.containers.kube-flannel.livenessProbe.httpGet.host=0.0.0.0 pod.containers.kube-flannel.readinessProbe.httpGet.host=0.0.0.0"},
+		{[]string{`flannel.args=["--kube-subnet-mgr", "-healthz-ip", "$(IP)"]`},
+			"-pod.containers.kube-flannel.livenessProbe.httpGet.host -pod.containers.kube-flannel.readinessProbe.httpGet.host " +
+				"pod.containers.kube-flannel.command=/opt/bin/flanneld --healthz-ip=127.0.0.1 --kube-subnet-mgr -healthz-ip $(IP) --healthz-port=8081"},
 		{[]string{`flannel.backend="host-gw"`, `flannel.vni=7`}, "net-conf.Backend.Type=host-gw"},
 		{[]string{`flannel.backend="udp"`, `flannel.backendPort=9000`}, "net-conf.Backend.Port=9000 net-conf.Backend.Type=udp"},
 		{[]string{`flannel.backendPort=4789`}, "net-conf.Backend.Port=4789"},
@@ -186,6 +193,8 @@ func TestChartValues(t *testing.T) {
 		{[]string{wireguard, `flannel.mtu=1400`}, "net-conf.Backend.MTU=1400 net-conf.Backend.Type=wireguard"},
 		{[]string{wireguard, `flannel.psk="k"`}, "net-conf.Backend.PSK=k net-conf.Backend.Type=wireguard"},
 		{[]string{wireguard, `flannel.psk=0`}, "net-conf.Backend.Type=wireguard"},
+		{[]string{wireguard, `flannel.tunnelMode="\"auto\""`}, // flannel's chart needs the inner quotes
+			"net-conf.Backend.Mode=auto net-conf.Backend.Type=wireguard"},
 		{[]string{wireguard, `flannel.tunnelMode="auto"`}, "net-conf.Backend.Mode=auto net-conf.Backend.Type=wireguard"},
 		{[]string{wireguard, `flannel.keepaliveInterval=25`},
 			"net-conf.Backend.PersistentKeepaliveInterval=25 net-conf.Backend.Type=wireguard"},
@@ -204,6 +213,28 @@ func TestChartValues(t *testing.T) {
 		if got != c.want {
 			t.Errorf("%q makes this difference:\n%s\nwant\n%s", c.set, got, c.want)
 		}
+	}
+
+	// Texts in the place of numbers, such as helm --set-string makes them.
+	for values, texts := range map[string]string{
+		`{"backendPort": 4789, "mtu": 1400, "vni": 4096, "GBP": true, "directRouting": false, "healthz": {"port": 9000},
+			"enableNFTables": true, "skipCNIConfigInstallation": true}`: `{"backendPort": "4789", "mtu": "1400", "vni": "4096",
+			"GBP": "true", "directRouting": "false", "healthz": {"port": "9000"},
+			"enableNFTables": "true", "skipCNIConfigInstallation": "true"}`,
+		`{"backend": "wireguard", "backendPort": 1, "backendPortv6": 2, "mtu": 0, "keepaliveInterval": 25, "healthz": {"port": 0}}`: `{
+			"backend": "wireguard", "backendPort": "1", "backendPortv6": "2", "mtu": "", "keepaliveInterval": "25", "healthz": {"port": "0"}}`,
+	} {
+		want := rendered(t, flannelValues, "--set-json", "flannel="+values)
+		got := rendered(t, flannelValues, "--set-json", "flannel="+texts)
+		if d := changes(want, got); d != "" {
+			t.Errorf("%s makes this difference: %s", texts, d)
+		}
+	}
+
+	// Versions of flannel's chart before 0.27 have another name for the plugin's image.
+	former := rendered(t, "--set-json", `flannel.image_cni={"repository": "r.invalid/p", "tag": "v1"}`)
+	if got := former["pod.initContainers.install-cni-plugin.image"]; got != "r.invalid/p:v1" {
+		t.Errorf("with image_cni, the plugin's image is %q", got)
 	}
 
 	// These take away many lines.

@@ -133,13 +133,12 @@ type node struct {
 	before subnet.Subnets // that the subnet file named when the daemon started
 	lost   []netip.Prefix // subnets that this node had, and pods may still hold: see announceSubnets
 
-	rulesSet    bool     // the rules of the lease are in place
-	fight       string   // over the rules, see firewall.State
-	rival       string   // that claims what is ours, see recordRival
-	overlaps    []string // of the network with what the host uses, as logged
-	fileSet     bool     // the subnet file has the right content
-	fileWritten bool     // the subnet file has been written at least once
-	ready       bool
+	rulesSet bool     // the rules of the lease are in place
+	fight    string   // over the rules, see firewall.State
+	rival    string   // that claims what is ours, see recordRival
+	overlaps []string // of the network with what the host uses, as logged
+	fileSet  bool     // the subnet file has the right content
+	ready    bool
 
 	fileFights *fight.Detector[string, string]
 	fileFight  string // over the subnet file, in words; "": none

@@ -80,17 +80,12 @@ func (n *node) restoreManagersFile() {
 func (n *node) writeFile() {
 	unwatched := n.watchFileAgain()
 	n.restoreManagersFile()
-	write := subnet.Env.WriteFile
-	if n.fileWritten {
-		write = subnet.Env.RewriteFile // the first time, such lines are of an earlier run
-	}
-	err := write(n.planNode(n.Options).env, n.SubnetFile)
+	err := n.planNode(n.Options).env.WriteFile(n.SubnetFile)
 	n.logOnce("Subnet file", err)
 	if n.fileSet = err == nil; !n.fileSet {
 		n.health.waitFor(err.Error())
 		return // without the directory, the file cannot be watched for the same reason
 	}
-	n.fileWritten = true
 	n.fileFights.Restored(n.SubnetFile)
 	n.logOnce("Watching the subnet file", unwatched)
 }

@@ -53,25 +53,6 @@ func TestSubnetFile(t *testing.T) {
 	}
 }
 
-// Many units have mk-docker-opts.sh write Docker's options over the subnet file, once flanneld is ready. Docker finds
-// them there, beside what flanneld restores.
-func TestSubnetFileWithDockersOptions(t *testing.T) {
-	m := newManager(vxlanConfig)
-	d := begin(t, m, func(o *Options) { o.KernelResync = time.Hour })
-	m.grants <- lease("10.5.1.0-24", "")
-	m.updates <- snapshot(peer2)
-	eventually(t, "ready", ready)
-	const options = "DOCKER_NETWORK_OPTIONS=\" --bip=10.5.1.1/24 --mtu=1450\"\n"
-	if err := os.WriteFile(d.file, []byte("OTHER=1\n"+options), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	eventually(t, "the file with the options of Docker", func() bool {
-		env, err := subnet.ReadEnv(d.file)
-		got, _ := os.ReadFile(d.file)
-		return err == nil && env.Subnets.Key() == "10.5.1.0-24" && string(got) == string(env.Format())+options
-	})
-}
-
 // A program that changes the subnet file whenever flanneld has written it is noticed: that is logged once, and flanneld
 // writes the file more slowly.
 func TestSubnetFileFight(t *testing.T) {

@@ -153,25 +153,8 @@ func envPrefix(text string, family func(netip.Addr) bool) (netip.Prefix, error) 
 // WriteFile replaces the file atomically, with mode 0644, and creates its directory where needed. A file that already
 // has this content is left alone.
 func (e Env) WriteFile(path string) error {
-	old, err := os.ReadFile(path)
-	return e.write(path, e.Format(), old, err == nil)
-}
-
-// RewriteFile is WriteFile, but keeps the lines with Docker's options: many units have mk-docker-opts.sh write its result
-// over this file.
-func (e Env) RewriteFile(path string) error {
-	old, err := os.ReadFile(path)
 	text := e.Format()
-	for line := range bytes.Lines(old) {
-		if bytes.HasPrefix(line, []byte("DOCKER_")) {
-			text = append(append(text, bytes.TrimRight(line, "\r\n")...), '\n')
-		}
-	}
-	return e.write(path, text, old, err == nil)
-}
-
-func (Env) write(path string, text, old []byte, exists bool) error {
-	if exists && bytes.Equal(old, text) {
+	if old, err := os.ReadFile(path); err == nil && bytes.Equal(old, text) {
 		return nil
 	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {

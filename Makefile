@@ -263,9 +263,9 @@ fuzz: ## Each fuzz target for FUZZTIME
 	done
 
 # The results do not come from the test cache, which does not know that the binaries have changed. Tests wait most of
-# the time: six of e2e run at a time, beside another package. The race detector is for packages whose tests call our
+# the time: four of e2e run at a time, beside another package. The race detector is for packages whose tests call our
 # code, and left to test-race: our programs run in processes of their own, without it.
-E2E = -count=1 -p=2 -parallel=6 -timeout=30m $(TESTFLAGS)
+E2E = -count=1 -p=2 -parallel=4 -timeout=30m $(TESTFLAGS)
 
 SERVERS := $(ETCD) build/stores/etcd-3.4 $(CNI) $(KUBE) $(OTHER_KUBE)
 e2e: build need-e2e $(SERVERS) build/bin/helm build/debian image ## End-to-end tests in the lab

@@ -154,7 +154,7 @@ func (s *familyRules) apply(ctx context.Context, want Ruleset) error {
 	} else if err := s.update(ctx, want, was); err != nil {
 		// A family that is off may not work at all on this node (a kernel
 		// without IPv6). That must not keep the other from working.
-		if !want.IsZero() {
+		if !want.IsZero() || ctx.Err() != nil {
 			return err
 		}
 		klog.FromContext(ctx).Error(err, "Cannot remove the rules of an earlier daemon, if there are any", "family", s.family)
@@ -205,10 +205,13 @@ func (s *familyRules) removeOthers(ctx context.Context) {
 		if err == nil && now.text != "" {
 			_, err = o.write(ctx, Ruleset{})
 		}
-		if err != nil {
+		if err == nil {
+			continue
+		}
+		left = append(left, o)
+		if ctx.Err() == nil {
 			klog.FromContext(ctx).Error(err, "Cannot remove the rules of an earlier daemon, if there are any",
 				"family", s.family, "tool", o.String())
-			left = append(left, o)
 		}
 	}
 	s.others = left

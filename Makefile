@@ -49,7 +49,7 @@ CNI := $(addprefix build/cni/,bridge host-local loopback portmap)
 OTHER_KUBE := build/stores/kube-apiserver-1.34 build/stores/kine
 KUBE := $(addprefix build/kube/,kube-apiserver kube-controller-manager kube-scheduler kube-proxy kubelet kubectl)
 # Kubernetes' own tests, and what runs in the pods that they make.
-SUITE := $(addprefix build/conformance/,e2e.test ginkgo agnhost coredns)
+SUITE := $(addprefix build/conformance/,e2e.test ginkgo agnhost localhost.crt localhost.key coredns)
 
 .PHONY: help build image image-full manifest docs release release-check tools check check-source vulncheck test unit \
 	fuzz e2e test-all test-stores test-clusters test-long test-race test-vm bench bench-faults bench-kube bench-udp \
@@ -200,6 +200,12 @@ build/conformance/ginkgo build/conformance/agnhost build/conformance/coredns:
 	@mkdir -p $(@D)
 	cd $(<D) && go build -ldflags "-s -w" -o "$(CURDIR)/$@" $(package)
 	@touch $@
+
+# A certificate and its key, which a server of agnhost reads.
+build/conformance/localhost.crt build/conformance/localhost.key: test/kubernetes/go.mod
+	@mkdir -p $(@D)
+	cd test/kubernetes && install -m 644 "$$(go list -m -f '{{.Dir}}' k8s.io/kubernetes)/test/images/agnhost/porter/$(@F)" \
+		"$(CURDIR)/$@"
 
 # The root file system of the pods: what Kubernetes' tests call in them, such as sh, curl, dig, nc, ip and conntrack.
 build/conformance/root.tar: test/cmd/conformance/debian.packages

@@ -14,7 +14,7 @@ import (
 // standIns are the images of the suite for which ours stands in, by the last part of their names. The first is what
 // nearly all pods run. Of the others the tests use what Debian has: a resolver with glibc and dig; a shell and nc;
 // conntrack; a process that does not end.
-var standIns = []string{"agnhost", "glibc-dns-testing", "busybox", "distroless-iptables", "nginx"}
+var standIns = []string{"agnhost", "glibc-dns-testing", "busybox", "distroless-iptables", "nginx", "pause"}
 
 // writeImage writes the image of the tests' pods, and returns the file: agnhost from Kubernetes' sources, and CoreDNS,
 // which some tests start in a pod of agnhost's image, on a root file system of Debian's packages.
@@ -31,9 +31,11 @@ func writeImage(ctx context.Context, l *lab.Lab) (string, error) {
 	if err != nil {
 		return "", err
 	}
+	dir := filepath.Join(l.Build, "conformance")
 	return l.WriteImage(lab.Image{
-		Names: names, Base: filepath.Join(l.Build, "conformance", "root.tar"),
-		Files: map[string]string{"/agnhost": agnhost, "/coredns": coredns},
+		Names: names, Base: filepath.Join(dir, "root.tar"),
+		Files: map[string]string{"/agnhost": agnhost, "/coredns": coredns,
+			"/localhost.crt": filepath.Join(dir, "localhost.crt"), "/localhost.key": filepath.Join(dir, "localhost.key")},
 		// As in the image of Kubernetes.
 		Entrypoint: []string{"/agnhost"}, Command: []string{"pause"},
 	})

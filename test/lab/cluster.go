@@ -121,7 +121,7 @@ func (l *Lab) NewCluster(ctx context.Context, o ClusterOptions) (*Cluster, error
 		}
 		c.Nodes = append(c.Nodes, n)
 	}
-	if err := c.each(func(n *Node) error { return n.furnish(ctx) }); err != nil {
+	if err := c.each(func(n *Node) error { return n.furnish(ctx, o) }); err != nil {
 		return nil, err
 	}
 	for _, image := range []string{pauseImage, echoImage} {

@@ -18,7 +18,7 @@ import (
 
 // furnish gives a node what it takes besides a network to run containers, and
 // starts containerd.
-func (n *Node) furnish(ctx context.Context) error {
+func (n *Node) furnish(ctx context.Context, o ClusterOptions) error {
 	if err := addCgroup(n.Namespace.Name); err != nil {
 		return err
 	}
@@ -26,8 +26,11 @@ func (n *Node) furnish(ctx context.Context) error {
 		return fmt.Errorf("%s: %w", n.Hostname, err)
 	}
 	// As Kubernetes asks of every node.
-	for _, set := range []string{"net.ipv4.ip_forward=1", "net.bridge.bridge-nf-call-iptables=1",
-		"net.ipv6.conf.all.forwarding=1", "net.bridge.bridge-nf-call-ip6tables=1"} {
+	settings := []string{"net.ipv4.ip_forward=1", "net.bridge.bridge-nf-call-iptables=1"}
+	if _, v6 := o.families(); v6 {
+		settings = append(settings, "net.ipv6.conf.all.forwarding=1", "net.bridge.bridge-nf-call-ip6tables=1")
+	}
+	for _, set := range settings {
 		if err := n.sysctl(set); err != nil {
 			return err
 		}

@@ -209,7 +209,8 @@ func start(ctx context.Context, l *lab.Lab, c combination) (*lab.Cluster, error)
 		return nil, err
 	}
 	for i, n := range cluster.Nodes { // some tests are about zones
-		if _, err := cluster.Kubectl(ctx, "label", "node", n.Hostname, fmt.Sprintf("topology.kubernetes.io/zone=z%d", i+1)); err != nil {
+		zone := fmt.Sprintf("topology.kubernetes.io/zone=z%d", i+1)
+		if _, err := cluster.Kubectl(ctx, "label", "node", n.Hostname, zone); err != nil {
 			return nil, err
 		}
 	}

@@ -275,10 +275,11 @@ func (s settings) runSuite(ctx context.Context, cluster *lab.Cluster, c combinat
 	}
 	args = append(args, paths["conformance/e2e.test"], "--",
 		"--kubeconfig="+cluster.AdminKubeconfig(), "--kubectl-path="+paths["kube/kubectl"], "--provider=skeleton",
-		"--disable-log-dump", "--e2e-output-dir="+dir)
+		"--disable-log-dump", "--e2e-output-dir="+dir,
+		// Only the first of Ginkgo's processes would count them: with the others, tests would be skipped.
+		"--num-nodes="+strconv.Itoa(nodes))
 	cmd := exec.CommandContext(ctx, "nice", append([]string{"-n", "5", paths["conformance/ginkgo"]}, args...)...)
-	// The suite keeps this for kubectl and for itself; Ginkgo's processes talk to each other over loopback.
-	cmd.Env = append(os.Environ(), "HOME="+dir)
+	cmd.Env = append(os.Environ(), "HOME="+dir) // for kubectl's cache
 	progress := newProgress(os.Stdout)
 	cmd.Stdout, cmd.Stderr = io.MultiWriter(log, progress), log
 	p, err := cluster.Launch(cmd)

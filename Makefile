@@ -50,6 +50,8 @@ OTHER_KUBE := build/stores/kube-apiserver-1.34 build/stores/kine
 KUBE := $(addprefix build/kube/,kube-apiserver kube-controller-manager kube-scheduler kube-proxy kubelet kubectl)
 # Kubernetes' own tests, and what runs in the pods that they make.
 SUITE := $(addprefix build/conformance/,e2e.test ginkgo agnhost localhost.crt localhost.key coredns)
+# What the chart deploys with netpol.enabled.
+NETPOL := build/kube/netpol
 
 .PHONY: help build image image-full manifest docs release release-check tools check check-source vulncheck test unit \
 	fuzz e2e test-all test-stores test-clusters test-long test-race test-vm bench bench-faults bench-kube bench-udp \
@@ -110,7 +112,7 @@ image: need-image build/image/flannel-$(ARCH)$(SUFFIX).tar ## An image: IMAGE=na
 image-full: ## The larger image, with VARIANT=full
 	@$(MAKE) --no-print-directory image VARIANT=full
 
-BUILT := build/bin/staticcheck build/bin/helm build/debian $(ETCD) $(OLD_ETCD) $(CNI) $(KUBE) $(OTHER_KUBE)
+BUILT := build/bin/staticcheck build/bin/helm build/debian $(ETCD) $(OLD_ETCD) $(CNI) $(KUBE) $(NETPOL) $(OTHER_KUBE)
 tools: install-tools $(BUILT) ## Install what checks and tests need
 
 # need-X fails where a program of X is missing. install-X installs the program first, where apt-get is.
@@ -214,22 +216,30 @@ build/conformance/root.tar: test/cmd/conformance/debian.packages
 		--dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
 		--dpkgopt='path-exclude=/usr/share/locale/*' bookworm $@
 
+# Under the name that it has in its own image.
+$(NETPOL): test/netpol/go.mod
+	@mkdir -p $(@D)
+	cd $(<D) && go build -ldflags "-s -w" -o "$(CURDIR)/$@" sigs.k8s.io/kube-network-policies/cmd
+	@touch $@
+
 # With SQLite as Go code: no C compiler is needed.
 build/stores/kine: test/stores/kine/go.mod
 	cd $(<D) && go build -ldflags "-s -w" -o "$(CURDIR)/$@" github.com/k3s-io/kine
 	@touch $@
 
-# The manifest is the chart with its default values.
+# The manifests are the chart with its default values, in two namespaces. Each has the selector of the DaemonSet that
+# flannel's manifests make in that namespace, since a selector cannot change.
+MANIFESTS := kube-flannel kube-flannel-kube-system
+kube-flannel := --namespace kube-flannel --set createNamespace=true,flannel.selectorLabels.k8s-app=flannel
+kube-flannel-kube-system := --namespace kube-system --set flannel.selectorLabels.tier=node
 MANIFEST = { echo "\# The pod network, for kubectl apply. Made by make manifest from chart/flannel:"; \
 	echo "\# the same with other settings comes from helm template. Network is what"; \
 	echo "\# kube-controller-manager has as --cluster-cidr."; \
-	build/bin/helm template flannel chart/flannel --namespace kube-flannel \
-		--set createNamespace=true,restartOnChange=false,flannel.selectorLabels.k8s-app=flannel | \
-	sed '/^\# Source: /d; /^$$/d'; }
+	build/bin/helm template flannel chart/flannel $($(1)) --set restartOnChange=false | \
+	sed '/^\# Source: /d; /^$$/d'; } $(2)
 
-manifest: build/bin/helm ## Write Documentation/kube-flannel.yml from the chart
-	$(MANIFEST) >$@.new
-	mv $@.new Documentation/kube-flannel.yml
+manifest: build/bin/helm ## Write Documentation/kube-flannel*.yml from the chart
+	$(foreach m,$(MANIFESTS),$(call MANIFEST,$m,>$@.new) && mv $@.new Documentation/$m.yml &&) true
 
 # What pages tell of flags, keys and metrics, and the packages that have them.
 REFERENCE = -run '^TestReference$$' ./cmd/flannel ./cmd/internal/settings ./network ./subnet ./backend/...
@@ -262,7 +272,8 @@ check-source: build/bin/staticcheck build/bin/helm
 	cd test && go build -o ../build/bin/bill ./cmd/bill
 	build/bin/bill check
 	build/bin/helm lint --quiet --strict chart/flannel
-	@diff -u Documentation/kube-flannel.yml <($(MANIFEST)) || { echo "the chart has changed: run make manifest"; exit 1; }
+	@$(foreach m,$(MANIFESTS),diff -u Documentation/$m.yml <($(call MANIFEST,$m)) &&) true || \
+		{ echo "the chart has changed: run make manifest"; exit 1; }
 
 test: check-source unit e2e ## Check, unit and end-to-end tests (root)
 
@@ -297,12 +308,12 @@ test-stores: build need-lab $(SERVERS) $(OLD_ETCD) ## Every version of etcd and 
 	cd test && LONG=all $(GO_TEST) $(E2E) ./stores ./etcd
 
 LONG_TEST = cd test && LONG=rest $(GO_TEST) $(E2E) -run
-LONG_TEST_NEEDS := build need-e2e $(SERVERS) $(OLD_ETCD) build/bin/helm build/debian image image-full
-test-clusters: $(LONG_TEST_NEEDS) ## Whole clusters from the manifest, the chart, and manifests of others
-	$(LONG_TEST) '^Test(Cluster|FullImage|HelmCluster|Image|Migrate|OtherManifests|SetImage)$$' ./e2e
+LONG_TEST_NEEDS := build need-e2e $(SERVERS) $(OLD_ETCD) $(NETPOL) build/bin/helm build/debian image image-full
+test-clusters: $(LONG_TEST_NEEDS) ## Whole clusters from the manifest and the chart
+	$(LONG_TEST) '^Test(Cluster|FullImage|HelmCluster|Image|NetworkPolicy)$$' ./e2e
 
-test-long: $(LONG_TEST_NEEDS) ## What test leaves out of e2e: combinations, faults, neighbours
-	$(LONG_TEST) '^Test(Cleanup|DoctorTunnels|Faults|HostileRecords|Matrix|Neighbours|Reconfigure|Restart)$$' ./e2e
+test-long: $(LONG_TEST_NEEDS) ## What else test leaves out of e2e: combinations, faults, neighbours, manifests of others
+	$(LONG_TEST) '^Test(Cleanup|DoctorTunnels|Faults|HostileRecords|Matrix|Migrate|Neighbours|OtherManifests|Reconfigure|Restart|SetImage)$$' ./e2e
 
 test-race: build need-lab $(SERVERS) $(OLD_ETCD) ## What test leaves out of the stores' tests, with the race detector
 	cd test && LONG=rest $(RACE_TEST) $(E2E) ./etcd ./ec2

@@ -18,7 +18,7 @@ import (
 
 // A Type is one type of backend: all that its folder registers.
 type Type struct {
-	// Name is the Type of the configuration's Backend.
+	// Name is the Type of the configuration's Backend, in which case does not matter.
 	Name string
 
 	// New makes a backend. Its errors are for the operator: neither waiting nor
@@ -51,14 +51,14 @@ func (t Type) make(cfg *subnet.Config, uplink iface.Uplink) (Backend, error) {
 }
 
 var (
-	types   = map[string]Type{}
+	types   = map[string]Type{}           // by name of the type, in lower case
 	devices = map[string]*regexp.Regexp{} // by name of the type
 )
 
 // Register makes a type of backend known, in place of a type of the same name. It is called from init, or else before
 // anything uses backends.
 func Register(t Type) {
-	types[t.Name] = t
+	types[strings.ToLower(t.Name)] = t
 	if t.MaxData > 0 {
 		subnet.LimitData(t.Name, t.MaxData)
 	}
@@ -69,7 +69,7 @@ func Register(t Type) {
 }
 
 func typeOf(name string) (Type, error) {
-	t, ok := types[name]
+	t, ok := types[strings.ToLower(name)]
 	if !ok {
 		known := slices.Sorted(maps.Keys(types))
 		return t, fmt.Errorf("Backend Type %s is not known: known are %s", plain.Quote(name), strings.Join(known, ", "))

@@ -45,7 +45,8 @@ func (n *node) becomeOnly(ctx context.Context) error {
 		if name := holder.String(); name != last {
 			last = name
 			n.log.Error(nil, "Another flanneld runs in this network namespace; waiting for its end", "holder", name,
-				"fix", "Stop one of the two. Two networks on one host need two values of --subnet-file, with names of their own")
+				"fix", "Stop one of the two. In Kubernetes, kubectl get daemonsets -A shows whether there are two of flannel. "+
+					"Two networks on one host need two values of --subnet-file, with names of their own")
 		}
 		n.health.waitFor(fmt.Sprintf("another flanneld in this network namespace to end: %s", holder))
 		holder.Wait(ctx)

@@ -19,7 +19,7 @@ import (
 type Config struct {
 	IPv4, IPv6     Pool
 	EnableNFTables bool            // rules go to nftables instead of iptables
-	BackendType    string          // Backend's Type; "udp" where there is no Backend
+	BackendType    string          // Backend's Type in lower case; "udp" where there is no Backend
 	Backend        json.RawMessage // the whole Backend object; nil where there is none
 
 	// Obstacles are parts of the networks that this host uses for something else: see Around.
@@ -188,7 +188,7 @@ func backendType(backend json.RawMessage) (string, error) {
 	if b.Type == "" {
 		return "", errors.New(`Backend has no Type: {"Type": "vxlan"}, for example`)
 	}
-	return b.Type, nil
+	return strings.ToLower(b.Type), nil // as flannel does
 }
 
 // Divide checks how the networks are divided into subnets, and fills in what the configuration leaves open. It is for

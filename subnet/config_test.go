@@ -159,6 +159,7 @@ func TestConfigBackend(t *testing.T) {
 		{`{"Network": "10.5.0.0/16"}`, "udp", ""},
 		{`{"Network": "10.5.0.0/16", "Backend": null}`, "udp", ""},
 		{`{"Network": "10.5.0.0/16", "Backend": {"type": "vxlan", "VNI": 7}}`, "vxlan", `{"type": "vxlan", "VNI": 7}`},
+		{`{"Network": "10.5.0.0/16", "Backend": {"Type": "VxLAN"}}`, "vxlan", `{"Type": "VxLAN"}`},
 	} {
 		got, err := read(c.text)
 		if err != nil || got.BackendType != c.kind || string(got.Backend) != c.raw || got.EnableNFTables {

@@ -43,7 +43,7 @@ var errNoCharon = fmt.Errorf("there is no charon, neither in PATH nor at %s: ins
 // findCharon returns the path of the program.
 func findCharon() (string, error) {
 	for _, path := range charonPaths {
-		if path, err := command.Find(path); err == nil {
+		if path, err := new(command.Runner).Find(path); err == nil {
 			return path, nil
 		}
 	}

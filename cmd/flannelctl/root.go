@@ -120,6 +120,7 @@ func (t *tool) complete() error {
 		}
 	}
 	settings.RegisterBackends()
+	settings.ClearEnvironment()
 	return t.options.Complete(append(file, env...)) // the later line wins
 }
 

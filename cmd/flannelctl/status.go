@@ -70,15 +70,19 @@ func (t *tool) status(s network.Status) {
 			rows = append(rows, []cell{{key, t.bold}, {text, colour}})
 		}
 	}
+	version := "" // that a program with flannel in it may leave out
+	if s.Version != "" {
+		version = s.Version + ", "
+	}
 	switch {
 	case !s.Daemon && t.direct:
 		line("flanneld", "not used (--direct)", nil)
 	case !s.Daemon:
 		line("flanneld", "does not reply", t.bad)
 	case s.Ready:
-		line("flanneld", fmt.Sprintf("ready, %s, running for %s", s.Version, ago(s.Started)), t.ok)
+		line("flanneld", "ready, "+version+"running for "+ago(s.Started), t.ok)
 	default:
-		line("flanneld", "not ready, "+s.Version, t.warn)
+		line("flanneld", strings.TrimSuffix("not ready, "+version, ", "), t.warn)
 	}
 	if !s.Ready {
 		line("waiting for", s.Waiting, t.warn)

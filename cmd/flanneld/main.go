@@ -44,6 +44,7 @@ func main() {
 		fmt.Fprintf(os.Stderr, "flanneld: %v\n", err)
 		os.Exit(2)
 	}
+	settings.ClearEnvironment()
 	log := plain.Logger(klog.Background()) // the one of all packages
 	err = run(klog.NewContext(ctx, log), o)
 	if ctx.Err() != nil {

@@ -1,6 +1,7 @@
 // Package command runs other programs. No other package of flanneld does: a program may hang, may leave children that
 // keep its output open, or may be impossible to kill. None of that may keep the caller waiting without end, or go
-// unnoticed. A program also does not get the secrets in this process's environment.
+// unnoticed. A program also does not get the secrets in this process's environment. Call gives libraries that start
+// programs by themselves the same limits.
 package command
 
 import (
@@ -11,6 +12,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"sync"
 	"time"
@@ -73,18 +75,16 @@ func (o Output) Text() string {
 	return strings.Join(lines, " | ")
 }
 
-// Find returns the path of a program in PATH.
-func Find(program string) (string, error) { return exec.LookPath(program) }
-
 // A Runner runs commands. It remembers which commands took long, so that the log has each of them once, and not at each
 // attempt. The zero value is ready to use, by several goroutines, too. It must not be copied.
 type Runner struct {
 	Limit time.Duration // how long a command may run; 0: DefaultLimit
 	Grace time.Duration // how long a command may go on when its context has ended
 	Waits Waits         // logs which commands are waited for
+	Path  string        // the folders where Find looks, separated as in PATH; "": PATH
 
 	mu    sync.Mutex
-	stuck map[string]int // processes that were killed and have not ended, by Command.line
+	stuck map[string]error // of processes that were killed and have not ended, by Command.line
 }
 
 // Run runs a command and returns what it has printed, also with an error. The error is an *exec.ExitError if the
@@ -100,8 +100,8 @@ func (r *Runner) Run(ctx context.Context, c Command) (Output, error) {
 	if ctx.Err() != nil {
 		return Output{}, context.Cause(ctx)
 	}
-	if pid := r.stuckProcess(c); pid != 0 {
-		return Output{}, stuckError(pid)
+	if err := r.stuckError(c.line()); err != nil {
+		return Output{}, err
 	}
 	out, errs := &capped{limit: c.Keep}, &capped{limit: c.Keep}
 	cmd := c.prepare()
@@ -118,10 +118,10 @@ func (r *Runner) Run(ctx context.Context, c Command) (Output, error) {
 	}
 	end := r.Waits.Begin(klog.FromContext(ctx), c.line(), "a program", "program", c.String(),
 		"process", p.pid(), "limit", r.limit().String())
-	killed := r.await(ctx, p)
+	killed := r.await(ctx, p.ended, p.killAndWait)
 	if !p.Ended() {
 		err := stuckError(p.pid())
-		r.keepStuck(c, p)
+		r.keepStuck(c.line(), err, p.ended)
 		end(err)
 		return Output{}, err // what it prints may still be written
 	}
@@ -141,25 +141,38 @@ func (r *Runner) Run(ctx context.Context, c Command) (Output, error) {
 	return Output{out.kept.Bytes(), errs.kept.Bytes()}, err
 }
 
+// Find returns the path of a program.
+func (r *Runner) Find(program string) (string, error) {
+	if r.Path == "" {
+		return exec.LookPath(program)
+	}
+	for _, dir := range filepath.SplitList(r.Path) {
+		if path, err := exec.LookPath(filepath.Join(dir, program)); err == nil {
+			return path, nil
+		}
+	}
+	return "", &exec.Error{Name: program, Err: exec.ErrNotFound}
+}
+
 func (r *Runner) limit() time.Duration { return cmp.Or(r.Limit, DefaultLimit) }
 
-// await waits until a process has ended, and kills the process if it takes too long. Then await returns the reason.
-func (r *Runner) await(ctx context.Context, p *Process) error {
+// await waits until ended is closed, and calls killAndWait if that takes too long. Then await returns the reason.
+func (r *Runner) await(ctx context.Context, ended <-chan struct{}, killAndWait func()) error {
 	limit := time.NewTimer(r.limit())
 	defer limit.Stop()
 	canceled := ctx.Done()
 	var graceOver <-chan time.Time
 	for {
 		select {
-		case <-p.Done():
+		case <-ended:
 			return nil
 		case <-limit.C:
-			p.killAndWait()
+			killAndWait()
 			return fmt.Errorf("ended, since it took longer than %v", r.limit())
 		case <-canceled:
 			canceled, graceOver = nil, time.After(r.Grace)
 		case <-graceOver:
-			p.killAndWait()
+			killAndWait()
 			return fmt.Errorf("ended, since its caller could not wait: %w", context.Cause(ctx))
 		}
 	}
@@ -171,26 +184,26 @@ func stuckError(pid int) error {
 		pid)
 }
 
-// stuckProcess returns the process of a command that was killed and has not ended, 0 if there is none.
-func (r *Runner) stuckProcess(c Command) int {
+// stuckError returns the error of a command whose process was killed and has not ended, nil if there is none.
+func (r *Runner) stuckError(line string) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.stuck[c.line()]
+	return r.stuck[line]
 }
 
-// keepStuck notes a process that was killed, until the process ends.
-func (r *Runner) keepStuck(c Command, p *Process) {
+// keepStuck keeps the error of a command until the command has ended.
+func (r *Runner) keepStuck(line string, err error, ended <-chan struct{}) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.stuck == nil {
-		r.stuck = map[string]int{}
+		r.stuck = map[string]error{}
 	}
-	r.stuck[c.line()] = p.pid()
+	r.stuck[line] = err
 	go func() {
-		<-p.Done()
+		<-ended
 		r.mu.Lock()
 		defer r.mu.Unlock()
-		delete(r.stuck, c.line())
+		delete(r.stuck, line)
 	}()
 }
 

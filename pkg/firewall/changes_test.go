@@ -13,6 +13,7 @@ import (
 // There are signals of changes of our rules, of what leads to them, and of their
 // tables.
 func TestChanges(t *testing.T) {
+	t.Parallel()
 	n := newNode(t, "nft")
 	nstest.Run(t, "nft add table ip nat")
 	nstest.Run(t, "nft add chain ip nat OTHER")
@@ -52,6 +53,7 @@ func TestChanges(t *testing.T) {
 // When notifications were lost, anything may have changed: there is a signal,
 // and there are signals of the changes that follow.
 func TestLostChanges(t *testing.T) {
+	t.Parallel()
 	newNode(t, "nft")
 	nstest.Run(t, "nft add table ip flannel-ipv4")
 	nstest.Run(t, "nft add table ip other")
@@ -86,6 +88,7 @@ func TestLostChanges(t *testing.T) {
 // There are signals when rules of iptables-legacy come or go. Counting makes no
 // tables.
 func TestLegacyChanges(t *testing.T) {
+	t.Parallel()
 	n := newNode(t, "legacy")
 	old, err := openLegacy()
 	if err != nil {

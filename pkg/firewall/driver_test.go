@@ -11,6 +11,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/flanneld/flanneld/pkg/command"
 	"github.com/flanneld/flanneld/pkg/nstest"
 )
 
@@ -44,18 +45,17 @@ func eachMode(t *testing.T, modes []mode, test func(*testing.T, mode, *node)) {
 	}
 }
 
-// A node is a network namespace with a PATH of its own. The programs on it note
-// in a file that they were started.
+// A node is a network namespace with programs of its own. They note in a file
+// that they were started.
 type node struct {
-	t    *testing.T
-	bin  string // the only folder on PATH, for us and for what we start
-	path string // what PATH was
+	t   *testing.T
+	bin string // where our programs are looked up
 }
 
 // newNode makes the namespace and its programs; plain iptables is the given variant.
 func newNode(t *testing.T, variant string) *node {
 	t.Helper()
-	n := &node{t: t, bin: t.TempDir(), path: os.Getenv("PATH")}
+	n := &node{t: t, bin: t.TempDir()}
 	nstest.Need(t, "nft", "iptables-legacy", "ip6tables-legacy", "iptables-nft", "ip6tables-nft")
 	nstest.New(t)
 	if out, err := nstest.Try("iptables-legacy -t nat -S"); err != nil {
@@ -69,16 +69,15 @@ func newNode(t *testing.T, variant string) *node {
 			n.install(family+"-nft"+action, family+"-nft"+action, "")
 		}
 	}
-	t.Setenv("PATH", n.bin)
 	return n
 }
 
-// install puts a program on PATH that runs the real one after some lines of shell.
+// runner returns a runner that looks programs up on the node.
+func (n *node) runner() *command.Runner { return &command.Runner{Path: n.bin} }
+
+// install puts a program on the node that runs the real one after some lines of shell.
 func (n *node) install(name, realName, before string) {
 	n.t.Helper()
-	path := os.Getenv("PATH")
-	os.Setenv("PATH", n.path)
-	defer os.Setenv("PATH", path)
 	target, err := exec.LookPath(realName)
 	if err != nil {
 		n.t.Fatal(err)
@@ -123,11 +122,14 @@ func (n *node) started(f func()) []string {
 	return strings.FieldsFunc(string(data), func(r rune) bool { return r == '\n' })
 }
 
+// env is an environment in which the node's programs are found, and all others.
+func (n *node) env() []string { return append(os.Environ(), "PATH="+n.bin+":"+os.Getenv("PATH")) }
+
 // sh runs a shell script that finds the node's programs and all others.
 func (n *node) sh(script string) string {
 	n.t.Helper()
 	cmd := exec.Command("/bin/sh", "-ec", script)
-	cmd.Env = append(os.Environ(), "PATH="+n.bin+":"+n.path)
+	cmd.Env = n.env()
 	out, err := cmd.Output()
 	if err != nil {
 		if e, ok := err.(*exec.ExitError); ok {
@@ -165,7 +167,7 @@ func (n *node) listing() string {
 
 func (n *node) driver(m mode) *Driver {
 	n.t.Helper()
-	d, err := New(context.Background(), "", m.nftables)
+	d, err := newDriver(context.Background(), n.runner(), "", m.nftables)
 	if err != nil {
 		n.t.Fatal(err)
 	}
@@ -209,6 +211,7 @@ const foreign = `
 	nft 'table ip other { chain postrouting { type nat hook postrouting priority 90; ip daddr 198.18.0.1 masquerade; }; }'`
 
 func TestApplyAndRemove(t *testing.T) {
+	t.Parallel()
 	eachMode(t, modes, func(t *testing.T, m mode, n *node) {
 		n.sh(foreign)
 		before := n.listing()
@@ -270,6 +273,7 @@ func TestApplyAndRemove(t *testing.T) {
 // A daemon that comes back, upstream's or ours, finds its own rules and leaves
 // them standing in iptables mode, packet counters and all.
 func TestRestart(t *testing.T) {
+	t.Parallel()
 	eachMode(t, modes, func(t *testing.T, m mode, n *node) {
 		n.apply(n.driver(m), both)
 		before := n.listing()
@@ -286,12 +290,13 @@ func TestRestart(t *testing.T) {
 
 // Networks on one host do not touch each other's rules.
 func TestNetworks(t *testing.T) {
+	t.Parallel()
 	eachMode(t, modes, func(t *testing.T, m mode, n *node) {
 		first := n.driver(m)
 		n.apply(first, both)
 		alone := n.listing()
 		for _, name := range []string{"blue", "a-long/name of a network"} {
-			d, err := New(context.Background(), name, m.nftables)
+			d, err := newDriver(context.Background(), n.runner(), name, m.nftables)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -311,6 +316,7 @@ func TestNetworks(t *testing.T) {
 }
 
 func TestDrift(t *testing.T) {
+	t.Parallel()
 	iptables := []string{
 		`iptables -t nat -F FLANNEL-POSTRTG`,
 		`iptables -t nat -D FLANNEL-POSTRTG 3`,
@@ -388,6 +394,7 @@ func TestDrift(t *testing.T) {
 // place counts. But no jump stays behind rules that end the chain: these are as the chain's policy. A rule that drops
 // everything before rules of others is meant to.
 func TestJumpKeepsItsPlace(t *testing.T) {
+	t.Parallel()
 	const first, last = `iptables -A FORWARD -s 198.18.0.1 -j DROP; `, `iptables -A FORWARD -j DROP; `
 	const jump = `iptables -A FORWARD -m comment --comment "flanneld forward" -j FLANNEL-FWD; `
 	const stale = `iptables -A FORWARD -s 10.9.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT; `
@@ -449,10 +456,11 @@ func TestJumpKeepsItsPlace(t *testing.T) {
 
 // A final rule that comes between our reading of the rules and our writing is seen by the next check.
 func TestFinalRuleWhileWriting(t *testing.T) {
+	t.Parallel()
 	eachMode(t, []mode{legacyMode, nftMode}, func(t *testing.T, m mode, n *node) {
 		once := filepath.Join(n.bin, "once")
 		n.install("iptables-restore", "iptables-"+m.variant+"-restore", fmt.Sprintf(
-			`[ -e %s ] || { >%[1]s; PATH=%s iptables-%s -A FORWARD -j REJECT; }`, once, n.path, m.variant))
+			`[ -e %s ] || { >%[1]s; PATH=%s iptables-%s -A FORWARD -j REJECT; }`, once, os.Getenv("PATH"), m.variant))
 		d := n.driver(m)
 		n.apply(d, ipv4Alone)
 		n.check(d, false)
@@ -467,6 +475,7 @@ func TestFinalRuleWhileWriting(t *testing.T) {
 
 // What others do around our rules is not our business.
 func TestCheckIgnoresOthers(t *testing.T) {
+	t.Parallel()
 	eachMode(t, modes, func(t *testing.T, m mode, n *node) {
 		d := n.driver(m)
 		n.apply(d, both)
@@ -478,6 +487,7 @@ func TestCheckIgnoresOthers(t *testing.T) {
 }
 
 func TestCheckStartsLittle(t *testing.T) {
+	t.Parallel()
 	eachMode(t, modes, func(t *testing.T, m mode, n *node) {
 		if _, err := generation(); err != nil {
 			t.Fatal(err)
@@ -508,6 +518,7 @@ func TestCheckStartsLittle(t *testing.T) {
 }
 
 func TestNetworkChange(t *testing.T) {
+	t.Parallel()
 	other := Desired{
 		IPv4: For(prefix("10.77.0.0/16"), prefix("10.77.1.0/24"), all),
 		IPv6: For(prefix("fc77::/48"), prefix("fc77:0:0:1::/64"), Options{Masquerade: true}),
@@ -531,6 +542,7 @@ func TestNetworkChange(t *testing.T) {
 
 // From any mode to any other: what the first left goes.
 func TestSwitchingModes(t *testing.T) {
+	t.Parallel()
 	for _, from := range modes {
 		for _, to := range modes {
 			if from == to {
@@ -581,6 +593,7 @@ func TestSwitchingModes(t *testing.T) {
 // A rule of somebody's that leads to our chain from elsewhere stays, and so the
 // chain has to, empty.
 func TestForeignUserOfOurChain(t *testing.T) {
+	t.Parallel()
 	eachMode(t, []mode{legacyMode, nftMode}, func(t *testing.T, m mode, n *node) {
 		d := n.driver(m)
 		n.apply(d, ipv4Alone)
@@ -600,6 +613,7 @@ func TestForeignUserOfOurChain(t *testing.T) {
 }
 
 func TestMissingPrograms(t *testing.T) {
+	t.Parallel()
 	ctx := context.Background()
 	mentions := func(t *testing.T, err error, words ...string) {
 		t.Helper()
@@ -615,7 +629,7 @@ func TestMissingPrograms(t *testing.T) {
 	t.Run("nothing but nft", func(t *testing.T) {
 		n := newNode(t, "nft")
 		n.remove("ip*")
-		_, err := New(ctx, "", false)
+		_, err := newDriver(ctx, n.runner(), "", false)
 		mentions(t, err, "program iptables", "package iptables", "EnableNFTables")
 		d := n.driver(tablesMode)
 		n.apply(d, both)
@@ -641,7 +655,7 @@ func TestMissingPrograms(t *testing.T) {
 	t.Run("nothing but iptables", func(t *testing.T) {
 		n := newNode(t, "legacy")
 		n.remove("nft", "*-legacy", "*-nft", "*-legacy-*", "*-nft-*")
-		_, err := New(ctx, "", true)
+		_, err := newDriver(ctx, n.runner(), "", true)
 		mentions(t, err, "program nft", "package nftables", "EnableNFTables")
 		d := n.driver(legacyMode)
 		n.apply(d, both)
@@ -650,7 +664,7 @@ func TestMissingPrograms(t *testing.T) {
 	t.Run("iptables-restore is missing", func(t *testing.T) {
 		n := newNode(t, "legacy")
 		n.remove("iptables*-restore")
-		_, err := New(ctx, "", false)
+		_, err := newDriver(ctx, n.runner(), "", false)
 		mentions(t, err, "program iptables-restore", "package iptables")
 	})
 	t.Run("ip6tables is missing", func(t *testing.T) {
@@ -669,7 +683,7 @@ func TestMissingPrograms(t *testing.T) {
 	t.Run("nft is too old", func(t *testing.T) {
 		n := newNode(t, "legacy")
 		n.install("nft", "nft", `[ "$1" = --version ] && echo "nftables v0.9.3 (Topsy)" && exit`)
-		_, err := New(ctx, "", true)
+		_, err := newDriver(ctx, n.runner(), "", true)
 		mentions(t, err, "nft 1.0.1", "v0.9.3")
 		d := n.driver(legacyMode) // which looks for what nftables mode left
 		n.apply(d, both)
@@ -689,6 +703,7 @@ func TestMissingPrograms(t *testing.T) {
 // Rules go where kubelet has its own, whatever plain iptables is: in an image,
 // that is not the node's.
 func TestKubeletsVariant(t *testing.T) {
+	t.Parallel()
 	for _, variants := range [][2]string{{"nft", "legacy"}, {"legacy", "nft"}, {"nft", "nft"}, {"legacy", "legacy"}} {
 		t.Run("plain "+variants[0]+", kubelet's "+variants[1], func(t *testing.T) {
 			n := newNode(t, variants[0])
@@ -707,7 +722,41 @@ func TestKubeletsVariant(t *testing.T) {
 	}
 }
 
+// Looking for kubelet's chain makes no table.
+func TestNewMakesNoTable(t *testing.T) {
+	t.Parallel()
+	eachMode(t, []mode{legacyMode, nftMode}, func(t *testing.T, m mode, n *node) {
+		asked := n.started(func() { n.driver(m) })
+		if !slices.ContainsFunc(asked, func(s string) bool { return strings.Contains(s, "KUBE-") }) {
+			t.Errorf("nobody has looked: %q", asked)
+		}
+		if tables := n.sh("nft list tables; cat /proc/self/net/ip_tables_names /proc/self/net/ip6_tables_names"); strings.TrimSpace(tables) != "nat" {
+			t.Errorf("got\n%s", tables) // nat: newNode
+		}
+	})
+}
+
+// When no rules are desired, also those go that another flanneld has put beside the chains, whatever is in them.
+func TestRemoveStaleRules(t *testing.T) {
+	t.Parallel()
+	eachMode(t, []mode{legacyMode, nftMode}, func(t *testing.T, m mode, n *node) {
+		before := n.listing()
+		n.apply(n.driver(m), both)
+		n.sh(`iptables -t nat -I POSTROUTING -s 10.9.0.0/16 ! -d 10.9.0.0/16 -m comment --comment "flanneld masq" -m comment \
+				--comment 'the "first" \ it'"'"'s' -j MASQUERADE
+			for i in 1 2; do iptables -A FORWARD -m comment --comment "flanneld forward" -j FLANNEL-FWD; done
+			ip6tables -A FORWARD -d fc09::/48 -m comment --comment "flanneld forward" -j ACCEPT`)
+		d := n.driver(m)
+		started := n.started(func() { n.apply(d, Desired{}) })
+		same(t, n.listing(), before)
+		if slices.ContainsFunc(started, func(s string) bool { return strings.Contains(s, "-restore") }) {
+			t.Errorf("got %q", started)
+		}
+	})
+}
+
 func TestRandomFullyRefused(t *testing.T) {
+	t.Parallel()
 	// A kernel that refuses is played by a program that does.
 	const refuse = `in=$(/bin/cat); case $in in *--random-fully*) echo refused >&2; exit 1;; esac; printf '%s\n' "$in" | `
 	n := newNode(t, "legacy")
@@ -728,6 +777,7 @@ func TestRandomFullyRefused(t *testing.T) {
 }
 
 func TestFailure(t *testing.T) {
+	t.Parallel()
 	ctx := context.Background()
 	t.Run("refused", func(t *testing.T) {
 		n := newNode(t, "legacy")
@@ -783,6 +833,7 @@ func TestFailure(t *testing.T) {
 // While rules are replaced, a reader sees the old ones or the new ones, all
 // of them. So do packets: a listing shows what the kernel has committed.
 func TestNoMomentWithoutRules(t *testing.T) {
+	t.Parallel()
 	other := Desired{IPv4: For(prefix("10.77.0.0/16"), prefix("10.77.1.0/24"), all)}
 	eachMode(t, modes, func(t *testing.T, m mode, n *node) {
 		list := "iptables-save | grep -c flanneld"
@@ -795,7 +846,7 @@ func TestNoMomentWithoutRules(t *testing.T) {
 
 		done := filepath.Join(n.bin, "done")
 		watch := exec.Command("/bin/sh", "-c", fmt.Sprintf("while [ ! -e %s ]; do %s; done", done, list))
-		watch.Env = append(os.Environ(), "PATH="+n.bin+":"+n.path)
+		watch.Env = n.env()
 		var seen strings.Builder
 		watch.Stdout = &seen
 		if err := watch.Start(); err != nil {

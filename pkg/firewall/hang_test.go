@@ -28,7 +28,7 @@ func (n *node) hang(name, realName, arguments string) {
 	pid := filepath.Join(n.bin, "child")
 	n.install(name, realName, fmt.Sprintf(`case "$*" in %s)
 	PATH=%s; setsid sleep 1000 & echo $! >%s.new; mv %[3]s.new %[3]s; exec sleep 1000;;
-esac`, arguments, n.path, pid))
+esac`, arguments, os.Getenv("PATH"), pid))
 	n.t.Cleanup(func() { n.killChild() })
 }
 
@@ -70,16 +70,18 @@ var programs = []struct {
 // A program that hangs is given up after a time, with an error that is the same
 // each time.
 func TestHang(t *testing.T) {
+	t.Parallel()
 	for _, p := range programs {
 		if !p.limit {
 			continue
 		}
 		t.Run(p.name+" "+p.arguments, func(t *testing.T) {
+			t.Parallel()
 			n := newNode(t, p.variant)
 			n.remove("*-legacy*", "*-nft*") // the other variant would do instead
 			n.hang(p.name, p.realName, p.arguments)
 			// The others are done well within that.
-			runner := &command.Runner{Limit: 2 * time.Second}
+			runner := &command.Runner{Path: n.bin, Limit: 2 * time.Second}
 			d, err := newDriver(t.Context(), runner, "", p.nftables)
 			if err == nil {
 				err = d.Apply(t.Context(), both)
@@ -115,8 +117,10 @@ func (l *logBuffer) String() string {
 // A reconciler ends with its context, whatever hangs. Until then, the log says
 // what it waits for.
 func TestReconcilerEndsWhileProgramHangs(t *testing.T) {
+	t.Parallel()
 	for _, p := range programs {
 		t.Run(p.name+" "+p.arguments, func(t *testing.T) {
+			t.Parallel()
 			n := newNode(t, p.variant)
 			n.remove("*-legacy*", "*-nft*")
 			n.hang(p.name, p.realName, p.arguments)
@@ -140,7 +144,7 @@ func TestReconcilerEndsWhileProgramHangs(t *testing.T) {
 				}
 			}()
 			r := NewReconciler("", resync)
-			runner := &command.Runner{Waits: command.Waits{Notice: 100 * time.Millisecond}}
+			runner := &command.Runner{Path: n.bin, Waits: command.Waits{Notice: 100 * time.Millisecond}}
 			r.open = func(ctx context.Context, nftables bool) (driver, error) { return newDriver(ctx, runner, "", nftables) }
 			r.Set(both, p.nftables)
 			r.Run(ctx) // in this thread's namespace
@@ -155,7 +159,84 @@ func TestReconcilerEndsWhileProgramHangs(t *testing.T) {
 	}
 }
 
-// No program gets the secrets of this process's environment.
+// libraryPrograms are those that go-iptables runs, how the calls that hang are logged, and with which arguments the
+// program hangs then. The other variant is there, too, with our rules.
+var libraryPrograms = []struct {
+	call string
+	mode
+	name, realName    string
+	logged, arguments string
+	fails             bool // there is no driver then
+}{
+	// The first time, we ask for the variant.
+	{"version", legacyMode, "iptables", "iptables-legacy", "--version",
+		`"$([ -e $0.ran ] && echo --version || >$0.ran)"`, true},
+	{"list", nftMode, "iptables", "iptables-nft", "-t mangle -S KUBE-IPTABLES-HINT", "*KUBE-IPTABLES-HINT*", false},
+	{"delete rule", nftMode, "iptables-legacy", "iptables-legacy", "-t nat -D POSTROUTING",
+		"'-t nat -D POSTROUTING '*", false},
+	{"delete chain", legacyMode, "iptables-nft", "iptables-nft", "-t filter -X FLANNEL-FWD",
+		"'-t filter -X FLANNEL-FWD '*", false},
+}
+
+// A call of the library whose program hangs has an end, at the limit and with its context. The log names the program
+// once. The rules are in place unless the program cannot be used at all.
+func TestLibraryHangs(t *testing.T) {
+	t.Parallel()
+	for _, p := range libraryPrograms {
+		t.Run(p.call, func(t *testing.T) {
+			t.Parallel()
+			n := newNode(t, p.variant)
+			other := map[string]string{"nft": "legacy", "legacy": "nft"}[p.variant]
+			for _, c := range []chain{postrouting, forward} {
+				n.sh(fmt.Sprintf(`iptables-%s -t %s -N %s; iptables-%[1]s -t %[2]s %[4]s`, other, c.table, c.name, c.jump()))
+			}
+			if p.fails {
+				n.remove("*-legacy*", "*-nft*") // the other variant would do instead
+			}
+			n.hang(p.name, p.realName, p.arguments)
+			log := &logBuffer{}
+			logger := textlogger.NewLogger(textlogger.NewConfig(textlogger.Output(log)))
+			ctx, cancel := context.WithCancel(klog.NewContext(t.Context(), logger))
+			defer cancel()
+			apply := func(limit time.Duration) error {
+				runner := &command.Runner{Path: n.bin, Limit: limit, Waits: command.Waits{Notice: 900 * time.Millisecond}}
+				d, err := newDriver(ctx, runner, "", p.nftables)
+				if err == nil {
+					err = d.Apply(ctx, ipv4Alone)
+				}
+				return err
+			}
+			if err := apply(10 * time.Second); (err != nil) != p.fails {
+				t.Errorf("got %v", err)
+			} else if p.fails && !strings.Contains(err.Error(), "ended, since it took longer than 10s") {
+				t.Errorf("got %v", err)
+			}
+			if !p.fails && !strings.Contains(n.sh("iptables-"+p.variant+"-save"), forward.jump()) {
+				t.Errorf("the rules are not in place:\n%s", n.listing())
+			}
+			want := `"Waiting for a program" program="` + filepath.Join(n.bin, p.name) + " " + p.logged
+			if strings.Count(log.String(), want) != 1 {
+				t.Errorf("want one line with %s, got\n%s", want, log)
+			}
+			if n.child() == 0 {
+				t.Fatal("nothing has hung")
+			}
+			os.Remove(filepath.Join(n.bin, "child"))
+			go func() {
+				for n.child() == 0 && ctx.Err() == nil {
+					time.Sleep(5 * time.Millisecond)
+				}
+				cancel()
+			}()
+			_ = apply(time.Hour) // a failure to remove what others left is only logged
+			if ctx.Err() == nil {
+				t.Error("nothing has hung the second time")
+			}
+		})
+	}
+}
+
+// No program gets the secrets of this process's environment, but for what go-iptables runs.
 func TestEnvironment(t *testing.T) {
 	t.Setenv("FLANNELD_ETCD_PASSWORD", "hunter2")
 	t.Setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
@@ -165,7 +246,7 @@ func TestEnvironment(t *testing.T) {
 		names := map[string]string{"nft": "nft"}
 		if !m.nftables {
 			names = map[string]string{}
-			for _, action := range []string{"", "-save", "-restore"} {
+			for _, action := range []string{"-save", "-restore"} {
 				names["iptables"+action] = "iptables-" + m.variant + action
 			}
 		}
@@ -183,6 +264,7 @@ func TestEnvironment(t *testing.T) {
 // A kernel that knows no comments on tables and chains, as Linux before 5.10,
 // has the same rules without these comments.
 func TestNoComments(t *testing.T) {
+	t.Parallel()
 	n := newNode(t, "nft")
 	// Such a kernel is played by a program that refuses what such a kernel refuses.
 	n.install("nft", "nft", fmt.Sprintf(`PATH=%s
@@ -192,7 +274,7 @@ case "$*" in *"-f -") in=$(cat)
 		exit 1
 	fi
 	printf '%%s\n' "$in" | exec %s "$@"; exit;;
-esac`, n.path, "$(which nft)"))
+esac`, os.Getenv("PATH"), "$(which nft)"))
 	d := n.driver(tablesMode)
 	n.apply(d, both)
 	n.check(d, true)

@@ -62,6 +62,8 @@ func tag(network string) string {
 // iptables is the tool of one variant of iptables, legacy or nft.
 type iptables struct {
 	programs      *command.Runner
+	library       *library // nil if the program's version cannot be read
+	protocol      protocol
 	network       string // whose rules these are
 	name          string // "iptables", "ip6tables-legacy"
 	save, restore string // paths
@@ -80,7 +82,7 @@ type iptables struct {
 func findIPTables(ctx context.Context, programs *command.Runner, network string, p protocol) (found []tool, missing error) {
 	var have []*iptables
 	for _, variant := range []string{"", "-nft", "-legacy"} {
-		ipt, err := newIPTables(ctx, programs, network, p.iptables+variant)
+		ipt, err := newIPTables(ctx, programs, network, p, p.iptables+variant)
 		switch {
 		case err != nil && variant == "":
 			missing = err
@@ -101,15 +103,22 @@ func findIPTables(ctx context.Context, programs *command.Runner, network string,
 // for programs in containers, whose iptables may differ from the node's
 // (KEP-3178; before 1.24, a chain by which kubelet notices flushes).
 func (ipt *iptables) marked(ctx context.Context) bool {
-	out, err := ipt.programs.Run(ctx, command.Command{Path: ipt.save})
-	has := func(chain string) bool { return bytes.Contains(out.Stdout, []byte("\n:"+chain+" ")) }
-	return err == nil && (has("KUBE-IPTABLES-HINT") || has("KUBE-KUBELET-CANARY"))
+	const table = "mangle"
+	if ipt.library == nil || !ipt.nft && !ipt.protocol.hasLegacyTable(table) { // iptables-legacy would make the table
+		return false
+	}
+	for _, chain := range []string{"KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY"} {
+		if there, err := ipt.library.hasChain(ctx, table, chain); err != nil || there {
+			return there
+		}
+	}
+	return false
 }
 
-func newIPTables(ctx context.Context, programs *command.Runner, network, name string) (*iptables, error) {
+func newIPTables(ctx context.Context, programs *command.Runner, network string, p protocol, name string) (*iptables, error) {
 	var paths []string
 	for _, program := range []string{name, name + "-save", name + "-restore"} {
-		path, err := command.Find(program)
+		path, err := programs.Find(program)
 		if err != nil {
 			return nil, fmt.Errorf("iptables mode needs the program %s: install the package iptables "+
 				`(iptables-nft on Fedora and RHEL), or set "EnableNFTables": true in the network configuration: %w`, program, err)
@@ -120,8 +129,17 @@ func newIPTables(ctx context.Context, programs *command.Runner, network, name st
 	if err != nil {
 		return nil, fmt.Errorf("%s --version: %w%s", paths[0], err, printed(out.Stderr))
 	}
-	ipt := &iptables{programs: programs, network: network, name: name, save: paths[1], restore: paths[2]}
-	ipt.nft, ipt.recent = abilities(string(out.Stdout))
+	ipt := &iptables{
+		protocol: p, programs: programs, network: network, name: name, save: paths[1], restore: paths[2],
+		nft: strings.Contains(string(out.Stdout), "(nf_tables)"), // the library does not export this
+	}
+	if _, known := version(string(out.Stdout)); known {
+		if ipt.library, err = openLibrary(ctx, programs, paths[0]); err != nil {
+			return nil, err
+		}
+		// Release 1.6.2 brought both abilities.
+		ipt.recent = ipt.library.ipt.HasRandomFully()
+	}
 	return ipt, nil
 }
 
@@ -137,14 +155,6 @@ func version(text string) (v [3]int, known bool) {
 		}
 	}
 	return v, m != nil
-}
-
-// abilities reads the output of --version of iptables. Release 1.6.2 brought
-// --random-fully (the number that coreos/go-iptables has, too) and --wait for
-// iptables-restore (Kubernetes has the same).
-func abilities(text string) (nft, recent bool) {
-	v, _ := version(text)
-	return strings.Contains(text, "(nf_tables)"), slices.Compare(v[:], []int{1, 6, 2}) >= 0
 }
 
 func (ipt *iptables) String() string { return ipt.name }
@@ -388,6 +398,9 @@ func (ipt *iptables) write(ctx context.Context, want Ruleset) (rules int, err er
 		return 0, err
 	}
 	script, rules := ipt.script(save, want, ipt.recent)
+	if want.IsZero() && script != "" && ipt.library != nil {
+		return 0, ipt.remove(ctx, save, script)
+	}
 	err = ipt.run(ctx, script)
 	if err == nil || !strings.Contains(script, "--random-fully") {
 		return rules, err
@@ -402,6 +415,27 @@ func (ipt *iptables) write(ctx context.Context, want Ruleset) (rules int, err er
 		ipt.logged = true
 	}
 	return rules, nil
+}
+
+// remove removes all our rules with the library, as script would in one step. No packet needs the rules any more: it does
+// not matter that they go one by one.
+func (ipt *iptables) remove(ctx context.Context, save, script string) error {
+	heredoc := ipt.heredoc(ipt.args(), script)
+	for _, c := range []chain{postrouting.of(ipt.network), forward.of(ipt.network)} {
+		f := c.parse(save)
+		for _, rule := range f.jumps {
+			if err := ipt.library.deleteRule(ctx, c, rule); err != nil {
+				return &commandError{err, heredoc}
+			}
+		}
+		if f.exists {
+			if err := ipt.library.deleteChain(ctx, c, f.users > 0); err != nil {
+				return &commandError{err, heredoc}
+			}
+		}
+	}
+	klog.FromContext(ctx).Info("Applied", "command", plain.Block(heredoc))
+	return nil
 }
 
 // script returns the input of iptables-restore that leads from what

@@ -25,7 +25,7 @@ type nftables struct {
 }
 
 func findNFT(programs *command.Runner, network string, p protocol) (*nftables, error) {
-	path, err := command.Find("nft")
+	path, err := programs.Find("nft")
 	if err != nil {
 		return nil, fmt.Errorf("nftables mode needs the program nft: install the package nftables (1.0.1 or later), "+
 			`or remove "EnableNFTables" from the network configuration: %w`, err)

@@ -1,18 +1,16 @@
 package firewall
 
 import (
-	"os/exec"
 	"strings"
 	"testing"
-
-	"github.com/flanneld/flanneld/pkg/nstest"
 )
 
 // TestPlan: there is no command where all is right; else those that there are
 // make it so, when a shell runs them.
 func TestPlan(t *testing.T) {
+	t.Parallel()
 	eachMode(t, modes, func(t *testing.T, m mode, n *node) {
-		d, err := New(t.Context(), "", m.nftables)
+		d, err := newDriver(t.Context(), n.runner(), "", m.nftables)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -27,9 +25,7 @@ func TestPlan(t *testing.T) {
 		run := func(commands []string) {
 			t.Helper()
 			for _, c := range commands {
-				if out, err := exec.Command("/bin/sh", "-c", c).CombinedOutput(); err != nil {
-					t.Fatalf("%s: %v\n%s", c, err, out)
-				}
+				n.sh(c)
 			}
 		}
 		if c := plan(Desired{}); len(c) > 0 {
@@ -48,9 +44,9 @@ func TestPlan(t *testing.T) {
 			t.Errorf("after Apply:\n%s", strings.Join(c, "\n"))
 		}
 		if m.nftables {
-			nstest.Run(t, "nft flush chain ip flannel-ipv4 forward")
+			n.sh("nft flush chain ip flannel-ipv4 forward")
 		} else {
-			nstest.Run(t, "iptables -D FLANNEL-FWD 1")
+			n.sh("iptables -D FLANNEL-FWD 1")
 		}
 		if c := plan(both); len(c) != 1 {
 			t.Errorf("for a rule that is missing: %q", c)

@@ -366,6 +366,7 @@ func TestModeEndsFight(t *testing.T) {
 
 // The real driver, of each mode, restores what another program removes.
 func TestReconciler(t *testing.T) {
+	t.Parallel()
 	eachMode(t, modes, func(t *testing.T, m mode, n *node) {
 		home, err := netns.Get()
 		if err != nil {
@@ -373,6 +374,9 @@ func TestReconciler(t *testing.T) {
 		}
 		defer home.Close()
 		r := NewReconciler("", time.Hour)
+		r.open = func(ctx context.Context, nftables bool) (driver, error) {
+			return newDriver(ctx, n.runner(), "", nftables)
+		}
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan struct{})
 		go func() {
@@ -411,6 +415,7 @@ func TestReconciler(t *testing.T) {
 // A command in the log can be pasted, with the tabs that klog puts before each
 // of its lines.
 func TestLoggedCommand(t *testing.T) {
+	t.Parallel()
 	eachMode(t, modes, func(t *testing.T, m mode, n *node) {
 		var log bytes.Buffer
 		ctx := klog.NewContext(t.Context(), textlogger.NewLogger(textlogger.NewConfig(textlogger.Output(&log))))

@@ -1,9 +1,15 @@
 package firewall
 
 import (
+	"fmt"
 	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
+
+	"github.com/flanneld/flanneld/pkg/command"
 )
 
 var (
@@ -162,21 +168,46 @@ func TestForMasks(t *testing.T) {
 	}
 }
 
+// What a program can do follows from its version. A program with a version that cannot be read is taken for an old one.
 func TestAbilities(t *testing.T) {
+	t.Parallel()
 	for version, want := range map[string][2]bool{ // nft, recent
-		"iptables v1.8.9 (nf_tables)\n": {true, true},
-		"iptables v1.8.9 (legacy)\n":    {false, true},
+		"iptables v1.8.9 (nf_tables)":   {true, true},
+		"iptables v1.8.9 (legacy)":      {false, true},
 		"ip6tables v1.10.0 (nf_tables)": {true, true},
 		"iptables v2.0.0 (nf_tables)":   {true, true},
 		"iptables v1.6.2":               {false, true},
 		"iptables v1.6.1":               {false, false},
 		"iptables v1.4.21":              {false, false},
+		"iptables v1.4.19":              {false, false},
 		"something else":                {false, false},
 	} {
-		nft, recent := abilities(version)
-		if got := [2]bool{nft, recent}; got != want {
+		dir := t.TempDir()
+		for _, program := range []string{"iptables", "iptables-save", "iptables-restore"} {
+			script := fmt.Sprintf("#!/bin/sh\necho %q\n", version)
+			// Renamed into place, as a file cannot be executed that another process has open for writing.
+			if err := os.WriteFile(filepath.Join(dir, "new"), []byte(script), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Rename(filepath.Join(dir, "new"), filepath.Join(dir, program)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		ipt, err := newIPTables(t.Context(), &command.Runner{Path: dir}, "", protocols.IPv4, "iptables")
+		if err != nil {
+			t.Errorf("%q: %v", version, err)
+		} else if got := [2]bool{ipt.nft, ipt.recent}; got != want {
 			t.Errorf("%q: nft, recent %v, want %v", version, got, want)
 		}
+	}
+}
+
+func TestWords(t *testing.T) {
+	got := words(`! -s 10.9.0.0/16 -m comment --comment "flanneld masq" -m comment --comment "a \"b\" \\ c\'s" -j MASQUERADE`)
+	want := []string{"!", "-s", "10.9.0.0/16", "-m", "comment", "--comment", "flanneld masq",
+		"-m", "comment", "--comment", `a "b" \ c's`, "-j", "MASQUERADE"}
+	if !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
 	}
 }
 

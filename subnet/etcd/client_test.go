@@ -66,6 +66,23 @@ func TestOptionsThatCannotWork(t *testing.T) {
 	}
 }
 
+// What a program leaves out has the defaults of flanneld's flags.
+func TestDefaults(t *testing.T) {
+	o := Options{Endpoints: []string{"http://127.0.0.1:1"}, Prefix: "/coreos.com/network"}
+	if _, err := New(t.Context(), o); err == nil || !strings.Contains(err.Error(), "Options have no Identity") {
+		t.Errorf("without an identity: %v", err)
+	}
+	o.Identity = "a"
+	m, err := New(t.Context(), o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	if m.options.RenewMargin != time.Hour {
+		t.Errorf("leases are renewed %v before their end", m.options.RenewMargin)
+	}
+}
+
 // The advice is what an operator acts upon. That these are the errors that a
 // real etcd gives is shown in the tests with one.
 func TestExplain(t *testing.T) {

@@ -51,6 +51,9 @@ const (
 	requestTimeout = 10 * time.Second
 )
 
+// DefaultRenewMargin is the default of flannel's --subnet-lease-renew-margin.
+const DefaultRenewMargin = time.Hour
+
 // Options are which etcd to use, and how this node is known.
 type Options struct {
 	Endpoints []string // "https://192.0.2.1:2379"; one that answers is enough
@@ -61,7 +64,7 @@ type Options struct {
 	Username          string
 	Password          string
 
-	// RenewMargin is how long before its end a lease is renewed.
+	// RenewMargin is how long before its end a lease is renewed; 0 or less: DefaultRenewMargin.
 	RenewMargin time.Duration
 
 	// Identity distinguishes this machine from others. It must survive restarts of the daemon and of the machine, and no
@@ -119,7 +122,10 @@ var (
 // New returns a manager. It sends no request to etcd, which may still be down; an error is about the options.
 func New(ctx context.Context, o Options) (*Manager, error) {
 	if o.Identity == "" {
-		return nil, errors.New("etcd: this machine has no identity")
+		return nil, errors.New("etcd: Options have no Identity, such as the text of /etc/machine-id")
+	}
+	if o.RenewMargin <= 0 {
+		o.RenewMargin = DefaultRenewMargin
 	}
 	log := klog.FromContext(ctx)
 	hostname, err := os.Hostname()

@@ -44,7 +44,9 @@ func TestChart(t *testing.T) {
 
 	manifest := string(labtest.Must(os.ReadFile("../../Documentation/kube-flannel.yml"))(t))
 	labtest.Do(t, k.DryRun(ctx, manifest))
-	checkToken(t, manifest)
+	checkToken(t, manifest, "kube-flannel")
+	labtest.Do(t, k.Apply(ctx, `{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "kube-system"}}`))
+	labtest.Do(t, k.DryRun(ctx, string(labtest.Must(os.ReadFile("../../Documentation/kube-flannel-kube-system.yml"))(t))))
 	for name, c := range map[string]struct {
 		set  []string
 		want string // the network's configuration
@@ -67,6 +69,7 @@ func TestChart(t *testing.T) {
 			`flannel.podLabels={"a": "b"}`, `flannel.podAnnotations={"c/d": "e"}`, `flannel.selectorLabels={"tier": "node"}`,
 			`flannel.extraEnv=[{"name": "GOGC", "value": "100"}]`, `flannel.extraVolumes=[{"name": "run-all", "emptyDir": {}}]`,
 			`flannel.extraVolumeMounts=[{"name": "run-all", "mountPath": "/var/run"}]`, `metrics={"annotations": true}`,
+			`netpol={"enabled": true, "args": ["--v=0"], "resources": {"limits": {"memory": "200Mi"}}}`,
 		}, `{"Network": "10.244.0.0/16", "EnableNFTables": true,
 			"Backend": {"Type": "vxlan", "DirectRouting": true, "Port": 4789, "MTU": 1400, "Learning": true}}`},
 		"on delete, nothing installed": {[]string{
@@ -94,13 +97,18 @@ func TestChart(t *testing.T) {
 	for set, want := range map[string]string{
 		`podCidr=""`:                        "podCidr, podCidrv6: at least one is needed",
 		`podCidr="10.244"`:                  "/podCidr",
-		`flannel.mtu="1400"`:                "/flannel/mtu",
+		`flannel.mtu="1400 bytes"`:          "/flannel/mtu",
+		`flannel.enableNFTables="false"`:    "/flannel/enableNFTables", // flannel's chart takes it for true
+		`flannel.backend=null`:              "missing property 'backend'",
+		`flannel.image=null`:                "missing property 'image'",
+		`netpol=null`:                       "missing property 'netpol'",
 		`flannel.backend={"Type": "vxlan"}`: "/flannel/backend",
 		`backend={"Type": "vxlan"}`:         "backend",
 		`flannel.enableNftables=true`:       "enableNftables",
 		`flannel.healthz.probe={}`:          "probe",
 		`flannel.cniConf="{\"name\": 1"`:    "flannel.cniConf: want JSON",
-		`netpol.enabled=true`:               "netpol.enabled: this chart does not deploy",
+		`netpol.image.repository=""`:        "/netpol/image/repository",
+		`netpol.port=9080`:                  "port",
 	} {
 		if text, err := render(t, set); err == nil || !strings.Contains(text, want) {
 			t.Errorf("%s: helm says %q, want %q in it", set, text, want)
@@ -168,6 +176,9 @@ func TestChartValues(t *testing.T) {
 		{[]string{`flannel.args=["--kube-subnet-mgr", "--healthz-ip=0.0.0.0"]`},
 			"pod.containers.kube-flannel.command=/opt/bin/flanneld --healthz-ip=127.0.0.1 --kube-subnet-mgr --healthz-ip=0.0.0.0 --healthz-port=8081 " +
 				"pod.containers.kube-flannel.livenessProbe.httpGet.host=0.0.0.0 pod.containers.kube-flannel.readinessProbe.httpGet.host=0.0.0.0"},
+		{[]string{`flannel.args=["--kube-subnet-mgr", "-healthz-ip", "$(IP)"]`},
+			"-pod.containers.kube-flannel.livenessProbe.httpGet.host -pod.containers.kube-flannel.readinessProbe.httpGet.host " +
+				"pod.containers.kube-flannel.command=/opt/bin/flanneld --healthz-ip=127.0.0.1 --kube-subnet-mgr -healthz-ip $(IP) --healthz-port=8081"},
 		{[]string{`flannel.backend="host-gw"`, `flannel.vni=7`}, "net-conf.Backend.Type=host-gw"},
 		{[]string{`flannel.backend="udp"`, `flannel.backendPort=9000`}, "net-conf.Backend.Port=9000 net-conf.Backend.Type=udp"},
 		{[]string{`flannel.backendPort=4789`}, "net-conf.Backend.Port=4789"},
@@ -182,6 +193,8 @@ func TestChartValues(t *testing.T) {
 		{[]string{wireguard, `flannel.mtu=1400`}, "net-conf.Backend.MTU=1400 net-conf.Backend.Type=wireguard"},
 		{[]string{wireguard, `flannel.psk="k"`}, "net-conf.Backend.PSK=k net-conf.Backend.Type=wireguard"},
 		{[]string{wireguard, `flannel.psk=0`}, "net-conf.Backend.Type=wireguard"},
+		{[]string{wireguard, `flannel.tunnelMode="\"auto\""`}, // flannel's chart needs the inner quotes
+			"net-conf.Backend.Mode=auto net-conf.Backend.Type=wireguard"},
 		{[]string{wireguard, `flannel.tunnelMode="auto"`}, "net-conf.Backend.Mode=auto net-conf.Backend.Type=wireguard"},
 		{[]string{wireguard, `flannel.keepaliveInterval=25`},
 			"net-conf.Backend.PersistentKeepaliveInterval=25 net-conf.Backend.Type=wireguard"},
@@ -202,6 +215,28 @@ func TestChartValues(t *testing.T) {
 		}
 	}
 
+	// Texts in the place of numbers, such as helm --set-string makes them.
+	for values, texts := range map[string]string{
+		`{"backendPort": 4789, "mtu": 1400, "vni": 4096, "GBP": true, "directRouting": false, "healthz": {"port": 9000},
+			"enableNFTables": true, "skipCNIConfigInstallation": true}`: `{"backendPort": "4789", "mtu": "1400", "vni": "4096",
+			"GBP": "true", "directRouting": "false", "healthz": {"port": "9000"},
+			"enableNFTables": "true", "skipCNIConfigInstallation": "true"}`,
+		`{"backend": "wireguard", "backendPort": 1, "backendPortv6": 2, "mtu": 0, "keepaliveInterval": 25, "healthz": {"port": 0}}`: `{
+			"backend": "wireguard", "backendPort": "1", "backendPortv6": "2", "mtu": "", "keepaliveInterval": "25", "healthz": {"port": "0"}}`,
+	} {
+		want := rendered(t, flannelValues, "--set-json", "flannel="+values)
+		got := rendered(t, flannelValues, "--set-json", "flannel="+texts)
+		if d := changes(want, got); d != "" {
+			t.Errorf("%s makes this difference: %s", texts, d)
+		}
+	}
+
+	// Versions of flannel's chart before 0.27 have another name for the plugin's image.
+	former := rendered(t, "--set-json", `flannel.image_cni={"repository": "r.invalid/p", "tag": "v1"}`)
+	if got := former["pod.initContainers.install-cni-plugin.image"]; got != "r.invalid/p:v1" {
+		t.Errorf("with image_cni, the plugin's image is %q", got)
+	}
+
 	// These take away many lines.
 	off := rendered(t, flannelValues, "--set-json", `flannel.healthz.port=0`)
 	if got := off["pod.containers.kube-flannel.command"]; got != "/opt/bin/flanneld --ip-masq --kube-subnet-mgr" {
@@ -220,6 +255,34 @@ func TestChartValues(t *testing.T) {
 	}
 	if skip["pod.initContainers.install-cni-plugin.command"] == "" {
 		t.Error("with skipCNIConfigInstallation the plugin is not installed")
+	}
+
+	// This adds a container, and nothing else to the pod.
+	const netpol = "pod.containers.kube-network-policies."
+	on := rendered(t, flannelValues, "--set-json", `netpol.enabled=true`)
+	for key, want := range map[string]string{
+		"image": "registry.invalid/kube-network-policies:v1.0.0", "command": "/bin/netpol --v=2",
+		"env.MY_NODE_NAME.valueFrom.fieldRef.fieldPath": "spec.nodeName",
+		"resources.requests.cpu":                        "100m",
+		"securityContext.capabilities.add":              "NET_ADMIN",
+		"securityContext.allowPrivilegeEscalation":      "false",
+	} {
+		if got := on[netpol+key]; got != want {
+			t.Errorf("with netpol.enabled %s is %q, want %q", key, got, want)
+		}
+	}
+	maps.DeleteFunc(on, func(key, _ string) bool { return strings.HasPrefix(key, netpol) })
+	if got := changes(base, on); got != "" {
+		t.Errorf("netpol.enabled makes this difference outside its container: %s", got)
+	}
+	text := labtest.Must(render(t, `netpol.enabled=true`))(t)
+	checkToken(t, text, "kube-flannel", "kube-network-policies")
+	const right = "resources: [networkpolicies]"
+	if off := labtest.Must(render(t))(t); !strings.Contains(text, right) || strings.Contains(off, right) {
+		t.Error("the right to read NetworkPolicies does not come and go with netpol.enabled")
+	}
+	if want := "--hostname-override=$(MY_NODE_NAME)"; !strings.Contains(text, want) {
+		t.Errorf("without a value for netpol.args there is no %s", want)
 	}
 }
 
@@ -370,6 +433,17 @@ func TestHelmUpgrade(t *testing.T) {
 		}
 		labtest.Must(k.Kubectl(ctx, "--namespace=kube-system", "delete", flannelDaemonSet))(t)
 	}
+
+	// A DaemonSet for each architecture, which the manifest for kube-system would not replace, is deleted first.
+	text := labtest.Must(k.Helm(ctx, "template", "flannel", "testdata/flannel-chart", "--namespace=kube-system", values,
+		`--set-json=selector={"app": "flannel", "tier": "node"}`))(t)
+	labtest.Must(k.KubectlApply(ctx, strings.ReplaceAll(text, "name: kube-flannel-ds", "name: kube-flannel-ds-amd64")))(t)
+	labtest.Must(k.Kubectl(ctx, "--namespace=kube-system", "delete", "daemonset", "--selector=app=flannel"))(t)
+	labtest.Must(k.KubectlApply(ctx, string(labtest.Must(os.ReadFile("../../Documentation/kube-flannel-kube-system.yml"))(t))))(t)
+	got := labtest.Must(k.Kubectl(ctx, "--namespace=kube-system", "get", "daemonsets", "--output=name"))(t)
+	if strings.TrimSpace(got) != "daemonset.apps/kube-flannel-ds" {
+		t.Errorf("these DaemonSets are there: %s", got)
+	}
 }
 
 // netConf returns the network's configuration in the ConfigMap.
@@ -394,9 +468,8 @@ func object(t *testing.T, text, kind string, into any) {
 	t.Fatalf("no %s in\n%s", kind, text)
 }
 
-// checkToken: no container but flanneld's gets the token of the service account, not even the container that runs only
-// at the start.
-func checkToken(t *testing.T, manifest string) {
+// checkToken: only these containers get the token of the service account, and not those that run only at the start.
+func checkToken(t *testing.T, manifest string, containers ...string) {
 	t.Helper()
 	type container struct {
 		Name         string
@@ -417,6 +490,10 @@ func checkToken(t *testing.T, manifest string) {
 		}
 	}
 	object(t, manifest, "DaemonSet", &ds)
+	var want []string
+	for _, c := range containers {
+		want = append(want, c+" "+serviceAccountDir)
+	}
 	spec := ds.Spec.Template.Spec
 	if spec.AutomountServiceAccountToken == nil || *spec.AutomountServiceAccountToken {
 		t.Error("Kubernetes mounts the token into every container")
@@ -431,7 +508,7 @@ func checkToken(t *testing.T, manifest string) {
 			}
 		}
 	}
-	if want := []string{"kube-flannel " + serviceAccountDir}; !slices.Equal(have, want) {
+	if !slices.Equal(have, want) {
 		t.Errorf("the token is mounted in %q, want %q", have, want)
 	}
 }

@@ -22,7 +22,7 @@ import (
 )
 
 // TestCluster: kubelet, kube-proxy, pods from a Deployment. The network comes from the manifest as it is published, or
-// from the chart, and recovers from what happens to its pods and files. It is left to make test-clusters.
+// from the chart in kube-system, and recovers from what happens to its pods and files. It is left to make test-clusters.
 func TestCluster(t *testing.T) {
 	t.Parallel()
 	for from, proxy := range map[string]string{"manifest": "iptables", "chart": "nftables"} {
@@ -34,35 +34,36 @@ func TestCluster(t *testing.T) {
 			ctx := labtest.Context(t, 4*time.Minute)
 			l := labtest.New(ctx, t, "{}")
 			c := newCluster(ctx, t, l, proxy)
-			manifest := labtest.Must(os.ReadFile("../../Documentation/kube-flannel.yml"))(t)
+			manifest, namespace := labtest.Must(os.ReadFile("../../Documentation/kube-flannel.yml"))(t), "kube-flannel"
 			if from == "chart" {
-				manifest = renderChart(ctx, t, l, "createNamespace=true,flannel.enableNFTables=true")
+				namespace = "kube-system"
+				manifest = renderChart(ctx, t, l, namespace, "flannel.enableNFTables=true")
 			}
-			testCluster(ctx, t, c, string(manifest))
+			testCluster(ctx, t, c, string(manifest), namespace)
 		})
 	}
 }
 
-func testCluster(ctx context.Context, t *testing.T, c *lab.Cluster, manifest string) {
+func testCluster(ctx context.Context, t *testing.T, c *lab.Cluster, manifest, namespace string) {
 	conditions := kubectl(ctx, t, c, "get nodes -o jsonpath={.items[*].status.conditions[?(@.type=='Ready')].status}")
 	if conditions != "False False" {
 		t.Errorf("before there is a network, nodes are Ready: %s", conditions)
 	}
 	labtest.Must(c.KubectlApply(ctx, manifest))(t)
 	labtest.Must(c.KubectlApply(ctx, lab.Echo))(t)
-	waitRollout(ctx, t, c, flannelDaemonSet)
+	waitFlannel(ctx, t, c, namespace)
 	kubectl(ctx, t, c, "wait nodes --all --for=condition=Ready --timeout=60s")
 	waitRollout(ctx, t, c, "deployment/echo")
 
 	pods := enterPods(ctx, t, c)
 	checkEcho(ctx, t, c, pods)
-	checkRights(ctx, t, c)
+	checkRights(ctx, t, c, namespace, flannelRights)
 
 	p1, p2 := labtest.Must(pods[0].StartPing(ctx, pods[1].ip))(t), labtest.Must(pods[1].StartPing(ctx, pods[0].ip))(t)
-	kubectl(ctx, t, c, "-n kube-flannel rollout restart "+flannelDaemonSet)
-	waitRollout(ctx, t, c, flannelDaemonSet)
-	kubectl(ctx, t, c, "-n kube-flannel delete pods --all")
-	waitRollout(ctx, t, c, flannelDaemonSet)
+	kubectl(ctx, t, c, "-n "+namespace+" rollout restart "+flannelDaemonSet)
+	waitFlannel(ctx, t, c, namespace)
+	kubectl(ctx, t, c, "-n "+namespace+" delete pods --all")
+	waitFlannel(ctx, t, c, namespace)
 	for _, file := range []string{"/etc/cni/net.d/10-flannel.conflist", "/opt/cni/bin/flannel"} {
 		n := c.Nodes[0]
 		labtest.Must(n.Run(ctx, "rm "+file))(t)
@@ -87,8 +88,9 @@ func testCluster(ctx context.Context, t *testing.T, c *lab.Cluster, manifest str
 
 const flannelDaemonSet = "daemonset/kube-flannel-ds"
 
-// TestOtherManifests: manifests that others write for flannel's images work with ours: its name is all that changes. It
-// is left to make test-clusters.
+// TestOtherManifests: manifests that others write for flannel's images work with ours: its name is all that changes. Our
+// manifest for kube-system takes the place of an old one there, and pods lose no packet. It is left to make
+// test-long.
 func TestOtherManifests(t *testing.T) {
 	t.Parallel()
 	chart := []string{"template", "flannel", "testdata/flannel-chart"}
@@ -96,15 +98,16 @@ func TestOtherManifests(t *testing.T) {
 		namespace, daemonSet string
 		helm                 []string // how the manifest is made of testdata/flannel-chart, if it is
 		prepare              func(context.Context, *testing.T, *lab.Cluster)
+		replace              bool // by our manifest for kube-system
 	}{
-		"flannel's": {"kube-flannel", "kube-flannel-ds", chart, nil},
+		"flannel's": {"kube-flannel", "kube-flannel-ds", chart, nil, false},
 		"up to 0.14's": {"kube-system", "kube-flannel-ds",
-			append(chart, `--set-json=selector={"tier": "node"}`, `--set-json=installConf=["cp", "-f"]`), nil},
-		"minikube":     {"kube-flannel", "kube-flannel-ds", nil, nil},
-		"kubespray":    {"kube-system", "kube-flannel", nil, nil},
-		"talos":        {"kube-system", "kube-flannel", nil, installPlugin},
-		"rke2-flannel": {"kube-system", "kube-flannel-ds", nil, installPlugin},
-		"canal":        {"kube-system", "canal", nil, installOtherCNI},
+			append(chart, `--set-json=selector={"tier": "node"}`, `--set-json=installConf=["cp", "-f"]`), nil, true},
+		"minikube":     {"kube-flannel", "kube-flannel-ds", nil, nil, false},
+		"kubespray":    {"kube-system", "kube-flannel", nil, nil, false},
+		"talos":        {"kube-system", "kube-flannel", nil, installPlugin, false},
+		"rke2-flannel": {"kube-system", "kube-flannel-ds", nil, installPlugin, false},
+		"canal":        {"kube-system", "canal", nil, installOtherCNI, false},
 	} {
 		if !labtest.Selected(false) {
 			continue
@@ -130,13 +133,27 @@ func TestOtherManifests(t *testing.T) {
 			}
 			labtest.Must(c.KubectlApply(ctx, text))(t)
 			labtest.Must(c.KubectlApply(ctx, lab.Echo))(t)
-			kubectl(ctx, t, c, "-n "+m.namespace+" rollout status --timeout=90s daemonset/"+m.daemonSet)
+			kubectl(ctx, t, c, "-n "+m.namespace+" rollout status --timeout="+rolloutTimeout()+" daemonset/"+m.daemonSet)
 			kubectl(ctx, t, c, "wait nodes --all --for=condition=Ready --timeout=60s")
 			waitRollout(ctx, t, c, "deployment/echo")
-			checkEcho(ctx, t, c, enterPods(ctx, t, c))
+			pods := enterPods(ctx, t, c)
+			checkEcho(ctx, t, c, pods)
 			for _, command := range []string{"status", "doctor"} {
 				t.Log(kubectl(ctx, t, c, "-n "+m.namespace+" exec daemonset/"+m.daemonSet+
 					" -c kube-flannel -- /opt/bin/flannelctl "+command))
+			}
+			if !m.replace {
+				return
+			}
+
+			ping := labtest.Must(pods[0].StartPing(ctx, pods[1].ip))(t)
+			ours := labtest.Must(os.ReadFile("../../Documentation/kube-flannel-kube-system.yml"))(t)
+			labtest.Must(c.KubectlApply(ctx, string(ours)))(t)
+			waitFlannel(ctx, t, c, m.namespace)
+			checkRights(ctx, t, c, m.namespace, flannelRights)
+			checkEcho(ctx, t, c, pods)
+			if got := labtest.Must(ping.Stop())(t); len(got.Lost) > 0 {
+				t.Errorf("%s: of %d packets these were lost: %d", ping, got.Sent, got.Lost)
 			}
 		})
 	}
@@ -218,7 +235,7 @@ func TestMigrate(t *testing.T) {
 	old := strings.ReplaceAll(string(labtest.Must(os.ReadFile("testdata/installers/kubespray.yaml"))(t)),
 		"image: IMAGE", "image: "+repository+":"+tag)
 	ours := string(labtest.Must(os.ReadFile("../../Documentation/kube-flannel.yml"))(t))
-	const oldRollout = "-n kube-system rollout status --timeout=90s daemonset/kube-flannel"
+	oldRollout := "-n kube-system rollout status --timeout=" + rolloutTimeout() + " daemonset/kube-flannel"
 	labtest.Must(c.KubectlApply(ctx, old))(t)
 	labtest.Must(c.KubectlApply(ctx, lab.Echo))(t)
 	kubectl(ctx, t, c, oldRollout)
@@ -275,7 +292,7 @@ func TestHelmCluster(t *testing.T) {
 	release := func(args ...string) {
 		t.Helper()
 		labtest.Must(c.Helm(ctx, append(args, "--namespace=kube-flannel")...))(t)
-		waitRollout(ctx, t, c, flannelDaemonSet)
+		waitFlannel(ctx, t, c, "kube-flannel")
 	}
 	release(append([]string{"install", "flannel", "testdata/flannel-chart", "--create-namespace"}, valuesWithImage(t)...)...)
 	labtest.Must(c.KubectlApply(ctx, lab.Echo))(t)
@@ -285,7 +302,7 @@ func TestHelmCluster(t *testing.T) {
 
 	p1, p2 := labtest.Must(pods[0].StartPing(ctx, pods[1].ip))(t), labtest.Must(pods[1].StartPing(ctx, pods[0].ip))(t)
 	release(append([]string{"upgrade", "flannel", "../../chart/flannel"}, valuesWithImage(t)...)...)
-	checkRights(ctx, t, c) // the pods are those of our chart
+	checkRights(ctx, t, c, "kube-flannel", flannelRights) // the pods are those of our chart
 	checkEcho(ctx, t, c, pods)
 	release("rollback", "flannel", "1")
 	checkEcho(ctx, t, c, pods)
@@ -311,7 +328,7 @@ func TestFullImage(t *testing.T) {
 			`{"SubnetAddCommand": "ip route replace $SUBNET via $PUBLIC_IP", "SubnetRemoveCommand": "ip route del $SUBNET"}`))(t)
 	labtest.Must(c.KubectlApply(ctx, text))(t)
 	labtest.Must(c.KubectlApply(ctx, lab.Echo))(t)
-	waitRollout(ctx, t, c, flannelDaemonSet)
+	waitFlannel(ctx, t, c, "kube-flannel")
 	kubectl(ctx, t, c, "wait nodes --all --for=condition=Ready --timeout=60s")
 	waitRollout(ctx, t, c, "deployment/echo")
 	checkEcho(ctx, t, c, enterPods(ctx, t, c))
@@ -330,6 +347,7 @@ func newCluster(ctx context.Context, t *testing.T, l *lab.Lab, proxy string) *la
 		defer cancel()
 		for _, line := range []string{
 			"get nodes,pods -A -o wide", "get events -A --field-selector type=Warning", "-n kube-flannel logs -l app=flannel --all-containers --prefix --tail=50",
+			"-n kube-system logs -l app=flannel --all-containers --prefix --tail=50",
 		} {
 			out, err := c.Kubectl(ctx, strings.Fields(line)...)
 			t.Logf("kubectl %s\n%s\n%v", line, out, err)
@@ -339,12 +357,12 @@ func newCluster(ctx context.Context, t *testing.T, l *lab.Lab, proxy string) *la
 	return c
 }
 
-// renderChart returns what helm makes of the chart with these settings.
-func renderChart(ctx context.Context, t *testing.T, l *lab.Lab, set string) []byte {
+// renderChart returns what helm makes of the chart for a namespace, with these settings.
+func renderChart(ctx context.Context, t *testing.T, l *lab.Lab, namespace, set string) []byte {
 	t.Helper()
 	helm := labtest.Must(l.Program("bin/helm"))(t)
 	return labtest.Must(exec.CommandContext(ctx, helm, "template", "flannel", "../../chart/flannel",
-		"--namespace=kube-flannel", "--set="+set).Output())(t)
+		"--namespace="+namespace, "--set="+set).Output())(t)
 }
 
 // kubectl runs a line of arguments.
@@ -356,12 +374,16 @@ func kubectl(ctx context.Context, t *testing.T, c *lab.Cluster, line string) str
 // waitRollout waits until all pods are of the newest kind and ready.
 func waitRollout(ctx context.Context, t *testing.T, c *lab.Cluster, what string) {
 	t.Helper()
-	namespace := "default"
-	if what == flannelDaemonSet {
-		namespace = "kube-flannel"
-	}
-	kubectl(ctx, t, c, "-n "+namespace+" rollout status --timeout=90s "+what)
+	kubectl(ctx, t, c, "rollout status --timeout="+rolloutTimeout()+" "+what)
 }
+
+// waitFlannel does so for flannel's DaemonSet in a namespace.
+func waitFlannel(ctx context.Context, t *testing.T, c *lab.Cluster, namespace string) {
+	t.Helper()
+	kubectl(ctx, t, c, "-n "+namespace+" rollout status --timeout="+rolloutTimeout()+" "+flannelDaemonSet)
+}
+
+func rolloutTimeout() string { return lab.Patiently(90 * time.Second).String() }
 
 // An echoPod is one of the Deployment's, entered.
 type echoPod struct {
@@ -440,42 +462,47 @@ func ask(ctx context.Context, from *lab.Namespace, address string) (name, seen s
 // serviceAccountDir is where a container has the token of a service account.
 const serviceAccountDir = "/var/run/secrets/kubernetes.io/serviceaccount"
 
-// checkRights checks the capabilities of the processes of the DaemonSet's pods, which files of the node they can write,
-// and that flanneld alone has the token of the service account.
-func checkRights(ctx context.Context, t *testing.T, c *lab.Cluster) {
+// The rights of a process in a pod of the DaemonSet.
+type rights struct {
+	status string // in /proc/PID/status
+	mounts string // the files of the node that it can write
+	token  bool   // of the service account
+}
+
+// flannelRights are those of the programs in the pods that the manifest makes.
+var flannelRights = map[string]rights{
+	"flanneld": {"CapBnd 0000000000003000 NoNewPrivs 1 Seccomp 2", // CAP_NET_ADMIN and CAP_NET_RAW
+		"/run/flannel /run/xtables.lock", true},
+	"flannel": {"CapBnd 0000000000000000 NoNewPrivs 1 Seccomp 2", "/etc/cni/net.d /opt/cni/bin", false},
+}
+
+// checkRights checks that the DaemonSet's pods in a namespace run these programs, with these rights.
+func checkRights(ctx context.Context, t *testing.T, c *lab.Cluster, namespace string, programs map[string]rights) {
 	t.Helper()
-	for _, p := range labtest.Must(c.Pods(ctx, "kube-flannel", "app=flannel"))(t) {
-		want := map[string]string{
-			"flanneld": "CapBnd 0000000000003000 NoNewPrivs 1 Seccomp 2", // CAP_NET_ADMIN and CAP_NET_RAW
-			"flannel":  "CapBnd 0000000000000000 NoNewPrivs 1 Seccomp 2",
-		}
+	pods := labtest.Must(c.Pods(ctx, namespace, "app=flannel"))(t)
+	if len(pods) < len(c.Nodes) {
+		t.Errorf("namespace %s has %d pods of flannel", namespace, len(pods))
+	}
+	for _, p := range pods {
+		want := maps.Clone(programs)
 		for _, pid := range labtest.Must(c.Processes(p))(t) {
 			var program string
-			var rights []string
+			var status []string
 			for line := range strings.Lines(string(labtest.Must(os.ReadFile("/proc/" + pid + "/status"))(t))) {
 				switch key, value, _ := strings.Cut(line, ":"); key {
 				case "Name":
 					program = strings.TrimSpace(value)
 				case "CapBnd", "NoNewPrivs", "Seccomp":
-					rights = append(rights, key, strings.TrimSpace(value))
+					status = append(status, key, strings.TrimSpace(value))
 				}
 			}
 			if program == "pause" {
 				continue // the container runtime's
 			}
-			if got := strings.Join(rights, " "); got != want[program] {
-				t.Errorf("%s on %s has %s, want %s", program, p.Spec.NodeName, got, want[program])
-			}
-			wantMounts := map[string]string{
-				"flanneld": "/run/flannel /run/xtables.lock",
-				"flannel":  "/etc/cni/net.d /opt/cni/bin",
-			}
-			if got := writableMounts(t, pid); got != wantMounts[program] {
-				t.Errorf("%s on %s can write %q, want %q", program, p.Spec.NodeName, got, wantMounts[program])
-			}
 			_, err := os.Stat("/proc/" + pid + "/root" + serviceAccountDir + "/token")
-			if hasToken := err == nil; hasToken != (program == "flanneld") {
-				t.Errorf("%s on %s has a token: %t, %v", program, p.Spec.NodeName, hasToken, err)
+			got := rights{strings.Join(status, " "), writableMounts(t, pid), err == nil}
+			if got != programs[program] {
+				t.Errorf("%s on %s has the rights %+v, want %+v", program, p.Spec.NodeName, got, programs[program])
 			}
 			delete(want, program)
 		}

@@ -29,6 +29,10 @@ func TestDocker(t *testing.T) {
 		text := strings.TrimSpace(string(labtest.Must(os.ReadFile(file))(t)))
 		options := strings.Fields(strings.Trim(strings.TrimPrefix(text, "DOCKER_OPTS="), `"`))
 		labtest.Do(t, n.StartDocker(ctx, options...))
+		// docker0 has its MTU from the first container.
+		if out, _, err := n.Ctl(ctx, "doctor"); err != nil || strings.Contains(out, "mtu-bridge") {
+			t.Errorf("%v\n%s", err, out)
+		}
 		addresses[i] = labtest.Must(n.RunEcho(ctx, "echo"+n.Hostname))(t)
 		env := labtest.Must(n.SubnetEnv())(t)
 		if len(addresses[i]) != 2 {

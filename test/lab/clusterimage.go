@@ -55,6 +55,21 @@ func (l *Lab) makeImage(ctx context.Context, image string) (string, error) {
 		Entrypoint: []string{"/" + name}})
 }
 
+// ImportProgram gives every node an image that holds one of the Programs, under a path in the image. The program is
+// static.
+func (c *Cluster) ImportProgram(ctx context.Context, image, path, program string) error {
+	binary, err := c.lab.Program(program)
+	if err != nil {
+		return err
+	}
+	file, err := c.lab.WriteImage(Image{Names: []string{image}, Files: map[string]string{path: binary},
+		Entrypoint: []string{path}})
+	if err != nil {
+		return err
+	}
+	return c.Import(ctx, file)
+}
+
 // WriteImage writes an image in the format of `docker save`, and returns the file.
 func (l *Lab) WriteImage(i Image) (string, error) {
 	name, _, _ := strings.Cut(filepath.Base(i.Names[0]), ":")

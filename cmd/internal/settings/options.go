@@ -281,6 +281,8 @@ func (o *Options) Complete(env []string) error {
 			o.warn("%s is ignored, since leases are in %s: %v", s.from, o.manager(), s.err)
 		case errors.As(s.err, &odd):
 			o.warn("%s: %v", s.from, odd)
+		case o.needless(s):
+			o.warn("%s: %v; it is left out, since other flags choose the uplink", s.from, s.err)
 		default:
 			return fmt.Errorf("%s: %w", s.from, s.err)
 		}
@@ -296,6 +298,12 @@ func (o *Options) Complete(env []string) error {
 		o.StatusSocket = ""
 	}
 	return o.check()
+}
+
+// needless reports whether the uplink is chosen by other flags than this one: flannel reads its flags for the uplink one
+// after the other, until one finds an interface.
+func (o *Options) needless(s *setting) bool {
+	return (s.name == "iface-regex" || s.name == "iface-can-reach") && len(o.Uplink.Names)+len(o.Uplink.Regexps) > 0
 }
 
 func (o *Options) warn(format string, args ...any) {
@@ -401,6 +409,16 @@ func (o *Options) unexpected(args []string, at int) string {
 }
 
 const envPrefix = "FLANNELD_"
+
+// ClearEnvironment removes the settings, one of which is a password, from the environment of this process once they have
+// been read: libraries that start programs pass the environment on.
+func ClearEnvironment() {
+	for _, variable := range os.Environ() {
+		if name, _, _ := strings.Cut(variable, "="); strings.HasPrefix(name, envPrefix) {
+			_ = os.Unsetenv(name) // fails for no name that is in the environment
+		}
+	}
+}
 
 func (s *setting) env() string {
 	return envPrefix + strings.ToUpper(strings.ReplaceAll(s.name, "-", "_"))

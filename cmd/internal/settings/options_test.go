@@ -236,6 +236,13 @@ func TestParseWhatFlannelAccepts(t *testing.T) {
 			warning: `--iptables-resync: "-3" is not a number of seconds: 1 or more; 5 is used`},
 		{args: "--iptables-resync=99999999999", want: func(*Options) {},
 			warning: `--iptables-resync: "99999999999" is not a number of seconds: 1 or more; 5 is used`},
+		{args: "--iface=eth0|--iface-can-reach=example.com",
+			want: func(o *Options) { o.Uplink.Names = []string{"eth0"} },
+			warning: `--iface-can-reach: "example.com" is not an IP address such as 192.0.2.7 or 2001:db8::7; ` +
+				"it is left out, since other flags choose the uplink"},
+		{args: "--iface-regex=eth[0|--iface-regex=eth1", want: func(o *Options) { o.Uplink.Regexps = regexps("eth1") },
+			warning: `--iface-regex: "eth[0" is not a regular expression in RE2 syntax: missing closing ]; ` +
+				"it is left out, since other flags choose the uplink"},
 		{args: "-v=-1", want: func(*Options) {}, warning: `--v: "-1" is not a log level: 0 or more; 0 is used`},
 		{args: "--subnet-file=", want: func(*Options) {},
 			warning: "--subnet-file: the value is empty: /run/flannel/subnet.env is used"},
@@ -584,5 +591,16 @@ vmodule
 	slices.Sort(lines)
 	if got := "\n" + strings.Join(lines, "\n") + "\n"; got != want {
 		t.Errorf("got %s", got)
+	}
+}
+
+func TestClearEnvironment(t *testing.T) {
+	t.Setenv("FLANNELD_ETCD_PASSWORD", "hunter2")
+	t.Setenv("FLANNELD_IFACE", "")
+	t.Setenv("NODE_NAME", "n1")
+	ClearEnvironment()
+	env := strings.Join(os.Environ(), "\n")
+	if strings.Contains(env, "FLANNELD_") || !strings.Contains(env, "NODE_NAME=n1") {
+		t.Errorf("got\n%s", env)
 	}
 }

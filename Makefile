@@ -17,11 +17,12 @@ programs-lab := ip:iproute2 iptables:iptables nft:nftables ping:iputils-ping
 programs-demo := $(programs-lab) iperf3:iperf3
 programs-image := dockerd:docker.io mmdebstrap:mmdebstrap
 programs-demo-kube := $(programs-lab) $(programs-image) containerd:containerd runc:runc conntrack:conntrack
+programs-conformance := $(programs-demo-kube)
 programs-e2e := $(programs-demo-kube) iperf3:iperf3 tcpdump:tcpdump ethtool:ethtool wg:wireguard-tools \
 	systemd-analyze:systemd promtool:prometheus
 programs-vm := qemu-system-x86_64:qemu-system-x86 mmdebstrap:mmdebstrap
 programs-tools := $(programs-e2e) $(programs-vm)
-NEED := $(addprefix need-,lab demo image demo-kube e2e vm tools)
+NEED := $(addprefix need-,lab demo image demo-kube conformance e2e vm tools)
 INSTALL := $(NEED:need-%=install-%)
 
 export PATH := $(PATH):/usr/sbin:/sbin
@@ -47,16 +48,18 @@ CNI := $(addprefix build/cni/,bridge host-local loopback portmap)
 # What else Kubernetes may be: an older API server, and kine in the place of etcd.
 OTHER_KUBE := build/stores/kube-apiserver-1.34 build/stores/kine
 KUBE := $(addprefix build/kube/,kube-apiserver kube-controller-manager kube-scheduler kube-proxy kubelet kubectl)
+# Kubernetes' own tests, and what runs in the pods that they make.
+SUITE := $(addprefix build/conformance/,e2e.test ginkgo agnhost localhost.crt localhost.key coredns)
 # What the chart deploys with netpol.enabled.
 NETPOL := build/kube/netpol
 
 .PHONY: help build image image-full manifest docs release release-check tools check check-source vulncheck test unit \
 	fuzz e2e test-all test-stores test-clusters test-long test-race test-vm bench bench-faults bench-kube bench-udp \
-	demo demo-kube demo-down clean FORCE $(NEED) $(INSTALL)
+	demo demo-kube demo-down conformance conformance-quick clean FORCE $(NEED) $(INSTALL)
 .NOTPARALLEL: # the go tool uses all processors itself
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-13s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-17s %s\n", $$1, $$2 }' Makefile
 
 build: $(BINARIES) ## Build the static binaries into build/bin
 
@@ -182,6 +185,36 @@ $(KUBE) build/stores/kube-apiserver-1.34:
 	go build -ldflags "-s -w -X k8s.io/component-base/version.gitVersion=$$version" -o "$(CURDIR)/$@" \
 		k8s.io/kubernetes/cmd/$(program)
 	@touch $@
+
+build/conformance/e2e.test: test/kubernetes/go.mod
+	@mkdir -p $(@D)
+	cd test/kubernetes && version=$$(awk '$$1 == "k8s.io/kubernetes" { print $$2 }' go.mod) && \
+	go test -c -vet=off -ldflags "-s -w -X k8s.io/component-base/version.gitVersion=$$version" -o "$(CURDIR)/$@" \
+		k8s.io/kubernetes/test/e2e
+	@touch $@
+
+build/conformance/ginkgo: package = github.com/onsi/ginkgo/v2/ginkgo
+build/conformance/agnhost: package = k8s.io/kubernetes/test/images/agnhost
+build/conformance/coredns: package = .
+build/conformance/ginkgo build/conformance/agnhost: test/kubernetes/go.mod
+build/conformance/coredns: test/coredns/go.mod test/coredns/main.go
+build/conformance/ginkgo build/conformance/agnhost build/conformance/coredns:
+	@mkdir -p $(@D)
+	cd $(<D) && go build -ldflags "-s -w" -o "$(CURDIR)/$@" $(package)
+	@touch $@
+
+# A certificate and its key, which a server of agnhost reads.
+build/conformance/localhost.crt build/conformance/localhost.key: test/kubernetes/go.mod
+	@mkdir -p $(@D)
+	cd test/kubernetes && install -m 644 "$$(go list -m -f '{{.Dir}}' k8s.io/kubernetes)/test/images/agnhost/porter/$(@F)" \
+		"$(CURDIR)/$@"
+
+# The root file system of the pods: what Kubernetes' tests call in them, such as sh, curl, dig, nc, ip and conntrack.
+build/conformance/root.tar: test/cmd/conformance/debian.packages
+	@mkdir -p $(@D)
+	mmdebstrap --quiet --variant=essential --include="$$(paste -sd, $<)" --skip=output/dev \
+		--dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
+		--dpkgopt='path-exclude=/usr/share/locale/*' bookworm $@
 
 # Under the name that it has in its own image.
 $(NETPOL): test/netpol/go.mod
@@ -311,6 +344,13 @@ bench-kube: build need-lab $(ETCD) $(KUBE) ## One node among 5000 of Kubernetes
 
 demo-kube: build install-demo-kube $(ETCD) $(CNI) $(KUBE) image ## A Kubernetes cluster: NODES=2 NFTABLES=1 KEEP=1
 	@cd test && go run ./cmd/demo -kube
+
+CONFORMANCE_NEEDS := build need-conformance $(ETCD) $(CNI) $(KUBE) build/bin/helm $(SUITE) build/conformance/root.tar image
+conformance: $(CONFORMANCE_NEEDS) ## Kubernetes' own tests of networking: FOCUS=regexp CONFORMANCE=all TESTS=network
+	@cd test && go run ./cmd/conformance
+
+conformance-quick: $(CONFORMANCE_NEEDS) ## A few of Kubernetes' own tests of networking
+	@cd test && go run ./cmd/conformance -quick
 
 demo-down: ## Take down what demo left with KEEP=1
 	@cd test && go run ./cmd/demo -down

@@ -18,7 +18,7 @@ import (
 
 // furnish gives a node what it takes besides a network to run containers, and
 // starts containerd.
-func (n *Node) furnish(ctx context.Context) error {
+func (n *Node) furnish(ctx context.Context, o ClusterOptions) error {
 	if err := addCgroup(n.Namespace.Name); err != nil {
 		return err
 	}
@@ -26,7 +26,11 @@ func (n *Node) furnish(ctx context.Context) error {
 		return fmt.Errorf("%s: %w", n.Hostname, err)
 	}
 	// As Kubernetes asks of every node.
-	for _, set := range []string{"net.ipv4.ip_forward=1", "net.bridge.bridge-nf-call-iptables=1"} {
+	settings := []string{"net.ipv4.ip_forward=1", "net.bridge.bridge-nf-call-iptables=1"}
+	if _, v6 := o.families(); v6 {
+		settings = append(settings, "net.ipv6.conf.all.forwarding=1", "net.bridge.bridge-nf-call-ip6tables=1")
+	}
+	for _, set := range settings {
 		if err := n.sysctl(set); err != nil {
 			return err
 		}
@@ -129,7 +133,7 @@ netns_mounts_under_state_dir = true
 }
 
 // startKubelet starts kubelet, which registers the node.
-func (n *Node) startKubelet(k *Kube) error {
+func (n *Node) startKubelet(k *Kube, o ClusterOptions) error {
 	program, err := n.lab.Program("kube/kubelet")
 	if err != nil {
 		return err
@@ -139,7 +143,7 @@ func (n *Node) startKubelet(k *Kube) error {
 		return err
 	}
 	type object = map[string]any
-	config, err := json.MarshalIndent(object{
+	settings := object{
 		"apiVersion": "kubelet.config.k8s.io/v1beta1", "kind": "KubeletConfiguration",
 		"containerRuntimeEndpoint": "unix:///run/containerd/containerd.sock",
 		// The API server, for kubectl logs and exec, does not say who it is.
@@ -156,7 +160,15 @@ func (n *Node) startKubelet(k *Kube) error {
 			"imagefs.available": "0%", "imagefs.inodesFree": "0%"},
 		"failSwapOn":                  false,
 		"imageGCHighThresholdPercent": 100,
-	}, "", "  ")
+	}
+	if o.DNS {
+		ip, err := o.dnsIP()
+		if err != nil {
+			return err
+		}
+		settings["clusterDNS"], settings["clusterDomain"], settings["resolvConf"] = []string{ip}, "cluster.local", ""
+	}
+	config, err := json.MarshalIndent(settings, "", "  ")
 	if err != nil {
 		return err
 	}
@@ -164,7 +176,15 @@ func (n *Node) startKubelet(k *Kube) error {
 	if err := os.WriteFile(file, config, 0o644); err != nil {
 		return err
 	}
-	_, err = n.launch(program, "--config="+file, "--kubeconfig="+k.Kubeconfig(user), "--node-ip="+n.IPv4.String())
+	var ips []string
+	v4, v6 := o.families()
+	if v4 {
+		ips = append(ips, n.IPv4.String())
+	}
+	if v6 {
+		ips = append(ips, n.IPv6.String())
+	}
+	_, err = n.launch(program, "--config="+file, "--kubeconfig="+k.Kubeconfig(user), "--node-ip="+strings.Join(ips, ","))
 	return err
 }
 

@@ -33,6 +33,9 @@ const (
 	// Services get addresses of serviceRange, the API server the first.
 	serviceRange = "198.19.128.0/24"
 	serviceIP    = "198.19.128.1"
+	// ServiceRangeV6 is for clusters with IPv6.
+	ServiceRangeV6 = "fd19:0:0:8000::/108"
+	serviceIPv6    = "fd19:0:0:8000::1"
 )
 
 // Kube is a control plane on the lab's etcd: a real kube-apiserver, and a real
@@ -119,7 +122,7 @@ func (k *Kube) credentials() (err error) {
 func (k *Kube) certify(by *authority) error {
 	cert, key, err := by.server([]string{"kubernetes", "kubernetes.default", "kubernetes.default.svc",
 		"kubernetes.default.svc.cluster.local"},
-		Gateway.AsSlice(), net.ParseIP(serviceIP))
+		Gateway.AsSlice(), net.ParseIP(serviceIP), GatewayV6.AsSlice(), net.ParseIP(serviceIPv6))
 	if err != nil {
 		return err
 	}

@@ -22,7 +22,6 @@ import (
 	"github.com/flanneld/flanneld/pkg/kernel"
 	"github.com/flanneld/flanneld/pkg/plain"
 	"github.com/flanneld/flanneld/pkg/proc"
-	"github.com/flanneld/flanneld/pkg/rtnl"
 )
 
 // showLog is the command that shows the daemon's log.
@@ -473,7 +472,7 @@ func mtuBridge(d *diagnosis) []problem {
 			d.options.SubnetFile, d.env.MTU, s.MTU), []string{"systemctl restart flanneld"}})
 	}
 	l := d.bridge()
-	if l == nil || s.MTU == 0 || l.Attrs().MTU <= s.MTU || !hasPorts(l) { // the first port sets the MTU
+	if l == nil || s.MTU == 0 || l.Attrs().MTU <= s.MTU || isUnused(l) { // the first port sets the MTU
 		return found
 	}
 	name := l.Attrs().Name
@@ -483,12 +482,10 @@ func mtuBridge(d *diagnosis) []problem {
 			[]string{fmt.Sprintf("ip link set %s mtu %d    # then recreate the pods on this node", plain.Shell(name), s.MTU)}})
 }
 
-// hasPorts tells whether devices are attached to a bridge.
-func hasPorts(bridge netlink.Link) bool {
-	links, err := rtnl.Dump(netlink.LinkList)
-	return err != nil || slices.ContainsFunc(links, func(l netlink.Link) bool {
-		return l.Attrs().MasterIndex == bridge.Attrs().Index
-	})
+// isUnused tells whether a device is a bridge without ports.
+func isUnused(l netlink.Link) bool {
+	bridges, _ := bridge.All()
+	return slices.ContainsFunc(bridges, func(b bridge.Bridge) bool { return b.Name == l.Attrs().Name && b.Ports == 0 })
 }
 
 // fixedIn are the first releases of each maintained series of Linux with the fix for checksums of zero in masqueraded

@@ -437,17 +437,22 @@ func TestRefusedObjects(t *testing.T) {
 	}
 }
 
+// nodeOnPort returns what node does, but with another port of its first device.
+func nodeOnPort(port int) []Object {
+	objects := node()
+	l := objects[0].(Link)
+	v := l.Type.(VXLAN)
+	v.Port = port
+	l.Type = v
+	objects[0] = l
+	return objects
+}
+
 func TestDeviceThatDoesNotFitIsReplaced(t *testing.T) {
 	host(t)
 	r := start(t)
 	before := tables(t)
-	other := node()
-	l := other[0].(Link)
-	v := l.Type.(VXLAN)
-	v.Port = 4789
-	l.Type = v
-	other[0] = l
-	r.Set("node", other)
+	r.Set("node", nodeOnPort(4789))
 	apply(t, r)
 	if got, want := tables(t), strings.Replace(before, "srcport 0 0 dstport 8472 nolearning",
 		"srcport 0 0 dstport 4789 nolearning", 1); got != want {
@@ -464,15 +469,7 @@ func TestDeviceThatDoesNotFitIsReplaced(t *testing.T) {
 func TestDeviceThatIsRemovedMeanwhile(t *testing.T) {
 	for name, change := range map[string]func(*Reconciler){
 		"no longer desired": func(r *Reconciler) { r.Set("node", nil) },
-		"to be replaced": func(r *Reconciler) {
-			other := node()
-			l := other[0].(Link)
-			v := l.Type.(VXLAN)
-			v.Port = 4789
-			l.Type = v
-			other[0] = l
-			r.Set("node", other)
-		},
+		"to be replaced":    func(r *Reconciler) { r.Set("node", nodeOnPort(4789)) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			host(t)

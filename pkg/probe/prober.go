@@ -1,0 +1,407 @@
+// Package probe finds out whether packets arrive at the peers of a host through its overlay network. It sends a small,
+// steady number of ICMP echo requests. The kernel of the peer replies; a peer that uses this package, too, tells in its
+// own requests what it receives, so that a direction in which packets are lost is known.
+package probe
+
+import (
+	"container/heap"
+	"context"
+	"errors"
+	"iter"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/flanneld/flanneld/pkg/echo"
+	"github.com/flanneld/flanneld/pkg/family"
+)
+
+const (
+	// DefaultInterval is the time in which each peer is asked at least once, while there are few enough peers.
+	DefaultInterval = 30 * time.Second
+
+	// gap is the least time between two requests: at most ten a second are sent, however many peers there are.
+	gap = 100 * time.Millisecond
+)
+
+// A conn is an *echo.Conn.
+type conn interface {
+	Send(from, to netip.Addr, seq uint16, data []byte) error
+	Receive(buf []byte) (echo.Message, error)
+	Close() error
+}
+
+// Observers are told of requests through the overlay. Each may be nil.
+type Observers struct {
+	RTT  func(time.Duration) // of each reply
+	Loss func(share float64) // of some ten requests to one peer, which share had no reply
+}
+
+// A Prober asks the peers of a host. Its methods may be called at any time.
+type Prober struct {
+	interval  time.Duration
+	observers Observers
+	open      func(family.Family) (conn, error)
+	wake      chan struct{} // Run has to look at the queues again
+	reports   chan struct{}
+
+	mu     sync.Mutex
+	pace   pace
+	peers  map[string][]*path
+	from   map[netip.Addr]*path // by the peer's addresses
+	waits  queue                // between two rounds
+	asks   queue                // in a round
+	alarms int                  // paths whose state is reported
+	sent   time.Time            // the latest request
+}
+
+// New returns a Prober, which has no peers yet. interval 0 is DefaultInterval.
+func New(interval time.Duration, o Observers) *Prober {
+	if interval == 0 {
+		interval = DefaultInterval
+	}
+	p := &Prober{
+		interval: interval, observers: o, wake: make(chan struct{}, 1), reports: make(chan struct{}, 1),
+		open:  func(f family.Family) (conn, error) { return echo.Open(f) },
+		peers: map[string][]*path{}, from: map[netip.Addr]*path{},
+	}
+	p.setPace()
+	return p
+}
+
+// Reports receives when a Path has been HostOnly or Silent for AlarmAfter, and when such a Path has recovered or is gone.
+func (p *Prober) Reports() <-chan struct{} { return p.reports }
+
+// Set replaces the paths to a peer. A path that stays as it is keeps its state. Without paths, the peer is forgotten.
+func (p *Prober) Set(peer string, paths ...Path) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	old := p.peers[peer]
+	var kept []*path
+	for _, want := range paths {
+		i := -1
+		for j, have := range old {
+			if have.Path == want {
+				i = j
+			}
+		}
+		if i >= 0 {
+			kept = append(kept, old[i])
+			old = append(old[:i:i], old[i+1:]...)
+			continue
+		}
+		kept = append(kept, newPath(peer, want, &p.pace, time.Now()))
+	}
+	for _, gone := range old {
+		p.remove(gone)
+	}
+	for _, path := range kept {
+		if path.due.IsZero() {
+			p.add(path)
+		}
+	}
+	p.peers[peer] = kept
+	if len(kept) == 0 {
+		delete(p.peers, peer)
+	}
+	p.setPace()
+}
+
+// add begins to ask on a path: soon, and not at the same time as on all others.
+func (p *Prober) add(path *path) {
+	path.due = time.Now().Add(rand.N(min(p.interval, 5*time.Second)))
+	heap.Push(&p.waits, path)
+	p.from[path.Overlay], p.from[path.Public] = path, path
+	signal(p.wake)
+}
+
+func (p *Prober) remove(path *path) {
+	heap.Remove(p.queueOf(path), path.index)
+	for _, ip := range []netip.Addr{path.Overlay, path.Public} {
+		if p.from[ip] == path {
+			delete(p.from, ip)
+		}
+	}
+	p.setReported(path, "")
+}
+
+// setPace follows the number of paths.
+func (p *Prober) setPace() {
+	p.pace.interval = max(p.interval, time.Duration(len(p.waits)+len(p.asks))*gap)
+	p.pace.recent = 2*p.pace.interval + 10*timeout
+}
+
+func (p *Prober) queueOf(path *path) *queue {
+	if path.attempt > 0 {
+		return &p.asks
+	}
+	return &p.waits
+}
+
+// signal wakes the receiver of a channel with room for one.
+func signal(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// Run asks until ctx ends, in the network namespace of the calling thread. It returns an error, and does nothing, where
+// the host lets it not.
+func (p *Prober) Run(ctx context.Context) error {
+	var conns family.Pair[conn]
+	var receivers sync.WaitGroup
+	defer receivers.Wait()
+	var errs []error
+	for _, f := range family.All {
+		c, err := p.open(f)
+		if err != nil { // the host may lack IPv6
+			errs = append(errs, err)
+			continue
+		}
+		*conns.At(f) = c
+		defer c.Close()
+		receivers.Go(func() { p.receive(c) })
+	}
+	if len(errs) == len(family.All) {
+		return errors.Join(errs...)
+	}
+	p.send(ctx, conns)
+	return nil
+}
+
+// send sends requests until ctx ends.
+func (p *Prober) send(ctx context.Context, conns family.Pair[conn]) {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-p.wake:
+		case <-timer.C:
+		}
+		r, wait := p.next()
+		for ; r != nil; r, wait = p.next() {
+			if c := conns.Of(family.Of(r.to)); c != nil {
+				// A source that this host lacks is an error. After any other error there is no reply, either.
+				if c.Send(r.from, r.to, r.seq, r.data) != nil && r.from.IsValid() {
+					_ = c.Send(netip.Addr{}, r.to, r.seq, r.data)
+				}
+			}
+		}
+		timer.Reset(wait)
+	}
+}
+
+// An outgoing is a request that is to be sent.
+type outgoing struct {
+	from, to netip.Addr
+	seq      uint16
+	data     []byte
+}
+
+// next returns the request that is due; if none is, it returns how long to wait. Rounds in progress come first: where
+// there are more peers than can be asked in time, a round does not take longer.
+func (p *Prober) next() (*outgoing, time.Duration) {
+	const idle = time.Hour
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for {
+		now := time.Now()
+		path := p.asks.first()
+		if w := p.waits.first(); path == nil || path.due.After(now) && w != nil && w.due.Before(path.due) {
+			path = w
+		}
+		if path == nil {
+			return nil, idle
+		}
+		if wait := max(path.due.Sub(now), p.sent.Add(gap).Sub(now)); wait > 0 {
+			return nil, wait
+		}
+		heap.Remove(p.queueOf(path), path.index)
+		send := path.step(now)
+		p.observeLosses(path)
+		if !send {
+			p.endRound(path, now)
+			continue
+		}
+		p.sent, path.due = now, now.Add(timeout)
+		heap.Push(&p.asks, path)
+		r := &outgoing{from: path.Source, to: path.Overlay, seq: path.seq, data: path.data(now)}
+		if path.scope == underlay {
+			r.from, r.to = netip.Addr{}, path.Public
+		}
+		return r, 0
+	}
+}
+
+func (p *Prober) observeLosses(path *path) {
+	if share, ok := path.losses(); ok && p.observers.Loss != nil {
+		p.observers.Loss(share)
+	}
+}
+
+// endRound puts a path, which is in no queue, in the queue for its next round, and has its state reported.
+func (p *Prober) endRound(path *path, now time.Time) {
+	interval := p.pace.interval
+	path.due = path.began.Add(interval - rand.N(interval/10+1))
+	if at := path.since.Add(AlarmAfter); path.isBad() && at.After(now) && at.Before(path.due) {
+		path.due = at
+	}
+	heap.Push(&p.waits, path)
+	p.report(path, now)
+}
+
+// report has the state of a path reported if it has to be, or if it was and is another one now.
+func (p *Prober) report(path *path, now time.Time) {
+	state := State("")
+	if path.isBad() && now.Sub(path.since) >= AlarmAfter {
+		state = path.state
+	}
+	p.setReported(path, state)
+}
+
+func (p *Prober) setReported(path *path, state State) {
+	if path.reported == state {
+		return
+	}
+	if path.reported != "" {
+		p.alarms--
+	}
+	if path.reported = state; state != "" {
+		p.alarms++
+	}
+	signal(p.reports)
+}
+
+// receive takes what arrives until c is closed.
+func (p *Prober) receive(c conn) {
+	buf := make([]byte, 256)
+	for {
+		m, err := c.Receive(buf)
+		if errors.Is(err, net.ErrClosed) {
+			return
+		}
+		if err == nil && p.take(m) {
+			signal(p.wake)
+		}
+	}
+}
+
+// take takes a message. It returns whether a path is due earlier than it was.
+func (p *Prober) take(m echo.Message) (earlier bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	path := p.from[m.From]
+	if path == nil {
+		return false
+	}
+	now := time.Now()
+	queue := p.queueOf(path)
+	if !m.Reply {
+		if path.hear(now, m.Data) {
+			path.due = now
+			heap.Fix(queue, path.index)
+			return true
+		}
+		return false
+	}
+	asking := path.attempt > 0
+	rtt := path.reply(now, m.Seq, m.Data)
+	if rtt > 0 && p.observers.RTT != nil {
+		p.observers.RTT(rtt)
+	}
+	if ended := asking && path.attempt == 0; ended {
+		heap.Remove(queue, path.index)
+		p.endRound(path, now)
+	} else {
+		p.report(path, now) // a late reply
+	}
+	return false
+}
+
+// Results yields what is known of the paths to a peer.
+func (p *Prober) Results(peer string) []Result {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var results []Result
+	for _, path := range p.peers[peer] {
+		results = append(results, path.result(time.Now()))
+	}
+	return results
+}
+
+// Count returns how many paths are in each State.
+func (p *Prober) Count() map[State]int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	count := map[State]int{}
+	for _, path := range p.paths() {
+		count[path.state]++
+	}
+	return count
+}
+
+// Alarms returns the paths that have been HostOnly or Silent for AlarmAfter, by peer.
+func (p *Prober) Alarms() map[string][]Result {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	alarms := map[string][]Result{}
+	if p.alarms == 0 {
+		return alarms
+	}
+	for peer, path := range p.paths() {
+		if path.reported != "" {
+			alarms[peer] = append(alarms[peer], path.result(time.Now()))
+		}
+	}
+	return alarms
+}
+
+// paths yields all paths, each with its peer.
+func (p *Prober) paths() iter.Seq2[string, *path] {
+	return func(yield func(string, *path) bool) {
+		for peer, paths := range p.peers {
+			for _, path := range paths {
+				if !yield(peer, path) {
+					return
+				}
+			}
+		}
+	}
+}
+
+// A queue has the path that is due first in front.
+type queue []*path
+
+func (q queue) first() *path {
+	if len(q) == 0 {
+		return nil
+	}
+	return q[0]
+}
+
+// Len, Less, Swap, Push and Pop implement heap.Interface.
+func (q queue) Len() int           { return len(q) }
+func (q queue) Less(i, j int) bool { return q[i].due.Before(q[j].due) }
+func (q queue) Swap(i, j int) {
+	q[i], q[j] = q[j], q[i]
+	q[i].index, q[j].index = i, j
+}
+
+func (q *queue) Push(x any) {
+	path := x.(*path)
+	path.index = len(*q)
+	*q = append(*q, path)
+}
+
+func (q *queue) Pop() any {
+	last := len(*q) - 1
+	path := (*q)[last]
+	(*q)[last] = nil
+	*q = (*q)[:last]
+	return path
+}

@@ -16,6 +16,7 @@ import (
 	"github.com/flanneld/flanneld/backend"
 	"github.com/flanneld/flanneld/pkg/firewall"
 	"github.com/flanneld/flanneld/pkg/kernel"
+	"github.com/flanneld/flanneld/pkg/probe"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -30,7 +31,11 @@ type metrics struct {
 	leaseDuration prometheus.Histogram
 	errors        *prometheus.CounterVec
 
+	probeRTT, probeLoss prometheus.Histogram
+	perPeer             atomic.Bool // metrics for each peer, too
+
 	manager subnet.Manager
+	probes  atomic.Pointer[probes] // nil: peers are not probed
 	rules   atomic.Pointer[firewall.Reconciler]
 	kernel  atomic.Pointer[kernel.Stats]
 	backend atomic.Pointer[backend.StatsReporter] // nil: the backend counts nothing
@@ -74,6 +79,17 @@ func newMetrics(m subnet.Manager, version string) *metrics {
 		Buckets: []float64{.001, .005, .01, .05, .1, .5, 1, 5, 30},
 	})
 	s.set = append(s.set, s.leaseDuration)
+	s.probeRTT = prometheus.NewHistogram(prometheus.HistogramOpts{
+		Name:    "flannel_probe_rtt_seconds",
+		Help:    "from a probe of a peer through the overlay until the reply",
+		Buckets: []float64{.0001, .0002, .0005, .001, .002, .005, .01, .02, .05, .1, .2, .5, 1},
+	})
+	s.probeLoss = prometheus.NewHistogram(prometheus.HistogramOpts{
+		Name:    "flannel_probe_loss_ratio",
+		Help:    "which share of some ten probes of one peer through the overlay had no reply; peers that have never replied do not count",
+		Buckets: []float64{0, .05, .1, .2, .3, .5, .75, .95, 1},
+	})
+	s.set = append(s.set, s.probeRTT, s.probeLoss)
 	s.errors = vector("flannel_errors_total",
 		"attempts that failed and are retried, by operation as in the log: `uplink`, `configuration`, `publishing`, "+
 			"`kernel`, `rules`, `subnet_file` (also each time that another program undoes it, again and again) and "+
@@ -84,6 +100,26 @@ func newMetrics(m subnet.Manager, version string) *metrics {
 
 // failed counts an error of a duty.
 func (s *metrics) failed(duty string) { s.errors.WithLabelValues(operation(duty)).Inc() }
+
+// probes are what a *probe.Prober has found.
+type probes interface {
+	Count() map[probe.State]int
+	All() map[string][]probe.Result
+}
+
+// setProber sets what has the results of probes, and whether metrics of each peer are reported.
+func (s *metrics) setProber(p probes, perPeer bool) {
+	s.perPeer.Store(perPeer)
+	s.probes.Store(&p)
+}
+
+// observers returns what the prober calls.
+func (s *metrics) observers() probe.Observers {
+	return probe.Observers{
+		RTT:  func(rtt time.Duration) { s.probeRTT.Observe(rtt.Seconds()) },
+		Loss: s.probeLoss.Observe,
+	}
+}
 
 // setBackend sets the backend whose counters are reported, if it has any.
 func (s *metrics) setBackend(b backend.Backend) {
@@ -125,6 +161,17 @@ var (
 		"1 if the firewall rules were in place after the last check", nil, nil)
 	descRulesChecked = prometheus.NewDesc("flannel_rules_last_check_timestamp_seconds",
 		"when the firewall rules were checked last, as Unix time", nil, nil)
+	descProbed = prometheus.NewDesc("flannel_probe_paths",
+		"ways to peers, one for each family, by what the probes find: `reachable`; `host-only`, the peer's host replies, but "+
+			"not through the overlay; `silent`, nothing replies any more; `never-replied`, nothing ever has, since a firewall "+
+			"may drop ICMP; `no-address`, the peer has no pod yet, and so no address to ask; `unknown`, not asked yet",
+		[]string{"state"}, nil)
+	descPeerReachable = prometheus.NewDesc("flannel_peer_reachable",
+		"1 while probes of the peer through the overlay have replies. Only with `--probe-peer-metrics`",
+		[]string{"peer", "address"}, nil)
+	descPeerRTT = prometheus.NewDesc("flannel_peer_rtt_seconds",
+		"from the latest probe of the peer through the overlay until the reply. Only with `--probe-peer-metrics`",
+		[]string{"peer", "address"}, nil)
 	descPackets = prometheus.NewDesc("flannel_backend_packets_total",
 		"packets that the backend moved itself (as udp does): `sent` to peers, `received` from peers",
 		[]string{"direction", "queue"}, nil)
@@ -141,7 +188,7 @@ func (s *metrics) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
 		descReady, descConnected, descExpiry, descObjectsWanted, descObjectsHeld, descRepairs, descFights,
 		descRulesChecks, descRulesWrites, descRulesRepairs, descRulesInPlace, descRulesChecked,
-		descPackets, descOctets, descDrops,
+		descProbed, descPeerReachable, descPeerRTT, descPackets, descOctets, descDrops,
 	} {
 		ch <- d
 	}
@@ -194,6 +241,7 @@ func (s *metrics) Collect(ch chan<- prometheus.Metric) {
 		checked = float64(rules.Checked.UnixNano()) / 1e9
 	}
 	gauge(descRulesChecked, checked)
+	s.collectProbes(gauge)
 	if b := s.backend.Load(); b != nil {
 		for _, q := range (*b).QueueStats() {
 			queue := strconv.Itoa(q.Queue)
@@ -201,6 +249,29 @@ func (s *metrics) Collect(ch chan<- prometheus.Metric) {
 			counter(descOctets, q.Bytes, q.Direction, queue)
 			for reason, n := range q.Drops {
 				counter(descDrops, n, q.Direction, queue, reason)
+			}
+		}
+	}
+}
+
+// collectProbes reports what the probes of peers find.
+func (s *metrics) collectProbes(gauge func(*prometheus.Desc, float64, ...string)) {
+	found := s.probes.Load()
+	if found == nil {
+		return
+	}
+	count := (*found).Count()
+	for _, state := range probe.States {
+		gauge(descProbed, float64(count[state]), string(state))
+	}
+	if !s.perPeer.Load() {
+		return
+	}
+	for peer, results := range (*found).All() {
+		for _, r := range results {
+			gauge(descPeerReachable, truth(r.State == probe.Reachable), peer, r.Overlay.String())
+			if r.RTT > 0 {
+				gauge(descPeerRTT, r.RTT.Seconds(), peer, r.Overlay.String())
 			}
 		}
 	}

@@ -31,6 +31,7 @@ import (
 	"github.com/flanneld/flanneld/pkg/kernel"
 	"github.com/flanneld/flanneld/pkg/lock"
 	"github.com/flanneld/flanneld/pkg/netspace"
+	"github.com/flanneld/flanneld/pkg/probe"
 	"github.com/flanneld/flanneld/pkg/retry"
 	"github.com/flanneld/flanneld/subnet"
 )
@@ -51,6 +52,11 @@ type Options struct {
 	// with what it should, whether or not the kernel has notified of changes. 0 or
 	// less: DefaultKernelResync.
 	KernelResync time.Duration
+
+	// ProbeInterval is the time in which each peer is asked at least once whether packets arrive there, while there are
+	// few enough peers: see package probe. 0 or less: peers are not asked.
+	ProbeInterval time.Duration
+	PeerMetrics   bool // metrics for each peer, too, of what the probes find
 
 	Blackhole bool           // drop what is sent to our subnet and has no pod there
 	Health    netip.AddrPort // of /healthz and /readyz; port 0: nowhere; no address: all
@@ -117,6 +123,7 @@ type node struct {
 	rules   *firewall.Reconciler
 	keeper  *leaseKeeper
 	worker  *worker
+	prober  *probe.Prober // nil: peers are not probed
 	status  statusServer
 	file    *fileWatch // of the subnet file; nil: it cannot be watched
 	events  events
@@ -137,8 +144,12 @@ type node struct {
 	fight    string   // over the rules, see firewall.State
 	rival    string   // that claims what is ours, see recordRival
 	overlaps []string // of the network with what the host uses, as logged
-	fileSet  bool     // the subnet file has the right content
-	ready    bool
+
+	unreached       string // peers, as recorded: see recordReachability
+	unreachedLogged string // the same, as logged
+
+	fileSet bool // the subnet file has the right content
+	ready   bool
 
 	fileFights *fight.Detector[string, string]
 	fileFight  string // over the subnet file, in words; "": none
@@ -158,6 +169,7 @@ type events struct {
 	links     <-chan struct{}
 	file      <-chan struct{}      // nil: the subnet file cannot be watched
 	leases    <-chan subnet.Update // nil: leases are not watched
+	probes    <-chan struct{}      // nil: peers are not probed
 	heartbeat <-chan time.Time     // nil: there is none
 }
 
@@ -266,6 +278,7 @@ func (n *node) start(ctx context.Context) (err error) {
 	n.group.Go(netspace.FromContext(ctx).In(func() { n.rules.Run(ctx) }))
 	n.keeper = newLeaseKeeper(n.Manager, n.metrics)
 	n.worker = newWorker()
+	n.startProber(ctx)
 	n.events.configs = n.Manager.Configs(ctx)
 	if n.HeartbeatEvery > 0 {
 		n.events.heartbeat = time.Tick(n.HeartbeatEvery)
@@ -302,6 +315,8 @@ func (n *node) handleEvent(ctx context.Context, compare <-chan time.Time) (runni
 		n.setRulesState(s)
 	case <-n.events.file:
 		n.checkFile()
+	case <-n.events.probes:
+		n.recordReachability()
 	case _, ok := <-n.events.links:
 		if running = ok; ok {
 			err = n.refreshUplink(ctx, n.target.cfg)
@@ -564,6 +579,7 @@ func (n *node) applyPeers(p peersPlan) {
 	}
 	n.logProblems(p.problems)
 	n.worker.update(p.update)
+	n.probePeers(p)
 	n.recordRival()
 }
 

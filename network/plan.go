@@ -11,6 +11,7 @@ import (
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/kernel"
 	"github.com/flanneld/flanneld/pkg/prefixes"
+	"github.com/flanneld/flanneld/pkg/probe"
 	"github.com/flanneld/flanneld/pkg/retry"
 	"github.com/flanneld/flanneld/subnet"
 )
@@ -84,6 +85,7 @@ func (s *state) planNode(o Options) nodePlan {
 // A peersPlan is what changes for the peers.
 type peersPlan struct {
 	objects  map[string][]kernel.Object // by owner; those of owners that are not in the map stay
+	paths    map[string][]probe.Path    // to the peers among these owners
 	update   subnet.Update              // the same leases, for a backend.Worker: peers' alone
 	problems []problem                  // that were not known before
 }
@@ -101,8 +103,8 @@ func (s *state) applyUpdate(u subnet.Update) peersPlan {
 		s.leases, s.claims = map[subnet.Subnets]subnet.Lease{}, nil
 	}
 	p := peersPlan{
-		objects: make(map[string][]kernel.Object, len(u.Leases)+len(u.Gone)),
-		update:  subnet.Update{Snapshot: u.Snapshot},
+		objects: make(map[string][]kernel.Object, len(u.Leases)+len(u.Gone)), paths: map[string][]probe.Path{},
+		update: subnet.Update{Snapshot: u.Snapshot},
 	}
 	gone := u.Apply(s.leases)
 	for _, gone := range gone {
@@ -126,7 +128,10 @@ func (s *state) applyUpdate(u subnet.Update) peersPlan {
 // planAllPeers returns what all peers need, as when the setup or our lease has
 // changed.
 func (s *state) planAllPeers() peersPlan {
-	p := peersPlan{objects: make(map[string][]kernel.Object, len(s.leases)), update: subnet.Update{Snapshot: true}}
+	p := peersPlan{
+		objects: make(map[string][]kernel.Object, len(s.leases)), paths: map[string][]probe.Path{},
+		update: subnet.Update{Snapshot: true},
+	}
 	s.claimAll()
 	s.planPeers(&p, s.leases)
 	return p
@@ -195,11 +200,13 @@ func (s *state) updateClaims(u subnet.Update, gone []subnet.Subnets) map[subnet.
 
 // planPeers plans for leases whose claims, and those of all others, are recorded.
 func (s *state) planPeers(p *peersPlan, leases map[subnet.Subnets]subnet.Lease) {
+	own, devices := s.working(), s.overlayAddrs()
 	for subnets, l := range leases {
 		objects, isPeer, err := s.planPeer(l)
 		p.objects[subnets.String()] = objects
 		if isPeer {
 			p.update.Put(l)
+			p.paths[subnets.String()] = pathsTo(own, l, devices)
 		} else {
 			p.update.Delete(subnets)
 		}

@@ -9,6 +9,7 @@ import (
 
 	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/pkg/kernel"
+	"github.com/flanneld/flanneld/pkg/probe"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -27,6 +28,10 @@ type Status struct {
 	Lease   *Lease         `json:"lease,omitempty"`
 	Peers   int            `json:"peers"`
 	LeftOut []Lease        `json:"leftOut,omitempty"` // that are no peers, or cannot be reached in full
+
+	// Unreached are the peers at which packets do not arrive, and Reached counts all ways to peers by their state.
+	Unreached []Lease             `json:"unreached,omitempty"`
+	Reached   map[probe.State]int `json:"reached,omitempty"`
 
 	// Overlaps say where the network, or this node's own subnet, overlaps what the host uses for something else.
 	Overlaps []string `json:"overlaps,omitempty"`
@@ -60,6 +65,7 @@ type Lease struct {
 	Expires       time.Time       `json:"expires,omitzero"` // zero: never, or not known
 	Own           bool            `json:"own"`
 	Problem       string          `json:"problem,omitempty"`
+	Reachability  []Reachability  `json:"reachability,omitempty"` // what the daemon's probes know; none: it does not probe
 }
 
 // Lease returns the lease as the subnet manager has it, without its end.
@@ -122,7 +128,8 @@ type Store struct {
 // A view is what a Status is made from.
 type view struct {
 	Options
-	*state      // nil: the configuration is not known yet
+	*state                    // nil: the configuration is not known yet
+	prober      *probe.Prober // nil: peers are not probed
 	waiting     string
 	started     time.Time
 	ready       bool
@@ -135,7 +142,7 @@ type view struct {
 // node.
 func (n *node) view() view {
 	v := view{
-		Options: n.Options, state: &n.state, waiting: n.health.waitingFor(), started: n.started,
+		Options: n.Options, state: &n.state, prober: n.prober, waiting: n.health.waitingFor(), started: n.started,
 		rulesSet: n.rulesSet, fileWritten: n.fileSet,
 	}
 	v.ready = n.ready && v.waiting == ""
@@ -185,6 +192,12 @@ func (v view) status() Status {
 		if l.Problem != "" {
 			s.LeftOut = append(s.LeftOut, l)
 		}
+		if l.unreached() {
+			s.Unreached = append(s.Unreached, l)
+		}
+	}
+	if v.prober != nil {
+		s.Reached = v.prober.Count()
 	}
 	return s
 }
@@ -227,6 +240,9 @@ func (v view) leaseStatus(l subnet.Lease) Lease {
 		Subnets: l.Each(), PublicIPs: a.PublicIPs(),
 		Backend: a.BackendType, BackendData: a.BackendData, BackendV6Data: a.BackendV6Data,
 		Expires: l.Expires, Own: v.own != nil && l.Subnets == v.own.Subnets, Problem: string(v.problems[l.Subnets]),
+	}
+	if v.own != nil && !s.Own {
+		s.Reachability = v.reachability(l)
 	}
 	if at := v.Manager.State().Expires; s.Own && at.After(s.Expires) {
 		s.Expires = at

@@ -112,6 +112,19 @@ func peerLeftOut(d *diagnosis) []problem {
 	return found
 }
 
+func peerBlocked(d *diagnosis) []problem {
+	var found []problem
+	for _, l := range d.status.Unreached {
+		for _, r := range l.Reachability {
+			if r.Problem != "" {
+				found = append(found, problem{fmt.Sprintf("%s, since %s: %s", join(l.Subnets),
+					r.Since.Format(time.DateTime), r.Problem), []string{"flannelctl connectivity " + join(l.Subnets[:1])}})
+			}
+		}
+	}
+	return found
+}
+
 func networkOverlap(d *diagnosis) []problem {
 	var found []problem
 	for _, text := range d.status.Overlaps {

@@ -41,6 +41,7 @@ var checks = []check{
 	{"lease-missing", "this node has a lease", leaseMissing},
 	{"lease-expired", "the lease is renewed", leaseExpired},
 	{"peer-left-out", "this node uses the leases of all peers", peerLeftOut},
+	{"peer-blocked", "packets arrive at all peers, as the daemon's probes find", peerBlocked},
 	{"network-overlap", "the network does not overlap what this host uses", networkOverlap},
 	{"out-of-sync", "devices, routes and rules are in the desired state", outOfSync},
 	{"subnet-file", "the subnet file is right", subnetFile},

@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/flanneld/flanneld/network"
+	"github.com/flanneld/flanneld/pkg/probe"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -109,6 +110,18 @@ func (t *tool) status(s network.Status) {
 	if s.Lease != nil {
 		line("peers", fmt.Sprint(s.Peers), nil)
 	}
+	line("probes", probed(s.Reached), t.warnUnless(len(s.Unreached) == 0))
+	for i, l := range s.Unreached {
+		if i == maxUnreached {
+			line("", fmt.Sprintf("and %d more: flannelctl leases lists them", len(s.Unreached)-i), t.warn)
+			break
+		}
+		for _, r := range l.Reachability {
+			if r.Problem != "" {
+				line("", fmt.Sprintf("%s, for %s: %s", join(l.Subnets), ago(r.Since), r.Problem), t.warn)
+			}
+		}
+	}
 	for _, l := range s.LeftOut {
 		line("", join(l.Subnets)+": "+l.Problem, t.warn)
 	}
@@ -138,6 +151,27 @@ func (t *tool) status(s network.Status) {
 		line("error", duty+": "+s.Errors[duty], t.bad)
 	}
 	t.table(nil, rows)
+}
+
+// maxUnreached is how many peers at which packets do not arrive status shows.
+const maxUnreached = 10
+
+// stateText says what the probes of a peer have found.
+var stateText = map[probe.State]string{
+	probe.Reachable: "reachable", probe.HostOnly: "not reachable, but the host is", probe.Silent: "silent",
+	probe.NoReply: "without a reply, ever (a firewall may drop ICMP)", probe.NoAddress: "without a pod yet",
+	probe.Unknown: "not probed yet",
+}
+
+// probed counts what the probes of peers have found.
+func probed(count map[probe.State]int) string {
+	var parts []string
+	for _, state := range probe.States {
+		if n := count[state]; n > 0 {
+			parts = append(parts, fmt.Sprintf("%d %s", n, stateText[state]))
+		}
+	}
+	return strings.Join(parts, ", ")
 }
 
 func join[T fmt.Stringer](all []T) string {
@@ -194,10 +228,32 @@ func (t *tool) leases(leases []network.Lease) {
 			{of(l.Subnets, netip.Prefix.Addr, netip.Addr.Is4), colour}, {of(l.Subnets, netip.Prefix.Addr, netip.Addr.Is6),
 				colour},
 			{of(l.PublicIPs, itself, netip.Addr.Is4), nil}, {of(l.PublicIPs, itself, netip.Addr.Is6), nil},
-			{l.Backend, nil}, {expires, nil}, {note, t.warnUnless(l.Own)},
+			{l.Backend, nil}, {expires, nil}, t.reachable(l), {note, t.warnUnless(l.Own)},
 		})
 	}
-	t.table([]string{"SUBNET", "IPV6 SUBNET", "PUBLIC IP", "PUBLIC IPV6", "BACKEND", "EXPIRES IN", "NOTE"}, rows)
+	t.table([]string{"SUBNET", "IPV6 SUBNET", "PUBLIC IP", "PUBLIC IPV6", "BACKEND", "EXPIRES IN", "REACHABLE", "NOTE"}, rows)
+}
+
+// reachable returns what the probes know of a peer: of the family in which it is reached the worst.
+func (t *tool) reachable(l network.Lease) cell {
+	texts := map[probe.State]string{
+		probe.HostOnly: "no, only its host", probe.Silent: "no", probe.NoReply: "no reply yet", probe.NoAddress: "no pod yet",
+	}
+	for _, state := range []probe.State{probe.Silent, probe.HostOnly, probe.NoReply, probe.NoAddress, probe.Reachable} {
+		for _, r := range l.Reachability {
+			switch {
+			case r.State != state:
+			case state == probe.Reachable && r.RTT > 0:
+				rtt := time.Duration(r.RTT * float64(time.Second)).Round(10 * time.Microsecond)
+				return cell{fmt.Sprintf("for %s, %s", ago(r.Since), rtt), t.ok}
+			case state == probe.Reachable:
+				return cell{"for " + ago(r.Since), t.ok}
+			default:
+				return cell{fmt.Sprintf("%s, for %s", texts[state], ago(r.Since)), t.warnUnless(r.Problem == "")}
+			}
+		}
+	}
+	return cell{}
 }
 
 func (t *tool) warnUnless(fine bool) func(string) styled {

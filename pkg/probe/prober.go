@@ -334,6 +334,17 @@ func (p *Prober) Results(peer string) []Result {
 	return results
 }
 
+// All returns what is known of all paths, by peer.
+func (p *Prober) All() map[string][]Result {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	all := make(map[string][]Result, len(p.peers))
+	for peer, path := range p.paths() {
+		all[peer] = append(all[peer], path.result(time.Now()))
+	}
+	return all
+}
+
 // Count returns how many paths are in each State.
 func (p *Prober) Count() map[State]int {
 	p.mu.Lock()

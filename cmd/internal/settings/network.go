@@ -19,7 +19,7 @@ func (o *Options) LeaseFile() string { return o.SubnetFile + ".lease" }
 
 // Network returns the options of network.Run, but for those that concern the process.
 func (o *Options) Network(m subnet.Manager) network.Options {
-	return network.Options{
+	n := network.Options{
 		Manager:      m,
 		Uplink:       o.Uplink,
 		SubnetFile:   o.SubnetFile,
@@ -31,8 +31,13 @@ func (o *Options) Network(m subnet.Manager) network.Options {
 		RulesResync:  o.RulesResync,
 		KernelResync: o.KernelResync,
 		Blackhole:    o.BlackholeRoute,
+		PeerMetrics:  o.ProbePeerMetrics,
 		Health:       netip.AddrPortFrom(o.HealthzIP, uint16(o.HealthzPort)),
 	}
+	if o.ProbePeers {
+		n.ProbeInterval = o.ProbeInterval
+	}
+	return n
 }
 
 // NetworkName returns the name of the network on this host, where several networks may be: the name of the subnet file

@@ -58,6 +58,10 @@ type Options struct {
 	KernelResync    time.Duration
 	BlackholeRoute  bool
 
+	ProbePeers       bool
+	ProbeInterval    time.Duration
+	ProbePeerMetrics bool
+
 	HealthzIP   netip.Addr // not valid: all addresses of both families
 	HealthzPort int        // 0: off
 	Profile     bool
@@ -200,6 +204,14 @@ func hostFlags(o *Options) []group {
 					"when the kernel announces a change: 1 or more"},
 			{name: "ip-blackhole-route", def: "false", set: into(&o.BlackholeRoute, boolean),
 				help: "drop packets to pods that no longer exist, by a blackhole route for the node's own subnet"},
+			{name: "probe-peers", def: "true", set: into(&o.ProbePeers, boolean),
+				help: "find out whether packets arrive at the other nodes, by at most ten ICMP echo requests a second"},
+			{name: "probe-interval", arg: "SECONDS", def: "30",
+				set: into(&o.ProbeInterval, duration("seconds", time.Second, 1, math.MaxInt32, 0)),
+				help: "seconds in which each node is probed, while there are few enough nodes (up to 300 with the default): " +
+					"1 or more"},
+			{name: "probe-peer-metrics", def: "false", set: into(&o.ProbePeerMetrics, boolean),
+				help: "metrics of each other node, too, not only of all together"},
 		}},
 		{"Health", "", []*setting{
 			{name: "healthz-ip", arg: "IP", def: "0.0.0.0", set: func(string) error { return nil }, // see healthz

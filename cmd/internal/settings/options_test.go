@@ -33,6 +33,8 @@ func defaults() Options {
 		ForwardRules:              true,
 		RulesResync:               5 * time.Second,
 		KernelResync:              time.Minute,
+		ProbePeers:                true,
+		ProbeInterval:             30 * time.Second,
 		HealthzIP:                 netip.IPv4Unspecified(),
 	}
 }
@@ -176,6 +178,10 @@ func TestParseOptions(t *testing.T) {
 			o.LeaseRenewMargin, o.RulesResync, o.KernelResync, o.HealthzPort, o.HealthzIP = 1439*time.Minute, time.Minute,
 				7*time.Second, 65535, netip.IPv6Unspecified()
 		}},
+		{name: "probes", args: []string{"--probe-peers=false", "--probe-interval=5", "--probe-peer-metrics"},
+			want: func(o *Options) {
+				o.ProbePeers, o.ProbeInterval, o.ProbePeerMetrics = false, 5*time.Second, true
+			}},
 		{name: "addresses",
 			args: []string{"--public-ip=198.18.0.1", "--public-ipv6=2001:DB8::0001", "--iface-can-reach=2001:db8::2"},
 			want: func(o *Options) {
@@ -366,6 +372,7 @@ func TestParseOptionsError(t *testing.T) {
 		{args: "--subnet-lease-renew-margin=60m",
 			want: `--subnet-lease-renew-margin: "60m" is not a number of minutes: 1 to 1439`},
 		{args: "--iptables-resync=0s", want: `--iptables-resync: "0s" is not a number of seconds: 1 or more`},
+		{args: "--probe-interval=0", want: `--probe-interval: "0" is not a number of seconds: 1 or more`},
 		{args: "--kernel-resync=0", want: `--kernel-resync: "0" is not a number of seconds: 1 or more`},
 		{args: "--public-ip=2001:db8::1", want: `--public-ip: "2001:db8::1" is not an IPv4 address`},
 		{args: "--public-ip=0.0.0.0", want: `--public-ip: "0.0.0.0" is not an address that peers can reach this node at`},
@@ -566,6 +573,9 @@ kubeconfig-file
 log_backtrace_at
 net-config-path /etc/kube-flannel/net-conf.json
 pprof false
+probe-interval 30
+probe-peer-metrics false
+probe-peers true
 public-ip
 public-ipv6
 set-node-network-unavailable true

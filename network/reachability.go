@@ -1,0 +1,196 @@
+package network
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/pkg/family"
+	"github.com/flanneld/flanneld/pkg/kernel"
+	"github.com/flanneld/flanneld/pkg/netspace"
+	"github.com/flanneld/flanneld/pkg/probe"
+	"github.com/flanneld/flanneld/subnet"
+)
+
+// startProber starts to probe peers.
+func (n *node) startProber(ctx context.Context) {
+	if n.ProbeInterval <= 0 {
+		return
+	}
+	n.prober = probe.New(n.ProbeInterval, n.metrics.observers())
+	n.metrics.setProber(n.prober, n.PeerMetrics)
+	n.events.probes = n.prober.Reports()
+	n.group.Go(netspace.FromContext(ctx).In(func() {
+		if err := n.prober.Run(ctx); err != nil {
+			n.log.Error(err, "Cannot probe peers, which needs CAP_NET_RAW: that packets do not arrive is not noticed",
+				"flag", "--probe-peers")
+		}
+	}))
+}
+
+// probePeers has the prober follow a plan.
+func (n *node) probePeers(p peersPlan) {
+	if n.prober == nil {
+		return
+	}
+	for owner := range p.objects {
+		n.prober.Set(owner, p.paths[owner]...)
+	}
+}
+
+// overlayAddrs returns the addresses of this node's devices in the overlay. Where there is one, each peer has one, too.
+func (s *state) overlayAddrs() []netip.Addr {
+	var addrs []netip.Addr
+	for _, o := range s.backend.Local(s.working()) {
+		if a, ok := o.(kernel.Addr); ok {
+			addrs = append(addrs, a.Prefix.Addr())
+		}
+	}
+	return addrs
+}
+
+// pathsTo returns the ways from own to a peer that are probed, one for each family. devices are the overlayAddrs.
+func pathsTo(own, peer subnet.Lease, devices []netip.Addr) []probe.Path {
+	var paths []probe.Path
+	for _, side := range backend.Sides(own, peer).Each() {
+		if !side.On {
+			continue
+		}
+		path := probe.Path{Overlay: side.Peer.Addr(), Source: side.Own.Addr(), Public: side.PublicIP}
+		if !slices.Contains(devices, path.Source) {
+			// Without a device, the bridge has the first address in the overlay, as soon as there has been a pod.
+			path.Overlay, path.Source, path.Optional = path.Overlay.Next(), path.Source.Next(), true
+		}
+		paths = append(paths, path)
+	}
+	return paths
+}
+
+// A Reachability is what the daemon's probes know of the way to a peer in one family.
+type Reachability struct {
+	Address netip.Addr  `json:"address"` // of the peer, inside the overlay
+	State   probe.State `json:"state"`
+	Since   time.Time   `json:"since"`
+	RTT     float64     `json:"rttSeconds,omitempty"` // of the latest reply through the overlay
+	Problem string      `json:"problem,omitempty"`    // what is wrong, and what to do
+}
+
+// unreached tells whether packets do not arrive at the peer.
+func (l Lease) unreached() bool {
+	return slices.ContainsFunc(l.Reachability, func(r Reachability) bool { return r.Problem != "" })
+}
+
+// reachability returns what is known of the ways to a peer.
+func (v view) reachability(l subnet.Lease) []Reachability {
+	if v.prober == nil {
+		return nil
+	}
+	var all []Reachability
+	for _, r := range v.prober.Results(l.Subnets.String()) {
+		all = append(all, Reachability{r.Overlay, r.State, r.Since.Round(time.Second), r.RTT.Seconds(), v.describe(l, r)})
+	}
+	return all
+}
+
+// describe says what is wrong with the way to a peer, and what to do; "" if nothing is.
+func (s *state) describe(l subnet.Lease, r probe.Result) string {
+	f := family.Of(r.Public)
+	from, to := s.own.Attrs.PublicIPOf(f), r.Public
+	switch r.State {
+	case probe.Silent:
+		return fmt.Sprintf("nothing from %s arrives any more, neither through the overlay nor from the host itself: "+
+			"the host or the network between is down, or a firewall has begun to drop ICMP. If the node is gone for "+
+			"good, delete its lease", to)
+	case probe.HostOnly:
+	default:
+		return ""
+	}
+	what := s.carrier(l, f)
+	const other = "If that is open, the packets are dropped by the host that receives them: by reverse path filtering, " +
+		"or since the two devices differ, in the VNI for example"
+	switch {
+	case r.Heard && !r.Arrives:
+		return fmt.Sprintf("%s replies outside of the overlay alone. Packets to it arrive there, but %s from %s to %s does "+
+			"not arrive here: open that in the firewalls of this node and in between. %s", to, what, to, from, other)
+	case r.Arrives:
+		return fmt.Sprintf("%s replies outside of the overlay alone. Packets of it arrive here, but %s from %s to %s does "+
+			"not arrive there: open that in its firewalls and in between. %s", to, what, from, to, other)
+	case r.Asks:
+		return fmt.Sprintf("%s replies outside of the overlay alone. %s between %s and %s arrives in neither direction: "+
+			"open that in the firewalls of both nodes and in between. %s", to, what, from, to, other)
+	default:
+		return fmt.Sprintf("%s replies outside of the overlay alone. Either %s between %s and %s is blocked: open that in "+
+			"the firewalls of both nodes and in between. Or no flanneld runs on %s, or its firewall drops ICMP in the overlay",
+			to, what, from, to, to)
+	}
+}
+
+// carrier returns what carries packets to a peer from host to host, as firewalls name it.
+func (s *state) carrier(l subnet.Lease, f family.Family) string {
+	objects, _ := s.backend.Peer(s.working(), l)
+	for _, o := range objects {
+		if r, ok := o.(kernel.Route); ok && r.Via == l.Attrs.PublicIPOf(f) {
+			return fmt.Sprintf("traffic of %s", s.cfg.Networks().Of(f)) // as it is, routed by the hosts
+		}
+	}
+	var ports []string
+	for _, e := range s.backend.Info().Endpoints {
+		switch {
+		case !f.Has(e.Addr):
+		case e.Port != 0:
+			ports = append(ports, fmt.Sprintf("%s port %d", strings.ToUpper(e.Protocol), e.Port))
+		default:
+			ports = append(ports, "IP protocol "+e.Protocol)
+		}
+	}
+	if len(ports) > 0 {
+		return strings.Join(ports, ", ")
+	}
+	return fmt.Sprintf("traffic of %s", s.cfg.Networks().Of(f))
+}
+
+// maxNamed is how many peers an event names.
+const maxNamed = 3
+
+// recordReachability logs and records that peers have not been reached for a while, or that all are reached again.
+func (n *node) recordReachability() {
+	alarms := n.prober.Alarms()
+	var blocked, silent []string
+	for subnets, l := range n.leases { // whose texts are sorted below
+		for _, r := range alarms[subnets.String()] {
+			text := fmt.Sprintf("%s: %s", subnets, n.describe(l, r))
+			if r.State == probe.HostOnly {
+				blocked = append(blocked, text)
+			} else {
+				silent = append(silent, text)
+			}
+		}
+	}
+	message := summarize(blocked)
+	if message != n.unreached {
+		n.unreached = message
+		n.recordEvent("reachability", "PeersUnreachable", message)
+	}
+	text := strings.Join(slices.DeleteFunc([]string{message, summarize(silent)}, func(s string) bool { return s == "" }), "; ")
+	switch {
+	case text == n.unreachedLogged:
+	case text == "":
+		n.log.Info("All peers are reached again")
+	default:
+		n.log.Error(nil, "Peers are not reached", "count", len(blocked)+len(silent), "reason", text)
+	}
+	n.unreachedLogged = text
+}
+
+// summarize returns the first texts, and how many more there are.
+func summarize(texts []string) string {
+	slices.Sort(texts)
+	if len(texts) <= maxNamed {
+		return strings.Join(texts, "; ")
+	}
+	return fmt.Sprintf("%s; and %d other peers: see flannelctl leases", strings.Join(texts[:maxNamed], "; "), len(texts)-maxNamed)
+}

@@ -1,0 +1,171 @@
+package e2e
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/flanneld/flanneld/network"
+	"github.com/flanneld/flanneld/pkg/probe"
+	"github.com/flanneld/flanneld/test/lab"
+	"github.com/flanneld/flanneld/test/lab/labtest"
+)
+
+// A loss is what keeps IPv4 packets from the other node, and what each node knows of the other meanwhile. In commands and
+// texts, {1} and {2} are the nodes' addresses on the link, {o1} and {o2} those of their flannel devices.
+type loss struct {
+	name            string
+	inject, restore [2][]string // commands on the first and on the second node
+	cable           bool        // of the second node is pulled
+	stopped         bool        // no daemon runs on the second node meanwhile
+	states          [2]probe.State
+	says            [2]string // a part of the text
+	long            bool
+}
+
+func onBoth(commands ...string) [2][]string   { return [2][]string{commands, commands} }
+func onSecond(commands ...string) [2][]string { return [2][]string{nil, commands} }
+
+const (
+	dropVXLAN = "iptables -I INPUT -p udp --dport 8472 -j DROP"
+	dropPings = "iptables -I INPUT -p icmp --icmp-type echo-request -j DROP"
+)
+
+var losses = []loss{
+	{name: "port dropped at the second", inject: onSecond(dropVXLAN), restore: onSecond("iptables -F INPUT"),
+		states: [2]probe.State{probe.HostOnly, probe.HostOnly},
+		says: [2]string{"Packets of it arrive here, but UDP port 8472 from {1} to {2} does not arrive there",
+			"Packets to it arrive there, but UDP port 8472 from {1} to {2} does not arrive here"}},
+	{name: "port dropped both ways", inject: onBoth(dropVXLAN), restore: onBoth("iptables -F INPUT"),
+		states: [2]probe.State{probe.HostOnly, probe.HostOnly},
+		says: [2]string{"UDP port 8472 between {1} and {2} arrives in neither direction",
+			"UDP port 8472 between {2} and {1} arrives in neither direction"}},
+	{name: "sent packets dropped", inject: onSecond("iptables -I OUTPUT -p udp --dport 8472 -j DROP"),
+		restore: onSecond("iptables -F OUTPUT"), states: [2]probe.State{probe.HostOnly, probe.HostOnly},
+		says: [2]string{"UDP port 8472 from {2} to {1} does not arrive here",
+			"UDP port 8472 from {2} to {1} does not arrive there"}, long: true},
+	// The second node's own requests tell the first one that it receives replies. The second one has them, too.
+	{name: "pings dropped at the second", inject: onSecond(dropPings), restore: onSecond("iptables -F INPUT"),
+		states: [2]probe.State{probe.Reachable, probe.Reachable}},
+	{name: "switched off", cable: true, states: [2]probe.State{probe.Silent, probe.Silent},
+		says: [2]string{"nothing from {2} arrives any more", "nothing from {1} arrives any more"}},
+	{name: "another VNI", stopped: true,
+		inject: onSecond("ip link del flannel.1",
+			"ip link add flannel.2 type vxlan id 2 local {2} dev eth0 dstport 8472 nolearning",
+			"ip address add {o2}/32 dev flannel.2", "ip link set flannel.2 up"),
+		restore: onSecond("ip link del flannel.2"), states: [2]probe.State{probe.HostOnly},
+		says: [2]string{"Either UDP port 8472 between {1} and {2} is blocked"}},
+	{name: "reverse path filter",
+		inject: onSecond("sysctl -w net.ipv4.conf.all.rp_filter=1", "ip rule add to {o1} table 77",
+			"ip route add {o1} dev eth0 table 77"),
+		restore: onSecond("sysctl -w net.ipv4.conf.all.rp_filter=0", "ip rule del table 77", "ip route flush table 77"),
+		states:  [2]probe.State{probe.HostOnly, probe.HostOnly}, says: [2]string{"reverse path filtering", "reverse path filtering"},
+		long: true},
+	{name: "asymmetric routing",
+		inject:  onSecond("ip rule add to {o1} table 77", "ip route add {o1} via {1} dev eth0 table 77"),
+		restore: onSecond("ip rule del table 77", "ip route flush table 77"),
+		states:  [2]probe.State{probe.Reachable, probe.Reachable}, long: true},
+}
+
+// TestReachability: each node knows whether packets arrive at the other, in which direction they do not, and says what
+// to open. IPv6 is not concerned.
+func TestReachability(t *testing.T) {
+	t.Parallel()
+	ctx := labtest.Context(t, 5*time.Minute)
+	l := labtest.New(ctx, t, fmt.Sprintf(doctorNetwork, ""), lab.NodeOptions{}, lab.NodeOptions{})
+	labtest.Start(ctx, t, l, "--ip-masq", "--probe-interval=1")
+	nodes := [2]*lab.Node{l.Nodes()[0], l.Nodes()[1]}
+	words := []string{"{1}", nodes[0].IPv4.String(), "{2}", nodes[1].IPv4.String()}
+	for i, n := range nodes {
+		words = append(words, fmt.Sprintf("{o%d}", i+1), labtest.Must(n.SubnetEnv())(t).Subnets.IPv4.Addr().String())
+	}
+	filled := strings.NewReplacer(words...)
+	run := func(commands [2][]string) {
+		t.Helper()
+		for i, n := range nodes {
+			for _, c := range commands[i] {
+				labtest.Must(n.Run(ctx, filled.Replace(c)))(t)
+			}
+		}
+	}
+	healthy := loss{states: [2]probe.State{probe.Reachable, probe.Reachable}}
+	waitReachability(ctx, t, nodes, healthy, filled)
+	for _, m := range losses {
+		if !labtest.Selected(!m.long) {
+			continue
+		}
+		t.Run(m.name, func(t *testing.T) {
+			if m.stopped {
+				labtest.Do(t, nodes[1].Stop(ctx))
+			}
+			run(m.inject)
+			if m.cable {
+				labtest.Do(t, nodes[1].PullCable(ctx))
+			}
+			began := time.Now()
+			waitReachability(ctx, t, nodes, m, filled)
+			// It stays so for longer than a round takes in which nothing replies.
+			for m.states[0] == probe.Reachable && time.Since(began) < 5*time.Second {
+				waitReachability(ctx, t, nodes, m, filled)
+			}
+			if m.cable {
+				labtest.Do(t, nodes[1].PlugCable(ctx))
+			}
+			run(m.restore)
+			if m.stopped {
+				labtest.Do(t, nodes[1].Restart(ctx))
+			}
+			waitReachability(ctx, t, nodes, healthy, filled)
+		})
+	}
+}
+
+// waitReachability waits until each node knows of the other what m says.
+func waitReachability(ctx context.Context, t *testing.T, nodes [2]*lab.Node, m loss, filled *strings.Replacer) {
+	t.Helper()
+	for i, n := range nodes {
+		if m.states[i] == "" {
+			continue
+		}
+		labtest.Do(t, lab.Poll(ctx, fmt.Sprintf("%s on %s", m.states[i], n.Hostname), func() error {
+			paths, err := reachability(ctx, n)
+			if err != nil {
+				return err
+			}
+			for _, p := range paths {
+				wants, says := m.states[i], filled.Replace(m.says[i])
+				if p.Address.Is6() && !m.cable && !m.stopped {
+					wants, says = probe.Reachable, ""
+				} else if p.Address.Is6() {
+					continue
+				}
+				if p.State != wants || !strings.Contains(p.Problem, says) || (says == "") != (p.Problem == "") {
+					return fmt.Errorf("%s: %s, %q; want %s, %q", p.Address, p.State, p.Problem, wants, says)
+				}
+			}
+			return nil
+		}))
+	}
+}
+
+// reachability returns what a node knows of its only peer.
+func reachability(ctx context.Context, n *lab.Node) ([]network.Reachability, error) {
+	out, _, err := n.Ctl(ctx, "leases", "-o", "json")
+	if err != nil {
+		return nil, err
+	}
+	var leases []network.Lease
+	if err := json.Unmarshal([]byte(out), &leases); err != nil {
+		return nil, err
+	}
+	for _, l := range leases {
+		if !l.Own && len(l.Reachability) == 2 {
+			return l.Reachability, nil
+		}
+	}
+	return nil, fmt.Errorf("there is no peer with two families in %s", out)
+}
+

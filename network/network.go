@@ -316,7 +316,7 @@ func (n *node) handleEvent(ctx context.Context, compare <-chan time.Time) (runni
 	case <-n.events.file:
 		n.checkFile()
 	case <-n.events.probes:
-		n.recordReachability()
+		n.recordReachability(n.prober.Alarms())
 	case _, ok := <-n.events.links:
 		if running = ok; ok {
 			err = n.refreshUplink(ctx, n.target.cfg)

@@ -426,7 +426,7 @@ func TestSubnetThatChangedOverARestart(t *testing.T) {
 // An eventManager is a manager whose store has a place for events.
 type eventManager struct {
 	*manager
-	events chan string // the subject, reason and message of each that is about the subnet
+	events chan string // the subject, reason and message of each about the subnet or reachability
 }
 
 func (m *eventManager) next(t *testing.T) string {
@@ -441,7 +441,7 @@ func (m *eventManager) next(t *testing.T) string {
 }
 
 func (m *eventManager) RecordEvent(subject, reason, message string) {
-	if subject == "subnet" {
+	if subject == "subnet" || subject == "reachability" {
 		m.events <- subject + " " + reason + " " + message
 	}
 }

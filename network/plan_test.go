@@ -14,6 +14,7 @@ import (
 	"github.com/flanneld/flanneld/backend/backendtest"
 	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/pkg/kernel"
+	"github.com/flanneld/flanneld/pkg/probe"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -22,7 +23,7 @@ import (
 // "----", and the plan that follows, which "go test ./network -run TestPlans -update"
 // writes. The lines of input are
 //
-//	options  words of: masquerade random forward blackhole
+//	options  words of: masquerade random forward blackhole probe
 //	config   the network's configuration
 //	uplink   name, MTU, addresses with prefix lengths, "public" and the addresses peers use
 //	own      our lease: the last element of its etcd key, and its value
@@ -31,6 +32,7 @@ import (
 //	snapshot the leases of this step are all there are
 //	foreign  a route of the kernel or another program, see parseForeign; those of a step replace the earlier ones
 //	store    the addresses of the store
+//	result   what is known of a path: its address, a state, and words of: asks arrives heard
 //	host     replace routes and store by what this step has, which may be nothing
 //	#        a remark
 func TestPlans(t *testing.T) {
@@ -70,6 +72,7 @@ type scenario struct {
 	state
 	options  Options
 	youngest int64 // lease
+	probe    bool  // the paths to peers are told, too
 }
 
 // step takes one step's events and returns the plan as text.
@@ -77,6 +80,7 @@ func (s *scenario) step(input string) (string, error) {
 	var u subnet.Update
 	var setUp, updated, hosted bool
 	var h host
+	var results []string
 	for line := range strings.Lines(input) {
 		word, rest, _ := strings.Cut(strings.TrimSpace(line), " ")
 		var err error
@@ -84,6 +88,7 @@ func (s *scenario) step(input string) (string, error) {
 		case "#", "":
 		case "options":
 			on := func(word string) bool { return slices.Contains(strings.Fields(rest), word) }
+			s.probe = on("probe")
 			s.options = Options{RandomFully: on("random"), Forward: on("forward"), Blackhole: on("blackhole"),
 				IPMasq: family.Pair[bool]{
 					IPv4: on("masquerade") || on("masquerade4"), IPv6: on("masquerade") || on("masquerade6"),
@@ -124,6 +129,8 @@ func (s *scenario) step(input string) (string, error) {
 		case "store":
 			h.store, h.stores = storeOf(subnet.State{Kind: "etcd", Endpoints: strings.Fields(rest)})
 			hosted = true
+		case "result":
+			results = append(results, rest)
 		case "host":
 			hosted = true
 		default:
@@ -165,11 +172,49 @@ func (s *scenario) step(input string) (string, error) {
 	if len(concerned.Leases) > 0 {
 		writePeersPlan(&out, s.applyUpdate(concerned))
 	}
+	for _, text := range results {
+		said, err := s.describeResult(text)
+		if err != nil {
+			return "", err
+		}
+		fmt.Fprintln(&out, said)
+	}
 	if updated {
-		writePeersPlan(&out, s.applyUpdate(u))
+		p := s.applyUpdate(u)
+		writePeersPlan(&out, p)
+		if s.probe {
+			writePaths(&out, p.paths)
+		}
 		fmt.Fprintf(&out, "other leases: %d\n", s.others())
 	}
 	return out.String(), nil
+}
+
+// describeResult returns what is said of the result of probes: see TestPlans.
+func (s *scenario) describeResult(text string) (string, error) {
+	words := strings.Fields(text)
+	is := func(word string) bool { return slices.Contains(words[2:], word) }
+	for _, l := range s.leases {
+		for _, p := range pathsTo(s.working(), l, s.overlayAddrs()) {
+			if p.Overlay.String() == words[0] {
+				r := probe.Result{Path: p, State: probe.State(words[1]), Asks: is("asks"), Arrives: is("arrives"), Heard: is("heard")}
+				return fmt.Sprintf("%s: %q", text, s.describe(l, r)), nil
+			}
+		}
+	}
+	return "", fmt.Errorf("there is no path to %s", words[0])
+}
+
+func writePaths(out *strings.Builder, paths map[string][]probe.Path) {
+	for _, peer := range slices.Sorted(maps.Keys(paths)) {
+		for _, p := range paths[peer] {
+			fmt.Fprintf(out, "path to %s from %s, host %s", p.Overlay, p.Source, p.Public)
+			if p.Optional {
+				out.WriteString(", optional")
+			}
+			fmt.Fprintln(out)
+		}
+	}
 }
 
 // parseForeign reads a route as kernel.ForeignRoute.Text has it. The word "bridge" after it says that it is of a bridge

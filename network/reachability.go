@@ -109,56 +109,54 @@ func (s *state) describe(l subnet.Lease, r probe.Result) string {
 	default:
 		return ""
 	}
-	what := s.carrier(l, f)
-	const other = "If that is open, the packets are dropped by the host that receives them: by reverse path filtering, " +
-		"or since the two devices differ, in the VNI for example"
+	what, otherwise := s.carrier(l, f)
 	switch {
 	case r.Heard && !r.Arrives:
-		return fmt.Sprintf("%s replies outside of the overlay alone. Packets to it arrive there, but %s from %s to %s does "+
-			"not arrive here: open that in the firewalls of this node and in between. %s", to, what, to, from, other)
+		return fmt.Sprintf("%s from %s to %s does not arrive here, while packets to %s arrive there: open that in the "+
+			"firewalls of this node and in between. %s", what, to, from, to, otherwise)
 	case r.Arrives:
-		return fmt.Sprintf("%s replies outside of the overlay alone. Packets of it arrive here, but %s from %s to %s does "+
-			"not arrive there: open that in its firewalls and in between. %s", to, what, from, to, other)
+		return fmt.Sprintf("%s from %s to %s does not arrive there, while packets of %s arrive here: open that in the "+
+			"firewalls of %s and in between. %s", what, from, to, to, to, otherwise)
 	case r.Asks:
-		return fmt.Sprintf("%s replies outside of the overlay alone. %s between %s and %s arrives in neither direction: "+
-			"open that in the firewalls of both nodes and in between. %s", to, what, from, to, other)
+		return fmt.Sprintf("%s between %s and %s arrives in neither direction, while the hosts reply to each other: open "+
+			"that in the firewalls of both nodes and in between. %s", what, from, to, otherwise)
 	default:
-		return fmt.Sprintf("%s replies outside of the overlay alone. Either %s between %s and %s is blocked: open that in "+
+		return fmt.Sprintf("%s replies, but not through the overlay. Either %s between %s and %s is blocked: open that in "+
 			"the firewalls of both nodes and in between. Or no flanneld runs on %s, or its firewall drops ICMP in the overlay",
 			to, what, from, to, to)
 	}
 }
 
-// carrier returns what carries packets to a peer from host to host, as firewalls name it.
-func (s *state) carrier(l subnet.Lease, f family.Family) string {
+// carrier returns what carries packets to a peer from host to host, as firewalls name it, and what else may drop them.
+func (s *state) carrier(l subnet.Lease, f family.Family) (what, otherwise string) {
 	objects, _ := s.backend.Peer(s.working(), l)
-	for _, o := range objects {
-		if r, ok := o.(kernel.Route); ok && r.Via == l.Attrs.PublicIPOf(f) {
-			return fmt.Sprintf("traffic of %s", s.cfg.Networks().Of(f)) // as it is, routed by the hosts
-		}
-	}
+	direct := slices.ContainsFunc(objects, func(o kernel.Object) bool {
+		r, ok := o.(kernel.Route)
+		return ok && r.Via == l.Attrs.PublicIPOf(f)
+	})
 	var ports []string
 	for _, e := range s.backend.Info().Endpoints {
 		switch {
-		case !f.Has(e.Addr):
+		case direct || !f.Has(e.Addr):
 		case e.Port != 0:
 			ports = append(ports, fmt.Sprintf("%s port %d", strings.ToUpper(e.Protocol), e.Port))
 		default:
 			ports = append(ports, "IP protocol "+e.Protocol)
 		}
 	}
-	if len(ports) > 0 {
-		return strings.Join(ports, ", ")
+	if len(ports) == 0 { // the hosts route the packets as they are
+		return fmt.Sprintf("traffic of %s", s.cfg.Networks().Of(f)), "If that is open, a host does not forward, or the network " +
+			"between the hosts drops packets with addresses that it does not know, as clouds do"
 	}
-	return fmt.Sprintf("traffic of %s", s.cfg.Networks().Of(f))
+	return strings.Join(ports, ", "), "If that is open, the host that receives the packets drops them: by reverse path " +
+		"filtering, or since the devices of the two nodes differ, such as in the VNI"
 }
 
 // maxNamed is how many peers an event names.
 const maxNamed = 3
 
 // recordReachability logs and records that peers have not been reached for a while, or that all are reached again.
-func (n *node) recordReachability() {
-	alarms := n.prober.Alarms()
+func (n *node) recordReachability(alarms map[string][]probe.Result) {
 	var blocked, silent []string
 	for subnets, l := range n.leases { // whose texts are sorted below
 		for _, r := range alarms[subnets.String()] {

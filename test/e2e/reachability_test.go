@@ -37,8 +37,8 @@ const (
 var losses = []loss{
 	{name: "port dropped at the second", inject: onSecond(dropVXLAN), restore: onSecond("iptables -F INPUT"),
 		states: [2]probe.State{probe.HostOnly, probe.HostOnly},
-		says: [2]string{"Packets of it arrive here, but UDP port 8472 from {1} to {2} does not arrive there",
-			"Packets to it arrive there, but UDP port 8472 from {1} to {2} does not arrive here"}},
+		says: [2]string{"UDP port 8472 from {1} to {2} does not arrive there, while packets of {2} arrive here",
+			"UDP port 8472 from {1} to {2} does not arrive here, while packets to {1} arrive there"}},
 	{name: "port dropped both ways", inject: onBoth(dropVXLAN), restore: onBoth("iptables -F INPUT"),
 		states: [2]probe.State{probe.HostOnly, probe.HostOnly},
 		says: [2]string{"UDP port 8472 between {1} and {2} arrives in neither direction",
@@ -107,6 +107,15 @@ func TestReachability(t *testing.T) {
 			}
 			began := time.Now()
 			waitReachability(ctx, t, nodes, m, filled)
+			if says := filled.Replace(m.says[0]); says != "" {
+				out, status, err := nodes[0].Ctl(ctx, "doctor")
+				if err != nil || status != 1 || !strings.Contains(out, "peer-blocked: ") || !strings.Contains(out, says) {
+					t.Errorf("doctor: %v, status %d\n%s", err, status, out)
+				}
+				if out, _, err := nodes[0].Ctl(ctx, "status"); err != nil || !strings.Contains(out, says) {
+					t.Errorf("status: %v\n%s", err, out)
+				}
+			}
 			// It stays so for longer than a round takes in which nothing replies.
 			for m.states[0] == probe.Reachable && time.Since(began) < 5*time.Second {
 				waitReachability(ctx, t, nodes, m, filled)

@@ -149,7 +149,7 @@ func TestDoctorTunnels(t *testing.T) {
 				charonRun(ctx, t, n)
 				labtest.Must(n.Run(ctx, "sysctl -qw net.ipv6.conf.default.accept_dad=0"))(t)
 			}
-			labtest.Start(ctx, t, l, "--ip-masq")
+			labtest.Start(ctx, t, l, "--ip-masq", "--probe-peers=false")
 			addPods(ctx, t, l)
 			findings, always := b.findings, ""
 			switch {

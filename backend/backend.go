@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"time"
 
 	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/pkg/iface"
@@ -20,7 +21,7 @@ import (
 // Attrs.
 //
 // A backend that does more than that implements some of Worker, StatsReporter,
-// Differ and Identifier.
+// Differ, SessionReporter and Identifier.
 type Backend interface {
 	// Info returns what the rest of the node must know of the backend. The
 	// answer is always the same.
@@ -103,6 +104,13 @@ type Differ interface {
 	// Diff returns the commands that would make that state what this node's
 	// lease and the leases of its peers call for. It changes nothing.
 	Diff(ctx context.Context, own subnet.Lease, peers []subnet.Lease) ([]string, error)
+}
+
+// A SessionReporter is a Backend that agrees on keys with each peer.
+type SessionReporter interface {
+	// Sessions returns when keys were agreed on last with each of the peers that
+	// there is a session with. It changes nothing.
+	Sessions(ctx context.Context, peers []subnet.Lease) (map[subnet.Subnets]time.Time, error)
 }
 
 // An Identifier is a Backend that knows a peer by other, or more, than its

@@ -151,6 +151,7 @@ func (i *Inspection) Leases(ctx context.Context) ([]Lease, error) {
 	}
 	leases := i.leaseList()
 	fillExpiries(ctx, i.Manager, leases)
+	fillKeys(ctx, i.backend, leases)
 	return leases, nil
 }
 

@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/flanneld/flanneld/backend"
 	"github.com/flanneld/flanneld/pkg/netspace"
 	"github.com/flanneld/flanneld/pkg/plain"
 )
@@ -83,10 +84,12 @@ func (n *node) serveStatus(ctx context.Context) {
 	})
 	serve("/leases", func(ctx context.Context) (any, error) {
 		var leases []Lease
-		if err := n.status.do(ctx, func() { leases = n.view().leaseList() }); err != nil {
+		var b backend.Backend
+		if err := n.status.do(ctx, func() { leases, b = n.view().leaseList(), n.backend }); err != nil {
 			return nil, err
 		}
 		fillExpiries(ctx, n.Manager, leases)
+		fillKeys(ctx, b, leases)
 		return leases, nil
 	})
 	serve("/diff", func(ctx context.Context) (any, error) {

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/flanneld/flanneld/backend"
 	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/pkg/kernel"
 	"github.com/flanneld/flanneld/pkg/probe"
@@ -65,6 +66,7 @@ type Lease struct {
 	Expires       time.Time       `json:"expires,omitzero"` // zero: never, or not known
 	Own           bool            `json:"own"`
 	Problem       string          `json:"problem,omitempty"`
+	Keys          time.Time       `json:"keys,omitzero"`          // when the backend agreed on keys with the peer last, if it does
 	Reachability  []Reachability  `json:"reachability,omitempty"` // what the daemon's probes know; none: it does not probe
 }
 
@@ -281,6 +283,27 @@ func fillExpiries(ctx context.Context, m subnet.Manager, leases []Lease) {
 		if at, ok := ends[l.Lease().Subnets]; ok {
 			leases[i].Expires = at.Round(time.Second)
 		}
+	}
+}
+
+// fillKeys fills in when the backend agreed on keys with peers last, as far as that is known.
+func fillKeys(ctx context.Context, b backend.Backend, leases []Lease) {
+	reporter, ok := b.(backend.SessionReporter)
+	if !ok {
+		return
+	}
+	var peers []subnet.Lease
+	for _, l := range leases {
+		if !l.Own {
+			peers = append(peers, l.Lease())
+		}
+	}
+	sessions, err := reporter.Sessions(ctx, peers)
+	if err != nil {
+		return
+	}
+	for i, l := range leases {
+		leases[i].Keys = sessions[l.Lease().Subnets].Round(time.Second)
 	}
 }
 

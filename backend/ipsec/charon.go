@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"strconv"
 	"strings"
 	"time"
 
@@ -165,9 +166,9 @@ func (c client) established(ctx context.Context) (map[string]bool, error) {
 	return all, nil
 }
 
-// remoteHosts asks charon for the hosts that it has tunnels with. The error says that
-// charon does not answer.
-func remoteHosts(ctx context.Context) (map[netip.Addr]bool, error) {
+// remoteHosts asks charon for the hosts that it has tunnels with, and since when: since
+// their keys were agreed on last. The error says that charon does not answer.
+func remoteHosts(ctx context.Context) (map[netip.Addr]time.Time, error) {
 	ctx, cancel := context.WithTimeout(ctx, queryTimeout)
 	defer cancel()
 	s, err := vici.NewSession(vici.WithAddr("unix", charonSocket))
@@ -178,7 +179,7 @@ func remoteHosts(ctx context.Context) (map[netip.Addr]bool, error) {
 		return nil, err
 	}
 	defer s.Close()
-	peers := map[netip.Addr]bool{}
+	peers := map[netip.Addr]time.Time{}
 	for m, err := range s.CallStreaming(ctx, "list-sas", "list-sa", nil) {
 		if err != nil {
 			return nil, fmt.Errorf("%s: list-sas: %w", charonSocket, err)
@@ -189,8 +190,11 @@ func remoteHosts(ctx context.Context) (map[netip.Addr]bool, error) {
 				continue
 			}
 			host, _ := sa.Get("remote-host").(string)
-			if ip, err := netip.ParseAddr(host); err == nil {
-				peers[ip] = true
+			age, _ := sa.Get("established").(string) // in seconds
+			seconds, _ := strconv.Atoi(age)
+			at := time.Now().Add(-time.Duration(seconds) * time.Second)
+			if ip, err := netip.ParseAddr(host); err == nil && at.After(peers[ip]) {
+				peers[ip] = at
 			}
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"time"
 
 	"github.com/flanneld/flanneld/backend"
 	"github.com/flanneld/flanneld/pkg/family"
@@ -46,7 +47,7 @@ func checkTunnels(ctx context.Context, n backend.Node) []backend.Problem {
 	var found []backend.Problem
 	for _, p := range n.Peers {
 		for _, ip := range p.Attrs.PublicIPs() {
-			if hosts[ip] || !n.Networks.Of(family.Of(ip)).IsValid() {
+			if _, ok := hosts[ip]; ok || !n.Networks.Of(family.Of(ip)).IsValid() {
 				continue
 			}
 			found = append(found, backend.Problem{
@@ -56,6 +57,25 @@ func checkTunnels(ctx context.Context, n backend.Node) []backend.Problem {
 		}
 	}
 	return found
+}
+
+// Sessions implements backend.SessionReporter: it returns when the IKE association of a
+// peer was established, of two families the earlier one.
+func (b *ipsec) Sessions(ctx context.Context, peers []subnet.Lease) (map[subnet.Subnets]time.Time, error) {
+	hosts, err := remoteHosts(ctx)
+	if err != nil {
+		return nil, err
+	}
+	sessions := map[subnet.Subnets]time.Time{}
+	for _, p := range peers {
+		for _, ip := range p.Attrs.PublicIPs() {
+			at, ok := hosts[ip]
+			if last, other := sessions[p.Subnets]; ok && (!other || at.Before(last)) {
+				sessions[p.Subnets] = at
+			}
+		}
+	}
+	return sessions, nil
 }
 
 // Diff implements backend.Differ: it compares the connections that charon has with

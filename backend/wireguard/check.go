@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"golang.zx2c4.com/wireguard/wgctrl"
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	"github.com/flanneld/flanneld/backend"
 	"github.com/flanneld/flanneld/pkg/plain"
@@ -53,6 +54,36 @@ func checkHandshakes(_ context.Context, n backend.Node) []backend.Problem {
 		}
 	}
 	return found
+}
+
+// Sessions implements backend.SessionReporter: it returns the time of the last handshake, of two devices the earlier one.
+func (w *wireguard) Sessions(_ context.Context, peers []subnet.Lease) (map[subnet.Subnets]time.Time, error) {
+	c, err := wgctrl.New()
+	if err != nil {
+		return nil, fmt.Errorf("generic netlink: %w", err)
+	}
+	defer c.Close()
+	handshakes := map[wgtypes.Key]time.Time{}
+	for _, t := range w.tunnels {
+		d, err := c.Device(t.dev)
+		if err != nil {
+			return nil, fmt.Errorf("reading %s: %w", t.dev, err)
+		}
+		for _, p := range d.Peers {
+			if at, ok := handshakes[p.PublicKey]; !ok || p.LastHandshakeTime.Before(at) {
+				handshakes[p.PublicKey] = p.LastHandshakeTime
+			}
+		}
+	}
+	sessions := map[subnet.Subnets]time.Time{}
+	for _, l := range peers {
+		for _, key := range published(l) {
+			if at := handshakes[key]; !at.IsZero() {
+				sessions[l.Subnets] = at
+			}
+		}
+	}
+	return sessions, nil
 }
 
 // Diff implements backend.Differ: it compares the peers of the devices with the leases.

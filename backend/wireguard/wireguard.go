@@ -102,8 +102,9 @@ type tunnel struct {
 }
 
 var (
-	_ backend.Worker = (*wireguard)(nil)
-	_ backend.Differ = (*wireguard)(nil)
+	_ backend.Worker          = (*wireguard)(nil)
+	_ backend.Differ          = (*wireguard)(nil)
+	_ backend.SessionReporter = (*wireguard)(nil)
 )
 
 // new makes the backend.

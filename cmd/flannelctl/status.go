@@ -224,14 +224,18 @@ func (t *tool) leases(leases []network.Lease) {
 		if !l.Expires.IsZero() {
 			expires = time.Until(l.Expires).Round(time.Second).String()
 		}
+		keys := ""
+		if !l.Keys.IsZero() {
+			keys = ago(l.Keys) + " old"
+		}
 		rows = append(rows, []cell{
 			{of(l.Subnets, netip.Prefix.Addr, netip.Addr.Is4), colour}, {of(l.Subnets, netip.Prefix.Addr, netip.Addr.Is6),
 				colour},
 			{of(l.PublicIPs, itself, netip.Addr.Is4), nil}, {of(l.PublicIPs, itself, netip.Addr.Is6), nil},
-			{l.Backend, nil}, {expires, nil}, t.reachable(l), {note, t.warnUnless(l.Own)},
+			{l.Backend, nil}, {expires, nil}, {keys, nil}, t.reachable(l), {note, t.warnUnless(l.Own)},
 		})
 	}
-	t.table([]string{"SUBNET", "IPV6 SUBNET", "PUBLIC IP", "PUBLIC IPV6", "BACKEND", "EXPIRES IN", "REACHABLE", "NOTE"}, rows)
+	t.table([]string{"SUBNET", "IPV6 SUBNET", "PUBLIC IP", "PUBLIC IPV6", "BACKEND", "EXPIRES IN", "KEYS", "REACHABLE", "NOTE"}, rows)
 }
 
 // reachable returns what the probes know of a peer: of the family in which it is reached the worst.

@@ -11,7 +11,7 @@ import (
 type Path struct {
 	Overlay  netip.Addr // of the peer, inside the overlay
 	Optional bool       // the peer may not have Overlay yet
-	Source   netip.Addr // of this host, from which Overlay is asked; where it is not there, the kernel chooses one
+	Source   netip.Addr // of this host, from which Overlay is asked: nothing else is sent there, and nothing without it
 	Public   netip.Addr // of the peer, outside of the overlay
 }
 

@@ -186,10 +186,8 @@ func (p *Prober) send(ctx context.Context, conns family.Pair[conn]) {
 		r, wait := p.next()
 		for ; r != nil; r, wait = p.next() {
 			if c := conns.Of(family.Of(r.to)); c != nil {
-				// A source that this host lacks is an error. After any other error there is no reply, either.
-				if c.Send(r.from, r.to, r.seq, r.data) != nil && r.from.IsValid() {
-					_ = c.Send(netip.Addr{}, r.to, r.seq, r.data)
-				}
+				// After an error there is no reply: this host lacks the source, for example.
+				_ = c.Send(r.from, r.to, r.seq, r.data)
 			}
 		}
 		timer.Reset(wait)

@@ -54,13 +54,14 @@ func TestIPsec(t *testing.T) {
 		charonRun(ctx, t, n)
 	}
 	t.Cleanup(func() { s.checkLogs(t) })
-	labtest.Start(ctx, t, l, "--ip-masq")
+	labtest.Start(ctx, t, l, "--ip-masq", "--probe-interval=1")
 	s.pods = addPods(ctx, t, l)
 	s.talk(ctx, t, "at first")
 	if mtu := s.pods[0].MTU; mtu != 1500-77 {
 		t.Errorf("the MTU for pods is %d", mtu)
 	}
 	s.checkESP(ctx, t)
+	labtest.Do(t, waitReached(ctx, s.first, true))
 
 	s.peerKey, s.peer = leaseOf(ctx, t, l, s.second)
 	_, s.own = leaseOf(ctx, t, l, s.first)

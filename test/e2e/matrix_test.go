@@ -96,7 +96,7 @@ func testMatrix(t *testing.T, b matrixBackend, f matrixFamily, rules string) {
 	labtest.NeedDevice(t, b.device)
 	ctx := labtest.Context(t, 2*time.Minute)
 	l := labtest.New(ctx, t, configuration(f.config, b.config, rules == "nftables"), b.nodes...)
-	args := []string{"--ip-masq"}
+	args := []string{"--ip-masq", "--probe-interval=1"}
 	if !f.on[0] {
 		args = append(args, "--etcd-endpoints="+lab.EndpointV6)
 	}
@@ -114,6 +114,7 @@ func testMatrix(t *testing.T, b matrixBackend, f matrixFamily, rules string) {
 	}
 	checkPaths(ctx, t, l, pods)
 	node := l.Nodes()[0]
+	labtest.Do(t, waitReached(ctx, node, b.near == "flannel-wg"))
 	labtest.Do(t, waitDiff(ctx, node, ""))
 	if out, status, err := node.Ctl(ctx, "doctor"); status != 0 {
 		t.Errorf("flannelctl doctor: %v\n%s", err, out)

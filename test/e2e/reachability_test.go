@@ -162,12 +162,8 @@ func waitReachability(ctx context.Context, t *testing.T, nodes [2]*lab.Node, m l
 
 // reachability returns what a node knows of its only peer.
 func reachability(ctx context.Context, n *lab.Node) ([]network.Reachability, error) {
-	out, _, err := n.Ctl(ctx, "leases", "-o", "json")
+	leases, err := leasesOf(ctx, n)
 	if err != nil {
-		return nil, err
-	}
-	var leases []network.Lease
-	if err := json.Unmarshal([]byte(out), &leases); err != nil {
 		return nil, err
 	}
 	for _, l := range leases {
@@ -175,6 +171,39 @@ func reachability(ctx context.Context, n *lab.Node) ([]network.Reachability, err
 			return l.Reachability, nil
 		}
 	}
-	return nil, fmt.Errorf("there is no peer with two families in %s", out)
+	return nil, fmt.Errorf("there is no peer with two families in %+v", leases)
 }
 
+// leasesOf returns what flannelctl leases prints.
+func leasesOf(ctx context.Context, n *lab.Node) (leases []network.Lease, err error) {
+	out, _, err := n.Ctl(ctx, "leases", "-o", "json")
+	if err != nil {
+		return nil, err
+	}
+	return leases, json.Unmarshal([]byte(out), &leases)
+}
+
+// waitReached waits until packets of a node arrive at all of its peers, as its probes find. keys tells whether the backend
+// agrees on keys with peers.
+func waitReached(ctx context.Context, n *lab.Node, keys bool) error {
+	return lab.Poll(ctx, "the probes of "+n.Hostname, func() error {
+		leases, err := leasesOf(ctx, n)
+		if err != nil {
+			return err
+		}
+		for _, l := range leases {
+			if l.Own {
+				continue
+			}
+			if len(l.Reachability) != len(l.Subnets) || keys != (time.Since(l.Keys) < time.Hour) {
+				return fmt.Errorf("of %v it knows %+v, keys of %v", l.Subnets, l.Reachability, l.Keys)
+			}
+			for _, r := range l.Reachability {
+				if r.State != probe.Reachable {
+					return fmt.Errorf("%s is %s", r.Address, r.State)
+				}
+			}
+		}
+		return nil
+	})
+}

@@ -106,4 +106,13 @@ for variable in $(set | sed -n 's/^\(DOCKER_OPT_[A-Za-z0-9_]*\)=.*/\1/p' | sort)
 done
 [ $all = false ] || lines="$lines$name=\"$options\"
 "
+
+# A reader finds the old options or the new ones. What is no plain file stays what it is.
+if [ ! -L "$to" ] && { [ ! -e "$to" ] || [ -f "$to" ]; }; then
+	temporary=$to.$$
+	trap 'rm -f "$temporary"' EXIT
+	if (printf %s "$lines" >"$temporary" && mv -f "$temporary" "$to") 2>/dev/null; then
+		exit
+	fi
+fi
 printf %s "$lines" >"$to"

@@ -177,6 +177,62 @@ func TestWriteFile(t *testing.T) {
 	}
 }
 
+// TestRestoreFile: lines that set other variables stay. A file without our lines stays the same file, since another
+// program may have opened it for writing.
+func TestRestoreFile(t *testing.T) {
+	right := string(env4.Format())
+	for _, c := range []struct {
+		name, before, want string
+		same               bool // the same file
+	}{
+		{"right", right, right, true},
+		{"with other variables", "DOCKER_OPTS=\" --bip\"\n" + right, "DOCKER_OPTS=\" --bip\"\n" + right, true},
+		{"emptied", "", right, true},
+		{"other variables alone", "DOCKER_OPTS=x\nA=1\n", "DOCKER_OPTS=x\nA=1\n" + right, true},
+		{"without a last newline", "DOCKER_OPTS=x", "DOCKER_OPTS=x\n" + right, true},
+		{"a wrong line", strings.Replace(right, "1450", "1400", 1) + "DOCKER_OPTS=x\n", right + "DOCKER_OPTS=x\n", false},
+		{"a missing line", strings.Replace(right, "FLANNEL_MTU=1450\n", "A=1\n# B=2\n", 1), right + "A=1\n", false},
+		{"no values", "FLANNEL_MTU=\x00\nA=1\n", right, false},
+		{"no assignments", "FLANNEL_MTU=1\n\x00=1\n=\n 2=3\n", right, false},
+	} {
+		path := filepath.Join(t.TempDir(), "subnet.env")
+		if err := os.WriteFile(path, []byte(c.before), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		before, err := os.Stat(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := env4.RestoreFile(path); err != nil {
+			t.Errorf("%s: %v", c.name, err)
+		}
+		text, err := os.ReadFile(path)
+		if err != nil || string(text) != c.want {
+			t.Errorf("%s: %v\n%s\nwant\n%s", c.name, err, text, c.want)
+		}
+		if after, err := os.Stat(path); err != nil || os.SameFile(before, after) != c.same {
+			t.Errorf("%s: is the same file: %t, want %t; %v", c.name, !c.same, c.same, err)
+		}
+	}
+	// What a symbolic link points to is not written to.
+	dir := t.TempDir()
+	path, other := filepath.Join(dir, "subnet.env"), filepath.Join(dir, "other")
+	if err := errors.Join(os.WriteFile(other, nil, 0o644), os.Symlink(other, path), env4.RestoreFile(path)); err != nil {
+		t.Fatal(err)
+	}
+	if text, err := os.ReadFile(other); err != nil || len(text) > 0 {
+		t.Errorf("the other file: %q, %v", text, err)
+	}
+	if got, err := ReadEnv(path); err != nil || got != env4 {
+		t.Errorf("read %+v, %v", got, err)
+	}
+	// The file's directory is created.
+	path = filepath.Join(dir, "run", "subnet.env")
+	if err := env4.RestoreFile(path); err != nil {
+		t.Error(err)
+	}
+}
+
 func FuzzEnv(f *testing.F) {
 	for _, e := range []Env{env4, envDual, env6} {
 		f.Add(e.Format())

@@ -96,7 +96,7 @@ func ParseEnvFile(text []byte) (EnvFile, error) {
 				err = fmt.Errorf("%d is less than 0", e.MTU)
 			}
 		case "FLANNEL_IPMASQ":
-			e.IPMasq, err = strconv.ParseBool(value)
+			e.IPMasq = value == "true" // as flannel's plugin reads it
 		default:
 			if variableName.MatchString(key) {
 				others = append(others, line)

@@ -44,6 +44,8 @@ DOCKER_OPTS=" --bip=10.5.34.1/24 --mtu=1450"
 		{name: "from the environment", file: ipv4Env, args: []string{"-c"},
 			env:  []string{"DOCKER_OPTS=--debug", "DOCKER_OPT_LOG=--log-level info"},
 			want: `DOCKER_OPTS="--debug  --bip=10.5.34.1/24 --ip-masq=true --log-level info --mtu=1450"` + "\n"},
+		{name: "masquerading is neither on nor off", file: "FLANNEL_MTU=1450\nFLANNEL_IPMASQ=maybe\n", args: []string{"-c"},
+			want: `DOCKER_OPTS=" --mtu=1450"` + "\n"},
 		{name: "no file", args: []string{"-f", noFile}, want: `DOCKER_OPTS=""` + "\n"},
 		{name: "no file, and something in the environment", args: []string{"-f", noFile},
 			env: []string{"DOCKER_OPTS=--debug", "FLANNEL_SUBNET=10.5.34.1/24"},
@@ -85,7 +87,6 @@ func TestDockerOptionsErrors(t *testing.T) {
 		args       []string
 	}{
 		{file: "FLANNEL_SUBNET=$(touch /tmp/x)\n", want: "is nothing that flanneld writes"},
-		{file: "FLANNEL_IPMASQ=maybe\n", want: "is neither true nor false"},
 		{file: ipv4Env, want: "is no name of a variable", args: []string{"-k", "A;B"}},
 		{file: ipv4Env, want: "Usage: ", args: []string{"-x"}},
 	} {

@@ -301,7 +301,7 @@ fuzz: ## Each fuzz target for FUZZTIME
 E2E = -count=1 -p=2 -parallel=4 -timeout=30m $(TESTFLAGS)
 
 SERVERS := $(ETCD) build/stores/etcd-3.4 $(CNI) $(KUBE) $(OTHER_KUBE)
-e2e: build need-e2e $(SERVERS) build/bin/helm build/debian image ## End-to-end tests in the lab
+e2e: build need-e2e $(SERVERS) $(NETPOL) build/bin/helm build/debian image ## End-to-end tests in the lab
 	cd test && $(GO_TEST) $(E2E) ./e2e ./stores ./... # the longest first
 
 test-stores: build need-lab $(SERVERS) $(OLD_ETCD) ## Every version of etcd and Kubernetes that is tested
@@ -324,7 +324,7 @@ build/vm/root.cpio: test/vm/root
 	@mkdir -p $(@D)
 	test/vm/root $(@D)
 
-test-vm: build need-vm $(ETCD) $(CNI) build/vm/root.cpio ## Some of the tests in a VM, on a kernel with more modules
+test-vm: build need-vm $(ETCD) $(CNI) $(NETPOL) build/vm/root.cpio ## Some of the tests in a VM, on a kernel with more modules
 	test/vm/run
 
 demo: build install-demo $(ETCD) $(CNI) ## A cluster to look at: NODES=3 BACKEND=vxlan IPV6=1 NFTABLES=1 KEEP=1

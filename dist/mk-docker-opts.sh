@@ -72,7 +72,7 @@ take() {
 		truetrue) DOCKER_OPT_IPMASQ=--ip-masq=false ;; # flanneld masquerades
 		truefalse) DOCKER_OPT_IPMASQ=--ip-masq=true ;;
 		false*) ;;
-		*) fail "FLANNEL_IPMASQ=$2 is neither true nor false" ;;
+		*) echo "$0: FLANNEL_IPMASQ=$2 is neither true nor false: no option for Docker" >&2 ;;
 		esac
 		;;
 	esac
@@ -106,4 +106,13 @@ for variable in $(set | sed -n 's/^\(DOCKER_OPT_[A-Za-z0-9_]*\)=.*/\1/p' | sort)
 done
 [ $all = false ] || lines="$lines$name=\"$options\"
 "
+
+# A reader finds the old options or the new ones. What is no plain file stays what it is.
+if [ ! -L "$to" ] && { [ ! -e "$to" ] || [ -f "$to" ]; }; then
+	temporary=$to.$$
+	trap 'rm -f "$temporary"' EXIT
+	if (printf %s "$lines" >"$temporary" && mv -f "$temporary" "$to") 2>/dev/null; then
+		exit
+	fi
+fi
 printf %s "$lines" >"$to"

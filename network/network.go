@@ -151,6 +151,7 @@ type node struct {
 	fileSet bool // the subnet file has the right content
 	ready   bool
 
+	fileEnv    subnet.Env // what this process has last written to the subnet file
 	fileFights *fight.Detector[string, string]
 	fileFight  string // over the subnet file, in words; "": none
 	filePaced  bool   // the subnet file is fought over: the next retry writes it

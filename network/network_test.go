@@ -525,7 +525,7 @@ func TestWaitsForUplink(t *testing.T) {
 func TestWhatCannotWork(t *testing.T) {
 	for _, c := range []struct{ config, want string }{
 		{`{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan", "VNI": -1}}`,
-			"Backend vxlan: VNI -1 is not allowed: 1 to 16777215"},
+			"Backend vxlan: VNI -1 is not allowed: 0 to 16777215"},
 		{`{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlam"}}`, `Backend Type "vxlam" is not known: known are `},
 		{`{"Network": "10.5.0.0/33", "Backend": {"Type": "vxlan"}}`,
 			`Network "10.5.0.0/33" is not an IPv4 network such as 10.5.0.0/16`},

@@ -93,7 +93,7 @@ type Device struct {
 	MTU       int            `json:"mtu"`
 	Addresses []netip.Prefix `json:"addresses,omitempty"`
 	VNI       int            `json:"vni,omitempty"`
-	Port      int            `json:"port,omitempty"`
+	Port      int            `json:"port,omitempty"` // not 0 for vxlan, to which VNI and Port belong
 }
 
 // An Endpoint is where peers send packets to.

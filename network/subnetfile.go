@@ -76,16 +76,23 @@ func (n *node) restoreManagersFile() {
 	}
 }
 
-// writeFile writes the subnet file and logs a failure, which is retried.
+// writeFile writes the subnet file and logs a failure, which is retried. What other programs have added since is for
+// the content that the file then had: it stays as long as that content is right.
 func (n *node) writeFile() {
 	unwatched := n.watchFileAgain()
 	n.restoreManagersFile()
-	err := n.planNode(n.Options).env.WriteFile(n.SubnetFile)
+	env := n.planNode(n.Options).env
+	write := env.WriteFile
+	if env == n.fileEnv {
+		write = env.RestoreFile
+	}
+	err := write(n.SubnetFile)
 	n.logOnce("Subnet file", err)
 	if n.fileSet = err == nil; !n.fileSet {
 		n.health.waitFor(err.Error())
 		return // without the directory, the file cannot be watched for the same reason
 	}
+	n.fileEnv = env
 	n.fileFights.Restored(n.SubnetFile)
 	n.logOnce("Watching the subnet file", unwatched)
 }
@@ -106,9 +113,13 @@ func (n *node) checkFile() {
 	}
 	unwatched := n.watchFileAgain()
 	n.restoreManagersFile()
-	env, err := subnet.ReadEnv(n.SubnetFile)
-	if n.fileSet = err == nil && env == n.planNode(n.Options).env; n.fileSet {
+	file, err := subnet.ReadEnvFile(n.SubnetFile)
+	if n.fileSet = err == nil && file.Has(n.planNode(n.Options).env); n.fileSet {
 		n.logOnce("Watching the subnet file", unwatched)
+		if len(file.Others) > 0 { // mk-docker-opts.sh has emptied the file, and writes to it
+			n.fileFights.End(n.SubnetFile)
+			n.recordFileFight()
+		}
 		return
 	}
 	n.filePaced = n.fileFights.Undone(n.SubnetFile, n.SubnetFile)

@@ -6,7 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -51,6 +53,80 @@ func TestSubnetFile(t *testing.T) {
 			return err == nil && env.Subnets.Key() == "10.5.1.0-24"
 		})
 	}
+}
+
+// mkDockerOpts does to a file what mk-docker-opts.sh does to its output, which is the subnet file in some units. flannel's
+// script reads the file, empties it, and opens it again for each of Docker's options. Our script, which runs with odd
+// numbers here, replaces the file.
+const mkDockerOpts = `. "$0"
+bip=$FLANNEL_SUBNET mtu=$FLANNEL_MTU to=$0
+[ $(($1 % 2)) = 0 ] || to=$0.new
+printf '' >"$to"
+echo "DOCKER_OPT_BIP=\"--bip=$bip\"" >>"$to"
+echo "DOCKER_OPT_MTU=\"--mtu=$mtu\"" >>"$to"
+echo "NETWORK_OPTIONS=\" --bip=$bip --mtu=$mtu run=$1\"" >>"$to"
+[ "$to" = "$0" ] || mv "$to" "$0"
+`
+
+// Docker's options in the subnet file stay there, beside our lines, as long as the node's subnet and MTU are the same. A
+// program that writes them is no rival, however often it runs.
+func TestSubnetFileWithDockersOptions(t *testing.T) {
+	nstest.Need(t, "sh")
+	log := &logBuffer{}
+	logger := textlogger.NewLogger(textlogger.NewConfig(textlogger.Output(log)))
+	m := newManager(vxlanConfig)
+	d := beginIn(klog.NewContext(t.Context(), logger), t, m, func(o *Options) { o.KernelResync = 50 * time.Millisecond })
+	m.grants <- lease("10.5.1.0-24", "")
+	<-m.wants
+	m.updates <- snapshot(peer2)
+	eventually(t, "ready", ready)
+	const (
+		runs = 500 // takes longer than 20 bursts of 50 ms, after which undoing is a fight
+		all  = "--bip=10.5.1.1/24 --mtu=1450 run="
+	)
+	has := func(run int, harm string) {
+		t.Helper()
+		want := []string{`DOCKER_OPT_BIP="--bip=10.5.1.1/24"`, `DOCKER_OPT_MTU="--mtu=1450"`,
+			fmt.Sprintf(`NETWORK_OPTIONS=" %s%d"`, all, run)}
+		var text []byte
+		for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(time.Millisecond) {
+			text, _ = os.ReadFile(d.file)
+			f, err := subnet.ParseEnvFile(text)
+			if err == nil && f.Env.MTU == 1450 && len(f.Missing) == 0 && slices.Equal(f.Others, want) {
+				return
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("%s of run %d, the file has\n%s", harm, run, text)
+			}
+		}
+	}
+	for run := range runs {
+		if out, err := exec.Command("sh", "-c", mkDockerOpts, d.file, strconv.Itoa(run)).CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		has(run, "after the end")
+	}
+	// Another program changes our lines.
+	text, err := os.ReadFile(d.file)
+	if err == nil {
+		err = os.WriteFile(d.file, bytes.ReplaceAll(text, []byte("MTU=1450"), []byte("MTU=1400")), 0o644)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	has(runs-1, "after a change to our lines")
+	if lines := log.lines("again and again"); len(lines) > 0 {
+		t.Errorf("logged %q", lines)
+	}
+
+	// The options are wrong for another MTU.
+	m.configure(t, `{"Network": "10.5.0.0/16", "Backend": {"Type": "host-gw"}}`)
+	<-m.wants
+	m.grants <- lease("10.5.1.0-24", "")
+	eventually(t, "the MTU of host-gw, and no option of Docker", func() bool {
+		f, err := subnet.ReadEnvFile(d.file)
+		return err == nil && f.MTU == 1500 && len(f.Others) == 0
+	})
 }
 
 // A program that changes the subnet file whenever flanneld has written it is noticed: that is logged once, and flanneld

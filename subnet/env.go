@@ -3,13 +3,17 @@ package subnet
 import (
 	"bufio"
 	"bytes"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/flanneld/flanneld/pkg/atomicfile"
 	"github.com/flanneld/flanneld/pkg/plain"
@@ -50,7 +54,13 @@ type EnvFile struct {
 	Env
 	AllNetworks []netip.Prefix // without repetitions: those of IPv4, then those of IPv6, each in the order of the file
 	Missing     []string       // names of variables that a CNI plugin needs and that are not there
+	Others      []string       // lines that set other variables, such as Docker's options
 }
+
+// Has reports whether the file has what WriteFile writes, beside lines that set other variables.
+func (f EnvFile) Has(e Env) bool { return f.Env == e && len(f.Missing) == 0 }
+
+var variableName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
 
 // ParseEnv is the inverse of Format. It skips lines that it does not know.
 func ParseEnv(text []byte) (Env, error) {
@@ -62,10 +72,12 @@ func ParseEnv(text []byte) (Env, error) {
 func ParseEnvFile(text []byte) (EnvFile, error) {
 	var e Env
 	var networks4, networks6 []netip.Prefix
+	var others []string
 	found := map[string]bool{}
 	lines := bufio.NewScanner(bytes.NewReader(text))
 	for n := 1; lines.Scan(); n++ {
-		key, value, ok := strings.Cut(strings.TrimSpace(lines.Text()), "=")
+		line := strings.TrimSpace(lines.Text())
+		key, value, ok := strings.Cut(line, "=")
 		if !ok {
 			continue
 		}
@@ -84,7 +96,11 @@ func ParseEnvFile(text []byte) (EnvFile, error) {
 				err = fmt.Errorf("%d is less than 0", e.MTU)
 			}
 		case "FLANNEL_IPMASQ":
-			e.IPMasq, err = strconv.ParseBool(value)
+			e.IPMasq = value == "true" // as flannel's plugin reads it
+		default:
+			if variableName.MatchString(key) {
+				others = append(others, line)
+			}
 		}
 		if err != nil {
 			return EnvFile{}, fmt.Errorf("line %d: %s: %s", n, key, plain.Text(err.Error()))
@@ -92,7 +108,7 @@ func ParseEnvFile(text []byte) (EnvFile, error) {
 		found[key] = true
 	}
 	e.Networks = Subnets{networkOf(networks4, e.Subnets.IPv4), networkOf(networks6, e.Subnets.IPv6)}
-	f := EnvFile{Env: e, AllNetworks: append(networks4, networks6...)}
+	f := EnvFile{Env: e, AllNetworks: append(networks4, networks6...), Others: others}
 	const network4, network6, subnet4, subnet6 = "FLANNEL_NETWORK", "FLANNEL_IPV6_NETWORK", "FLANNEL_SUBNET",
 		"FLANNEL_IPV6_SUBNET"
 	need := func(names ...string) {
@@ -157,6 +173,50 @@ func (e Env) WriteFile(path string) error {
 	if old, err := os.ReadFile(path); err == nil && bytes.Equal(old, text) {
 		return nil
 	}
+	return replaceFile(path, text)
+}
+
+// RestoreFile is WriteFile for a file in which another program may have written variables for this subnet, and which it
+// may be writing now: RestoreFile keeps the lines that set other variables. mk-docker-opts.sh, with this file as its
+// output, empties the file and then opens it for each of Docker's options. A file that has nothing of an Env therefore
+// stays the same file, and gets the missing lines at its end.
+func (e Env) RestoreFile(path string) error {
+	text := e.Format()
+	old, err := os.ReadFile(path)
+	if err != nil {
+		return replaceFile(path, text)
+	}
+	f, err := ParseEnvFile(old)
+	switch {
+	case err != nil:
+	case f.Has(e):
+		return nil
+	case f.Env == Env{}:
+		if len(old) > 0 && !bytes.HasSuffix(old, []byte("\n")) {
+			text = append([]byte("\n"), text...)
+		}
+		if appendTo(path, text) == nil {
+			return nil
+		}
+	}
+	for _, line := range f.Others {
+		text = append(text, line+"\n"...)
+	}
+	return replaceFile(path, text)
+}
+
+// appendTo writes a text to the end of a file that exists.
+func appendTo(path string, text []byte) error {
+	file, err := os.OpenFile(path, os.O_WRONLY|os.O_APPEND|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return err
+	}
+	_, err = file.Write(text)
+	return errors.Join(err, file.Close())
+}
+
+// replaceFile writes a file, and creates its directory where needed.
+func replaceFile(path string, text []byte) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return fmt.Errorf("subnet file: %w", err)
 	}

@@ -64,6 +64,10 @@ func TestParseEnv(t *testing.T) {
 		{"", Env{}},
 		{"FLANNEL_NETWORK=10.5.0.0/16\r\nFLANNEL_SUBNET=10.5.34.1/24\r\nFLANNEL_MTU=1450\r\nFLANNEL_IPMASQ=true\r\n", env4},
 		{"FLANNEL_NETWORK=10.4.0.0/16,10.5.0.0/16\nFLANNEL_SUBNET=10.5.34.1/24\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=true\n", env4},
+		{"FLANNEL_IPMASQ=true", Env{IPMasq: true}},
+		{"FLANNEL_IPMASQ=yes", Env{}},
+		{"FLANNEL_IPMASQ=1", Env{}},
+		{"FLANNEL_IPMASQ=", Env{}},
 		{"# old\nFLANNEL_MTU=1472\n\nPATH=/bin\nrubbish\n  FLANNEL_IPMASQ=false", Env{MTU: 1472}},
 	} {
 		if got, err := ParseEnv([]byte(c.text)); err != nil || got != c.want {
@@ -109,7 +113,6 @@ func TestParseEnvErrors(t *testing.T) {
 		{"FLANNEL_MTU=1\x1b[2J\u009b", `line 1: FLANNEL_MTU: strconv.Atoi: parsing "1\x1b[2J\u009b": invalid syntax`},
 		{"FLANNEL_MTU=" + strings.Repeat("x", 60000),
 			`line 1: FLANNEL_MTU: strconv.Atoi: parsing "` + strings.Repeat("x", 200-len(`strconv.Atoi: parsing "`)) + "…"},
-		{"FLANNEL_IPMASQ=maybe", `line 1: FLANNEL_IPMASQ: strconv.ParseBool: parsing "maybe": invalid syntax`},
 	} {
 		got, err := ParseEnv([]byte(c.text))
 		if err == nil {
@@ -174,6 +177,62 @@ func TestWriteFile(t *testing.T) {
 	}
 	if info, err := os.Stat(path); err != nil || info.Mode() != 0o644 {
 		t.Errorf("mode %v, %v", info.Mode(), err)
+	}
+}
+
+// TestRestoreFile: lines that set other variables stay. A file without our lines stays the same file, since another
+// program may have opened it for writing.
+func TestRestoreFile(t *testing.T) {
+	right := string(env4.Format())
+	for _, c := range []struct {
+		name, before, want string
+		same               bool // the same file
+	}{
+		{"right", right, right, true},
+		{"with other variables", "DOCKER_OPTS=\" --bip\"\n" + right, "DOCKER_OPTS=\" --bip\"\n" + right, true},
+		{"emptied", "", right, true},
+		{"other variables alone", "DOCKER_OPTS=x\nA=1\n", "DOCKER_OPTS=x\nA=1\n" + right, true},
+		{"without a last newline", "DOCKER_OPTS=x", "DOCKER_OPTS=x\n" + right, true},
+		{"a wrong line", strings.Replace(right, "1450", "1400", 1) + "DOCKER_OPTS=x\n", right + "DOCKER_OPTS=x\n", false},
+		{"a missing line", strings.Replace(right, "FLANNEL_MTU=1450\n", "A=1\n# B=2\n", 1), right + "A=1\n", false},
+		{"no values", "FLANNEL_MTU=\x00\nA=1\n", right, false},
+		{"no assignments", "FLANNEL_MTU=1\n\x00=1\n=\n 2=3\n", right, false},
+	} {
+		path := filepath.Join(t.TempDir(), "subnet.env")
+		if err := os.WriteFile(path, []byte(c.before), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		before, err := os.Stat(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := env4.RestoreFile(path); err != nil {
+			t.Errorf("%s: %v", c.name, err)
+		}
+		text, err := os.ReadFile(path)
+		if err != nil || string(text) != c.want {
+			t.Errorf("%s: %v\n%s\nwant\n%s", c.name, err, text, c.want)
+		}
+		if after, err := os.Stat(path); err != nil || os.SameFile(before, after) != c.same {
+			t.Errorf("%s: is the same file: %t, want %t; %v", c.name, !c.same, c.same, err)
+		}
+	}
+	// What a symbolic link points to is not written to.
+	dir := t.TempDir()
+	path, other := filepath.Join(dir, "subnet.env"), filepath.Join(dir, "other")
+	if err := errors.Join(os.WriteFile(other, nil, 0o644), os.Symlink(other, path), env4.RestoreFile(path)); err != nil {
+		t.Fatal(err)
+	}
+	if text, err := os.ReadFile(other); err != nil || len(text) > 0 {
+		t.Errorf("the other file: %q, %v", text, err)
+	}
+	if got, err := ReadEnv(path); err != nil || got != env4 {
+		t.Errorf("read %+v, %v", got, err)
+	}
+	// The file's directory is created.
+	path = filepath.Join(dir, "run", "subnet.env")
+	if err := env4.RestoreFile(path); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"net/netip"
 
 	"github.com/flanneld/flanneld/backend"
@@ -36,7 +37,7 @@ func init() {
 
 // options are the backend's keys in the configuration. make docs writes the comments of the fields into README.md.
 type options struct {
-	// number of the VXLAN network, 1 to 16777215; the device has the name `flannel.<VNI>`, for IPv6 `flannel-v6.<VNI>`
+	// number of the VXLAN network, 0 to 16777215; the device has the name `flannel.<VNI>`, for IPv6 `flannel-v6.<VNI>`
 	VNI int
 
 	// UDP port to send to and listen on; 0 is the kernel's default, 8472
@@ -63,7 +64,7 @@ var defaults = options{VNI: 1}
 
 // data is what a node publishes about a VTEP in its lease.
 type data struct {
-	VNI     int
+	VNI     int // its low 16 bits: flannel publishes no more, and cannot read more
 	VtepMAC kernel.MAC
 }
 
@@ -87,8 +88,8 @@ func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
 	if err := backend.Options(cfg, &v.options); err != nil {
 		return nil, err
 	}
-	if v.VNI < 1 || v.VNI > maxVNI {
-		return nil, fmt.Errorf("VNI %d is not allowed: 1 to %d", v.VNI, maxVNI)
+	if v.VNI < 0 || v.VNI > maxVNI {
+		return nil, fmt.Errorf("VNI %d is not allowed: 0 to %d", v.VNI, maxVNI)
 	}
 	if v.Port < 0 || v.Port > 65535 {
 		return nil, fmt.Errorf("Port %d is not allowed: 1 to 65535, or 0 for the kernel's default, %d", v.Port, defaultPort)
@@ -133,7 +134,7 @@ func (v *vxlan) data(previous json.RawMessage) json.RawMessage {
 		rand.Read(d.VtepMAC[:])                  // never fails
 		d.VtepMAC[0] = d.VtepMAC[0]&^0x01 | 0x02 // unicast, locally administered (IEEE 802, 8.2)
 	}
-	d.VNI = v.VNI
+	d.VNI = v.VNI & math.MaxUint16
 	text, _ := json.Marshal(d) // has nothing that could fail
 	return text
 }
@@ -194,8 +195,8 @@ func (v *vxlan) Peer(own, peer subnet.Lease) ([]kernel.Object, error) {
 			continue
 		}
 		d, err := parse(s.Data)
-		if err == nil && d.VNI != v.VNI {
-			err = fmt.Errorf("its VNI is %d, ours %d: it has not taken up the same configuration", d.VNI, v.VNI)
+		if err == nil && d.VNI != v.VNI&math.MaxUint16 {
+			err = fmt.Errorf("its VNI is %d, ours %d: it has not taken up the same configuration", d.VNI, v.VNI&math.MaxUint16)
 		}
 		if err != nil {
 			errs = append(errs, err)

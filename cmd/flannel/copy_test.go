@@ -39,6 +39,10 @@ func TestCopyCommands(t *testing.T) {
 		{[]string{"cp", "-f", path("flannel"), path("bin/flannel")}, "flannel", "bin/flannel", 0o755},
 		{[]string{"cp", path("flannel"), path("net.d")}, "flannel", "net.d/flannel", 0o755},
 		{[]string{"cp", "--force", path("flannel"), path("bin/")}, "flannel", "bin/flannel", 0o755},
+		{[]string{"cp", "-fv", path("flannel"), path("bin/flannel")}, "flannel", "bin/flannel", 0o755},
+		{[]string{"cp", "-rpvf", "--", path("flannel"), path("bin")}, "flannel", "bin/flannel", 0o755},
+		{[]string{"cp", path("flannel"), "-aLR", path("bin/flannel"), "--preserve=mode,timestamps", "--archive", "--preserve",
+			"--recursive", "--dereference", "--verbose"}, "flannel", "bin/flannel", 0o755},
 		{[]string{"cp", "-f", path("conf/cni-conf.json"), path("net.d/10-flannel.conflist")},
 			"conf/cni-conf.json", "net.d/10-flannel.conflist", 0o644},
 		{[]string{"install-conf", path("conf/cni-conf.json"), path("net.d/20-flannel.conflist")},
@@ -72,9 +76,9 @@ func TestCopyCommands(t *testing.T) {
 
 	for want, command := range map[string][]string{
 		"no such file":           {"cp", "-f", path("missing"), path("bin/flannel")},
-		"is not a file":          {"cp", "-f", dir, path("bin/flannel")},
+		"is not a file":          {"cp", "-rf", dir, path("bin/flannel")},
 		"want two arguments":     {"install-conf", path("flannel")},
-		"flannel's own cp":       {"cp", "-r", path("flannel"), path("bin/flannel")},
+		"flannel's own cp":       {"cp", "-fn", path("flannel"), path("bin/flannel")},
 		path("missing/x"):        {"cp", "-f", path("flannel"), path("missing/x")},
 		"unknown shorthand flag": {"install-conf", "-f", path("flannel"), path("bin/flannel")},
 	} {

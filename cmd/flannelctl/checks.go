@@ -404,8 +404,8 @@ func portTaken(d *diagnosis) []problem {
 // if their VNIs differ.
 func (d *diagnosis) blockedBy(u kernel.PortUser) bool {
 	for _, dev := range d.status.Devices {
-		if dev.VNI != 0 && u.Type == "vxlan" && dev.Port == u.Port {
-			return u.VNI == 0 || u.VNI == dev.VNI
+		if dev.Port != 0 && u.Type == "vxlan" && dev.Port == u.Port {
+			return u.VNI < 0 || u.VNI == dev.VNI
 		}
 	}
 	return slices.ContainsFunc(d.status.Endpoints,
@@ -536,7 +536,7 @@ func checksumOffload(d *diagnosis) []problem {
 	}
 	var found []problem
 	for _, dev := range d.status.Devices {
-		if dev.VNI == 0 {
+		if dev.Port == 0 { // no vxlan device
 			continue
 		}
 		if on, err := kernel.ComputesTXChecksums(dev.Name); err == nil && on {

@@ -14,7 +14,7 @@ type PortUser struct {
 	Device string
 	Type   string // "vxlan" or "wireguard"
 	Port   int
-	VNI    int // of a vxlan device; 0: any
+	VNI    int // of a vxlan device; -1: any
 }
 
 // PortUsers returns the devices of the calling thread's network namespace that
@@ -30,7 +30,7 @@ func PortUsers() ([]PortUser, error) {
 		if v, ok := l.(*netlink.Vxlan); ok {
 			vni := v.VxlanId
 			if v.FlowBased {
-				vni = 0
+				vni = -1
 			}
 			users = append(users, PortUser{v.Name, v.Type(), v.Port, vni})
 		}

@@ -25,7 +25,7 @@ spec:
   policyTypes: [Ingress]
   ingress:
   - from: [{podSelector: {matchLabels: {friend: "yes"}}}]
-    ports: [{port: 8080}]
+    ports: [{port: 8080, protocol: TCP}]
 `
 
 // TestNetworkPolicy: with netpol.enabled, NetworkPolicies take effect, between pods of one node and between nodes,
@@ -52,7 +52,7 @@ func TestNetworkPolicy(t *testing.T) {
 	want["netpol"] = rights{"CapBnd 0000000000001000 NoNewPrivs 1 Seccomp 2", "", true} // CAP_NET_ADMIN
 	checkRights(ctx, t, c, "kube-flannel", want)
 	for _, n := range c.Nodes {
-		queuePackets(ctx, t, n)
+		queuePackets(ctx, t, n, "10.244.0.0/16")
 	}
 
 	pods := enterPods(ctx, t, c)
@@ -69,11 +69,14 @@ func TestNetworkPolicy(t *testing.T) {
 	checkEcho(ctx, t, c, pods)
 }
 
+// queueRule works where nftables has a queue.
+const queueRule = "nft add table inet try { chain c { queue num 100 ; } ; }"
+
 // queuePackets does the one thing that kube-network-policies cannot do itself on a kernel whose nftables has no queue: it
 // sets the rules that pass the first packet of connections to it, with iptables.
-func queuePackets(ctx context.Context, t *testing.T, n *lab.Node) {
+func queuePackets(ctx context.Context, t *testing.T, n *lab.Node, network string) {
 	t.Helper()
-	_, err := n.Run(ctx, "nft add table inet try { chain c { queue num 100 ; } ; }")
+	_, err := n.Run(ctx, queueRule)
 	if err == nil {
 		labtest.Must(n.Run(ctx, "nft delete table inet try"))(t)
 		return
@@ -82,7 +85,7 @@ func queuePackets(ctx context.Context, t *testing.T, n *lab.Node) {
 	for _, rule := range []string{
 		"-m owner --uid-owner 0 -j ACCEPT", // probes
 		"-m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT",
-		"-s 10.244.0.0/16 -d 10.244.0.0/16 -j NFQUEUE --queue-num 100",
+		"-s " + network + " -d " + network + " -j NFQUEUE --queue-num 100",
 	} {
 		labtest.Must(n.Run(ctx, "iptables -t mangle -A POSTROUTING "+rule))(t)
 	}
@@ -91,22 +94,35 @@ func queuePackets(ctx context.Context, t *testing.T, n *lab.Node) {
 // waitCallers waits until of the pods just the callers reach the others.
 func waitCallers(ctx context.Context, t *testing.T, what string, pods, callers []echoPod) {
 	t.Helper()
+	waitCalls(ctx, t, what, pods, callers, func(from, to echoPod) error {
+		name, _, err := ask(ctx, from.Namespace, to.ip.String()+":8080")
+		if err == nil && name != to.name {
+			err = fmt.Errorf("%s answers", name)
+		}
+		return err
+	})
+}
+
+// waitCalls waits until of the pods just the callers can call the others.
+func waitCalls[P comparable](ctx context.Context, t *testing.T, what string, pods, callers []P,
+	call func(from, to P) error) {
+	t.Helper()
 	labtest.Do(t, lab.Poll(ctx, what, func() error {
 		var wrong []error
 		var lock sync.Mutex
 		var wg sync.WaitGroup
-		for _, from := range pods {
-			for _, to := range pods {
+		for i, from := range pods {
+			for j, to := range pods {
 				if from == to {
 					continue
 				}
 				wg.Go(func() {
-					name, _, err := ask(ctx, from.Namespace, to.ip.String()+":8080")
-					if (err == nil && name == to.name) == slices.Contains(callers, from) {
+					err := call(from, to)
+					if (err == nil) == slices.Contains(callers, from) {
 						return
 					}
 					lock.Lock()
-					wrong = append(wrong, fmt.Errorf("%s calls %s: %q, %v", from.name, to.name, name, err))
+					wrong = append(wrong, fmt.Errorf("pod %d calls pod %d: %v", i, j, err))
 					lock.Unlock()
 				})
 			}

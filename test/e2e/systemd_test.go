@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/flanneld/flanneld/subnet"
 	"github.com/flanneld/flanneld/test/lab"
 	"github.com/flanneld/flanneld/test/lab/labtest"
 )
@@ -90,6 +91,66 @@ func TestSystemd(t *testing.T) {
 				t.Logf("systemd said:\n%s\nand the daemon:\n%s", s.Log(), text)
 			}
 		})
+	}
+}
+
+// oldDockerOptions does to the subnet file what flannel's mk-docker-opts.sh does to its output: it reads the file, empties
+// it, and opens it again for each line.
+const oldDockerOptions = `#!/bin/sh
+. /run/flannel/subnet.env
+options="$DOCKER_NETWORK_OPTIONS "
+printf '' >/run/flannel/subnet.env
+for option in --bip=$FLANNEL_SUBNET --mtu=$FLANNEL_MTU; do
+	echo "DOCKER_OPT=\"$option\"" >>/run/flannel/subnet.env
+	options="$options$option "
+done
+echo "DOCKER_NETWORK_OPTIONS=\"$options\"" >>/run/flannel/subnet.env
+`
+
+// TestOldUnit: a unit as people wrote it for flannel has Docker's options written to the subnet file, from which Docker's
+// unit reads them. Docker gets them, once each, also when flanneld has started again, and the file has our lines, too.
+func TestOldUnit(t *testing.T) {
+	t.Parallel()
+	ctx := labtest.Context(t, time.Minute)
+	l := labtest.New(ctx, t, `{`+ipv4Network+`, "Backend": {"Type": "vxlan"}}`, make([]lab.NodeOptions, 2)...)
+	for i, post := range []string{"old-docker-options",
+		"mk-docker-opts.sh -m -k DOCKER_NETWORK_OPTIONS -d /run/flannel/subnet.env"} {
+		n := l.Nodes()[i]
+		labtest.Do(t, n.Install(labtest.Must(l.Program("bin/flanneld"))(t)))
+		labtest.Do(t, n.Install("../../dist/mk-docker-opts.sh"))
+		script := filepath.Join(t.TempDir(), "old-docker-options")
+		labtest.Do(t, os.WriteFile(script, []byte(oldDockerOptions), 0o755))
+		labtest.Do(t, n.Install(script))
+		s := labtest.Must(n.StartSystemd(ctx, map[string]string{
+			"flanneld.service": "[Service]\nType=notify\nExecStart=/usr/local/bin/flanneld --ip-masq --etcd-endpoints=" +
+				lab.Endpoint + "\nExecStartPost=/usr/local/bin/" + post + "\n",
+			"docker.service": "[Unit]\nRequires=flanneld.service\nAfter=flanneld.service\n" +
+				"[Service]\nType=oneshot\nEnvironmentFile=/run/flannel/subnet.env\n" +
+				"ExecStart=/bin/sh -c 'echo $DOCKER_NETWORK_OPTIONS >/run/options'\n",
+		}))(t)
+		for range 3 {
+			out, err := s.Run(ctx, "systemctl restart flanneld docker")
+			if err != nil {
+				t.Fatalf("%v\n%s\n%s", err, out, s.Log())
+			}
+			var file string
+			labtest.Do(t, lab.Poll(ctx, "our lines in the subnet file", func() error {
+				file = labtest.Must(s.Run(ctx, "cat /run/flannel/subnet.env"))(t)
+				if f, err := subnet.ParseEnvFile([]byte(file)); err != nil || f.MTU != 1450 || len(f.Missing) > 0 {
+					return fmt.Errorf("%w\n%s", err, file)
+				}
+				return nil
+			}))
+			_, bip, _ := strings.Cut(file, "FLANNEL_SUBNET=")
+			bip, _, _ = strings.Cut(bip, "\n")
+			want := "--bip=" + bip + " --mtu=1450"
+			if got := strings.TrimSpace(labtest.Must(s.Run(ctx, "cat /run/options"))(t)); got != want {
+				t.Errorf("%s: Docker gets %q, want %q", post, got, want)
+			}
+			if !strings.Contains(file, "DOCKER_NETWORK_OPTIONS=\" "+want) {
+				t.Errorf("%s: the subnet file has\n%s", post, file)
+			}
+		}
 	}
 }
 

@@ -1,6 +1,7 @@
 package host
 
 import (
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -43,6 +44,8 @@ DOCKER_OPTS=" --bip=10.5.34.1/24 --mtu=1450"
 		{name: "from the environment", file: ipv4Env, args: []string{"-c"},
 			env:  []string{"DOCKER_OPTS=--debug", "DOCKER_OPT_LOG=--log-level info"},
 			want: `DOCKER_OPTS="--debug  --bip=10.5.34.1/24 --ip-masq=true --log-level info --mtu=1450"` + "\n"},
+		{name: "masquerading is neither on nor off", file: "FLANNEL_MTU=1450\nFLANNEL_IPMASQ=maybe\n", args: []string{"-c"},
+			want: `DOCKER_OPTS=" --mtu=1450"` + "\n"},
 		{name: "no file", args: []string{"-f", noFile}, want: `DOCKER_OPTS=""` + "\n"},
 		{name: "no file, and something in the environment", args: []string{"-f", noFile},
 			env: []string{"DOCKER_OPTS=--debug", "FLANNEL_SUBNET=10.5.34.1/24"},
@@ -84,7 +87,6 @@ func TestDockerOptionsErrors(t *testing.T) {
 		args       []string
 	}{
 		{file: "FLANNEL_SUBNET=$(touch /tmp/x)\n", want: "is nothing that flanneld writes"},
-		{file: "FLANNEL_IPMASQ=maybe\n", want: "is neither true nor false"},
 		{file: ipv4Env, want: "is no name of a variable", args: []string{"-k", "A;B"}},
 		{file: ipv4Env, want: "Usage: ", args: []string{"-x"}},
 	} {
@@ -93,6 +95,46 @@ func TestDockerOptionsErrors(t *testing.T) {
 			if err == nil || !strings.Contains(out, c.want) || got != "" {
 				t.Errorf("%v: %q %v: %v, prints %q, want %q; writes %q", shell, c.file, c.args, err, out, c.want, got)
 			}
+		}
+	}
+}
+
+// TestDockerOptionsFile: a file is replaced as a whole; a symbolic link and a pipe are written to. No
+// other file is left.
+func TestDockerOptionsFile(t *testing.T) {
+	const want = "DOCKER_OPTS=\" --bip=10.5.34.1/24 --ip-masq=true --mtu=1450\"\n"
+	for _, shell := range shells() {
+		dir := t.TempDir()
+		at := func(name string) string { return filepath.Join(dir, name) }
+		write(t, at("subnet.env"), ipv4Env)
+		write(t, at("old"), "old")
+		write(t, at("target"), "old")
+		if err := errors.Join(os.Link(at("old"), at("replaced")), os.Symlink("target", at("link"))); err != nil {
+			t.Fatal(err)
+		}
+		run := func(to string) string {
+			t.Helper()
+			line := append(slices.Clone(shell), "../../dist/mk-docker-opts.sh", "-c", "-f", at("subnet.env"), "-d", to)
+			out, err := exec.Command(line[0], line[1:]...).Output()
+			if err != nil {
+				t.Fatalf("%v: %s: %v", shell, to, err)
+			}
+			return string(out)
+		}
+		run(at("replaced"))
+		run(at("link"))
+		run(at("subnet.env"))
+		for name, want := range map[string]string{"replaced": want, "old": "old", "target": want, "subnet.env": want} {
+			if got, err := os.ReadFile(at(name)); err != nil || string(got) != want {
+				t.Errorf("%v: %s has %q, %v", shell, name, got, err)
+			}
+		}
+		write(t, at("subnet.env"), ipv4Env)
+		if got := run("/dev/stdout"); got != want {
+			t.Errorf("%v: to a pipe: %q", shell, got)
+		}
+		if files, err := os.ReadDir(dir); err != nil || len(files) != 5 {
+			t.Errorf("%v: %v, %v", shell, files, err)
 		}
 	}
 }

@@ -22,8 +22,10 @@ const (
 	// DefaultInterval is the time in which each peer is asked at least once, while there are few enough peers.
 	DefaultInterval = 30 * time.Second
 
-	// gap is the least time between two requests: at most ten a second are sent, however many peers there are.
-	gap = 100 * time.Millisecond
+	// Every tick, at most a batch of requests is sent, however many peers there are: ten a second. Together they cost less
+	// than one by one, since a process that sleeps has to wake for each.
+	tick  = time.Second
+	batch = 10
 )
 
 // A conn is an *echo.Conn.
@@ -54,7 +56,8 @@ type Prober struct {
 	waits  queue                // between two rounds
 	asks   queue                // in a round
 	alarms int                  // paths whose state is reported
-	sent   time.Time            // the latest request
+	ticked time.Time            // the latest batch began
+	left   int                  // requests of that batch that may still be sent
 }
 
 // New returns a Prober, which has no peers yet. interval 0 is DefaultInterval.
@@ -129,7 +132,7 @@ func (p *Prober) remove(path *path) {
 
 // setPace follows the number of paths.
 func (p *Prober) setPace() {
-	p.pace.interval = max(p.interval, time.Duration(len(p.waits)+len(p.asks))*gap)
+	p.pace.interval = max(p.interval, time.Duration(len(p.waits)+len(p.asks))*tick/batch)
 	p.pace.recent = 2*p.pace.interval + 10*timeout
 }
 
@@ -207,8 +210,7 @@ func (p *Prober) next() (*outgoing, time.Duration) {
 	const idle = time.Hour
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for {
-		now := time.Now()
+	for now := time.Now(); ; {
 		path := p.asks.first()
 		if w := p.waits.first(); path == nil || path.due.After(now) && w != nil && w.due.Before(path.due) {
 			path = w
@@ -216,8 +218,12 @@ func (p *Prober) next() (*outgoing, time.Duration) {
 		if path == nil {
 			return nil, idle
 		}
-		if wait := max(path.due.Sub(now), p.sent.Add(gap).Sub(now)); wait > 0 {
-			return nil, wait
+		next := p.ticked.Add(tick)
+		if path.due.After(now) || p.left == 0 && next.After(now) {
+			return nil, max(path.due.Sub(now), next.Sub(now))
+		}
+		if !next.After(now) {
+			p.ticked, p.left = now, batch
 		}
 		heap.Remove(p.queueOf(path), path.index)
 		send := path.step(now)
@@ -226,7 +232,8 @@ func (p *Prober) next() (*outgoing, time.Duration) {
 			p.endRound(path, now)
 			continue
 		}
-		p.sent, path.due = now, now.Add(timeout)
+		p.left--
+		path.due = now.Add(timeout)
 		heap.Push(&p.asks, path)
 		r := &outgoing{from: path.Source, to: path.Overlay, seq: path.seq, data: path.data(now)}
 		if path.scope == underlay {

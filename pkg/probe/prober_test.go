@@ -336,7 +336,7 @@ func TestManyPeers(t *testing.T) {
 					others = append(others, w.add(i+1))
 				}
 				me.run(ctx, others...)
-				round := max(DefaultInterval, time.Duration(peers)*gap)
+				round := max(DefaultInterval, time.Duration(peers)*tick/batch)
 				count := func(d time.Duration) float64 {
 					w.mu.Lock()
 					before := w.sent

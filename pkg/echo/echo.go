@@ -7,9 +7,9 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"net/netip"
-	"os"
 
 	"golang.org/x/net/bpf"
 	"golang.org/x/net/icmp"
@@ -51,7 +51,7 @@ func Open(f family.Family) (*Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &Conn{family: f, raw: raw, id: uint16(os.Getpid())}
+	c := &Conn{family: f, raw: raw, id: uint16(rand.Uint32())} // not the process's: that is 1 in many containers
 	filter, err := bpf.Assemble(c.filter())
 	if err == nil && f == family.IPv4 {
 		c.v4 = ipv4.NewPacketConn(raw)

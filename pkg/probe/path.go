@@ -170,11 +170,13 @@ func (p *path) data(now time.Time) []byte {
 	return b
 }
 
-// reply takes a reply. It returns how long the reply took through the overlay, and 0 if the reply is none to one of the
+func nonceOf(data []byte) uint64 { return binary.BigEndian.Uint64(data[nonceAt:]) }
+
+// reply takes a reply with the path's nonce. It returns how long the reply took through the overlay, and 0 if the reply is none to one of the
 // latest requests, or did not come through the overlay.
-func (p *path) reply(now time.Time, seq uint16, data []byte) time.Duration {
+func (p *path) reply(now time.Time, seq uint16) time.Duration {
 	r := &p.sent[seq%history]
-	if len(data) < dataLen || binary.BigEndian.Uint64(data[nonceAt:]) != p.nonce || r.seq != seq || r.at.IsZero() {
+	if r.seq != seq || r.at.IsZero() {
 		return 0
 	}
 	took := max(now.Sub(r.at), 1)
@@ -193,9 +195,6 @@ func (p *path) reply(now time.Time, seq uint16, data []byte) time.Duration {
 
 // hear takes a request of the peer. It returns whether this is a reason to ask the peer now.
 func (p *path) hear(now time.Time, data []byte) bool {
-	if len(data) < dataLen {
-		return false
-	}
 	p.asked = now
 	if scope(data[scopeAt]) == overlay {
 		p.heard = now

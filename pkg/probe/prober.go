@@ -52,12 +52,13 @@ type Prober struct {
 	mu     sync.Mutex
 	pace   pace
 	peers  map[string][]*path
-	from   map[netip.Addr]*path // by the peer's addresses
-	waits  queue                // between two rounds
-	asks   queue                // in a round
-	alarms int                  // paths whose state is reported
-	ticked time.Time            // the latest batch began
-	left   int                  // requests of that batch that may still be sent
+	from   map[netip.Addr]*path // by the peer's addresses; several peers may share the public one
+	nonces map[uint64]*path
+	waits  queue     // between two rounds
+	asks   queue     // in a round
+	alarms int       // paths whose state is reported
+	ticked time.Time // the latest batch began
+	left   int       // requests of that batch that may still be sent
 }
 
 // New returns a Prober, which has no peers yet. interval 0 is DefaultInterval.
@@ -68,7 +69,7 @@ func New(interval time.Duration, o Observers) *Prober {
 	p := &Prober{
 		interval: interval, observers: o, wake: make(chan struct{}, 1), reports: make(chan struct{}, 1),
 		open:  func(f family.Family) (conn, error) { return echo.Open(f) },
-		peers: map[string][]*path{}, from: map[netip.Addr]*path{},
+		peers: map[string][]*path{}, from: map[netip.Addr]*path{}, nonces: map[uint64]*path{},
 	}
 	p.setPace()
 	return p
@@ -116,7 +117,7 @@ func (p *Prober) Set(peer string, paths ...Path) {
 func (p *Prober) add(path *path) {
 	path.due = time.Now().Add(rand.N(min(p.interval, 5*time.Second)))
 	heap.Push(&p.waits, path)
-	p.from[path.Overlay], p.from[path.Public] = path, path
+	p.from[path.Overlay], p.from[path.Public], p.nonces[path.nonce] = path, path, path
 	signal(p.wake)
 }
 
@@ -127,6 +128,7 @@ func (p *Prober) remove(path *path) {
 			delete(p.from, ip)
 		}
 	}
+	delete(p.nonces, path.nonce)
 	p.setReported(path, "")
 }
 
@@ -298,25 +300,30 @@ func (p *Prober) receive(c conn) {
 
 // take takes a message. It returns whether a path is due earlier than it was.
 func (p *Prober) take(m echo.Message) (earlier bool) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	path := p.from[m.From]
-	if path == nil {
+	if len(m.Data) < dataLen {
 		return false
 	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	now := time.Now()
-	queue := p.queueOf(path)
-	if !m.Reply {
-		if path.hear(now, m.Data) {
-			path.due = now
-			heap.Fix(queue, path.index)
-			return true
+	if m.Reply {
+		if path := p.nonces[nonceOf(m.Data)]; path != nil {
+			p.takeReply(path, m.Seq, now)
 		}
 		return false
 	}
-	asking := path.attempt > 0
-	rtt := path.reply(now, m.Seq, m.Data)
-	if rtt > 0 && p.observers.RTT != nil {
+	path := p.from[m.From]
+	if path == nil || !path.hear(now, m.Data) {
+		return false
+	}
+	path.due = now
+	heap.Fix(p.queueOf(path), path.index)
+	return true
+}
+
+func (p *Prober) takeReply(path *path, seq uint16, now time.Time) {
+	queue, asking := p.queueOf(path), path.attempt > 0
+	if rtt := path.reply(now, seq); rtt > 0 && p.observers.RTT != nil {
 		p.observers.RTT(rtt)
 	}
 	if ended := asking && path.attempt == 0; ended {
@@ -325,7 +332,6 @@ func (p *Prober) take(m echo.Message) (earlier bool) {
 	} else {
 		p.report(path, now) // a late reply
 	}
-	return false
 }
 
 // Results yields what is known of the paths to a peer.

@@ -321,6 +321,34 @@ func TestAsksWhoAsks(t *testing.T) {
 	})
 }
 
+// Peers behind one public address, which only their overlay addresses tell apart, are told apart.
+func TestSharedAddress(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		w := newWorld()
+		one, two, three := w.add(1), w.add(2), w.add(3)
+		three.public = two.public
+		one.run(ctx, two, three)
+		w.set(func(p packet) bool { return p.to == three.overlay })
+		time.Sleep(time.Minute)
+		for _, want := range []struct {
+			host  *host
+			state State
+		}{{two, Reachable}, {three, HostOnly}} {
+			if r := one.path(t, want.host); r.State != want.state {
+				t.Errorf("got %+v, want %s", r, want.state)
+			}
+		}
+		w.set(func(p packet) bool { return p.to == two.overlay })
+		time.Sleep(time.Minute)
+		if r := one.path(t, two); r.State != HostOnly {
+			t.Errorf("got %+v", r)
+		}
+		cancel()
+		synctest.Wait()
+	})
+}
+
 // At most ten requests a second are sent, however many peers there are and however many of them are silent, and each peer
 // is asked in its turn: one that is gone shows within a round, or three when half of all are gone, since requests are
 // repeated then.

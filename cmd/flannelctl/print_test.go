@@ -61,6 +61,12 @@ func TestPrinterOnTerminal(t *testing.T) {
 			"errors":   func(tool *tool) { tool.printf("flannelctl: %s\n", errors.New(hostile)) },
 			"commands": func(tool *tool) { tool.commands("", []string{"nft -f - <<'END'\n# \x1b[2J\u202e\nEND"}) },
 			"JSON":     func(tool *tool) { tool.printJSON(hostileStatus) },
+			"connectivity": func(tool *tool) {
+				tool.printConnectivity(connectivity{Peers: []peerPaths{{
+					Subnets: hostileLease.Subnets, Paths: []path{{Overlay: leg{Ping: hostile, UDP: hostile}}},
+					Findings: []finding{overlayBlocked(hostileStatus, path{})}, Notes: []string{hostile},
+				}}})
+			},
 		} {
 			var out bytes.Buffer
 			show(&tool{printer: printer{&out, coloured}})
@@ -127,7 +133,8 @@ func TestFixesAreQuoted(t *testing.T) {
 			insertAccept("input", "", "udp dport 8472"))
 		commands = append(commands, ruleset{program: "nft", family: "ip", table: "t", chains: map[string]*chain{name: {hook: "input"}}}.
 			insertAccept("input", "", "udp dport 8472"))
-		if len(commands) != 3 {
+		commands = append(commands, checksumWrong(d.status, leg{}).Fix...)
+		if len(commands) != 4 {
 			t.Fatalf("the commands are %q", commands)
 		}
 		for _, command := range commands {

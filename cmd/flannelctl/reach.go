@@ -2,15 +2,14 @@ package main
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
-	"os"
-	"time"
+	"sync"
 
 	"github.com/vishvananda/netlink"
+
+	"github.com/flanneld/flanneld/pkg/family"
 )
 
 // maxPinged is the largest number of peers that are pinged.
@@ -44,15 +43,15 @@ func reach(ctx context.Context, ips []netip.Addr) []reachability {
 		if replied[ip] {
 			continue
 		}
-		if all[i].err = checkRoute(ip); all[i].err == nil && len(replied) > 0 {
+		if all[i].err = checkNeighbour(ip); all[i].err == nil && len(replied) > 0 {
 			all[i].err = errSilent
 		}
 	}
 	return all
 }
 
-// checkRoute returns an error if the kernel has no route to the address, or no neighbour for the next hop.
-func checkRoute(ip netip.Addr) error {
+// checkNeighbour returns an error if the kernel has no route to the address, or no neighbour for the next hop.
+func checkNeighbour(ip netip.Addr) error {
 	routes, err := netlink.RouteGet(ip.AsSlice())
 	if err != nil || len(routes) == 0 {
 		return fmt.Errorf("there is no route (%w)", errors.Join(err))
@@ -74,93 +73,32 @@ func checkRoute(ip netip.Addr) error {
 	return nil
 }
 
-const (
-	pings    = 3 // each
-	pingWait = time.Second
-)
+const pings = 3 // each
 
-// ping sends echo requests (RFC 792, RFC 4443) and returns the addresses that reply.
+// ping sends echo requests to all addresses at once, and returns the addresses that reply.
 func ping(ctx context.Context, ips []netip.Addr) map[netip.Addr]bool {
+	var mu sync.Mutex
 	replied := map[netip.Addr]bool{}
-	replies := make(chan netip.Addr)
-	ctx, cancel := context.WithTimeout(ctx, pings*pingWait)
-	defer cancel()
-	conns := map[bool]*net.IPConn{} // key: IPv4
-	id := uint16(os.Getpid())
-	for _, f := range []struct {
-		four           bool
-		network        string
-		request, reply byte
-	}{{true, "ip4:icmp", 8, 0}, {false, "ip6:ipv6-icmp", 128, 129}} {
-		c, err := net.ListenIP(f.network, nil)
+	var all sync.WaitGroup
+	for _, f := range family.All {
+		p, err := openProber(f)
 		if err != nil {
 			continue // the host does not have the family, or the user is not root
 		}
-		defer c.Close()
-		conns[f.four] = c
-		go func() {
-			buf := make([]byte, 1500)
-			for {
-				n, from, err := c.ReadFromIP(buf)
-				if err != nil {
-					return
-				}
-				if n < 8 || buf[0] != f.reply || binary.BigEndian.Uint16(buf[4:]) != id {
-					continue
-				}
-				ip, _ := netip.AddrFromSlice(from.IP)
-				select {
-				case replies <- ip.Unmap():
-				case <-ctx.Done():
-					return
-				}
-			}
-		}()
-	}
-	for round := range uint16(pings) {
+		defer p.close()
 		for _, ip := range ips {
-			c := conns[ip.Is4()]
-			if c == nil || replied[ip] {
+			if !f.Has(ip) {
 				continue
 			}
-			_, _ = c.WriteTo(echo(ip.Is4(), id, round), &net.IPAddr{IP: ip.AsSlice()}) // on errors, there is no reply
-		}
-		wait := time.After(pingWait)
-		for waiting := true; waiting; {
-			if len(replied) == len(ips) {
-				return replied
-			}
-			select {
-			case ip := <-replies:
-				replied[ip] = true
-			case <-wait:
-				waiting = false
-			case <-ctx.Done():
-				return replied
-			}
+			all.Go(func() {
+				if _, err := p.echo(ctx, netip.Addr{}, ip, smallPacket, pings, patience); err == nil {
+					mu.Lock()
+					replied[ip] = true
+					mu.Unlock()
+				}
+			})
 		}
 	}
+	all.Wait()
 	return replied
-}
-
-// echo returns an echo request. The kernel computes the checksum of ICMPv6.
-func echo(four bool, id, seq uint16) []byte {
-	b := make([]byte, 16)
-	b[0] = 128
-	if four {
-		b[0] = 8
-	}
-	binary.BigEndian.PutUint16(b[4:], id)
-	binary.BigEndian.PutUint16(b[6:], seq)
-	if four {
-		sum := uint32(0)
-		for i := 0; i < len(b); i += 2 {
-			sum += uint32(binary.BigEndian.Uint16(b[i:]))
-		}
-		for sum > 0xffff {
-			sum = sum>>16 + sum&0xffff
-		}
-		binary.BigEndian.PutUint16(b[2:], ^uint16(sum))
-	}
-	return b
 }

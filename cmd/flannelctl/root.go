@@ -71,8 +71,8 @@ Exit status: 0 no problem, 1 problems or differences were found, 2 the command f
 	flags.StringVar(&t.envFile, "env-file", "/etc/default/flanneld",
 		"file with the daemon's variables, FLANNELD_NAME=VALUE; may be missing")
 	flags.BoolVar(&t.direct, "direct", false, "check the node without the daemon")
-	root.AddCommand(t.statusCommand(), t.leasesCommand(), t.diffCommand(), t.doctorCommand(), t.cleanupCommand(),
-		t.validateCommand())
+	root.AddCommand(t.statusCommand(), t.leasesCommand(), t.diffCommand(), t.doctorCommand(),
+		t.connectivityCommand(), t.cleanupCommand(), t.validateCommand())
 	return root
 }
 

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/net/icmp"
 	"golang.org/x/net/ipv4"
 	"golang.org/x/net/ipv6"
+	"golang.org/x/sys/unix"
 
 	"github.com/flanneld/flanneld/pkg/family"
 )
@@ -169,6 +170,28 @@ func checksum(message []byte) uint32 {
 	}
 	return sum
 }
+
+// DontFragment has the requests that are sent from now on leave this host, and cross routers, as one packet or not at
+// all: a request that is larger than the MTU of the device is an error (EMSGSIZE). What the kernel has learned of the
+// path does not count.
+func (c *Conn) DontFragment() error {
+	raw, err := c.raw.SyscallConn()
+	if err != nil {
+		return err
+	}
+	level, option, value := unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_PROBE
+	if c.family == family.IPv6 {
+		level, option, value = unix.IPPROTO_IPV6, unix.IPV6_MTU_DISCOVER, unix.IPV6_PMTUDISC_PROBE
+	}
+	var failed error
+	if err := raw.Control(func(fd uintptr) { failed = unix.SetsockoptInt(int(fd), level, option, value) }); err != nil {
+		return err
+	}
+	return failed
+}
+
+// DataLen returns how long the data of a request are that is an IP packet of so many bytes.
+func (c *Conn) DataLen(packet int) int { return packet - c.family.HeaderLen() - headerLen - len(mark) }
 
 // Close closes the Conn.
 func (c *Conn) Close() error { return c.raw.Close() }

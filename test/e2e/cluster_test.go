@@ -138,7 +138,7 @@ func TestOtherManifests(t *testing.T) {
 			waitRollout(ctx, t, c, "deployment/echo")
 			pods := enterPods(ctx, t, c)
 			checkEcho(ctx, t, c, pods)
-			for _, command := range []string{"status", "doctor"} {
+			for _, command := range []string{"status", "doctor", "connectivity"} {
 				t.Log(kubectl(ctx, t, c, "-n "+m.namespace+" exec daemonset/"+m.daemonSet+
 					" -c kube-flannel -- /opt/bin/flannelctl "+command))
 			}

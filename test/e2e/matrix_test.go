@@ -119,6 +119,9 @@ func testMatrix(t *testing.T, b matrixBackend, f matrixFamily, rules string) {
 	if out, status, err := node.Ctl(ctx, "doctor"); status != 0 {
 		t.Errorf("flannelctl doctor: %v\n%s", err, out)
 	}
+	if r, err := connectivity(ctx, node); err != nil || len(r.findings)+len(r.notes) > 0 {
+		t.Errorf("flannelctl connectivity: %v\n%+v", err, r)
+	}
 	for i, to := range pods[1:] {
 		device := b.near
 		if b.nodes[i+1].Routed {

@@ -434,3 +434,9 @@ func (p *Probe) Stop() {
 	close(p.stop)
 	p.done.Wait()
 }
+
+// LimitHop sets the MTU of the underlay's end of the node's cable: larger packets get lost there, in both directions,
+// and nobody is told.
+func (n *Node) LimitHop(ctx context.Context, mtu int) error {
+	return n.lab.net.Script(ctx, fmt.Sprintf("link set %s mtu %d", n.Hostname, mtu))
+}

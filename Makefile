@@ -50,7 +50,8 @@ CNITOOL := build/bin/cnitool
 OTHER_KUBE := build/stores/kube-apiserver-1.34 build/stores/kine
 KUBE := $(addprefix build/kube/,kube-apiserver kube-controller-manager kube-scheduler kube-proxy kubelet kubectl)
 # Kubernetes' own tests, and what runs in the pods that they make.
-SUITE := $(addprefix build/conformance/,e2e.test ginkgo agnhost localhost.crt localhost.key coredns)
+SUITE := $(addprefix build/conformance/,e2e.test ginkgo agnhost regression-issue-74839 localhost.crt localhost.key \
+	coredns)
 # What the chart deploys with netpol.enabled.
 NETPOL := build/kube/netpol
 
@@ -197,11 +198,12 @@ build/conformance/e2e.test: test/kubernetes/go.mod
 	@touch $@
 
 build/conformance/ginkgo: package = github.com/onsi/ginkgo/v2/ginkgo
-build/conformance/agnhost: package = k8s.io/kubernetes/test/images/agnhost
+build/conformance/agnhost build/conformance/regression-issue-74839: package = k8s.io/kubernetes/test/images/$(@F)
 build/conformance/coredns: package = .
-build/conformance/ginkgo build/conformance/agnhost: test/kubernetes/go.mod
+FROM_KUBERNETES := $(addprefix build/conformance/,ginkgo agnhost regression-issue-74839)
+$(FROM_KUBERNETES): test/kubernetes/go.mod
 build/conformance/coredns: test/coredns/go.mod test/coredns/main.go
-build/conformance/ginkgo build/conformance/agnhost build/conformance/coredns:
+$(FROM_KUBERNETES) build/conformance/coredns:
 	@mkdir -p $(@D)
 	cd $(<D) && go build -ldflags "-s -w" -o "$(CURDIR)/$@" $(package)
 	@touch $@
@@ -348,7 +350,8 @@ bench-kube: build need-lab $(ETCD) $(KUBE) ## One node among 5000 of Kubernetes
 demo-kube: build install-demo-kube $(ETCD) $(CNI) $(KUBE) image ## A Kubernetes cluster: NODES=2 NFTABLES=1 KEEP=1
 	@cd test && go run ./cmd/demo -kube
 
-CONFORMANCE_NEEDS := build need-conformance $(ETCD) $(CNI) $(KUBE) build/bin/helm $(SUITE) build/conformance/root.tar image
+CONFORMANCE_NEEDS := build need-conformance $(ETCD) $(CNI) $(KUBE) build/bin/helm $(SUITE) $(NETPOL) \
+	build/conformance/root.tar image
 conformance: $(CONFORMANCE_NEEDS) ## Kubernetes' own tests of networking: FOCUS=regexp CONFORMANCE=all TESTS=network
 	@cd test && go run ./cmd/conformance
 

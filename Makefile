@@ -51,7 +51,7 @@ OTHER_KUBE := build/stores/kube-apiserver-1.34 build/stores/kine
 KUBE := $(addprefix build/kube/,kube-apiserver kube-controller-manager kube-scheduler kube-proxy kubelet kubectl)
 # Kubernetes' own tests, and what runs in the pods that they make.
 SUITE := $(addprefix build/conformance/,e2e.test ginkgo agnhost regression-issue-74839 localhost.crt localhost.key \
-	coredns)
+	coredns critest)
 # What the chart deploys with netpol.enabled.
 NETPOL := build/kube/netpol
 
@@ -195,6 +195,11 @@ build/conformance/e2e.test: test/kubernetes/go.mod
 	cd test/kubernetes && version=$$(awk '$$1 == "k8s.io/kubernetes" { print $$2 }' go.mod) && \
 	go test -c -vet=off -ldflags "-s -w -X k8s.io/component-base/version.gitVersion=$$version" -o "$(CURDIR)/$@" \
 		k8s.io/kubernetes/test/e2e
+	@touch $@
+
+build/conformance/critest: test/critest/go.mod
+	@mkdir -p $(@D)
+	cd $(<D) && go test -c -vet=off -ldflags "-s -w" -o "$(CURDIR)/$@" sigs.k8s.io/cri-tools/cmd/critest
 	@touch $@
 
 build/conformance/ginkgo: package = github.com/onsi/ginkgo/v2/ginkgo

@@ -184,9 +184,12 @@ func (n *Node) startKubelet(k *Kube, o ClusterOptions) error {
 	if v6 {
 		ips = append(ips, n.IPv6.String())
 	}
-	_, err = n.launch(program, "--config="+file, "--kubeconfig="+k.Kubeconfig(user), "--node-ip="+strings.Join(ips, ","))
+	n.kubelet, err = n.launch(program, "--config="+file, "--kubeconfig="+k.Kubeconfig(user), "--node-ip="+strings.Join(ips, ","))
 	return err
 }
+
+// StopKubelet ends kubelet: containerd goes on without.
+func (n *Node) StopKubelet(ctx context.Context) error { return n.kubelet.Stop(ctx) }
 
 // StartProxy starts kube-proxy.
 func (n *Node) StartProxy(k *Kube, mode, clusterCIDR string) (*Process, error) {

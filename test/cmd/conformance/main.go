@@ -4,6 +4,7 @@
 //
 //	CONFORMANCE=host-gw,ipv6  which combinations, one after the other; all: each (see combinations)
 //	TESTS=network             besides the conformance tests, also what else the lab can run
+//	TESTS=cri                 in their place critest's tests of networking, those of containerd on one node
 //	FOCUS='hairpin back'      only the tests whose names match this regular expression
 //	PROCS=4                   how many tests run at a time
 //	NODES=6                   how many nodes the cluster has, 3 unless told otherwise, in three zones: some tests skip
@@ -99,6 +100,7 @@ type settings struct {
 	combinations []combination
 	focus        string // matches names of tests; empty: all that select matches
 	everything   bool   // not only conformance tests
+	cri          bool   // critest in the place of the suite
 	procs        int
 	nodes        int
 }
@@ -115,8 +117,10 @@ func readSettings(onlyQuick bool) (settings, error) {
 	case "", "conformance":
 	case "network":
 		s.everything = true
+	case "cri":
+		s.cri = true
 	default:
-		return s, fmt.Errorf("TESTS=%s: conformance or network", tests)
+		return s, fmt.Errorf("TESTS=%s: conformance, network or cri", tests)
 	}
 	for name, number := range map[string]*int{"PROCS": &s.procs, "NODES": &s.nodes} {
 		if text := os.Getenv(name); text != "" {
@@ -178,15 +182,20 @@ func (s settings) judge(ctx context.Context, c combination) (err error) {
 		return err
 	}
 	fmt.Printf("%s: the tests, %d at a time; they log to %s\n", c.name, s.procs, filepath.Join(dir, "e2e.log"))
-	began := time.Now()
-	ran := s.runSuite(ctx, cluster, c, dir)
+	began, names := time.Now(), suiteTests
+	var ran error
+	if s.cri {
+		names, ran = criTests, runCRI(ctx, l, cluster, dir)
+	} else {
+		ran = s.runSuite(ctx, cluster, c, dir)
+	}
 	if ran != nil {
 		saveLogs(cluster, dir)
 	}
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	results, err := readJUnit(filepath.Join(dir, "junit.xml"))
+	results, err := readJUnit(filepath.Join(dir, "junit.xml"), names)
 	if err != nil {
 		return errors.Join(ran, err)
 	}

@@ -51,8 +51,11 @@ type result struct {
 	took   time.Duration
 }
 
-// readJUnit reads the results of the suite's tests of networking.
-func readJUnit(file string) (results, error) {
+// suiteTests is how the names of the suite's tests of networking begin.
+const suiteTests = "[It] [sig-network] "
+
+// readJUnit reads the results of the tests whose names begin so.
+func readJUnit(file, begin string) (results, error) {
 	text, err := os.ReadFile(file)
 	if err != nil {
 		return nil, err
@@ -75,7 +78,7 @@ func readJUnit(file string) (results, error) {
 	var all results
 	for _, suite := range report.Suites {
 		for _, c := range suite.Cases {
-			name, isTest := strings.CutPrefix(c.Name, "[It] [sig-network] ")
+			name, isTest := strings.CutPrefix(c.Name, begin)
 			if !isTest && c.Status != "failed" {
 				continue // what the suite does before and after the tests, and other tests
 			}
@@ -137,7 +140,7 @@ func (all results) sum() string {
 			failed++
 		}
 	}
-	return fmt.Sprintf("%d passed, %d failed, %d skipped, %d of sig-network not selected", passed, failed, skipped, rest)
+	return fmt.Sprintf("%d passed, %d failed, %d skipped, %d not selected", passed, failed, skipped, rest)
 }
 
 // progress shows from the suite's output which test has ended, and how.

@@ -181,7 +181,7 @@ func (s settings) judge(ctx context.Context, c combination) (err error) {
 	if err != nil {
 		return err
 	}
-	fmt.Printf("%s: the tests, %d at a time; they log to %s\n", c.name, s.procs, filepath.Join(dir, "e2e.log"))
+	fmt.Printf("%s: the tests; they log to %s\n", c.name, filepath.Join(dir, "e2e.log"))
 	began, names := time.Now(), suiteTests
 	var ran error
 	if s.cri {

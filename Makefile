@@ -45,11 +45,13 @@ ETCD := build/bin/etcd build/bin/etcdctl
 # Older servers, which answer differently.
 OLD_ETCD := build/stores/etcd-3.4 build/stores/etcd-3.6
 CNI := $(addprefix build/cni/,bridge host-local loopback portmap)
+CNITOOL := build/bin/cnitool
 # What else Kubernetes may be: an older API server, and kine in the place of etcd.
 OTHER_KUBE := build/stores/kube-apiserver-1.34 build/stores/kine
 KUBE := $(addprefix build/kube/,kube-apiserver kube-controller-manager kube-scheduler kube-proxy kubelet kubectl)
 # Kubernetes' own tests, and what runs in the pods that they make.
-SUITE := $(addprefix build/conformance/,e2e.test ginkgo agnhost localhost.crt localhost.key coredns)
+SUITE := $(addprefix build/conformance/,e2e.test ginkgo agnhost regression-issue-74839 localhost.crt localhost.key \
+	coredns critest)
 # What the chart deploys with netpol.enabled.
 NETPOL := build/kube/netpol
 
@@ -112,7 +114,8 @@ image: need-image build/image/flannel-$(ARCH)$(SUFFIX).tar ## An image: IMAGE=na
 image-full: ## The larger image, with VARIANT=full
 	@$(MAKE) --no-print-directory image VARIANT=full
 
-BUILT := build/bin/staticcheck build/bin/helm build/debian $(ETCD) $(OLD_ETCD) $(CNI) $(KUBE) $(NETPOL) $(OTHER_KUBE)
+BUILT := build/bin/staticcheck build/bin/helm build/debian $(ETCD) $(OLD_ETCD) $(CNI) $(CNITOOL) $(KUBE) $(NETPOL) \
+	$(OTHER_KUBE)
 tools: install-tools $(BUILT) ## Install what checks and tests need
 
 # need-X fails where a program of X is missing. install-X installs the program first, where apt-get is.
@@ -136,13 +139,14 @@ build/bin/staticcheck: Makefile
 	GOBIN="$(CURDIR)/build/bin" go install honnef.co/go/tools/cmd/staticcheck@$(STATICCHECK_VERSION)
 	@touch $@
 
-# The real etcd and CNI plugins, of the versions in test/go.mod.
+# The real etcd, CNI plugins and cnitool, of the versions in test/go.mod.
 build/bin/etcd: package = go.etcd.io/etcd/server/v3
 build/bin/etcdctl: package = go.etcd.io/etcd/etcdctl/v3
+$(CNITOOL): package = github.com/containernetworking/cni/cnitool
 build/cni/bridge build/cni/loopback: package = github.com/containernetworking/plugins/plugins/main/$(@F)
 build/cni/host-local: package = github.com/containernetworking/plugins/plugins/ipam/$(@F)
 build/cni/portmap: package = github.com/containernetworking/plugins/plugins/meta/$(@F)
-$(ETCD) $(CNI): test/go.mod
+$(ETCD) $(CNI) $(CNITOOL): test/go.mod
 	cd test && go build -ldflags "-s -w" -o "$(CURDIR)/$@" $(package)
 	@touch $@
 
@@ -193,12 +197,18 @@ build/conformance/e2e.test: test/kubernetes/go.mod
 		k8s.io/kubernetes/test/e2e
 	@touch $@
 
+build/conformance/critest: test/critest/go.mod
+	@mkdir -p $(@D)
+	cd $(<D) && go test -c -vet=off -ldflags "-s -w" -o "$(CURDIR)/$@" sigs.k8s.io/cri-tools/cmd/critest
+	@touch $@
+
 build/conformance/ginkgo: package = github.com/onsi/ginkgo/v2/ginkgo
-build/conformance/agnhost: package = k8s.io/kubernetes/test/images/agnhost
+build/conformance/agnhost build/conformance/regression-issue-74839: package = k8s.io/kubernetes/test/images/$(@F)
 build/conformance/coredns: package = .
-build/conformance/ginkgo build/conformance/agnhost: test/kubernetes/go.mod
+FROM_KUBERNETES := $(addprefix build/conformance/,ginkgo agnhost regression-issue-74839)
+$(FROM_KUBERNETES): test/kubernetes/go.mod
 build/conformance/coredns: test/coredns/go.mod test/coredns/main.go
-build/conformance/ginkgo build/conformance/agnhost build/conformance/coredns:
+$(FROM_KUBERNETES) build/conformance/coredns:
 	@mkdir -p $(@D)
 	cd $(<D) && go build -ldflags "-s -w" -o "$(CURDIR)/$@" $(package)
 	@touch $@
@@ -300,7 +310,7 @@ fuzz: ## Each fuzz target for FUZZTIME
 # code, and left to test-race: our programs run in processes of their own, without it.
 E2E = -count=1 -p=2 -parallel=4 -timeout=30m $(TESTFLAGS)
 
-SERVERS := $(ETCD) build/stores/etcd-3.4 $(CNI) $(KUBE) $(OTHER_KUBE)
+SERVERS := $(ETCD) build/stores/etcd-3.4 $(CNI) $(CNITOOL) $(KUBE) $(OTHER_KUBE)
 e2e: build need-e2e $(SERVERS) $(NETPOL) build/bin/helm build/debian image ## End-to-end tests in the lab
 	cd test && $(GO_TEST) $(E2E) ./e2e ./stores ./... # the longest first
 
@@ -345,7 +355,8 @@ bench-kube: build need-lab $(ETCD) $(KUBE) ## One node among 5000 of Kubernetes
 demo-kube: build install-demo-kube $(ETCD) $(CNI) $(KUBE) image ## A Kubernetes cluster: NODES=2 NFTABLES=1 KEEP=1
 	@cd test && go run ./cmd/demo -kube
 
-CONFORMANCE_NEEDS := build need-conformance $(ETCD) $(CNI) $(KUBE) build/bin/helm $(SUITE) build/conformance/root.tar image
+CONFORMANCE_NEEDS := build need-conformance $(ETCD) $(CNI) $(KUBE) build/bin/helm $(SUITE) $(NETPOL) \
+	build/conformance/root.tar image
 conformance: $(CONFORMANCE_NEEDS) ## Kubernetes' own tests of networking: FOCUS=regexp CONFORMANCE=all TESTS=network
 	@cd test && go run ./cmd/conformance
 

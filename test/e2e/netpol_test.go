@@ -69,25 +69,11 @@ func TestNetworkPolicy(t *testing.T) {
 	checkEcho(ctx, t, c, pods)
 }
 
-// queueRule works where nftables has a queue.
-const queueRule = "nft add table inet try { chain c { queue num 100 ; } ; }"
-
-// queuePackets does the one thing that kube-network-policies cannot do itself on a kernel whose nftables has no queue: it
-// sets the rules that pass the first packet of connections to it, with iptables.
+// queuePackets passes packets of a network's pods to kube-network-policies where the rules of the program cannot.
 func queuePackets(ctx context.Context, t *testing.T, n *lab.Node, network string) {
 	t.Helper()
-	_, err := n.Run(ctx, queueRule)
-	if err == nil {
-		labtest.Must(n.Run(ctx, "nft delete table inet try"))(t)
-		return
-	}
-	t.Logf("%s: the kernel's nftables has no queue: iptables passes packets to kube-network-policies", n.Hostname)
-	for _, rule := range []string{
-		"-m owner --uid-owner 0 -j ACCEPT", // probes
-		"-m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT",
-		"-s " + network + " -d " + network + " -j NFQUEUE --queue-num 100",
-	} {
-		labtest.Must(n.Run(ctx, "iptables -t mangle -A POSTROUTING "+rule))(t)
+	if labtest.Must(n.QueuePackets(ctx, network))(t) {
+		t.Logf("%s: the kernel's nftables has no queue: iptables passes packets to kube-network-policies", n.Hostname)
 	}
 }
 

@@ -32,7 +32,7 @@ import (
 func TestPolicies(t *testing.T) {
 	t.Parallel()
 	t.Run("nftables", func(t *testing.T) {
-		labtest.NeedKernel(t, queueRule)
+		labtest.NeedKernel(t, lab.QueueRule)
 		testPolicies(t)
 	})
 	t.Run("iptables", testPolicies)

@@ -177,10 +177,15 @@ func (c *Cluster) startDNS(ctx context.Context) error {
 	})
 }
 
+// podTable is the table with the control plane's routes to pods.
+const podTable = "100"
+
 // RoutePods lets the control plane reach pods by way of their nodes, as the API server does for kubectl proxy and
-// webhooks: it is on no node. The nodes must have their podCIDRs.
+// webhooks: it is on no node. The nodes must have their podCIDRs. What the control plane's namespace forwards, as the
+// nodes' default gateway, does not use these routes: packets that a node has no route for must get lost.
 func (c *Cluster) RoutePods(ctx context.Context) error {
-	return c.each(func(n *Node) error {
+	var lines []string
+	for _, n := range c.Nodes {
 		node, err := c.Node(ctx, n.Hostname)
 		if err != nil {
 			return err
@@ -193,12 +198,15 @@ func (c *Cluster) RoutePods(ctx context.Context) error {
 			if strings.Contains(cidr, ":") {
 				via = n.IPv6
 			}
-			if err := c.lab.net.Script(ctx, "route replace "+cidr+" via "+via.String()); err != nil {
-				return err
-			}
+			lines = append(lines, "route replace "+cidr+" via "+via.String()+" table "+podTable)
 		}
-		return nil
-	})
+	}
+	for _, family := range []string{"-4", "-6"} {
+		if _, err := c.lab.net.Run(ctx, "ip "+family+" rule add iif lo lookup "+podTable); err != nil {
+			return err
+		}
+	}
+	return c.lab.net.Script(ctx, lines...)
 }
 
 // Launch starts a program where the control plane is, from where nodes, and after RoutePods pods, are reached.

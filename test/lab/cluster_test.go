@@ -58,6 +58,37 @@ func TestClusterLeftovers(t *testing.T) {
 	}
 }
 
+// TestRoutePods: the control plane reaches pods by way of their node, and the node's own packets do not find this way, on
+// which they would get around a pod network that lacks a route.
+func TestRoutePods(t *testing.T) {
+	nstest.NeedRoot(t)
+	ctx := labtest.Context(t, 2*time.Minute)
+	l := labtest.Must(lab.New(ctx, lab.Options{}))(t)
+	t.Cleanup(func() { labtest.Do(t, l.Close()) })
+	c := labtest.Must(l.NewCluster(ctx, lab.ClusterOptions{Nodes: 1, ProxyMode: "iptables",
+		ClusterCIDR: "10.244.0.0/16,fd00:10:244::/48", ServiceCIDR: "198.19.128.0/20," + lab.ServiceRangeV6}))(t)
+	n := c.Nodes[0]
+	labtest.Do(t, lab.Poll(ctx, "podCIDRs and routes to them", func() error { return c.RoutePods(ctx) }))
+	for _, way := range []struct{ pod, node string }{
+		{"10.244.0.2", n.IPv4.String()}, {"fd00:10:244::2", n.IPv6.String()},
+	} {
+		route := func(words ...string) (string, error) {
+			cmd := exec.CommandContext(ctx, "ip", append([]string{"route", "get", way.pod}, words...)...)
+			var out strings.Builder
+			cmd.Stdout, cmd.Stderr = &out, &out
+			p := labtest.Must(c.Launch(cmd))(t)
+			err := p.Wait()
+			return out.String(), err
+		}
+		if out, err := route(); err != nil || !strings.Contains(out, " via "+way.node+" ") {
+			t.Errorf("the control plane's route to pod %s: %v: %s, want it via %s", way.pod, err, out, way.node)
+		}
+		if out, err := route("from", way.node, "iif", "br0"); err == nil {
+			t.Errorf("packets of nodes to pod %s are forwarded: %s", way.pod, out)
+		}
+	}
+}
+
 // leaveCluster is the child: it makes a cluster with pods on a bridge, says its
 // name and the pods' processes, and waits for the end.
 func leaveCluster(t *testing.T) {

@@ -184,9 +184,12 @@ func (n *Node) startKubelet(k *Kube, o ClusterOptions) error {
 	if v6 {
 		ips = append(ips, n.IPv6.String())
 	}
-	_, err = n.launch(program, "--config="+file, "--kubeconfig="+k.Kubeconfig(user), "--node-ip="+strings.Join(ips, ","))
+	n.kubelet, err = n.launch(program, "--config="+file, "--kubeconfig="+k.Kubeconfig(user), "--node-ip="+strings.Join(ips, ","))
 	return err
 }
+
+// StopKubelet ends kubelet: containerd goes on without.
+func (n *Node) StopKubelet(ctx context.Context) error { return n.kubelet.Stop(ctx) }
 
 // StartProxy starts kube-proxy.
 func (n *Node) StartProxy(k *Kube, mode, clusterCIDR string) (*Process, error) {
@@ -197,7 +200,31 @@ func (n *Node) StartProxy(k *Kube, mode, clusterCIDR string) (*Process, error) {
 	return n.launch(program, "--kubeconfig="+k.Kubeconfig(KubeProxy), "--proxy-mode="+mode,
 		"--cluster-cidr="+clusterCIDR,
 		// These belong to the machine.
-		"--conntrack-max-per-core=0", "--conntrack-tcp-timeout-established=0", "--conntrack-tcp-timeout-close-wait=0", "--oom-score-adj=0")
+		"--conntrack-max-per-core=0", "--oom-score-adj=0")
+}
+
+// QueueRule is a command that works where nftables has a queue.
+const QueueRule = "nft add table inet try { chain c { queue num 100 ; } ; }"
+
+// QueuePackets does the one thing that kube-network-policies cannot do itself on a kernel whose nftables has no queue: it
+// passes the first packet of each connection of pods to kube-network-policies, with iptables. On other kernels it does
+// nothing, and returns false.
+func (n *Node) QueuePackets(ctx context.Context, pods string) (bool, error) {
+	if _, err := n.Run(ctx, QueueRule); err == nil {
+		_, err := n.Run(ctx, "nft delete table inet try")
+		return false, err
+	}
+	for _, rule := range []string{
+		"-m owner --uid-owner 0 -j ACCEPT", // probes
+		"-m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT",
+		"-s " + pods + " -j NFQUEUE --queue-num 100",
+		"-d " + pods + " -j NFQUEUE --queue-num 100",
+	} {
+		if _, err := n.Run(ctx, "iptables -t mangle -A POSTROUTING "+rule); err != nil {
+			return false, err
+		}
+	}
+	return true, nil
 }
 
 const cgroupRoot = "/sys/fs/cgroup"

@@ -41,6 +41,7 @@ type Node struct {
 	opts NodeOptions
 	pods []*Pod
 
+	kubelet *Process // nil where there is no cluster
 	docker  *Process // the engine; nil before StartDocker
 	dockerd []string // its arguments
 }

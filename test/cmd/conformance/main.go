@@ -4,8 +4,11 @@
 //
 //	CONFORMANCE=host-gw,ipv6  which combinations, one after the other; all: each (see combinations)
 //	TESTS=network             besides the conformance tests, also what else the lab can run
+//	TESTS=cri                 in their place critest's tests of networking, those of containerd on one node
 //	FOCUS='hairpin back'      only the tests whose names match this regular expression
 //	PROCS=4                   how many tests run at a time
+//	NODES=6                   how many nodes the cluster has, 3 unless told otherwise, in three zones: some tests skip
+//	                          themselves where there are fewer than two in each
 //
 // build/conformance/report has, for each combination, the JUnit file and what the suite and the cluster logged.
 package main
@@ -32,9 +35,6 @@ import (
 	"github.com/flanneld/flanneld/test/lab"
 )
 
-// nodes is what most tests need; some tests are skipped where there are fewer.
-const nodes = 3
-
 // manifest is what a user applies, as seen from the repository.
 const manifest = "Documentation/kube-flannel.yml"
 
@@ -47,6 +47,8 @@ type combination struct {
 	// services are where Services have their addresses. The tests make hundreds of them.
 	services string
 	features []string // labels Feature:… of tests that run in this combination alone
+	netpol   bool     // kube-network-policies runs beside flanneld
+	direct   bool     // nodes route packets of pods to each other without a tunnel
 }
 
 const (
@@ -58,7 +60,8 @@ const (
 var combinations = []combination{
 	{name: "vxlan", proxy: "iptables", pods: podsV4, services: servicesV4},
 	{name: "vxlan-nftables", proxy: "nftables", pods: podsV4, services: servicesV4, values: "flannel.enableNFTables=true"},
-	{name: "host-gw", proxy: "iptables", pods: podsV4, services: servicesV4, values: "flannel.backend=host-gw"},
+	{name: "host-gw", proxy: "iptables", pods: podsV4, services: servicesV4, values: "flannel.backend=host-gw",
+		direct: true},
 	{name: "wireguard", proxy: "iptables", pods: podsV4, services: servicesV4, values: "flannel.backend=wireguard," +
 		"flannel.extraEnv[0].name=WG_I_PREFER_BUGGY_USERSPACE_TO_POLISHED_KMOD,flannel.extraEnv[0].value=yes," +
 		"flannel.extraVolumes[0].name=tun,flannel.extraVolumes[0].hostPath.path=/dev/net/tun," +
@@ -67,7 +70,13 @@ var combinations = []combination{
 		values: "podCidrv6=" + podsV6, features: []string{"IPv6DualStack"}},
 	{name: "ipv6", proxy: "iptables", pods: podsV6, services: lab.ServiceRangeV6,
 		values: "podCidr=,podCidrv6=" + podsV6},
+	{name: "netpol", proxy: "iptables", pods: podsV4, services: servicesV4, values: "netpol.enabled=true," +
+		"netpol.image.repository=" + netpolRepository + ",netpol.image.tag=" + netpolTag,
+		features: []string{"NetworkPolicy"}, netpol: true},
 }
+
+// The image of kube-network-policies.
+const netpolRepository, netpolTag = "docker.io/lab/netpol", "v1"
 
 // quick matches the tests of -quick: pod to pod, Service, hostPort, DNS.
 const quick = `Granular Checks: Pods should function for (intra-pod|node-pod) communication: (http|udp)` +
@@ -91,11 +100,13 @@ type settings struct {
 	combinations []combination
 	focus        string // matches names of tests; empty: all that select matches
 	everything   bool   // not only conformance tests
+	cri          bool   // critest in the place of the suite
 	procs        int
+	nodes        int
 }
 
 func readSettings(onlyQuick bool) (settings, error) {
-	s := settings{combinations: combinations[:1], focus: os.Getenv("FOCUS"), procs: 4}
+	s := settings{combinations: combinations[:1], focus: os.Getenv("FOCUS"), procs: 4, nodes: 3}
 	if onlyQuick && s.focus == "" {
 		s.focus = quick
 	}
@@ -106,15 +117,19 @@ func readSettings(onlyQuick bool) (settings, error) {
 	case "", "conformance":
 	case "network":
 		s.everything = true
+	case "cri":
+		s.cri = true
 	default:
-		return s, fmt.Errorf("TESTS=%s: conformance or network", tests)
+		return s, fmt.Errorf("TESTS=%s: conformance, network or cri", tests)
 	}
-	if text := os.Getenv("PROCS"); text != "" {
-		procs, err := strconv.Atoi(text)
-		if err != nil || procs < 1 {
-			return s, fmt.Errorf("PROCS=%s: a number of tests, at least 1", text)
+	for name, number := range map[string]*int{"PROCS": &s.procs, "NODES": &s.nodes} {
+		if text := os.Getenv(name); text != "" {
+			n, err := strconv.Atoi(text)
+			if err != nil || n < 1 {
+				return s, fmt.Errorf("%s=%s: a number, at least 1", name, text)
+			}
+			*number = n
 		}
-		s.procs = procs
 	}
 	switch names := os.Getenv("CONFORMANCE"); names {
 	case "":
@@ -161,21 +176,26 @@ func (s settings) judge(ctx context.Context, c combination) (err error) {
 	if err := errors.Join(os.RemoveAll(dir), os.MkdirAll(dir, 0o755)); err != nil {
 		return err
 	}
-	fmt.Printf("%s: a cluster of %d nodes, kube-proxy %s\n", c.name, nodes, c.proxy)
-	cluster, err := start(ctx, l, c)
+	fmt.Printf("%s: a cluster of %d nodes, kube-proxy %s\n", c.name, s.nodes, c.proxy)
+	cluster, err := s.start(ctx, l, c)
 	if err != nil {
 		return err
 	}
-	fmt.Printf("%s: the tests, %d at a time; they log to %s\n", c.name, s.procs, filepath.Join(dir, "e2e.log"))
-	began := time.Now()
-	ran := s.runSuite(ctx, cluster, c, dir)
+	fmt.Printf("%s: the tests; they log to %s\n", c.name, filepath.Join(dir, "e2e.log"))
+	began, names := time.Now(), suiteTests
+	var ran error
+	if s.cri {
+		names, ran = criTests, runCRI(ctx, l, cluster, dir)
+	} else {
+		ran = s.runSuite(ctx, cluster, c, dir)
+	}
 	if ran != nil {
 		saveLogs(cluster, dir)
 	}
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	results, err := readJUnit(filepath.Join(dir, "junit.xml"))
+	results, err := readJUnit(filepath.Join(dir, "junit.xml"), names)
 	if err != nil {
 		return errors.Join(ran, err)
 	}
@@ -185,19 +205,24 @@ func (s settings) judge(ctx context.Context, c combination) (err error) {
 }
 
 // start returns a cluster in which the network and the DNS work.
-func start(ctx context.Context, l *lab.Lab, c combination) (*lab.Cluster, error) {
+func (s settings) start(ctx context.Context, l *lab.Lab, c combination) (*lab.Cluster, error) {
 	cluster, err := l.NewCluster(ctx, lab.ClusterOptions{
-		Nodes: nodes, ProxyMode: c.proxy, ClusterCIDR: c.pods, ServiceCIDR: c.services, DNS: true, Privileged: true,
+		Nodes: s.nodes, ProxyMode: c.proxy, ClusterCIDR: c.pods, ServiceCIDR: c.services, DNS: true, Privileged: true,
 	})
 	if err != nil {
 		return nil, err
 	}
-	image, err := writeImage(ctx, l)
+	images, err := writeImages(ctx, l)
 	if err != nil {
 		return nil, err
 	}
-	for _, file := range []string{image, filepath.Join(l.Build, "image", "flannel-"+runtime.GOARCH+".tar")} {
+	for _, file := range append(images, filepath.Join(l.Build, "image", "flannel-"+runtime.GOARCH+".tar")) {
 		if err := cluster.Import(ctx, file); err != nil {
+			return nil, err
+		}
+	}
+	if c.netpol {
+		if err := cluster.ImportProgram(ctx, netpolRepository+":"+netpolTag, "/bin/netpol", "kube/netpol"); err != nil {
 			return nil, err
 		}
 	}
@@ -209,7 +234,7 @@ func start(ctx context.Context, l *lab.Lab, c combination) (*lab.Cluster, error)
 		return nil, err
 	}
 	for i, n := range cluster.Nodes { // some tests are about zones
-		zone := fmt.Sprintf("topology.kubernetes.io/zone=z%d", i+1)
+		zone := fmt.Sprintf("topology.kubernetes.io/zone=z%d", i%3+1)
 		if _, err := cluster.Kubectl(ctx, "label", "node", n.Hostname, zone); err != nil {
 			return nil, err
 		}
@@ -222,6 +247,18 @@ func start(ctx context.Context, l *lab.Lab, c combination) (*lab.Cluster, error)
 		if _, err := cluster.Kubectl(ctx, strings.Fields(line)...); err != nil {
 			pods, _ := cluster.Kubectl(ctx, "describe", "pods", "-A")
 			return nil, fmt.Errorf("%w\n%s", err, pods)
+		}
+	}
+	if c.netpol {
+		for _, n := range cluster.Nodes {
+			byHand, err := n.QueuePackets(ctx, c.pods)
+			if err != nil {
+				return nil, err
+			}
+			if byHand {
+				fmt.Printf("%s: %s: the kernel's nftables has no queue: iptables passes packets to kube-network-policies\n",
+					c.name, n.Hostname)
+			}
 		}
 	}
 	return cluster, cluster.RoutePods(ctx)
@@ -271,13 +308,15 @@ func (s settings) runSuite(ctx context.Context, cluster *lab.Cluster, c combinat
 		"--focus=" + cmp.Or(s.focus, "."), "--junit-report=junit.xml", "--output-dir=" + dir,
 	}
 	for _, l := range leftOut {
-		args = append(args, "--skip="+l.name)
+		if !l.direct || !c.direct {
+			args = append(args, "--skip="+l.name)
+		}
 	}
 	args = append(args, paths["conformance/e2e.test"], "--",
 		"--kubeconfig="+cluster.AdminKubeconfig(), "--kubectl-path="+paths["kube/kubectl"], "--provider=skeleton",
 		"--disable-log-dump", "--e2e-output-dir="+dir,
 		// Only the first of Ginkgo's processes would count them: with the others, tests would be skipped.
-		"--num-nodes="+strconv.Itoa(nodes))
+		"--num-nodes="+strconv.Itoa(s.nodes))
 	cmd := exec.CommandContext(ctx, "nice", append([]string{"-n", "5", paths["conformance/ginkgo"]}, args...)...)
 	cmd.Env = append(os.Environ(), "HOME="+dir) // for kubectl's cache
 	progress := newProgress(os.Stdout)

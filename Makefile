@@ -115,7 +115,7 @@ image-full: ## The larger image, with VARIANT=full
 	@$(MAKE) --no-print-directory image VARIANT=full
 
 BUILT := build/bin/staticcheck build/bin/helm build/debian $(ETCD) $(OLD_ETCD) $(CNI) $(CNITOOL) $(KUBE) $(NETPOL) \
-	$(OTHER_KUBE)
+	$(OTHER_KUBE) $(SUITE) build/conformance/root.tar
 tools: install-tools $(BUILT) ## Install what checks and tests need
 
 # need-X fails where a program of X is missing. install-X installs the program first, where apt-get is.
@@ -287,7 +287,7 @@ check-source: build/bin/staticcheck build/bin/helm
 
 test: check-source unit e2e ## Check, unit and end-to-end tests (root)
 
-test-all: check-source fuzz unit e2e test-race test-clusters test-long ## All that .ci/run runs, and all cases of all tests
+test-all: check-source fuzz unit e2e test-race test-clusters conformance-quick test-long ## All that .ci/run runs, and all cases of all tests
 	LONG=all $(MAKE) test-vm
 
 # check vets all packages. Without debug information the linker takes half of the time.

@@ -68,8 +68,8 @@ var addrs = family.Pair[[2]netip.Addr]{
 	IPv6: [2]netip.Addr{netip.MustParseAddr("fd00::1"), netip.MustParseAddr("fd00::2")},
 }
 
-// A request comes back as a reply, from the address that was asked and to the one that asks; whoever has the address that
-// is asked knows of the request.
+// A request comes back as a reply, from the address that was asked and to the one that asks. The host that is asked
+// receives the request, too.
 func TestRequestAndReply(t *testing.T) {
 	for f, pair := range addrs.Each() {
 		t.Run(f.String(), func(t *testing.T) {

@@ -2,18 +2,15 @@ package network
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"net/http"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
@@ -30,25 +27,7 @@ import (
 
 // Run works in goroutines of many threads, so that all of the test's process
 // has to live in a network namespace of its own, and in a mount namespace.
-func TestMain(m *testing.M) {
-	const inside = "NETWORK_TEST_INSIDE"
-	if os.Getuid() != 0 || os.Getenv(inside) != "" {
-		os.Exit(m.Run())
-	}
-	self := exec.Command(os.Args[0], os.Args[1:]...)
-	self.Env = append(os.Environ(), inside+"=1")
-	self.Stdin, self.Stdout, self.Stderr = os.Stdin, os.Stdout, os.Stderr
-	self.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Unshareflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
-	err := self.Run()
-	var exit *exec.ExitError
-	switch {
-	case errors.As(err, &exit):
-		os.Exit(exit.ExitCode())
-	case err != nil:
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
-	}
-}
+func TestMain(m *testing.M) { nstest.Main(m) }
 
 // manager is a subnet.Manager that the test plays. A nil error means that it
 // waits.

@@ -16,6 +16,47 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// Main runs the tests of a package, as its TestMain, in a network namespace of their own with lo up, and in a mount
+// namespace: for tests of what works in many threads, or in processes that it starts, or would meet another of its kind on
+// the host. Without root, the tests run where they are.
+func Main(m *testing.M) {
+	const inside = "NSTEST_INSIDE"
+	if os.Getuid() == 0 && os.Getenv(inside) == "" {
+		self := exec.Command(os.Args[0], os.Args[1:]...)
+		self.Env = append(os.Environ(), inside+"=1")
+		self.Stdin, self.Stdout, self.Stderr = os.Stdin, os.Stdout, os.Stderr
+		self.SysProcAttr = &syscall.SysProcAttr{
+			Cloneflags: syscall.CLONE_NEWNET, Unshareflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL,
+		}
+		err := self.Run()
+		var exit *exec.ExitError
+		if err != nil && !errors.As(err, &exit) {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(self.ProcessState.ExitCode())
+	}
+	if os.Getuid() == 0 {
+		if err := loUp(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+	}
+	os.Exit(m.Run())
+}
+
+// loUp sets lo up.
+func loUp() error {
+	lo, err := netlink.LinkByName("lo")
+	if err == nil {
+		err = netlink.LinkSetUp(lo)
+	}
+	if err != nil {
+		return fmt.Errorf("setting lo up: %w", err)
+	}
+	return nil
+}
+
 // New moves the calling goroutine into a new, empty network namespace with lo up, until the test ends. Sockets that the
 // goroutine opens and commands that it starts belong to the namespace; goroutines that it starts do not. The test needs
 // root and the program ip.
@@ -41,12 +82,8 @@ func New(t testing.TB) {
 		home.Close()
 		runtime.UnlockOSThread()
 	})
-	lo, err := netlink.LinkByName("lo")
-	if err == nil {
-		err = netlink.LinkSetUp(lo)
-	}
-	if err != nil {
-		t.Fatalf("setting lo up: %v", err)
+	if err := loUp(); err != nil {
+		t.Fatal(err)
 	}
 }
 

@@ -2,6 +2,7 @@ package probe
 
 import (
 	"encoding/binary"
+	"math"
 	"math/rand/v2"
 	"net/netip"
 	"time"
@@ -54,11 +55,11 @@ const (
 // The data of a request.
 const (
 	scopeAt = 0           // a scope
-	ageAt   = 1           // whole seconds since the sender has received a packet of the receiver through the overlay
-	nonceAt = 2           // 8 bytes that only the sender and the receiver know
+	ageAt   = 1           // 4 bytes: seconds since the sender has received a packet of the receiver through the overlay
+	nonceAt = 5           // 8 bytes that only the sender and the receiver know
 	dataLen = nonceAt + 8 // more data is ignored
 
-	neverHeard = 255 // the age where that is longer ago, or has never happened
+	neverHeard = math.MaxUint32 // the age where the sender has never received such a packet
 )
 
 const (
@@ -75,7 +76,7 @@ const (
 // A pace is how often paths ask, now.
 type pace struct {
 	interval time.Duration // between the beginnings of two rounds
-	recent   time.Duration // in which each peer has asked at least once
+	recent   time.Duration // in which each peer has asked at least once, if its interval is not longer than usual
 }
 
 // A path asks in rounds: through the overlay, and where nothing replies, underneath. It is for one goroutine.
@@ -146,10 +147,13 @@ func (p *path) step(now time.Time) (send bool) {
 	return true
 }
 
-// patience returns how many requests the scope gets in this round: what is known to be silent gets one.
+// patience returns how many requests the scope gets in this round. What is known to be silent gets one. Before a path is
+// reported as blocked, it gets more than usual, so that a network which loses some packets does not count as blocked.
 func (p *path) patience() int {
-	silent := p.state == Silent || p.state == NoReply || p.scope == overlay && (p.state == HostOnly || p.state == NoAddress)
-	if silent {
+	switch {
+	case p.scope == overlay && p.state == HostOnly && p.reported == "":
+		return 2 * attempts
+	case p.state == Silent || p.state == NoReply || p.scope == overlay && (p.state == HostOnly || p.state == NoAddress):
 		return 1
 	}
 	return attempts
@@ -158,22 +162,24 @@ func (p *path) patience() int {
 // data returns the data of the request that step has asked for.
 func (p *path) data(now time.Time) []byte {
 	b := make([]byte, dataLen)
-	b[scopeAt], b[ageAt] = byte(p.scope), neverHeard
+	b[scopeAt] = byte(p.scope)
 	latest := p.heard
 	if p.replied.After(latest) {
 		latest = p.replied
 	}
-	if age := now.Sub(latest); !latest.IsZero() && age < neverHeard*time.Second {
-		b[ageAt] = byte(age / time.Second)
+	age := time.Duration(neverHeard)
+	if !latest.IsZero() {
+		age = min(age, now.Sub(latest)/time.Second)
 	}
+	binary.BigEndian.PutUint32(b[ageAt:], uint32(age))
 	binary.BigEndian.PutUint64(b[nonceAt:], p.nonce)
 	return b
 }
 
 func nonceOf(data []byte) uint64 { return binary.BigEndian.Uint64(data[nonceAt:]) }
 
-// reply takes a reply with the path's nonce. It returns how long the reply took through the overlay, and 0 if the reply is none to one of the
-// latest requests, or did not come through the overlay.
+// reply takes a reply with the path's nonce. It returns how long the reply took through the overlay, and 0 if the reply is
+// none to one of the latest requests, or did not come through the overlay.
 func (p *path) reply(now time.Time, seq uint16) time.Duration {
 	r := &p.sent[seq%history]
 	if r.seq != seq || r.at.IsZero() {
@@ -199,7 +205,7 @@ func (p *path) hear(now time.Time, data []byte) bool {
 	if scope(data[scopeAt]) == overlay {
 		p.heard = now
 	}
-	if age := data[ageAt]; age != neverHeard {
+	if age := binary.BigEndian.Uint32(data[ageAt:]); age != neverHeard {
 		p.peerHeard = now.Add(-time.Duration(age+1) * time.Second)
 	}
 	return p.heard == now && p.attempt == 0 && p.state != Reachable && now.Sub(p.began) > 5*timeout

@@ -135,7 +135,7 @@ func (p *Prober) remove(path *path) {
 // setPace follows the number of paths.
 func (p *Prober) setPace() {
 	p.pace.interval = max(p.interval, time.Duration(len(p.waits)+len(p.asks))*tick/batch)
-	p.pace.recent = 2*p.pace.interval + 10*timeout
+	p.pace.recent = 2*max(p.pace.interval, DefaultInterval) + 10*timeout // peers may ask less often than this host
 }
 
 func (p *Prober) queueOf(path *path) *queue {

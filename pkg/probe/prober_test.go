@@ -33,6 +33,7 @@ type host struct {
 	world           *world
 	prober          *Prober
 	number          int
+	interval        time.Duration // 0: the usual one
 	overlay, public netip.Addr
 	received        chan echo.Message // nil: nobody reads
 }
@@ -53,7 +54,7 @@ func (w *world) add(number int) *host {
 
 // run has the host ask the others until the test ends.
 func (h *host) run(ctx context.Context, others ...*host) {
-	h.prober = New(0, Observers{})
+	h.prober = New(h.interval, Observers{})
 	h.received = make(chan echo.Message, 1000)
 	h.prober.open = func(f family.Family) (conn, error) {
 		if f == family.IPv6 {
@@ -265,7 +266,7 @@ func TestReports(t *testing.T) {
 			return now
 		}
 		at := expect(HostOnly)
-		if since := one.path(t, two).Since; at.Sub(since) < AlarmAfter || at.Sub(since) > AlarmAfter+2*timeout {
+		if since := one.path(t, two).Since; at.Sub(since) < AlarmAfter || at.Sub(since) > AlarmAfter+(2*attempts+1)*timeout {
 			t.Errorf("reported after %v", at.Sub(since))
 		}
 		w.set(func(packet) bool { return true })
@@ -276,6 +277,59 @@ func TestReports(t *testing.T) {
 		expect(HostOnly)
 		one.prober.Set(two.overlay.String())
 		expect("")
+		cancel()
+		synctest.Wait()
+	})
+}
+
+// A peer whose firewall drops requests stays reachable for a host that asks more often than the peer, and for hosts that
+// ask each other as rarely as in a large cluster.
+func TestIntervals(t *testing.T) {
+	for _, intervals := range [][2]time.Duration{{time.Second, DefaultInterval}, {10 * time.Minute, 10 * time.Minute}} {
+		t.Run(fmt.Sprint(intervals), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				ctx, cancel := context.WithCancel(t.Context())
+				w := newWorld()
+				one, two := w.add(1), w.add(2)
+				one.interval, two.interval = intervals[0], intervals[1]
+				w.set(func(p packet) bool { return !p.reply && p.to == two.overlay })
+				one.run(ctx, two)
+				two.run(ctx, one)
+				time.Sleep(3 * max(intervals[0], intervals[1]))
+				for len(one.prober.Reports()) > 0 {
+					<-one.prober.Reports()
+				}
+				time.Sleep(10 * max(intervals[0], intervals[1]))
+				if r := one.path(t, two); r.State != Reachable || len(one.prober.Reports()) > 0 {
+					t.Errorf("%+v, %d reports", r, len(one.prober.Reports()))
+				}
+				cancel()
+				synctest.Wait()
+			})
+		})
+	}
+}
+
+// Where one request of five arrives, nothing is reported as blocked.
+func TestSomeLossIsNoAlarm(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		w := newWorld()
+		one, two := w.add(1), w.add(2)
+		count := 0
+		w.set(func(p packet) bool {
+			if p.reply || p.to != two.overlay {
+				return false
+			}
+			count++
+			return count%5 != 0
+		})
+		one.run(ctx, two)
+		select {
+		case <-one.prober.Reports():
+			t.Errorf("reported: %+v", one.prober.Alarms())
+		case <-time.After(time.Hour):
+		}
 		cancel()
 		synctest.Wait()
 	})

@@ -152,6 +152,16 @@ func (s *state) carrier(l subnet.Lease, f family.Family) (what, otherwise string
 		"filtering, or since the devices of the two nodes differ, such as in the VNI"
 }
 
+// reportPause is the least time between two records of peers that are not reached. While thousands of peers fail, each is
+// found in its turn, and each would be another line of the log and another Event.
+const reportPause = time.Minute
+
+// takeReport records what the prober reports. The next report stays in its channel, which holds one, for reportPause.
+func (n *node) takeReport() {
+	n.recordReachability(n.prober.Alarms())
+	n.events.probes, n.events.reported = nil, time.After(reportPause)
+}
+
 // maxNamed is how many peers an event names.
 const maxNamed = 3
 

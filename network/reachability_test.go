@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"k8s.io/klog/v2/textlogger"
 
@@ -69,4 +71,19 @@ func TestReachabilityIsRecorded(t *testing.T) {
 	if lines := strings.Count(log.String(), "\n"); lines != 4 {
 		t.Errorf("%d lines are logged, want 4:\n%s", lines, log.String())
 	}
+}
+
+// However often peers fail and recover, that is recorded once a minute.
+func TestReportsPause(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := &node{prober: probe.New(time.Second, probe.Observers{})}
+		began := time.Now()
+		n.takeReport()
+		if n.events.probes != nil {
+			t.Error("the next report is taken at once")
+		}
+		if <-n.events.reported; time.Since(began) != reportPause {
+			t.Errorf("the next report is taken after %v", time.Since(began))
+		}
+	})
 }

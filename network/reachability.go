@@ -2,11 +2,14 @@ package network
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/flanneld/flanneld/backend"
 	"github.com/flanneld/flanneld/pkg/family"
@@ -111,6 +114,10 @@ func (s *state) describe(l subnet.Lease, r probe.Result) string {
 	}
 	what, otherwise := s.carrier(l, f)
 	switch {
+	case errors.Is(r.Err, unix.EPERM):
+		return fmt.Sprintf("this host does not let the requests to %s out: a firewall rule of this host drops ICMP. Accept "+
+			"ICMP to and from %s in the chain OUTPUT, since nothing is known of this peer otherwise", r.Overlay,
+			s.cfg.Networks().Of(f))
 	case r.Heard && !r.Arrives:
 		return fmt.Sprintf("%s from %s to %s does not arrive here, while packets to %s arrive there: open that in the "+
 			"firewalls of this node and in between. %s", what, to, from, to, otherwise)

@@ -2,10 +2,13 @@ package probe
 
 import (
 	"encoding/binary"
+	"errors"
 	"math"
 	"math/rand/v2"
 	"net/netip"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // A Path is the way to a peer in one family.
@@ -23,7 +26,7 @@ const (
 	Unknown   State = "unknown"       // it has not been asked yet
 	Reachable State = "reachable"     // packets arrive through the overlay, and back
 	HostOnly  State = "host-only"     // the peer's host replies, but not through the overlay
-	NoAddress State = "no-address"    // as HostOnly; an Optional Path that has never replied: nothing has the address
+	NoAddress State = "no-address"    // as HostOnly, of an Optional Path: this host or the peer lacks its address
 	Silent    State = "silent"        // it has replied before, and nothing replies now
 	NoReply   State = "never-replied" // nothing has ever replied: a firewall may drop ICMP
 )
@@ -37,6 +40,7 @@ type Result struct {
 	State State
 	Since time.Time     // when the State began: for HostOnly and Silent, when the first request without a reply was sent
 	RTT   time.Duration // of the latest reply through the overlay; 0: there was none
+	Err   error         // why the kernel did not send the latest request through the overlay
 
 	// What the peer's own requests tell, if it sends any.
 	Asks    bool // requests of the peer arrive, through the overlay or underneath
@@ -50,6 +54,7 @@ type scope byte
 const (
 	overlay scope = iota
 	underlay
+	sourceless // in a request underneath: the sender lacks its Source, and cannot ask through the overlay
 )
 
 // The data of a request.
@@ -103,7 +108,10 @@ type path struct {
 	ever       bool          // anything has replied
 	unanswered time.Time     // when the first request through the overlay was sent that has no reply; zero: all have
 
+	err error // of sending the latest request through the overlay
+
 	asked     time.Time // the latest request of the peer came
+	lacking   time.Time // the latest request of the peer came that was sourceless
 	heard     time.Time // the latest request of the peer through the overlay came
 	peerHeard time.Time // the peer had received a packet of ours through the overlay
 
@@ -139,6 +147,7 @@ func (p *path) step(now time.Time) (send bool) {
 	p.seq++
 	p.sent[p.seq%history] = request{now, p.scope, p.seq}
 	if p.scope == overlay {
+		p.err = nil
 		p.sample++
 		if p.unanswered.IsZero() {
 			p.unanswered = now
@@ -163,6 +172,9 @@ func (p *path) patience() int {
 func (p *path) data(now time.Time) []byte {
 	b := make([]byte, dataLen)
 	b[scopeAt] = byte(p.scope)
+	if p.scope == underlay && p.lacksSource() {
+		b[scopeAt] = byte(sourceless)
+	}
 	latest := p.heard
 	if p.replied.After(latest) {
 		latest = p.replied
@@ -202,8 +214,11 @@ func (p *path) reply(now time.Time, seq uint16) time.Duration {
 // hear takes a request of the peer. It returns whether this is a reason to ask the peer now.
 func (p *path) hear(now time.Time, data []byte) bool {
 	p.asked = now
-	if scope(data[scopeAt]) == overlay {
+	switch scope(data[scopeAt]) {
+	case overlay:
 		p.heard = now
+	case sourceless:
+		p.lacking = now
 	}
 	if age := binary.BigEndian.Uint32(data[ageAt:]); age != neverHeard {
 		p.peerHeard = now.Add(-time.Duration(age+1) * time.Second)
@@ -218,7 +233,7 @@ func (p *path) decide(now time.Time, overlayReplied, hostReplied bool) {
 	switch {
 	case overlayReplied, p.isConfirmed(now):
 		state = Reachable
-	case hostReplied && p.Optional && p.replied.IsZero():
+	case hostReplied && p.Optional && (p.replied.IsZero() || p.lacksSource() || p.isRecent(now, p.lacking)):
 		state = NoAddress
 	case hostReplied:
 		state = HostOnly
@@ -232,6 +247,11 @@ func (p *path) decide(now time.Time, overlayReplied, hostReplied bool) {
 	if p.isBad() {
 		p.since = p.unanswered
 	}
+}
+
+// lacksSource tells whether the latest request through the overlay was not sent since this host lacks its address there.
+func (p *path) lacksSource() bool {
+	return p.Optional && (errors.Is(p.err, unix.ENETUNREACH) || errors.Is(p.err, unix.EINVAL)) // see echo.Conn.Send
 }
 
 // isConfirmed tells whether packets arrive both ways although there are no replies, since the peer's firewall drops
@@ -262,7 +282,7 @@ func (p *path) isBad() bool { return p.state == HostOnly || p.state == Silent }
 // result returns what is known.
 func (p *path) result(now time.Time) Result {
 	return Result{
-		Path: p.Path, State: p.state, Since: p.since, RTT: p.rtt,
+		Path: p.Path, State: p.state, Since: p.since, RTT: p.rtt, Err: p.err,
 		Asks: p.isRecent(now, p.asked), Arrives: p.isRecent(now, p.heard), Heard: p.isRecent(now, p.peerHeard),
 	}
 }

@@ -191,8 +191,9 @@ func (p *Prober) send(ctx context.Context, conns family.Pair[conn]) {
 		r, wait := p.next()
 		for ; r != nil; r, wait = p.next() {
 			if c := conns.Of(family.Of(r.to)); c != nil {
-				// After an error there is no reply: this host lacks the source, for example.
-				_ = c.Send(r.from, r.to, r.seq, r.data)
+				if err := c.Send(r.from, r.to, r.seq, r.data); err != nil {
+					p.setError(r, err)
+				}
 			}
 		}
 		timer.Reset(wait)
@@ -201,6 +202,8 @@ func (p *Prober) send(ctx context.Context, conns family.Pair[conn]) {
 
 // An outgoing is a request that is to be sent.
 type outgoing struct {
+	path     *path
+	scope    scope
 	from, to netip.Addr
 	seq      uint16
 	data     []byte
@@ -237,11 +240,20 @@ func (p *Prober) next() (*outgoing, time.Duration) {
 		p.left--
 		path.due = now.Add(timeout)
 		heap.Push(&p.asks, path)
-		r := &outgoing{from: path.Source, to: path.Overlay, seq: path.seq, data: path.data(now)}
+		r := &outgoing{path: path, scope: path.scope, from: path.Source, to: path.Overlay, seq: path.seq, data: path.data(now)}
 		if path.scope == underlay {
 			r.from, r.to = netip.Addr{}, path.Public
 		}
 		return r, 0
+	}
+}
+
+// setError records why a request was not sent. There will be no reply to it.
+func (p *Prober) setError(r *outgoing, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if r.scope == overlay {
+		r.path.err = err
 	}
 }
 

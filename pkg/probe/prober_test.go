@@ -5,10 +5,13 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/flanneld/flanneld/pkg/echo"
 	"github.com/flanneld/flanneld/pkg/family"
@@ -34,6 +37,7 @@ type host struct {
 	prober          *Prober
 	number          int
 	interval        time.Duration // 0: the usual one
+	sourceless      bool          // overlay is no address of the host's
 	overlay, public netip.Addr
 	received        chan echo.Message // nil: nobody reads
 }
@@ -88,8 +92,11 @@ func (h *host) Send(from, to netip.Addr, seq uint16, data []byte) error {
 		from = h.public
 	}
 	dropped := func(p packet) bool { return w.drops != nil && w.drops(p) }
+	if h.sourceless && from == h.overlay {
+		return os.NewSyscallError("sendmsg", unix.ENETUNREACH)
+	}
 	other := w.hosts[to]
-	if other == nil || dropped(packet{false, from, to}) {
+	if other == nil || other.sourceless && to == other.overlay || dropped(packet{false, from, to}) {
 		return nil
 	}
 	if other.received != nil {
@@ -329,6 +336,41 @@ func TestSomeLossIsNoAlarm(t *testing.T) {
 		case <-one.prober.Reports():
 			t.Errorf("reported: %+v", one.prober.Alarms())
 		case <-time.After(time.Hour):
+		}
+		cancel()
+		synctest.Wait()
+	})
+}
+
+// A host that loses its address in the overlay says so underneath: neither side reports that packets are lost.
+func TestSourceless(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		w := newWorld()
+		one, two := w.add(1), w.add(2)
+		one.run(ctx)
+		two.run(ctx)
+		one.prober.Set(two.overlay.String(), Path{Overlay: two.overlay, Source: one.overlay, Public: two.public, Optional: true})
+		two.prober.Set(one.overlay.String(), Path{Overlay: one.overlay, Source: two.overlay, Public: one.public, Optional: true})
+		for _, lost := range []bool{false, true, false} {
+			w.mu.Lock()
+			two.sourceless = lost
+			w.mu.Unlock()
+			want := map[bool]State{false: Reachable, true: NoAddress}[lost]
+			time.Sleep(3 * time.Minute)
+			for _, r := range []Result{one.path(t, two), two.path(t, one)} {
+				if r.State != want {
+					t.Errorf("got %+v, want %s", r, want)
+				}
+			}
+			for _, h := range []*host{one, two} {
+				if len(h.prober.Reports()) > 0 {
+					t.Errorf("from %s: reported", h.public)
+				}
+			}
+			if err := two.path(t, one).Err; lost != (err != nil) {
+				t.Errorf("the error is %v", err)
+			}
 		}
 		cancel()
 		synctest.Wait()

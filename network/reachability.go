@@ -105,6 +105,10 @@ func (s *state) describe(l subnet.Lease, r probe.Result) string {
 	from, to := s.own.Attrs.PublicIPOf(f), r.Public
 	switch r.State {
 	case probe.Silent:
+		if r.Arrives {
+			return fmt.Sprintf("requests of %s arrive here through the overlay, but neither the overlay nor the host itself "+
+				"replies any more: either nothing that %s sends arrives there, or a firewall has begun to drop ICMP", to, from)
+		}
 		return fmt.Sprintf("nothing from %s arrives any more, neither through the overlay nor from the host itself: "+
 			"the host or the network between is down, or a firewall has begun to drop ICMP. If the node is gone for "+
 			"good, delete its lease", to)

@@ -229,6 +229,9 @@ func (p *path) hear(now time.Time, data []byte) bool {
 // decide ends the round.
 func (p *path) decide(now time.Time, overlayReplied, hostReplied bool) {
 	p.attempt = 0
+	if p.isRecent(now, p.asked) && !p.isRecent(now, p.heard) {
+		hostReplied = true // it could: its requests arrive underneath alone, and a firewall drops ours
+	}
 	state := NoReply
 	switch {
 	case overlayReplied, p.isConfirmed(now):

@@ -178,6 +178,14 @@ func TestStates(t *testing.T) {
 			later1: view{Silent, asks{}}, later2: view{Silent, asks{}}},
 		{name: "requests to a host that does not ask", drops: func(p packet) bool { return !p.reply }, noProber: true,
 			start1: view{NoReply, asks{}}, later1: view{Silent, asks{}}},
+		{name: "overlay both ways, and requests to 2", drops: func(p packet) bool {
+			return inside(p.to) || !p.reply && isSecond(p.to)
+		},
+			start1: view{HostOnly, asks{true, false, false}}, start2: view{HostOnly, asks{}},
+			later1: view{HostOnly, asks{true, false, false}}, later2: view{HostOnly, asks{}}},
+		{name: "requests to 2, and all replies", drops: func(p packet) bool { return p.reply || isSecond(p.to) },
+			start1: view{NoReply, asks{true, true, false}}, start2: view{NoReply, asks{}},
+			later1: view{Silent, asks{true, true, false}}, later2: view{Silent, asks{}}},
 		{name: "all", drops: func(packet) bool { return true },
 			start1: view{NoReply, asks{}}, start2: view{NoReply, asks{}},
 			later1: view{Silent, asks{}}, later2: view{Silent, asks{}}},

@@ -167,7 +167,7 @@ func (p *Prober) Run(ctx context.Context) error {
 			continue
 		}
 		*conns.At(f) = c
-		defer c.Close()
+		context.AfterFunc(ctx, func() { c.Close() }) // which ends a Send that waits, too
 		receivers.Go(func() { p.receive(c) })
 	}
 	if len(errs) == len(family.All) {

@@ -453,6 +453,39 @@ func TestSharedAddress(t *testing.T) {
 	})
 }
 
+// A conn that can send nothing more, as where the queue of a device stands still.
+type fullConn struct{ closed chan struct{} }
+
+func (c fullConn) Send(netip.Addr, netip.Addr, uint16, []byte) error {
+	<-c.closed
+	return net.ErrClosed
+}
+
+func (c fullConn) Receive([]byte) (echo.Message, error) {
+	<-c.closed
+	return echo.Message{}, net.ErrClosed
+}
+
+func (c fullConn) Close() error {
+	close(c.closed)
+	return nil
+}
+
+// Run returns although a request cannot be sent.
+func TestRunEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		one := newWorld().add(1)
+		p := New(0, Observers{})
+		p.open = func(family.Family) (conn, error) { return fullConn{make(chan struct{})}, nil }
+		p.Set("peer", Path{Overlay: one.overlay, Source: one.overlay, Public: one.public})
+		if err := p.Run(ctx); err != nil { // which lasts for ever otherwise
+			t.Error(err)
+		}
+	})
+}
+
 // At most ten requests a second are sent, however many peers there are and however many of them are silent, and each peer
 // is asked in its turn: one that is gone shows within a round, or three when half of all are gone, since requests are
 // repeated then.

@@ -35,6 +35,14 @@ func (n *node) startProber(ctx context.Context) {
 	}))
 }
 
+// cannotProbe says why peers are not probed although they should be; "" if they are.
+func (n *node) cannotProbe() string {
+	if n.prober == nil || n.prober.Err() == nil {
+		return ""
+	}
+	return fmt.Sprintf("%v: flanneld needs CAP_NET_RAW to probe peers, unless --probe-peers=false", n.prober.Err())
+}
+
 // probePeers has the prober follow a plan.
 func (n *node) probePeers(p peersPlan) {
 	if n.prober == nil {

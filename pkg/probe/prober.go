@@ -59,6 +59,7 @@ type Prober struct {
 	alarms int       // paths whose state is reported
 	ticked time.Time // the latest batch began
 	left   int       // requests of that batch that may still be sent
+	err    error     // of Run
 }
 
 // New returns a Prober, which has no peers yet. interval 0 is DefaultInterval.
@@ -171,7 +172,11 @@ func (p *Prober) Run(ctx context.Context) error {
 		receivers.Go(func() { p.receive(c) })
 	}
 	if len(errs) == len(family.All) {
-		return errors.Join(errs...)
+		err := errors.Join(errs...)
+		p.mu.Lock()
+		p.err = err
+		p.mu.Unlock()
+		return err
 	}
 	p.send(ctx, conns)
 	return nil
@@ -346,7 +351,14 @@ func (p *Prober) takeReply(path *path, seq uint16, now time.Time) {
 	}
 }
 
-// Results yields what is known of the paths to a peer.
+// Err returns the error that Run has returned.
+func (p *Prober) Err() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.err
+}
+
+// Results returns what is known of the paths to a peer.
 func (p *Prober) Results(peer string) []Result {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -111,7 +111,7 @@ type path struct {
 	err error // of sending the latest request through the overlay
 
 	asked     time.Time // the latest request of the peer came
-	lacking   time.Time // the latest request of the peer came that was sourceless
+	lacking   bool      // the latest request of the peer was sourceless
 	heard     time.Time // the latest request of the peer through the overlay came
 	peerHeard time.Time // the peer had received a packet of ours through the overlay
 
@@ -213,12 +213,9 @@ func (p *path) reply(now time.Time, seq uint16) time.Duration {
 
 // hear takes a request of the peer. It returns whether this is a reason to ask the peer now.
 func (p *path) hear(now time.Time, data []byte) bool {
-	p.asked = now
-	switch scope(data[scopeAt]) {
-	case overlay:
+	p.asked, p.lacking = now, scope(data[scopeAt]) == sourceless
+	if scope(data[scopeAt]) == overlay {
 		p.heard = now
-	case sourceless:
-		p.lacking = now
 	}
 	if age := binary.BigEndian.Uint32(data[ageAt:]); age != neverHeard {
 		p.peerHeard = now.Add(-time.Duration(age+1) * time.Second)
@@ -236,7 +233,7 @@ func (p *path) decide(now time.Time, overlayReplied, hostReplied bool) {
 	switch {
 	case overlayReplied, p.isConfirmed(now):
 		state = Reachable
-	case hostReplied && p.Optional && (p.replied.IsZero() || p.lacksSource() || p.isRecent(now, p.lacking)):
+	case hostReplied && p.Optional && (p.replied.IsZero() || p.lacksSource() || p.lacking):
 		state = NoAddress
 	case hostReplied:
 		state = HostOnly

@@ -376,6 +376,14 @@ func TestSourceless(t *testing.T) {
 					t.Errorf("from %s: reported", h.public)
 				}
 			}
+			if lost { // this holds although the requests of the other host are lost for a while
+				w.set(func(p packet) bool { return p.to == one.public && !p.reply })
+				time.Sleep(3 * time.Minute)
+				w.set(nil)
+				if r := one.path(t, two); r.State != NoAddress || len(one.prober.Reports()) > 0 {
+					t.Errorf("got %+v", r)
+				}
+			}
 			if err := two.path(t, one).Err; lost != (err != nil) {
 				t.Errorf("the error is %v", err)
 			}

@@ -167,8 +167,8 @@ func (s *state) carrier(l subnet.Lease, f family.Family) (what, otherwise string
 		return fmt.Sprintf("traffic of %s", s.cfg.Networks().Of(f)), "If that is open, a host does not forward, or the network " +
 			"between the hosts drops packets with addresses that it does not know, as clouds do"
 	}
-	return strings.Join(ports, ", "), "If that is open, the host that receives the packets drops them: by reverse path " +
-		"filtering, or since the devices of the two nodes differ, such as in the VNI"
+	return strings.Join(ports, ", "), "If that is open, a host drops the packets: by a rule for ICMP in the overlay, by " +
+		"reverse path filtering, or since the devices of the two nodes differ, such as in the VNI"
 }
 
 // reportPause is the least time between two records of peers that are not reached. While thousands of peers fail, each is

@@ -164,7 +164,8 @@ var (
 	descProbed = prometheus.NewDesc("flannel_probe_paths",
 		"ways to peers, one for each family, by what the probes find: `reachable`; `host-only`, the peer's host replies, but "+
 			"not through the overlay; `silent`, nothing replies any more; `never-replied`, nothing ever has, since a firewall "+
-			"may drop ICMP; `no-address`, the peer has no pod yet, and so no address to ask; `unknown`, not asked yet",
+			"may drop ICMP; `no-address`, the peer or this node has no bridge yet, and so no address in the overlay; "+
+			"`unknown`, not asked yet",
 		[]string{"state"}, nil)
 	descPeerReachable = prometheus.NewDesc("flannel_peer_reachable",
 		"1 while probes of the peer through the overlay have replies. Only with `--probe-peer-metrics`",

@@ -170,7 +170,8 @@ type events struct {
 	links     <-chan struct{}
 	file      <-chan struct{}      // nil: the subnet file cannot be watched
 	leases    <-chan subnet.Update // nil: leases are not watched
-	probes    <-chan struct{}      // nil: peers are not probed
+	probes    <-chan struct{}      // nil: peers are not probed, or see takeReport
+	reported  <-chan time.Time     // see takeReport
 	heartbeat <-chan time.Time     // nil: there is none
 }
 
@@ -317,7 +318,9 @@ func (n *node) handleEvent(ctx context.Context, compare <-chan time.Time) (runni
 	case <-n.events.file:
 		n.checkFile()
 	case <-n.events.probes:
-		n.recordReachability(n.prober.Alarms())
+		n.takeReport()
+	case <-n.events.reported:
+		n.events.probes = n.prober.Reports()
 	case _, ok := <-n.events.links:
 		if running = ok; ok {
 			err = n.refreshUplink(ctx, n.target.cfg)

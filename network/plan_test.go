@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/flanneld/flanneld/backend"
 	"github.com/flanneld/flanneld/backend/backendtest"
 	"github.com/flanneld/flanneld/pkg/family"
@@ -198,6 +200,9 @@ func (s *scenario) describeResult(text string) (string, error) {
 		for _, p := range pathsTo(s.working(), l, s.overlayAddrs()) {
 			if p.Overlay.String() == words[0] {
 				r := probe.Result{Path: p, State: probe.State(words[1]), Asks: is("asks"), Arrives: is("arrives"), Heard: is("heard")}
+				if is("denied") {
+					r.Err = unix.EPERM
+				}
 				return fmt.Sprintf("%s: %q", text, s.describe(l, r)), nil
 			}
 		}

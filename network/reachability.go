@@ -2,11 +2,14 @@ package network
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/flanneld/flanneld/backend"
 	"github.com/flanneld/flanneld/pkg/family"
@@ -30,6 +33,14 @@ func (n *node) startProber(ctx context.Context) {
 				"flag", "--probe-peers")
 		}
 	}))
+}
+
+// cannotProbe says why peers are not probed although they should be; "" if they are.
+func (n *node) cannotProbe() string {
+	if n.prober == nil || n.prober.Err() == nil {
+		return ""
+	}
+	return fmt.Sprintf("%v: flanneld needs CAP_NET_RAW to probe peers, unless --probe-peers=false", n.prober.Err())
 }
 
 // probePeers has the prober follow a plan.
@@ -102,6 +113,10 @@ func (s *state) describe(l subnet.Lease, r probe.Result) string {
 	from, to := s.own.Attrs.PublicIPOf(f), r.Public
 	switch r.State {
 	case probe.Silent:
+		if r.Arrives {
+			return fmt.Sprintf("requests of %s arrive here through the overlay, but neither the overlay nor the host itself "+
+				"replies any more: either nothing that %s sends arrives there, or a firewall has begun to drop ICMP", to, from)
+		}
 		return fmt.Sprintf("nothing from %s arrives any more, neither through the overlay nor from the host itself: "+
 			"the host or the network between is down, or a firewall has begun to drop ICMP. If the node is gone for "+
 			"good, delete its lease", to)
@@ -111,6 +126,10 @@ func (s *state) describe(l subnet.Lease, r probe.Result) string {
 	}
 	what, otherwise := s.carrier(l, f)
 	switch {
+	case errors.Is(r.Err, unix.EPERM):
+		return fmt.Sprintf("this host does not let the requests to %s out: a firewall rule of this host drops ICMP. Accept "+
+			"ICMP to and from %s in the chain OUTPUT, since nothing is known of this peer otherwise", r.Overlay,
+			s.cfg.Networks().Of(f))
 	case r.Heard && !r.Arrives:
 		return fmt.Sprintf("%s from %s to %s does not arrive here, while packets to %s arrive there: open that in the "+
 			"firewalls of this node and in between. %s", what, to, from, to, otherwise)
@@ -148,8 +167,18 @@ func (s *state) carrier(l subnet.Lease, f family.Family) (what, otherwise string
 		return fmt.Sprintf("traffic of %s", s.cfg.Networks().Of(f)), "If that is open, a host does not forward, or the network " +
 			"between the hosts drops packets with addresses that it does not know, as clouds do"
 	}
-	return strings.Join(ports, ", "), "If that is open, the host that receives the packets drops them: by reverse path " +
-		"filtering, or since the devices of the two nodes differ, such as in the VNI"
+	return strings.Join(ports, ", "), "If that is open, a host drops the packets: by a rule for ICMP in the overlay, by " +
+		"reverse path filtering, or since the devices of the two nodes differ, such as in the VNI"
+}
+
+// reportPause is the least time between two records of peers that are not reached. While thousands of peers fail, each is
+// found in its turn, and each would be another line of the log and another Event.
+const reportPause = time.Minute
+
+// takeReport records what the prober reports. The next report stays in its channel, which holds one, for reportPause.
+func (n *node) takeReport() {
+	n.recordReachability(n.prober.Alarms())
+	n.events.probes, n.events.reported = nil, time.After(reportPause)
 }
 
 // maxNamed is how many peers an event names.

@@ -3,13 +3,18 @@ package network
 import (
 	"bytes"
 	"fmt"
+	"runtime"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
+	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2/textlogger"
 
 	"github.com/flanneld/flanneld/backend"
 	"github.com/flanneld/flanneld/backend/backendtest"
+	"github.com/flanneld/flanneld/pkg/nstest"
 	"github.com/flanneld/flanneld/pkg/probe"
 	"github.com/flanneld/flanneld/subnet"
 )
@@ -68,5 +73,44 @@ func TestReachabilityIsRecorded(t *testing.T) {
 	}
 	if lines := strings.Count(log.String(), "\n"); lines != 4 {
 		t.Errorf("%d lines are logged, want 4:\n%s", lines, log.String())
+	}
+}
+
+// However often peers fail and recover, that is recorded once a minute.
+func TestReportsPause(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := &node{prober: probe.New(time.Second, probe.Observers{})}
+		began := time.Now()
+		n.takeReport()
+		if n.events.probes != nil {
+			t.Error("the next report is taken at once")
+		}
+		if <-n.events.reported; time.Since(began) != reportPause {
+			t.Errorf("the next report is taken after %v", time.Since(began))
+		}
+	})
+}
+
+// That peers cannot be probed is an error in the daemon's status.
+func TestCannotProbe(t *testing.T) {
+	nstest.NeedRoot(t)
+	n := &node{prober: probe.New(time.Second, probe.Observers{}), health: newHealth(newManager(vxlanConfig), nil)}
+	if errors := n.view().errors; len(errors) > 0 {
+		t.Errorf("before the prober runs: %v", errors)
+	}
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread() // the thread ends with the goroutine, since it has no capabilities
+		header, none := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}, [2]unix.CapUserData{}
+		if err := unix.Capset(&header, &none[0]); err != nil {
+			t.Error(err)
+		}
+		done <- n.prober.Run(t.Context())
+	}()
+	if err := <-done; err == nil {
+		t.Error("Run returns no error")
+	}
+	if text := n.view().errors["Probes"]; !strings.Contains(text, "flanneld needs CAP_NET_RAW") {
+		t.Errorf("got %q", text)
 	}
 }

@@ -155,6 +155,9 @@ func (n *node) view() view {
 	if n.fileFight != "" {
 		v.errors["Subnet file"] = n.fileFight
 	}
+	if text := n.cannotProbe(); text != "" {
+		v.errors["Probes"] = text
+	}
 	return v
 }
 

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"golang.org/x/net/icmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/pkg/nstest"
@@ -160,16 +161,20 @@ func TestChecksum(t *testing.T) {
 	}
 }
 
-// A source that is not an address of this host is refused, so that the caller can choose another one.
-func TestForeignSource(t *testing.T) {
-	for f, pair := range addrs.Each() {
-		t.Run(f.String(), func(t *testing.T) {
-			nstest.New(t)
-			addAddress(t, pair[1])
-			c, _ := open(t, f)
-			if err := c.Send(pair[0], pair[1], 1, nil); err == nil {
-				t.Error("no error")
-			}
-		})
+// Callers tell these errors of the kernel apart.
+func TestSendErrors(t *testing.T) {
+	nstest.New(t)
+	nstest.Need(t, "iptables", "ip6tables")
+	for _, f := range family.All {
+		own, other := addrs.Of(f)[0], addrs.Of(f)[1]
+		addAddress(t, own)
+		c, _ := open(t, f)
+		if err := c.Send(other, own, 1, nil); !errors.Is(err, unix.ENETUNREACH) && !errors.Is(err, unix.EINVAL) {
+			t.Errorf("%s, from an address of another host: %v", f, err)
+		}
+		nstest.Run(t, family.Pair[string]{IPv4: "iptables", IPv6: "ip6tables"}.Of(f)+" -w -A OUTPUT -j DROP")
+		if err := c.Send(own, own, 1, nil); !errors.Is(err, unix.EPERM) {
+			t.Errorf("%s, where a rule drops the request: %v", f, err)
+		}
 	}
 }

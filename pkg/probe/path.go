@@ -2,9 +2,13 @@ package probe
 
 import (
 	"encoding/binary"
+	"errors"
+	"math"
 	"math/rand/v2"
 	"net/netip"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // A Path is the way to a peer in one family.
@@ -22,7 +26,7 @@ const (
 	Unknown   State = "unknown"       // it has not been asked yet
 	Reachable State = "reachable"     // packets arrive through the overlay, and back
 	HostOnly  State = "host-only"     // the peer's host replies, but not through the overlay
-	NoAddress State = "no-address"    // as HostOnly; an Optional Path that has never replied: nothing has the address
+	NoAddress State = "no-address"    // as HostOnly, of an Optional Path: this host or the peer lacks its address
 	Silent    State = "silent"        // it has replied before, and nothing replies now
 	NoReply   State = "never-replied" // nothing has ever replied: a firewall may drop ICMP
 )
@@ -36,6 +40,7 @@ type Result struct {
 	State State
 	Since time.Time     // when the State began: for HostOnly and Silent, when the first request without a reply was sent
 	RTT   time.Duration // of the latest reply through the overlay; 0: there was none
+	Err   error         // why the kernel did not send the latest request through the overlay
 
 	// What the peer's own requests tell, if it sends any.
 	Asks    bool // requests of the peer arrive, through the overlay or underneath
@@ -49,16 +54,17 @@ type scope byte
 const (
 	overlay scope = iota
 	underlay
+	sourceless // in a request underneath: the sender lacks its Source, and cannot ask through the overlay
 )
 
 // The data of a request.
 const (
 	scopeAt = 0           // a scope
-	ageAt   = 1           // whole seconds since the sender has received a packet of the receiver through the overlay
-	nonceAt = 2           // 8 bytes that only the sender and the receiver know
+	ageAt   = 1           // 4 bytes: seconds since the sender has received a packet of the receiver through the overlay
+	nonceAt = 5           // 8 bytes that only the sender and the receiver know
 	dataLen = nonceAt + 8 // more data is ignored
 
-	neverHeard = 255 // the age where that is longer ago, or has never happened
+	neverHeard = math.MaxUint32 // the age where the sender has never received such a packet
 )
 
 const (
@@ -75,7 +81,7 @@ const (
 // A pace is how often paths ask, now.
 type pace struct {
 	interval time.Duration // between the beginnings of two rounds
-	recent   time.Duration // in which each peer has asked at least once
+	recent   time.Duration // in which each peer has asked at least once, if its interval is not longer than usual
 }
 
 // A path asks in rounds: through the overlay, and where nothing replies, underneath. It is for one goroutine.
@@ -102,7 +108,10 @@ type path struct {
 	ever       bool          // anything has replied
 	unanswered time.Time     // when the first request through the overlay was sent that has no reply; zero: all have
 
+	err error // of sending the latest request through the overlay
+
 	asked     time.Time // the latest request of the peer came
+	lacking   bool      // the latest request of the peer was sourceless
 	heard     time.Time // the latest request of the peer through the overlay came
 	peerHeard time.Time // the peer had received a packet of ours through the overlay
 
@@ -138,6 +147,7 @@ func (p *path) step(now time.Time) (send bool) {
 	p.seq++
 	p.sent[p.seq%history] = request{now, p.scope, p.seq}
 	if p.scope == overlay {
+		p.err = nil
 		p.sample++
 		if p.unanswered.IsZero() {
 			p.unanswered = now
@@ -146,10 +156,13 @@ func (p *path) step(now time.Time) (send bool) {
 	return true
 }
 
-// patience returns how many requests the scope gets in this round: what is known to be silent gets one.
+// patience returns how many requests the scope gets in this round. What is known to be silent gets one. Before a path is
+// reported as blocked, it gets more than usual, so that a network which loses some packets does not count as blocked.
 func (p *path) patience() int {
-	silent := p.state == Silent || p.state == NoReply || p.scope == overlay && (p.state == HostOnly || p.state == NoAddress)
-	if silent {
+	switch {
+	case p.scope == overlay && p.state == HostOnly && p.reported == "":
+		return 2 * attempts
+	case p.state == Silent || p.state == NoReply || p.scope == overlay && (p.state == HostOnly || p.state == NoAddress):
 		return 1
 	}
 	return attempts
@@ -158,22 +171,27 @@ func (p *path) patience() int {
 // data returns the data of the request that step has asked for.
 func (p *path) data(now time.Time) []byte {
 	b := make([]byte, dataLen)
-	b[scopeAt], b[ageAt] = byte(p.scope), neverHeard
+	b[scopeAt] = byte(p.scope)
+	if p.scope == underlay && p.lacksSource() {
+		b[scopeAt] = byte(sourceless)
+	}
 	latest := p.heard
 	if p.replied.After(latest) {
 		latest = p.replied
 	}
-	if age := now.Sub(latest); !latest.IsZero() && age < neverHeard*time.Second {
-		b[ageAt] = byte(age / time.Second)
+	age := time.Duration(neverHeard)
+	if !latest.IsZero() {
+		age = min(age, now.Sub(latest)/time.Second)
 	}
+	binary.BigEndian.PutUint32(b[ageAt:], uint32(age))
 	binary.BigEndian.PutUint64(b[nonceAt:], p.nonce)
 	return b
 }
 
 func nonceOf(data []byte) uint64 { return binary.BigEndian.Uint64(data[nonceAt:]) }
 
-// reply takes a reply with the path's nonce. It returns how long the reply took through the overlay, and 0 if the reply is none to one of the
-// latest requests, or did not come through the overlay.
+// reply takes a reply with the path's nonce. It returns how long the reply took through the overlay, and 0 if the reply is
+// none to one of the latest requests, or did not come through the overlay.
 func (p *path) reply(now time.Time, seq uint16) time.Duration {
 	r := &p.sent[seq%history]
 	if r.seq != seq || r.at.IsZero() {
@@ -195,11 +213,11 @@ func (p *path) reply(now time.Time, seq uint16) time.Duration {
 
 // hear takes a request of the peer. It returns whether this is a reason to ask the peer now.
 func (p *path) hear(now time.Time, data []byte) bool {
-	p.asked = now
+	p.asked, p.lacking = now, scope(data[scopeAt]) == sourceless
 	if scope(data[scopeAt]) == overlay {
 		p.heard = now
 	}
-	if age := data[ageAt]; age != neverHeard {
+	if age := binary.BigEndian.Uint32(data[ageAt:]); age != neverHeard {
 		p.peerHeard = now.Add(-time.Duration(age+1) * time.Second)
 	}
 	return p.heard == now && p.attempt == 0 && p.state != Reachable && now.Sub(p.began) > 5*timeout
@@ -208,11 +226,14 @@ func (p *path) hear(now time.Time, data []byte) bool {
 // decide ends the round.
 func (p *path) decide(now time.Time, overlayReplied, hostReplied bool) {
 	p.attempt = 0
+	if p.isRecent(now, p.asked) && !p.isRecent(now, p.heard) {
+		hostReplied = true // it could: its requests arrive underneath alone, and a firewall drops ours
+	}
 	state := NoReply
 	switch {
 	case overlayReplied, p.isConfirmed(now):
 		state = Reachable
-	case hostReplied && p.Optional && p.replied.IsZero():
+	case hostReplied && p.Optional && (p.replied.IsZero() || p.lacksSource() || p.lacking):
 		state = NoAddress
 	case hostReplied:
 		state = HostOnly
@@ -226,6 +247,11 @@ func (p *path) decide(now time.Time, overlayReplied, hostReplied bool) {
 	if p.isBad() {
 		p.since = p.unanswered
 	}
+}
+
+// lacksSource tells whether the latest request through the overlay was not sent since this host lacks its address there.
+func (p *path) lacksSource() bool {
+	return p.Optional && (errors.Is(p.err, unix.ENETUNREACH) || errors.Is(p.err, unix.EINVAL)) // see echo.Conn.Send
 }
 
 // isConfirmed tells whether packets arrive both ways although there are no replies, since the peer's firewall drops
@@ -256,7 +282,7 @@ func (p *path) isBad() bool { return p.state == HostOnly || p.state == Silent }
 // result returns what is known.
 func (p *path) result(now time.Time) Result {
 	return Result{
-		Path: p.Path, State: p.state, Since: p.since, RTT: p.rtt,
+		Path: p.Path, State: p.state, Since: p.since, RTT: p.rtt, Err: p.err,
 		Asks: p.isRecent(now, p.asked), Arrives: p.isRecent(now, p.heard), Heard: p.isRecent(now, p.peerHeard),
 	}
 }

@@ -59,6 +59,7 @@ type Prober struct {
 	alarms int       // paths whose state is reported
 	ticked time.Time // the latest batch began
 	left   int       // requests of that batch that may still be sent
+	err    error     // of Run
 }
 
 // New returns a Prober, which has no peers yet. interval 0 is DefaultInterval.
@@ -135,7 +136,7 @@ func (p *Prober) remove(path *path) {
 // setPace follows the number of paths.
 func (p *Prober) setPace() {
 	p.pace.interval = max(p.interval, time.Duration(len(p.waits)+len(p.asks))*tick/batch)
-	p.pace.recent = 2*p.pace.interval + 10*timeout
+	p.pace.recent = 2*max(p.pace.interval, DefaultInterval) + 10*timeout // peers may ask less often than this host
 }
 
 func (p *Prober) queueOf(path *path) *queue {
@@ -167,11 +168,15 @@ func (p *Prober) Run(ctx context.Context) error {
 			continue
 		}
 		*conns.At(f) = c
-		defer c.Close()
+		context.AfterFunc(ctx, func() { c.Close() }) // which ends a Send that waits, too
 		receivers.Go(func() { p.receive(c) })
 	}
 	if len(errs) == len(family.All) {
-		return errors.Join(errs...)
+		err := errors.Join(errs...)
+		p.mu.Lock()
+		p.err = err
+		p.mu.Unlock()
+		return err
 	}
 	p.send(ctx, conns)
 	return nil
@@ -191,8 +196,9 @@ func (p *Prober) send(ctx context.Context, conns family.Pair[conn]) {
 		r, wait := p.next()
 		for ; r != nil; r, wait = p.next() {
 			if c := conns.Of(family.Of(r.to)); c != nil {
-				// After an error there is no reply: this host lacks the source, for example.
-				_ = c.Send(r.from, r.to, r.seq, r.data)
+				if err := c.Send(r.from, r.to, r.seq, r.data); err != nil {
+					p.setError(r, err)
+				}
 			}
 		}
 		timer.Reset(wait)
@@ -201,6 +207,8 @@ func (p *Prober) send(ctx context.Context, conns family.Pair[conn]) {
 
 // An outgoing is a request that is to be sent.
 type outgoing struct {
+	path     *path
+	scope    scope
 	from, to netip.Addr
 	seq      uint16
 	data     []byte
@@ -237,11 +245,20 @@ func (p *Prober) next() (*outgoing, time.Duration) {
 		p.left--
 		path.due = now.Add(timeout)
 		heap.Push(&p.asks, path)
-		r := &outgoing{from: path.Source, to: path.Overlay, seq: path.seq, data: path.data(now)}
+		r := &outgoing{path: path, scope: path.scope, from: path.Source, to: path.Overlay, seq: path.seq, data: path.data(now)}
 		if path.scope == underlay {
 			r.from, r.to = netip.Addr{}, path.Public
 		}
 		return r, 0
+	}
+}
+
+// setError records why a request was not sent. There will be no reply to it.
+func (p *Prober) setError(r *outgoing, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if r.scope == overlay {
+		r.path.err = err
 	}
 }
 
@@ -334,7 +351,14 @@ func (p *Prober) takeReply(path *path, seq uint16, now time.Time) {
 	}
 }
 
-// Results yields what is known of the paths to a peer.
+// Err returns the error that Run has returned.
+func (p *Prober) Err() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.err
+}
+
+// Results returns what is known of the paths to a peer.
 func (p *Prober) Results(peer string) []Result {
 	p.mu.Lock()
 	defer p.mu.Unlock()

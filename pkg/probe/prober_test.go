@@ -5,10 +5,13 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/flanneld/flanneld/pkg/echo"
 	"github.com/flanneld/flanneld/pkg/family"
@@ -33,6 +36,8 @@ type host struct {
 	world           *world
 	prober          *Prober
 	number          int
+	interval        time.Duration // 0: the usual one
+	sourceless      bool          // overlay is no address of the host's
 	overlay, public netip.Addr
 	received        chan echo.Message // nil: nobody reads
 }
@@ -53,7 +58,7 @@ func (w *world) add(number int) *host {
 
 // run has the host ask the others until the test ends.
 func (h *host) run(ctx context.Context, others ...*host) {
-	h.prober = New(0, Observers{})
+	h.prober = New(h.interval, Observers{})
 	h.received = make(chan echo.Message, 1000)
 	h.prober.open = func(f family.Family) (conn, error) {
 		if f == family.IPv6 {
@@ -87,8 +92,11 @@ func (h *host) Send(from, to netip.Addr, seq uint16, data []byte) error {
 		from = h.public
 	}
 	dropped := func(p packet) bool { return w.drops != nil && w.drops(p) }
+	if h.sourceless && from == h.overlay {
+		return os.NewSyscallError("sendmsg", unix.ENETUNREACH)
+	}
 	other := w.hosts[to]
-	if other == nil || dropped(packet{false, from, to}) {
+	if other == nil || other.sourceless && to == other.overlay || dropped(packet{false, from, to}) {
 		return nil
 	}
 	if other.received != nil {
@@ -170,6 +178,14 @@ func TestStates(t *testing.T) {
 			later1: view{Silent, asks{}}, later2: view{Silent, asks{}}},
 		{name: "requests to a host that does not ask", drops: func(p packet) bool { return !p.reply }, noProber: true,
 			start1: view{NoReply, asks{}}, later1: view{Silent, asks{}}},
+		{name: "overlay both ways, and requests to 2", drops: func(p packet) bool {
+			return inside(p.to) || !p.reply && isSecond(p.to)
+		},
+			start1: view{HostOnly, asks{true, false, false}}, start2: view{HostOnly, asks{}},
+			later1: view{HostOnly, asks{true, false, false}}, later2: view{HostOnly, asks{}}},
+		{name: "requests to 2, and all replies", drops: func(p packet) bool { return p.reply || isSecond(p.to) },
+			start1: view{NoReply, asks{true, true, false}}, start2: view{NoReply, asks{}},
+			later1: view{Silent, asks{true, true, false}}, later2: view{Silent, asks{}}},
 		{name: "all", drops: func(packet) bool { return true },
 			start1: view{NoReply, asks{}}, start2: view{NoReply, asks{}},
 			later1: view{Silent, asks{}}, later2: view{Silent, asks{}}},
@@ -265,7 +281,7 @@ func TestReports(t *testing.T) {
 			return now
 		}
 		at := expect(HostOnly)
-		if since := one.path(t, two).Since; at.Sub(since) < AlarmAfter || at.Sub(since) > AlarmAfter+2*timeout {
+		if since := one.path(t, two).Since; at.Sub(since) < AlarmAfter || at.Sub(since) > AlarmAfter+(2*attempts+1)*timeout {
 			t.Errorf("reported after %v", at.Sub(since))
 		}
 		w.set(func(packet) bool { return true })
@@ -276,6 +292,102 @@ func TestReports(t *testing.T) {
 		expect(HostOnly)
 		one.prober.Set(two.overlay.String())
 		expect("")
+		cancel()
+		synctest.Wait()
+	})
+}
+
+// A peer whose firewall drops requests stays reachable for a host that asks more often than the peer, and for hosts that
+// ask each other as rarely as in a large cluster.
+func TestIntervals(t *testing.T) {
+	for _, intervals := range [][2]time.Duration{{time.Second, DefaultInterval}, {10 * time.Minute, 10 * time.Minute}} {
+		t.Run(fmt.Sprint(intervals), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				ctx, cancel := context.WithCancel(t.Context())
+				w := newWorld()
+				one, two := w.add(1), w.add(2)
+				one.interval, two.interval = intervals[0], intervals[1]
+				w.set(func(p packet) bool { return !p.reply && p.to == two.overlay })
+				one.run(ctx, two)
+				two.run(ctx, one)
+				time.Sleep(3 * max(intervals[0], intervals[1]))
+				for len(one.prober.Reports()) > 0 {
+					<-one.prober.Reports()
+				}
+				time.Sleep(10 * max(intervals[0], intervals[1]))
+				if r := one.path(t, two); r.State != Reachable || len(one.prober.Reports()) > 0 {
+					t.Errorf("%+v, %d reports", r, len(one.prober.Reports()))
+				}
+				cancel()
+				synctest.Wait()
+			})
+		})
+	}
+}
+
+// Where one request of five arrives, nothing is reported as blocked.
+func TestSomeLossIsNoAlarm(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		w := newWorld()
+		one, two := w.add(1), w.add(2)
+		count := 0
+		w.set(func(p packet) bool {
+			if p.reply || p.to != two.overlay {
+				return false
+			}
+			count++
+			return count%5 != 0
+		})
+		one.run(ctx, two)
+		select {
+		case <-one.prober.Reports():
+			t.Errorf("reported: %+v", one.prober.Alarms())
+		case <-time.After(time.Hour):
+		}
+		cancel()
+		synctest.Wait()
+	})
+}
+
+// A host that loses its address in the overlay says so underneath: neither side reports that packets are lost.
+func TestSourceless(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		w := newWorld()
+		one, two := w.add(1), w.add(2)
+		one.run(ctx)
+		two.run(ctx)
+		one.prober.Set(two.overlay.String(), Path{Overlay: two.overlay, Source: one.overlay, Public: two.public, Optional: true})
+		two.prober.Set(one.overlay.String(), Path{Overlay: one.overlay, Source: two.overlay, Public: one.public, Optional: true})
+		for _, lost := range []bool{false, true, false} {
+			w.mu.Lock()
+			two.sourceless = lost
+			w.mu.Unlock()
+			want := map[bool]State{false: Reachable, true: NoAddress}[lost]
+			time.Sleep(3 * time.Minute)
+			for _, r := range []Result{one.path(t, two), two.path(t, one)} {
+				if r.State != want {
+					t.Errorf("got %+v, want %s", r, want)
+				}
+			}
+			for _, h := range []*host{one, two} {
+				if len(h.prober.Reports()) > 0 {
+					t.Errorf("from %s: reported", h.public)
+				}
+			}
+			if lost { // this holds although the requests of the other host are lost for a while
+				w.set(func(p packet) bool { return p.to == one.public && !p.reply })
+				time.Sleep(3 * time.Minute)
+				w.set(nil)
+				if r := one.path(t, two); r.State != NoAddress || len(one.prober.Reports()) > 0 {
+					t.Errorf("got %+v", r)
+				}
+			}
+			if err := two.path(t, one).Err; lost != (err != nil) {
+				t.Errorf("the error is %v", err)
+			}
+		}
 		cancel()
 		synctest.Wait()
 	})
@@ -346,6 +458,39 @@ func TestSharedAddress(t *testing.T) {
 		}
 		cancel()
 		synctest.Wait()
+	})
+}
+
+// A conn that can send nothing more, as where the queue of a device stands still.
+type fullConn struct{ closed chan struct{} }
+
+func (c fullConn) Send(netip.Addr, netip.Addr, uint16, []byte) error {
+	<-c.closed
+	return net.ErrClosed
+}
+
+func (c fullConn) Receive([]byte) (echo.Message, error) {
+	<-c.closed
+	return echo.Message{}, net.ErrClosed
+}
+
+func (c fullConn) Close() error {
+	close(c.closed)
+	return nil
+}
+
+// Run returns although a request cannot be sent.
+func TestRunEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		one := newWorld().add(1)
+		p := New(0, Observers{})
+		p.open = func(family.Family) (conn, error) { return fullConn{make(chan struct{})}, nil }
+		p.Set("peer", Path{Overlay: one.overlay, Source: one.overlay, Public: one.public})
+		if err := p.Run(ctx); err != nil { // which lasts for ever otherwise
+			t.Error(err)
+		}
 	})
 }
 

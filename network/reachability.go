@@ -115,11 +115,12 @@ func (s *state) describe(l subnet.Lease, r probe.Result) string {
 	case probe.Silent:
 		if r.Arrives {
 			return fmt.Sprintf("requests of %s arrive here through the overlay, but neither the overlay nor the host itself "+
-				"replies any more: either nothing that %s sends arrives there, or a firewall has begun to drop ICMP", to, from)
+				"replies any more: nothing that %s sends arrives there, as where reverse path filtering of %s drops it, or a "+
+				"firewall has begun to drop ICMP", to, from, to)
 		}
 		return fmt.Sprintf("nothing from %s arrives any more, neither through the overlay nor from the host itself: "+
-			"the host or the network between is down, or a firewall has begun to drop ICMP. If the node is gone for "+
-			"good, delete its lease", to)
+			"the host or the network between is down, a firewall has begun to drop ICMP, or reverse path filtering of this "+
+			"host drops it (flannelctl doctor). If the node is gone for good, delete its lease", to)
 	case probe.HostOnly:
 	default:
 		return ""

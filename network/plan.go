@@ -206,7 +206,7 @@ func (s *state) planPeers(p *peersPlan, leases map[subnet.Subnets]subnet.Lease) 
 		p.objects[subnets.String()] = objects
 		if isPeer {
 			p.update.Put(l)
-			p.paths[subnets.String()] = pathsTo(own, l, devices)
+			p.paths[subnets.String()] = s.pathsTo(own, l, devices)
 		} else {
 			p.update.Delete(subnets)
 		}

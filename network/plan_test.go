@@ -197,7 +197,7 @@ func (s *scenario) describeResult(text string) (string, error) {
 	words := strings.Fields(text)
 	is := func(word string) bool { return slices.Contains(words[2:], word) }
 	for _, l := range s.leases {
-		for _, p := range pathsTo(s.working(), l, s.overlayAddrs()) {
+		for _, p := range s.pathsTo(s.working(), l, s.overlayAddrs()) {
 			if p.Overlay.String() == words[0] {
 				r := probe.Result{Path: p, State: probe.State(words[1]), Asks: is("asks"), Arrives: is("arrives"), Heard: is("heard")}
 				if is("denied") {
@@ -213,7 +213,7 @@ func (s *scenario) describeResult(text string) (string, error) {
 func writePaths(out *strings.Builder, paths map[string][]probe.Path) {
 	for _, peer := range slices.Sorted(maps.Keys(paths)) {
 		for _, p := range paths[peer] {
-			fmt.Fprintf(out, "path to %s from %s, host %s", p.Overlay, p.Source, p.Public)
+			fmt.Fprintf(out, "path to %s from %s, host %s from %s", p.Overlay, p.Source, p.Public, p.Local)
 			if p.Optional {
 				out.WriteString(", optional")
 			}

@@ -64,14 +64,17 @@ func (s *state) overlayAddrs() []netip.Addr {
 	return addrs
 }
 
-// pathsTo returns the ways from own to a peer that are probed, one for each family. devices are the overlayAddrs.
-func pathsTo(own, peer subnet.Lease, devices []netip.Addr) []probe.Path {
+// pathsTo returns the ways to a peer that are probed, one for each family. own is the node's lease, devices are its
+// overlayAddrs.
+func (s *state) pathsTo(own, peer subnet.Lease, devices []netip.Addr) []probe.Path {
 	var paths []probe.Path
-	for _, side := range backend.Sides(own, peer).Each() {
+	for f, side := range backend.Sides(own, peer).Each() {
 		if !side.On {
 			continue
 		}
-		path := probe.Path{Overlay: side.Peer.Addr(), Source: side.Own.Addr(), Public: side.PublicIP}
+		path := probe.Path{
+			Overlay: side.Peer.Addr(), Source: side.Own.Addr(), Public: side.PublicIP, Local: s.uplink.Addrs().Of(f),
+		}
 		if !slices.Contains(devices, path.Source) {
 			// Without a device, the bridge has the first address in the overlay, as soon as there has been a pod.
 			path.Overlay, path.Source, path.Optional = path.Overlay.Next(), path.Source.Next(), true

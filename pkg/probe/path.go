@@ -17,6 +17,7 @@ type Path struct {
 	Optional bool       // the peer may not have Overlay yet
 	Source   netip.Addr // of this host, from which Overlay is asked: nothing else is sent there, and nothing without it
 	Public   netip.Addr // of the peer, outside of the overlay
+	Local    netip.Addr // of this host, from which Public is asked; not valid: the kernel chooses
 }
 
 // A State is what is known of a Path.

@@ -247,7 +247,7 @@ func (p *Prober) next() (*outgoing, time.Duration) {
 		heap.Push(&p.asks, path)
 		r := &outgoing{path: path, scope: path.scope, from: path.Source, to: path.Overlay, seq: path.seq, data: path.data(now)}
 		if path.scope == underlay {
-			r.from, r.to = netip.Addr{}, path.Public
+			r.from, r.to = path.Local, path.Public
 		}
 		return r, 0
 	}

@@ -20,6 +20,7 @@ type loss struct {
 	name            string
 	inject, restore [2][]string // commands on the first and on the second node
 	cable           bool        // of the second node is pulled
+	spare           bool        // the second node has another uplink
 	stopped         bool        // no daemon runs on the second node meanwhile
 	states          [2]probe.State
 	says            [2]string // a part of the text
@@ -64,6 +65,13 @@ var losses = []loss{
 		restore: onSecond("sysctl -w net.ipv4.conf.all.rp_filter=0", "ip rule del table 77", "ip route flush table 77"),
 		states:  [2]probe.State{probe.HostOnly, probe.HostOnly}, says: [2]string{"reverse path filtering", "reverse path filtering"},
 		long: true},
+	{name: "reverse path filter, two uplinks", spare: true,
+		inject:  onSecond("sysctl -w net.ipv4.conf.all.rp_filter=1", "ip route add {1} via 198.18.102.254 dev eth1"),
+		restore: onSecond("sysctl -w net.ipv4.conf.all.rp_filter=0", "ip route del {1} via 198.18.102.254 dev eth1"),
+		states:  [2]probe.State{probe.Silent, probe.Silent},
+		says: [2]string{"nothing that {1} sends arrives there, as where reverse path filtering of {2} drops it",
+			"reverse path filtering of this host"},
+		long: true},
 	{name: "asymmetric routing",
 		inject:  onSecond("ip rule add to {o1} table 77", "ip route add {o1} via {1} dev eth0 table 77"),
 		restore: onSecond("ip rule del table 77", "ip route flush table 77"),
@@ -100,6 +108,9 @@ func TestReachability(t *testing.T) {
 		t.Run(m.name, func(t *testing.T) {
 			if m.stopped {
 				labtest.Do(t, nodes[1].Stop(ctx))
+			}
+			if m.spare {
+				labtest.Must(nodes[1].AddSpareUplink(ctx))(t)
 			}
 			run(m.inject)
 			if m.cable {

@@ -48,11 +48,11 @@ var losses = []loss{
 		restore: onSecond("iptables -F OUTPUT"), states: [2]probe.State{probe.HostOnly, probe.HostOnly},
 		says: [2]string{"UDP port 8472 from {2} to {1} does not arrive here",
 			"UDP port 8472 from {2} to {1} does not arrive there"}, long: true},
+	{name: "switched off", cable: true, states: [2]probe.State{probe.Silent, probe.Silent},
+		says: [2]string{"nothing from {2} arrives any more", "nothing from {1} arrives any more"}},
 	// The second node's own requests tell the first one that it receives replies. The second one has them, too.
 	{name: "pings dropped at the second", inject: onSecond(dropPings), restore: onSecond("iptables -F INPUT"),
 		states: [2]probe.State{probe.Reachable, probe.Reachable}},
-	{name: "switched off", cable: true, states: [2]probe.State{probe.Silent, probe.Silent},
-		says: [2]string{"nothing from {2} arrives any more", "nothing from {1} arrives any more"}},
 	{name: "another VNI", stopped: true,
 		inject: onSecond("ip link del flannel.1",
 			"ip link add flannel.2 type vxlan id 2 local {2} dev eth0 dstport 8472 nolearning",

@@ -12,8 +12,6 @@ import (
 	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2/textlogger"
 
-	"github.com/flanneld/flanneld/backend"
-	"github.com/flanneld/flanneld/backend/backendtest"
 	"github.com/flanneld/flanneld/pkg/nstest"
 	"github.com/flanneld/flanneld/pkg/probe"
 	"github.com/flanneld/flanneld/subnet"
@@ -25,20 +23,8 @@ func TestReachabilityIsRecorded(t *testing.T) {
 	var log bytes.Buffer
 	m := &eventManager{manager: newManager(vxlanConfig), events: make(chan string, 10)}
 	n := &node{Options: Options{Manager: m}, log: textlogger.NewLogger(textlogger.NewConfig(textlogger.Output(&log)))}
-	cfg, err := m.Config(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	uplink, err := backendtest.ParseUplink("eth0 1500 198.18.0.1/24")
-	if err != nil {
-		t.Fatal(err)
-	}
-	b, err := backend.New(cfg, uplink)
-	if err != nil {
-		t.Fatal(err)
-	}
 	own := lease("10.5.1.0-24", `{"PublicIP":"198.18.0.1","PublicIPv6":null,"BackendType":"vxlan"}`)
-	n.setup, n.own, n.leases = setup{cfg, uplink, b}, &own, map[subnet.Subnets]subnet.Lease{}
+	n.setup, n.own, n.leases = vxlanSetup(t), &own, map[subnet.Subnets]subnet.Lease{}
 	alarms := func(state probe.State, count int) map[string][]probe.Result {
 		all := map[string][]probe.Result{}
 		for i := range count {

@@ -108,9 +108,9 @@ func TestStatusServer(t *testing.T) {
 	}
 }
 
-// TestLoggedProblems: a peer whose lease is wrong in another way each time is a line a minute; a lease that is gone, or
-// right, is not remembered.
-func TestLoggedProblems(t *testing.T) {
+// vxlanSetup returns the setup of a node with vxlanConfig.
+func vxlanSetup(t *testing.T) setup {
+	t.Helper()
 	cfg, err := subnet.ParseConfig([]byte(vxlanConfig))
 	if err != nil {
 		t.Fatal(err)
@@ -123,10 +123,17 @@ func TestLoggedProblems(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return setup{cfg, uplink, b}
+}
+
+// TestLoggedProblems: a peer whose lease is wrong in another way each time is a line a minute; a lease that is gone, or
+// right, is not remembered.
+func TestLoggedProblems(t *testing.T) {
+	s := vxlanSetup(t)
 	own := lease("10.5.1.0-24", `{"PublicIP":"198.18.0.1","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"0e:00:00:00:00:01"}}`)
 	synctest.Test(t, func(t *testing.T) {
 		var text bytes.Buffer
-		n := &node{state: state{setup: setup{cfg, uplink, b}, own: &own},
+		n := &node{state: state{setup: s, own: &own},
 			records: subnet.NewRecordLog(textlogger.NewLogger(textlogger.NewConfig(textlogger.Output(&text))))}
 		step := func(what string, lines, remembered int, u subnet.Update) {
 			t.Helper()

@@ -24,8 +24,11 @@ type StoreHealth struct {
 	used    bool                 // a request has succeeded
 }
 
-// A failure is over when a request succeeds: a request for the same operation, or any request if operation is "".
-type failure struct{ cause, operation string }
+// A failure is over when a request succeeds: any request, or one for the same operation if the store has refused that.
+type failure struct {
+	cause, operation string
+	refused          bool // the store answered; the cause is what it said
+}
 
 // NewStoreHealth returns the health of a store that nobody has used yet. State returns store, with Connected and
 // Problem filled in.
@@ -39,21 +42,24 @@ func NewStoreHealth(log klog.Logger, store State) *StoreHealth {
 // An operation has one such failure at a time, and a log line a minute about it: the text is the store's, and may be
 // another one each time.
 func (h *StoreHealth) Failed(operation, cause, text string) {
-	f := failure{cause: cause}
+	f := failure{cause, operation, false}
 	if cause == "" {
-		f = failure{text, operation}
+		f = failure{text, operation, true}
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.state.Problem = text
-	if h.failing[f] || cause == Unreachable && len(h.failing) > 0 {
+	if h.failing[f] {
 		return
 	}
-	logged := false // for another operation
+	logged, others := false, false // for another operation; another cause
 	for other := range h.failing {
-		logged = logged || other.cause == f.cause
+		logged, others = logged || other.cause == f.cause, others || other.cause != f.cause
 	}
-	if cause == "" {
+	if cause == Unreachable && others {
+		return
+	}
+	if f.refused {
 		maps.DeleteFunc(h.failing, func(other failure, _ bool) bool { return other.operation == operation })
 		if time.Since(h.refused[operation]) < recordRest {
 			logged = true
@@ -69,13 +75,24 @@ func (h *StoreHealth) Failed(operation, cause, text string) {
 
 // Succeeded records that a request has succeeded.
 func (h *StoreHealth) Succeeded(operation string) {
+	h.over(operation, func(f failure) bool { return !f.refused || f.operation == operation })
+}
+
+// Settled records that a watch has lasted for a while without a word. That is a success for its operation, and tells
+// nothing of what else fails: another watch may be cut with each event that it has.
+func (h *StoreHealth) Settled(operation string) {
+	h.over(operation, func(f failure) bool { return f.operation == operation })
+}
+
+// over records that an operation has succeeded, which ends the failures that ends chooses.
+func (h *StoreHealth) over(operation string, ends func(failure) bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.used = true
 	if len(h.failing) == 0 {
 		return
 	}
-	maps.DeleteFunc(h.failing, func(f failure, _ bool) bool { return f.operation == "" || f.operation == operation })
+	maps.DeleteFunc(h.failing, func(f failure, _ bool) bool { return ends(f) })
 	delete(h.refused, operation)
 	if len(h.failing) == 0 {
 		h.state.Problem = ""

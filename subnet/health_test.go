@@ -32,9 +32,10 @@ func TestStoreHealthLogsOnce(t *testing.T) {
 		return `E "The store cannot be used; retrying" store="store at S" operation="` + operation + `" reason="` + reason +
 			`"`
 	}
+	const settles = "settles"
 	const back = `I "The store is back" store="store at S"`
 	for _, step := range []struct {
-		operation, cause, text string // no text: it succeeds
+		operation, cause, text string // no text: it succeeds; settles: it is a watch without events
 		want                   string
 		connected              bool
 	}{
@@ -50,6 +51,16 @@ func TestStoreHealthLogsOnce(t *testing.T) {
 		{"read", Unreachable, "no answer", failed("read", "no answer"), false},
 		{"write", "", "", back, true},
 
+		// A watch without events says nothing of another one.
+		{"watch", Unreachable, "cut off", failed("watch", "cut off"), false},
+		{"watch own", "", settles, "", false},
+		{"watch", Unreachable, "cut off", "", false},
+		{"watch own", Unreachable, "cut off", "", false},
+		{"watch", "", settles, "", false},
+		{"watch own", "", settles, back, true},
+		{"watch", Unreachable, "cut off", failed("watch", "cut off"), false},
+		{"watch own", "", "", back, true},
+
 		// What the store refuses for one operation does not end with the success of another.
 		{"write", "", "disk full", failed("write", "disk full"), false},
 		{"read", "", "", "", false},
@@ -60,10 +71,13 @@ func TestStoreHealthLogsOnce(t *testing.T) {
 		{"read", "", "", back, true},
 	} {
 		log.Reset()
-		if step.text != "" {
-			h.Failed(step.operation, step.cause, step.text)
-		} else {
+		switch step.text {
+		case settles:
+			h.Settled(step.operation)
+		case "":
 			h.Succeeded(step.operation)
+		default:
+			h.Failed(step.operation, step.cause, step.text)
 		}
 		got := strings.TrimSpace(log.String())
 		if severity, message, found := strings.Cut(got, "] "); found { // the rest is klog's header

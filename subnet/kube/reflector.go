@@ -204,7 +204,7 @@ func (w *nodeWatcher) observe(ctx context.Context, from watch.Interface, version
 	o := &observedWatch{Interface: from, events: make(chan watch.Event), done: make(chan struct{})}
 	o.stop = sync.OnceFunc(func() { close(o.done) })
 	began, heard := time.Now(), false
-	settled := time.AfterFunc(w.settledAfter, w.succeeded)
+	settled := time.AfterFunc(w.settledAfter, func() { w.manager.health.Settled(w.operation) })
 	if initial {
 		settled.Stop()
 	}

@@ -15,12 +15,15 @@ import (
 
 // explain returns an error that says what the error of an API call means, and what to do. The text is the same while
 // the cause is the same: it has none of the numbers that AWS gives to requests.
-func (c *cloud) explain(action string, err error) error {
+func (c *cloud) explain(ctx context.Context, action string, err error) error {
 	if err == nil {
 		return nil
 	}
 	var refusal smithy.APIError
 	if !errors.As(err, &refusal) {
+		if _, err := c.login.Retrieve(ctx); err != nil && ctx.Err() == nil { // then, nothing was asked
+			return noCredentials(err)
+		}
 		return fmt.Errorf("EC2's API in %s does not answer %s (%s): can this node reach it, through a NAT gateway "+
 			"or a VPC endpoint for EC2?", c.region, action, cause(err))
 	}

@@ -14,7 +14,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/flanneld/flanneld/test/ec2"
+	"github.com/flanneld/flanneld/test/cloud"
 	"github.com/flanneld/flanneld/test/lab"
 	"github.com/flanneld/flanneld/test/lab/labtest"
 )
@@ -35,7 +35,7 @@ func init() {
 
 // A vpc is a lab whose underlay has the routes of the main route table.
 type vpc struct {
-	*ec2.Server
+	cloud.EC2
 	lab  *lab.Lab
 	enis map[*lab.Node]string
 }
@@ -46,7 +46,7 @@ func newVPC(ctx context.Context, t *testing.T, nodes int) *vpc {
 	for i := range options {
 		options[i].Routed = true
 	}
-	v := &vpc{ec2.New(), labtest.New(ctx, t, `{`+ipv4Network+`, `+ipv6Network+`, "Backend": {"Type": "aws-vpc"}}`,
+	v := &vpc{cloud.NewEC2(), labtest.New(ctx, t, `{`+ipv4Network+`, `+ipv6Network+`, "Backend": {"Type": "aws-vpc"}}`,
 		options...), map[*lab.Node]string{}}
 	var routed map[netip.Prefix]netip.Addr
 	v.Forward(func(gateways map[netip.Prefix]netip.Addr) {
@@ -116,7 +116,7 @@ func TestAWS(t *testing.T) {
 	labtest.Start(ctx, t, v.lab, "--ip-masq")
 	v.routes(ctx, t, nodes...)
 	for _, n := range nodes {
-		if v.Checked(v.enis[n]) {
+		if !v.Forwards(v.enis[n]) {
 			t.Errorf("the source/destination check of %s is on", n.Hostname)
 		}
 		key, _ := leaseOf(ctx, t, v.lab, n)
@@ -130,17 +130,17 @@ func TestAWS(t *testing.T) {
 
 	// A daemon starts again: nothing needs to be done.
 	lossless := startPings(ctx, t, pods)
-	looks := v.Calls("DescribeRouteTables")
+	looks := v.Calls(cloud.Read)
 	labtest.Do(t, first.Restart(ctx))
 	labtest.Do(t, first.WaitReady(ctx))
 	labtest.Do(t, lab.Poll(ctx, "the daemon to look at the routes", func() error {
-		if n := v.Calls("DescribeRouteTables"); n == looks {
+		if n := v.Calls(cloud.Read); n == looks {
 			return fmt.Errorf("it was called %d times", n)
 		}
 		return nil
 	}))
 	v.routes(ctx, t, nodes...)
-	if created, others := v.Calls("CreateRoute"), v.Calls("ReplaceRoute")+v.Calls("DeleteRoute"); created != 6 ||
+	if created, others := v.Calls(cloud.Create), v.Calls(cloud.Replace)+v.Calls(cloud.Delete); created != 6 ||
 		others != 0 {
 		t.Errorf("six routes took %d calls of CreateRoute, and %d of others", created, others)
 	}
@@ -163,6 +163,14 @@ func TestAWS(t *testing.T) {
 	}
 	v.removeNode(ctx, t, first, second, third)
 	v.fillTable(ctx, t, first, second, third, pods)
+
+	// What a node has left in the cloud is removed with the rest.
+	labtest.Do(t, first.Stop(ctx))
+	out, _, err := first.Ctl(ctx, "cleanup", "--yes")
+	if err != nil || strings.Count(out, "aws ec2 delete-route ") != 2 {
+		t.Errorf("cleanup: %v\n%s", err, out)
+	}
+	v.routes(ctx, t, second, third)
 }
 
 // removeNode removes a node. Its routes in the table are deleted with its lease.
@@ -213,7 +221,7 @@ func TestAWSThrottled(t *testing.T) {
 	v.routes(ctx, t, nodes[:2]...)
 	pods := addPodsTo(ctx, t, nodes[:2])
 	lossless := startPings(ctx, t, pods)
-	v.Fail("*", "RequestLimitExceeded")
+	v.Fail(cloud.All, cloud.Throttled)
 	end := time.After(30 * time.Second)
 	labtest.Do(t, nodes[0].Restart(ctx))
 	labtest.Do(t, nodes[2].Start("--ip-masq"))
@@ -226,7 +234,7 @@ func TestAWSThrottled(t *testing.T) {
 	<-end
 	lossless()
 	v.Remove(v.Main(), labtest.Must(nodes[1].SubnetEnv())(t).Subnets.IPv4)
-	v.Fail("*", "")
+	v.Fail(cloud.All, "")
 	for len(v.Routes(v.Main())) != 6 && ctx.Err() == nil { // for longer than lab.Poll has patience
 		<-time.After(100 * time.Millisecond)
 	}

@@ -642,9 +642,9 @@ func TestCleanupNotes(t *testing.T) {
 	labtest.Do(t, os.WriteFile(n.SubnetFile(), []byte(env), 0o644))
 	out := labtest.Must(first(n.Ctl(ctx, "cleanup", "--dry-run")))(t)
 	for _, want := range []string{
-		"to remove by hand: the route to 10.5.7.0/24 in the VPC, until the instance is gone: " +
-			"aws ec2 delete-route --route-table-id rtb-0a --destination-cidr-block 10.5.7.0/24\n",
-		" --destination-ipv6-cidr-block fd00:5:0:7::/64\n",
+		"to remove by hand: the route to 10.5.7.0/24 in the cloud, until the instance is gone: " +
+			"aws ec2 delete-route --route-table-id rtb-0a --destination-cidr-block 10.5.7.0/24 # if it is there: AWS: the instance metadata service does not answer ",
+		" --destination-ipv6-cidr-block fd00:5:0:7::/64 #",
 		"to remove by hand: the unit: systemctl disable flanneld; rm /etc/systemd/system/flanneld.service; systemctl daemon-reload\n",
 		"to remove by hand: the drop-in for Docker: rm /etc/systemd/system/docker.service.d/flannel.conf;",
 	} {

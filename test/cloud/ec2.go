@@ -1,4 +1,4 @@
-package ec2
+package cloud
 
 import (
 	"encoding/xml"
@@ -12,8 +12,33 @@ import (
 	"strings"
 )
 
-// version is the API's; there is no other.
-const version = "2016-11-15"
+// EC2Region is where everything of an EC2 is, and EC2VPC its VPC.
+const (
+	EC2Region = "eu-test-1"
+	EC2VPC    = "vpc-0a0000000000000a0"
+)
+
+// ec2Version is the API's; there is no other.
+const ec2Version = "2016-11-15"
+
+// EC2 is Amazon's: the Query API of route tables, and instance metadata (IMDSv2).
+type EC2 struct{ *State }
+
+// NewEC2 returns an EC2 whose VPC has a main route table.
+func NewEC2() EC2 {
+	s := newState()
+	s.addMain()
+	return EC2{s}
+}
+
+// ServeHTTP implements http.Handler, both for the API and for the metadata.
+func (s EC2) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if r.Method == http.MethodPost && r.URL.Path == "/" {
+		s.serveAPI(w, r)
+	} else {
+		s.serveMetadata(w, r)
+	}
+}
 
 // A refusal is an error that the API answers with.
 type refusal struct{ code, message string }
@@ -24,8 +49,8 @@ func refuse(code, format string, args ...any) error {
 	return refusal{code, fmt.Sprintf(format, args...)}
 }
 
-// status returns the HTTP status that goes with an error code.
-func status(code string) int {
+// ec2Status returns the HTTP status that goes with an error code.
+func ec2Status(code string) int {
 	switch code {
 	case "RequestLimitExceeded", "Unavailable":
 		return http.StatusServiceUnavailable
@@ -37,46 +62,50 @@ func status(code string) int {
 	return http.StatusBadRequest
 }
 
-// Messages that some errors come with.
-var messages = map[string]string{
-	"UnauthorizedOperation": "You are not authorized to perform this operation. Encoded authorization failure message: 9hYb0-",
-	"RequestLimitExceeded":  "Request limit exceeded.",
-	"InternalError":         "An internal error has occurred",
-	"AuthFailure":           "AWS was not able to validate the provided access credentials",
+// ec2Faults are the errors of faults.
+var ec2Faults = map[Fault]refusal{
+	NotPermitted: {"UnauthorizedOperation",
+		"You are not authorized to perform this operation. Encoded authorization failure message: 9hYb0-"},
+	Throttled:      {"RequestLimitExceeded", "Request limit exceeded."},
+	Broken:         {"InternalError", "An internal error has occurred"},
+	BadCredentials: {"AuthFailure", "AWS was not able to validate the provided access credentials"},
+	NoTable:        {"InvalidRouteTableID.NotFound", "The routeTable ID does not exist"},
+	Full:           {"RouteLimitExceeded", "The maximum number of routes has been reached."},
 }
 
-// actions are those that there are, with their parameters.
-var actions = map[string]struct {
-	do         func(*Server, url.Values) (any, error)
+// ec2Actions are those that there are, with their parameters.
+var ec2Actions = map[string]struct {
+	action     Action
+	do         func(EC2, url.Values) (any, error)
 	parameters *regexp.Regexp
 }{
-	"DescribeRouteTables":             {(*Server).describeRouteTables, regexp.MustCompile(`^(Filter\.\d+\.(Name|Value\.\d+)|RouteTableId\.\d+|MaxResults|NextToken)$`)},
-	"CreateRoute":                     {(*Server).createRoute, routeParameters},
-	"ReplaceRoute":                    {(*Server).replaceRoute, routeParameters},
-	"DeleteRoute":                     {(*Server).deleteRoute, regexp.MustCompile(`^(RouteTableId|DestinationCidrBlock|DestinationIpv6CidrBlock)$`)},
-	"ModifyNetworkInterfaceAttribute": {(*Server).modifyNetworkInterface, regexp.MustCompile(`^(NetworkInterfaceId|SourceDestCheck\.Value)$`)},
+	"DescribeRouteTables":             {Read, EC2.describeRouteTables, regexp.MustCompile(`^(Filter\.\d+\.(Name|Value\.\d+)|RouteTableId\.\d+|MaxResults|NextToken)$`)},
+	"CreateRoute":                     {Create, EC2.createRoute, routeParameters},
+	"ReplaceRoute":                    {Replace, EC2.replaceRoute, routeParameters},
+	"DeleteRoute":                     {Delete, EC2.deleteRoute, regexp.MustCompile(`^(RouteTableId|DestinationCidrBlock|DestinationIpv6CidrBlock)$`)},
+	"ModifyNetworkInterfaceAttribute": {Forward, EC2.modifyNetworkInterface, regexp.MustCompile(`^(NetworkInterfaceId|SourceDestCheck\.Value)$`)},
 }
 
 var routeParameters = regexp.MustCompile(`^(RouteTableId|DestinationCidrBlock|DestinationIpv6CidrBlock|NetworkInterfaceId)$`)
 
-// credential matches the scope of a signature (SigV4). The signature itself is
+// ec2Credential matches the scope of a signature (SigV4). The signature itself is
 // not checked.
-var credential = regexp.MustCompile(`^AWS4-HMAC-SHA256 Credential=[^/]+/\d{8}/` + Region + `/ec2/aws4_request, SignedHeaders=[^,]+, Signature=[0-9a-f]{64}$`)
+var ec2Credential = regexp.MustCompile(`^AWS4-HMAC-SHA256 Credential=[^/]+/\d{8}/` + EC2Region + `/ec2/aws4_request, SignedHeaders=[^,]+, Signature=[0-9a-f]{64}$`)
 
-func (s *Server) serveAPI(w http.ResponseWriter, r *http.Request) {
+func (s EC2) serveAPI(w http.ResponseWriter, r *http.Request) {
 	err := r.ParseForm()
 	name := r.PostForm.Get("Action")
-	code := s.meet(r, name)
-	action, known := actions[name]
+	action, known := ec2Actions[name]
+	fault := s.meet(r, action.action)
 	var answer any
 	switch {
 	case err != nil:
 		err = refuse("MalformedQueryString", "%v", err)
-	case code != "":
-		err = refusal{code, messages[code]}
-	case !credential.MatchString(r.Header.Get("Authorization")):
+	case fault != "":
+		err = ec2Faults[fault]
+	case !ec2Credential.MatchString(r.Header.Get("Authorization")):
 		err = refuse("AuthFailure", "AWS was not able to validate the provided access credentials")
-	case !known || r.PostForm.Get("Version") != version:
+	case !known || r.PostForm.Get("Version") != ec2Version:
 		err = refuse("InvalidAction", "The action %s is not valid for this web service.", name)
 	default:
 		for key, values := range r.PostForm {
@@ -100,7 +129,7 @@ func (s *Server) serveAPI(w http.ResponseWriter, r *http.Request) {
 		if !ok {
 			no = refusal{"InternalError", err.Error()}
 		}
-		w.WriteHeader(status(no.code))
+		w.WriteHeader(ec2Status(no.code))
 		xml.NewEncoder(w).Encode(struct {
 			XMLName   xml.Name `xml:"Response"`
 			Code      string   `xml:"Errors>Error>Code"`
@@ -113,7 +142,7 @@ func (s *Server) serveAPI(w http.ResponseWriter, r *http.Request) {
 		Xmlns     string `xml:"xmlns,attr"`
 		RequestID string `xml:"requestId"`
 		Answer    any
-	}{"http://ec2.amazonaws.com/doc/" + version + "/", request, answer}, xml.StartElement{Name: xml.Name{Local: name +
+	}{"http://ec2.amazonaws.com/doc/" + ec2Version + "/", request, answer}, xml.StartElement{Name: xml.Name{Local: name +
 		"Response"}})
 }
 
@@ -165,7 +194,7 @@ func (p page) MarshalXML(e *xml.Encoder, _ xml.StartElement) error {
 	return e.EncodeElement(p.next, xml.StartElement{Name: xml.Name{Local: "nextToken"}})
 }
 
-func (s *Server) describeRouteTables(q url.Values) (any, error) {
+func (s EC2) describeRouteTables(q url.Values) (any, error) {
 	for i := 1; q.Has(fmt.Sprintf("RouteTableId.%d", i)); i++ {
 		if _, err := s.existing(q.Get(fmt.Sprintf("RouteTableId.%d", i))); err != nil {
 			return nil, err
@@ -186,7 +215,7 @@ func (s *Server) describeRouteTables(q url.Values) (any, error) {
 		case "route-table-id":
 			has = func(t *table) []string { return []string{t.id} }
 		case "vpc-id":
-			has = func(*table) []string { return []string{VPC} }
+			has = func(*table) []string { return []string{EC2VPC} }
 		case "association.subnet-id":
 			has = func(t *table) []string { return t.subnets }
 		case "association.main":
@@ -216,10 +245,13 @@ func (s *Server) describeRouteTables(q url.Values) (any, error) {
 	return p, nil
 }
 
-func (s *Server) tableXML(t *table) tableXML {
-	x := tableXML{ID: t.id, VPC: VPC}
+func (s EC2) tableXML(t *table) tableXML {
+	x := tableXML{ID: t.id, VPC: EC2VPC}
 	for _, r := range t.routes {
-		y := routeXML{State: "active", Origin: r.Origin}
+		y := routeXML{State: "active", Origin: "CreateRoute"}
+		if r.Foreign {
+			y.Origin = "EnableVgwRoutePropagation"
+		}
 		if r.Gone {
 			y.State = "blackhole"
 		}
@@ -232,8 +264,8 @@ func (s *Server) tableXML(t *table) tableXML {
 			y.Gateway = r.Target
 		} else {
 			y.ENI = r.Target
-			if i := s.networkInterface(r.Target); i != nil {
-				y.Instance = i.instance
+			if i := s.instance(r.Target); i != nil {
+				y.Instance = i.id
 			}
 		}
 		x.Routes = append(x.Routes, y)
@@ -247,7 +279,7 @@ func (s *Server) tableXML(t *table) tableXML {
 	return x
 }
 
-func (s *Server) createRoute(q url.Values) (any, error) {
+func (s EC2) createRoute(q url.Values) (any, error) {
 	t, dst, err := s.routeOf(q)
 	if err != nil {
 		return nil, err
@@ -259,21 +291,14 @@ func (s *Server) createRoute(q url.Values) (any, error) {
 	if t.find(dst) >= 0 {
 		return nil, refuse("RouteAlreadyExists", "The route identified by %s already exists.", dst)
 	}
-	family := 0
-	for _, r := range t.routes {
-		if r.Dst.Addr().Is4() == dst.Addr().Is4() && r.Origin == "CreateRoute" {
-			family++
-		}
+	if s.full(t, dst) {
+		return nil, ec2Faults[Full]
 	}
-	if family >= s.quota {
-		return nil, refuse("RouteLimitExceeded", "The maximum number of routes has been reached.")
-	}
-	t.routes = append(t.routes, Route{Dst: dst, Target: target, Origin: "CreateRoute"})
-	s.change()
+	s.add(t, Route{Dst: dst, Target: target})
 	return yes{Text: true}, nil
 }
 
-func (s *Server) replaceRoute(q url.Values) (any, error) {
+func (s EC2) replaceRoute(q url.Values) (any, error) {
 	t, dst, err := s.routeOf(q)
 	if err != nil {
 		return nil, err
@@ -286,12 +311,12 @@ func (s *Server) replaceRoute(q url.Values) (any, error) {
 	if i < 0 {
 		return nil, refuse("InvalidParameterValue", "There is no route defined for '%s' in the route table. Use CreateRoute instead.", dst)
 	}
-	t.routes[i] = Route{Dst: dst, Target: target, Origin: "CreateRoute"}
+	t.routes[i] = Route{Dst: dst, Target: target}
 	s.change()
 	return yes{Text: true}, nil
 }
 
-func (s *Server) deleteRoute(q url.Values) (any, error) {
+func (s EC2) deleteRoute(q url.Values) (any, error) {
 	t, dst, err := s.routeOf(q)
 	if err != nil {
 		return nil, err
@@ -300,7 +325,7 @@ func (s *Server) deleteRoute(q url.Values) (any, error) {
 	if i < 0 {
 		return nil, refuse("InvalidRoute.NotFound", "no route with destination-cidr-block %s in route table %s", dst, t.id)
 	}
-	if t.routes[i].Origin != "CreateRoute" {
+	if t.routes[i].Foreign {
 		return nil, refuse("InvalidParameterValue", "cannot remove the route %s", dst)
 	}
 	t.routes = slices.Delete(t.routes, i, i+1)
@@ -308,8 +333,8 @@ func (s *Server) deleteRoute(q url.Values) (any, error) {
 	return yes{Text: true}, nil
 }
 
-func (s *Server) modifyNetworkInterface(q url.Values) (any, error) {
-	i := s.networkInterface(q.Get("NetworkInterfaceId"))
+func (s EC2) modifyNetworkInterface(q url.Values) (any, error) {
+	i := s.instance(q.Get("NetworkInterfaceId"))
 	if i == nil {
 		return nil, refuse("InvalidNetworkInterfaceID.NotFound", "The networkInterface ID '%s' does not exist",
 			q.Get("NetworkInterfaceId"))
@@ -319,14 +344,14 @@ func (s *Server) modifyNetworkInterface(q url.Values) (any, error) {
 		return nil, refuse("InvalidParameterValue", "Value (%s) for parameter value is invalid.",
 			q.Get("SourceDestCheck.Value"))
 	}
-	i.checked = on
+	i.forwards = !on
 	return yes{Text: true}, nil
 }
 
 var tableID = regexp.MustCompile(`^rtb-[0-9a-f]{17}$`)
 
 // existing returns the table with an ID.
-func (s *Server) existing(id string) (*table, error) {
+func (s EC2) existing(id string) (*table, error) {
 	if t := s.table(id); t != nil {
 		return t, nil
 	}
@@ -337,7 +362,7 @@ func (s *Server) existing(id string) (*table, error) {
 }
 
 // routeOf returns which route of which table a call is about.
-func (s *Server) routeOf(q url.Values) (*table, netip.Prefix, error) {
+func (s EC2) routeOf(q url.Values) (*table, netip.Prefix, error) {
 	four, six := q.Get("DestinationCidrBlock"), q.Get("DestinationIpv6CidrBlock")
 	switch {
 	case q.Get("RouteTableId") == "":
@@ -355,19 +380,10 @@ func (s *Server) routeOf(q url.Values) (*table, netip.Prefix, error) {
 }
 
 // target returns the interface that a route is to lead to.
-func (s *Server) target(q url.Values) (string, error) {
+func (s EC2) target(q url.Values) (string, error) {
 	id := q.Get("NetworkInterfaceId")
-	if s.networkInterface(id) == nil {
+	if s.instance(id) == nil {
 		return "", refuse("InvalidNetworkInterfaceID.NotFound", "The networkInterface ID '%s' does not exist", id)
 	}
 	return id, nil
-}
-
-func (s *Server) networkInterface(id string) *networkInterface {
-	for _, i := range s.interfaces {
-		if i.id == id {
-			return i
-		}
-	}
-	return nil
 }

@@ -1,22 +1,19 @@
-package ec2
+package cloud
 
 import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
-	"net/netip"
-	"slices"
 	"strconv"
 	"strings"
 )
 
 // serveMetadata answers what an instance asks about itself (IMDSv2: with a
 // token). Which instance it is, its address tells.
-func (s *Server) serveMetadata(w http.ResponseWriter, r *http.Request) {
-	if code := s.meet(r, "metadata"); code != "" {
-		http.Error(w, code, http.StatusServiceUnavailable)
+func (s EC2) serveMetadata(w http.ResponseWriter, r *http.Request) {
+	if fault := s.meet(r, Metadata); fault != "" {
+		http.Error(w, string(fault), http.StatusServiceUnavailable)
 		return
 	}
 	s.mu.Lock()
@@ -43,7 +40,7 @@ func (s *Server) serveMetadata(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "Unauthorized", http.StatusUnauthorized)
 		return
 	}
-	text, ok := self.metadata()[strings.TrimSuffix(strings.TrimPrefix(r.URL.Path, "/latest/"), "/")]
+	text, ok := ec2Metadata(self)[strings.TrimSuffix(strings.TrimPrefix(r.URL.Path, "/latest/"), "/")]
 	if !ok {
 		http.NotFound(w, r)
 		return
@@ -51,33 +48,12 @@ func (s *Server) serveMetadata(w http.ResponseWriter, r *http.Request) {
 	io.WriteString(w, text)
 }
 
-// caller returns the interface that a request comes from.
-func (s *Server) caller(r *http.Request) *networkInterface {
-	host, _, err := net.SplitHostPort(r.RemoteAddr)
-	if err != nil {
-		return nil
-	}
-	ip, err := netip.ParseAddr(host)
-	if err != nil {
-		return nil
-	}
-	if ip = ip.Unmap(); ip.IsLoopback() {
-		ip = s.Local
-	}
-	for _, i := range slices.Backward(s.interfaces) { // the latest with the address
-		if slices.Contains(i.addresses, ip) {
-			return i
-		}
-	}
-	return nil
-}
+// ec2Role is the instances' role.
+const ec2Role = "flanneld"
 
-// Role is the instances' role.
-const Role = "flanneld"
-
-// metadata returns all that there is to know, by path.
-func (i *networkInterface) metadata() map[string]string {
-	document, _ := json.Marshal(map[string]string{"instanceId": i.instance, "region": Region, "version": "2017-09-30"})
+// ec2Metadata returns all that there is to know of an instance, by path.
+func ec2Metadata(i *instance) map[string]string {
+	document, _ := json.Marshal(map[string]string{"instanceId": i.id, "region": EC2Region, "version": "2017-09-30"})
 	credentials, _ := json.Marshal(map[string]string{
 		"Code": "Success", "Type": "AWS-HMAC", "AccessKeyId": "ASIAEXAMPLE", "SecretAccessKey": "secret", "Token": "session",
 		"LastUpdated": "2000-01-01T00:00:00Z", "Expiration": "2100-01-01T00:00:00Z",
@@ -91,15 +67,15 @@ func (i *networkInterface) metadata() map[string]string {
 		}
 	}
 	all := map[string]string{
-		"dynamic/instance-identity/document":         string(document),
-		"meta-data/instance-id":                      i.instance,
-		"meta-data/placement/region":                 Region,
-		"meta-data/iam/security-credentials":         Role,
-		"meta-data/iam/security-credentials/" + Role: string(credentials),
-		"meta-data/network/interfaces/macs":          i.mac + "/",
+		"dynamic/instance-identity/document":            string(document),
+		"meta-data/instance-id":                         i.id,
+		"meta-data/placement/region":                    EC2Region,
+		"meta-data/iam/security-credentials":            ec2Role,
+		"meta-data/iam/security-credentials/" + ec2Role: string(credentials),
+		"meta-data/network/interfaces/macs":             i.mac + "/",
 	}
 	for key, value := range map[string]string{
-		"interface-id": i.id, "subnet-id": i.subnet, "vpc-id": VPC,
+		"interface-id": i.eni, "subnet-id": i.subnet, "vpc-id": EC2VPC,
 		"local-ipv4s": strings.Join(four, "\n"), "ipv6s": strings.Join(six, "\n"),
 	} {
 		if value != "" {

@@ -5,12 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"net/netip"
 	"regexp"
 	"slices"
 	"strings"
 
-	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/plain"
 	"github.com/flanneld/flanneld/subnet"
@@ -102,7 +100,7 @@ type Check struct {
 
 // A Node is what a Check is told of the node.
 type Node struct {
-	Networks family.Pair[netip.Prefix]
+	Networks subnet.Networks
 	Devices  []string       // that the backend has made
 	Peers    []subnet.Lease // of nodes that are peers
 }

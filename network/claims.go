@@ -23,7 +23,7 @@ import (
 // Such a program can also publish any number of leases that all claim the same. So the oldest lease comes first in each
 // of the indexes: no decision about a lease takes a look at all of its rivals.
 type claims struct {
-	networks   subnet.Subnets
+	networks   subnet.Networks
 	leases     map[subnet.Subnets]*claimant
 	subnets    prefixes.Index[*claimant]
 	publics    prefixes.Index[*claimant]       // as prefixes of full length
@@ -39,7 +39,7 @@ type claimant struct {
 	identities []uint64
 }
 
-func newClaims(networks subnet.Subnets) *claims {
+func newClaims(networks subnet.Networks) *claims {
 	c := &claims{networks: networks, leases: map[subnet.Subnets]*claimant{}, seed: maphash.MakeSeed()}
 	c.subnets.SetOrder(compareAge)
 	c.publics.SetOrder(compareAge)
@@ -56,7 +56,7 @@ func (c *claims) put(b backend.Backend, l subnet.Lease) {
 		n.identities = append(n.identities, c.hash(id))
 	}
 	for _, f := range family.All {
-		if ip := l.Attrs.PublicIPOf(f); ip.IsValid() && c.networks.Of(f).Contains(ip) {
+		if ip := l.Attrs.PublicIPOf(f); ip.IsValid() && c.networks.Network(netip.PrefixFrom(ip, ip.BitLen())).IsValid() {
 			n.publics = append(n.publics, netip.PrefixFrom(ip, ip.BitLen()))
 		}
 	}

@@ -93,6 +93,7 @@ func (i *Inspection) inspect(ctx context.Context) (err error) {
 	if i.cfg, err = i.Manager.Config(ctx); err != nil {
 		return fmt.Errorf("the network's configuration: %w", err)
 	}
+	i.cfg = retainFromFile(i.cfg, i.SubnetFile)
 	var known bool
 	if i.Uplink, known = <-i.Manager.Select(ctx, i.Uplink); !known {
 		return fmt.Errorf("this node to be known: %w", ctx.Err())
@@ -132,7 +133,7 @@ func (i *Inspection) inspect(ctx context.Context) (err error) {
 	for owner, objects := range i.planAllPeers().objects {
 		i.kernel.Set(owner, objects)
 	}
-	i.fileWritten = envErr == nil && env == p.env
+	i.fileWritten = envErr == nil && env.Equal(p.env)
 	missing, err := p.diffRules(ctx, i.Name)
 	i.rulesSet = err == nil && len(missing) == 0
 	return nil

@@ -76,7 +76,7 @@ func (s setup) locks() (names []string) {
 	for _, network := range s.cfg.Networks().Each() {
 		names = append(names, networkLock+network.String())
 	}
-	leased := state{setup: s, own: &subnet.Lease{Subnets: s.cfg.Networks()}}
+	leased := state{setup: s, own: &subnet.Lease{Subnets: s.cfg.Networks().First()}}
 	for _, o := range s.backend.Local(leased.working()) {
 		if l, ok := o.(kernel.Link); ok {
 			names = append(names, deviceLock+l.Name)

@@ -222,6 +222,7 @@ func (n *node) run(ctx context.Context) (err error) {
 	if n.cfg, err = n.Manager.Config(ctx); err != nil {
 		return err
 	}
+	n.cfg = retainFromFile(n.cfg, n.SubnetFile)
 	n.target.cfg = n.cfg
 	n.log.Info("Network configuration read", "network", n.cfg.Networks(), "backend", n.cfg.BackendType)
 	n.logWarnings(n.cfg)
@@ -328,7 +329,7 @@ func (n *node) handleEvent(ctx context.Context, compare <-chan time.Time) (runni
 	case cfg, ok := <-n.events.configs:
 		if running = ok; ok {
 			n.blocked = nil
-			err = n.refreshUplink(ctx, cfg)
+			err = n.refreshUplink(ctx, n.retain(cfg))
 		}
 	case sel, ok := <-n.events.selectors:
 		if running = ok; ok {
@@ -350,7 +351,9 @@ func (n *node) handleEvent(ctx context.Context, compare <-chan time.Time) (runni
 		n.fileFights.Forget()
 		n.recordFileFight()
 		n.checkLost()
-		err = n.refreshUplink(ctx, n.target.cfg)
+		if err = n.releaseRetired(ctx); err == nil {
+			err = n.refreshUplink(ctx, n.target.cfg)
+		}
 	}
 	return running, err
 }
@@ -525,7 +528,7 @@ func (n *node) previousSubnets() subnet.Subnets {
 		n.log.Error(err, "Cannot tell which subnet this node held before", "path", n.SubnetFile)
 	default:
 		n.before = env.Subnets
-		if env.Networks == n.cfg.Networks() {
+		if n.cfg.Networks().Contain(env.Subnets) {
 			return env.Subnets
 		}
 	}

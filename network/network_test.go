@@ -383,7 +383,7 @@ func TestSubnetThatChangedOverARestart(t *testing.T) {
 	}
 	begin(t, m.manager, func(o *Options) {
 		o.Manager, o.KernelResync = m, 50*time.Millisecond
-		env := subnet.Env{Networks: lease("10.5.0.0-16", "").Subnets, Subnets: lease("10.5.1.0-24", "").Subnets, MTU: 1450}
+		env := subnet.Env{Networks: subnet.NetworksOf(netip.MustParsePrefix("10.5.0.0/16")), Subnets: lease("10.5.1.0-24", "").Subnets, MTU: 1450}
 		if err := env.WriteFile(o.SubnetFile); err != nil {
 			t.Fatal(err)
 		}

@@ -51,7 +51,8 @@ func (s setup) obstacles(h host) []subnet.Obstacle {
 	var all []subnet.Obstacle
 	add := func(o subnet.Obstacle) {
 		inside := slices.ContainsFunc(s.cfg.Each(), func(pool subnet.Pool) bool {
-			return pool.Network.Bits() < o.Prefix.Bits() && pool.Network.Contains(o.Prefix.Addr())
+			r, ok := pool.Range(o.Prefix)
+			return ok && r.Network.Bits() < o.Prefix.Bits()
 		})
 		known := slices.ContainsFunc(all, func(k subnet.Obstacle) bool {
 			return k.Prefix == o.Prefix && k.Route == o.Route && (k.Name == o.Name || k.Prefix.IsSingleIP())
@@ -91,17 +92,24 @@ func (s setup) obstacles(h host) []subnet.Obstacle {
 
 func linkName(p netip.Prefix, dev string) string { return fmt.Sprintf("%s of %s", p, dev) }
 
-// networkKeys are the configuration's keys of the networks.
-var networkKeys = family.Pair[string]{IPv4: "Network", IPv6: "IPv6Network"}
+// networkKey returns the configuration's key of a network, by its index.
+func networkKey(f family.Family, index int) string {
+	if index > 0 {
+		return "Networks"
+	}
+	return [...]string{"Network", "IPv6Network"}[f]
+}
 
 // UplinkOverlaps returns, in words, where the networks of a configuration overlap the uplink's prefixes.
 func UplinkOverlaps(cfg *subnet.Config, uplink iface.Uplink) []string {
 	var all []string
-	for f, pool := range cfg.Pools().Each() {
-		for _, p := range uplink.Prefixes {
-			if pool.Enabled() && p.Overlaps(pool.Network) {
-				all = append(all, fmt.Sprintf("%s %s overlaps %s, the uplink: %s", networkKeys.Of(f), pool.Network,
-					linkName(p, uplink.Name), useAnother("prefix")))
+	for f, networks := range family.Pair[[]netip.Prefix](cfg.Networks()).Each() {
+		for i, network := range networks {
+			for _, p := range uplink.Prefixes {
+				if p.Overlaps(network) {
+					all = append(all, fmt.Sprintf("%s %s overlaps %s, the uplink: %s", networkKey(f, i), network,
+						linkName(p, uplink.Name), useAnother("prefix")))
+				}
 			}
 		}
 	}
@@ -117,11 +125,13 @@ func useAnother(what string) string {
 // to the host. own may be nil.
 func (s setup) overlaps(h host, own *subnet.Lease) []string {
 	all := UplinkOverlaps(s.cfg, s.uplink)
-	for f, pool := range s.cfg.Pools().Each() {
-		for _, ip := range h.stores {
-			if pool.Enabled() && pool.Network.Contains(ip) {
-				all = append(all, fmt.Sprintf("%s %s contains the address of %s, %s: %s", networkKeys.Of(f), pool.Network, h.store,
-					ip, useAnother("address")))
+	for f, networks := range family.Pair[[]netip.Prefix](s.cfg.Networks()).Each() {
+		for i, network := range networks {
+			for _, ip := range h.stores {
+				if network.Contains(ip) {
+					all = append(all, fmt.Sprintf("%s %s contains the address of %s, %s: %s", networkKey(f, i), network, h.store,
+						ip, useAnother("address")))
+				}
 			}
 		}
 	}

@@ -75,8 +75,9 @@ func (s *state) planNode(o Options) nodePlan {
 	}
 	for f, pool := range s.cfg.Pools().Each() {
 		if s.works(f) {
-			rules := firewall.Options{Masquerade: o.IPMasq.Of(f), RandomFully: o.RandomFully, Forward: o.Forward}
-			*p.rules.At(f) = firewall.For(pool.Network, s.own.Of(f), rules)
+			rules := firewall.Options{Masquerade: o.IPMasq.Of(f), Except: s.cfg.NonMasqueradeCIDRs, RandomFully: o.RandomFully,
+				Forward: o.Forward}
+			*p.rules.At(f) = firewall.For(pool.Networks(), s.own.Of(f), rules)
 		}
 	}
 	return p
@@ -272,13 +273,14 @@ func (s *state) checkLease(l subnet.Lease) error {
 				return fmt.Errorf("left out, since its public address %s is in its own subnet %s", ip, peer)
 			}
 		}
+		in, ok := pool.Range(peer)
 		switch {
 		case !pool.Enabled() || !peer.IsValid():
-		case !pool.Network.Contains(peer.Addr()) || peer.Bits() < pool.Network.Bits():
-			return fmt.Errorf("left out, since %s is not in the network %s", peer, pool.Network)
+		case !ok:
+			return fmt.Errorf("left out, since %s is not in the network %s", peer, subnet.Networks{IPv4: pool.Networks()})
 		case !pool.Admits(peer):
 			return fmt.Errorf("left out, since %s is more than a quarter of the network %s: no node leases so much. "+
-				"Delete that lease", peer, pool.Network)
+				"Delete that lease", peer, in.Network)
 		case peer.Overlaps(s.own.Of(f)):
 			return fmt.Errorf("left out, since %s overlaps this node's own %s", peer, s.own.Of(f))
 		}

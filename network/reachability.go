@@ -133,7 +133,7 @@ func (s *state) describe(l subnet.Lease, r probe.Result) string {
 	case errors.Is(r.Err, unix.EPERM):
 		return fmt.Sprintf("this host does not let the requests to %s out: a firewall rule of this host drops ICMP. Accept "+
 			"ICMP to and from %s in the chain OUTPUT, since nothing is known of this peer otherwise", r.Overlay,
-			s.cfg.Networks().Of(f))
+			s.cfg.Networks().Network(l.Of(f)))
 	case r.Heard && !r.Arrives:
 		return fmt.Sprintf("%s from %s to %s does not arrive here, while packets to %s arrive there: open that in the "+
 			"firewalls of this node and in between. %s", what, to, from, to, otherwise)
@@ -168,7 +168,7 @@ func (s *state) carrier(l subnet.Lease, f family.Family) (what, otherwise string
 		}
 	}
 	if len(ports) == 0 { // the hosts route the packets as they are
-		return fmt.Sprintf("traffic of %s", s.cfg.Networks().Of(f)), "If that is open, a host does not forward, or the network " +
+		return fmt.Sprintf("traffic of %s", s.cfg.Networks().Network(l.Of(f))), "If that is open, a host does not forward, or the network " +
 			"between the hosts drops packets with addresses that it does not know, as clouds do"
 	}
 	return strings.Join(ports, ", "), "If that is open, a host drops the packets: by a rule for ICMP in the overlay, by " +

@@ -83,7 +83,7 @@ func (n *node) writeFile() {
 	n.restoreManagersFile()
 	env := n.planNode(n.Options).env
 	write := env.WriteFile
-	if env == n.fileEnv {
+	if env.Equal(n.fileEnv) {
 		write = env.RestoreFile
 	}
 	err := write(n.SubnetFile)

@@ -17,10 +17,11 @@ import (
 
 // Config is the network's configuration, the same for all nodes but for Obstacles.
 type Config struct {
-	IPv4, IPv6     Pool
-	EnableNFTables bool            // rules go to nftables instead of iptables
-	BackendType    string          // Backend's Type in lower case; "udp" where there is no Backend
-	Backend        json.RawMessage // the whole Backend object; nil where there is none
+	IPv4, IPv6         Pool
+	NonMasqueradeCIDRs []netip.Prefix  // destinations outside the networks that see pods' own addresses
+	EnableNFTables     bool            // rules go to nftables instead of iptables
+	BackendType        string          // Backend's Type in lower case; "udp" where there is no Backend
+	Backend            json.RawMessage // the whole Backend object; nil where there is none
 
 	// Obstacles are parts of the networks that this host uses for something else: see Around.
 	Obstacles []Obstacle
@@ -40,8 +41,8 @@ func (c *Config) Each() []Pool {
 	return on
 }
 
-// Networks returns the network of each family.
-func (c *Config) Networks() Subnets { return Subnets{c.IPv4.Network, c.IPv6.Network} }
+// Networks returns the networks of each family, those that are retired too.
+func (c *Config) Networks() Networks { return Networks{c.IPv4.Networks(), c.IPv6.Networks()} }
 
 // Fits tells whether this node may have the subnets under this configuration: one of each family that is on, and none
 // of any other, which no obstacle hinders.
@@ -80,6 +81,12 @@ type configJSON struct {
 	// as `SubnetMin`, `SubnetMax`
 	IPv6SubnetMin, IPv6SubnetMax string `default:"the second, the last"`
 
+	// more networks, of both families, in a list: `["10.6.0.0/16"]`. Subnets are taken from them when those before are full
+	Networks []string
+
+	// destinations that see pods' own addresses in spite of `--ip-masq`, in a list: `["172.16.0.0/12"]`
+	NonMasqueradeCIDRs []string
+
 	// rules go to nftables rather than iptables
 	EnableNFTables bool
 
@@ -104,6 +111,15 @@ var (
 	familyIPv4 = familyRules{"IPv4", "", netip.Addr.Is4, 24, 30, "10.5.0.0/16"}
 	familyIPv6 = familyRules{"IPv6", "IPv6", isIPv6, 64, 126, "fd00:5::/48"}
 )
+
+// network parses one of a family's networks. In messages, key is what the text is the value of.
+func (f familyRules) network(key, text string) (netip.Prefix, error) {
+	n, err := netip.ParsePrefix(text)
+	if err != nil || !f.is(n.Addr()) || n.Bits() == 0 {
+		return n, fmt.Errorf("%s %s is not an %s network such as %s", key, plain.Quote(text), f.name, f.example)
+	}
+	return n, nil
+}
 
 // isIPv6 excludes addresses that are IPv6 in form only: IPv4-mapped addresses, and addresses with a zone, which are
 // valid on one link alone.
@@ -145,19 +161,18 @@ func ParseConfig(data []byte) (*Config, error) {
 		if f.network == "" {
 			return nil, fmt.Errorf("%sNetwork is missing: an %s network such as %s", f.prefix, f.name, f.example)
 		}
-		n, err := netip.ParsePrefix(f.network)
-		if err != nil || !f.is(n.Addr()) || n.Bits() == 0 {
-			return nil, fmt.Errorf("%sNetwork %s is not an %s network such as %s",
-				f.prefix, plain.Quote(f.network), f.name, f.example)
+		n, err := f.familyRules.network(f.prefix+"Network", f.network)
+		if err != nil {
+			return nil, err
 		}
 		if n != n.Masked() {
 			c.Warnings = append(c.Warnings, fmt.Sprintf("%sNetwork %s is taken as %s", f.prefix, n, n.Masked()))
 		}
-		f.pool.Network, f.pool.SubnetLen = n.Masked(), f.len
+		first := Range{Network: n.Masked()}
 		for _, bound := range []struct {
 			key, text string
 			addr      *netip.Addr
-		}{{"SubnetMin", f.min, &f.pool.Min}, {"SubnetMax", f.max, &f.pool.Max}} {
+		}{{"SubnetMin", f.min, &first.Min}, {"SubnetMax", f.max, &first.Max}} {
 			if bound.text == "" {
 				continue
 			}
@@ -169,12 +184,64 @@ func ParseConfig(data []byte) (*Config, error) {
 				*bound.addr = a
 			}
 		}
+		*f.pool = Pool{Ranges: []Range{first}, SubnetLen: f.len}
+	}
+	if err := c.addNetworks(doc.Networks); err != nil {
+		return nil, err
+	}
+	if err := c.addNonMasqueradeCIDRs(doc.NonMasqueradeCIDRs); err != nil {
+		return nil, err
 	}
 	if c.BackendType, err = backendType(doc.Backend); err != nil {
 		return nil, err
 	}
 	c.Backend = present(doc.Backend)
 	return c, nil
+}
+
+// addNetworks adds the networks of the key Networks.
+func (c *Config) addNetworks(texts []string) error {
+	for _, text := range texts {
+		f, pool := familyIPv4, &c.IPv4
+		if strings.Contains(text, ":") {
+			f, pool = familyIPv6, &c.IPv6
+		}
+		n, err := f.network("Networks", text)
+		if err != nil {
+			return err
+		}
+		if !pool.Enabled() {
+			c.Warnings = append(c.Warnings, fmt.Sprintf("Networks %s is ignored: Enable%s is false", n, f.name))
+			continue
+		}
+		if n != n.Masked() {
+			c.Warnings = append(c.Warnings, fmt.Sprintf("Networks %s is taken as %s", n, n.Masked()))
+		}
+		for _, r := range pool.Ranges {
+			if r.Network.Overlaps(n) {
+				return fmt.Errorf("Networks %s overlaps %s: each network must be apart from the others", n, r.Network)
+			}
+		}
+		pool.Ranges = append(pool.Ranges, Range{Network: n.Masked()})
+	}
+	return nil
+}
+
+// addNonMasqueradeCIDRs takes the key NonMasqueradeCIDRs.
+func (c *Config) addNonMasqueradeCIDRs(texts []string) error {
+	for _, text := range texts {
+		p, err := netip.ParsePrefix(text)
+		if err != nil || !p.Addr().Is4() && !isIPv6(p.Addr()) {
+			return fmt.Errorf("NonMasqueradeCIDRs %s is not a prefix such as 172.16.0.0/12 or fd00::/8", plain.Quote(text))
+		}
+		if p != p.Masked() {
+			c.Warnings = append(c.Warnings, fmt.Sprintf("NonMasqueradeCIDRs %s is taken as %s", p, p.Masked()))
+		}
+		if p = p.Masked(); !slices.Contains(c.NonMasqueradeCIDRs, p) {
+			c.NonMasqueradeCIDRs = append(c.NonMasqueradeCIDRs, p)
+		}
+	}
+	return nil
 }
 
 func backendType(backend json.RawMessage) (string, error) {
@@ -211,37 +278,51 @@ func (c *Config) Divide() error {
 const fourSubnets = 2
 
 func (p *Pool) divide(f familyRules) error {
-	shortest := p.Network.Bits() + fourSubnets
+	if p.SubnetLen == 0 {
+		p.SubnetLen = min(f.maxLen, max(f.defaultLen, p.Ranges[0].Network.Bits()+fourSubnets))
+	}
+	for i := range p.Ranges {
+		key := f.prefix + "Network"
+		if i > 0 {
+			key = "Networks"
+		}
+		if err := p.Ranges[i].divide(f, key, p.SubnetLen); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// divide divides one network. The key is that of the network.
+func (r *Range) divide(f familyRules, key string, subnetLen int) error {
+	shortest := r.Network.Bits() + fourSubnets
 	switch {
 	case shortest > f.maxLen:
-		return fmt.Errorf("%sNetwork %s is too small: /%d is the longest that can be divided",
-			f.prefix, p.Network, f.maxLen-2)
-	case p.SubnetLen == 0:
-		p.SubnetLen = max(f.defaultLen, shortest)
-	case p.SubnetLen < shortest || p.SubnetLen > f.maxLen:
-		return fmt.Errorf("%sSubnetLen %d does not suit %sNetwork %s: %d to %d are allowed",
-			f.prefix, p.SubnetLen, f.prefix, p.Network, shortest, f.maxLen)
+		return fmt.Errorf("%s %s is too small: /%d is the longest that can be divided", key, r.Network, f.maxLen-2)
+	case subnetLen < shortest || subnetLen > f.maxLen:
+		return fmt.Errorf("%sSubnetLen %d does not suit %s %s: %d to %d are allowed",
+			f.prefix, subnetLen, key, r.Network, shortest, f.maxLen)
 	}
-	if !p.Min.IsValid() {
-		p.Min = last(netip.PrefixFrom(p.Network.Addr(), p.SubnetLen)).Next()
+	if !r.Min.IsValid() {
+		r.Min = last(netip.PrefixFrom(r.Network.Addr(), subnetLen)).Next()
 	}
-	if !p.Max.IsValid() {
-		p.Max = netip.PrefixFrom(last(p.Network), p.SubnetLen).Masked().Addr()
+	if !r.Max.IsValid() {
+		r.Max = netip.PrefixFrom(last(r.Network), subnetLen).Masked().Addr()
 	}
 	for _, bound := range []struct {
 		key  string
 		addr netip.Addr
-	}{{"SubnetMin", p.Min}, {"SubnetMax", p.Max}} {
-		if !p.Network.Contains(bound.addr) {
-			return fmt.Errorf("%s%s %s is outside %sNetwork %s", f.prefix, bound.key, bound.addr, f.prefix, p.Network)
+	}{{"SubnetMin", r.Min}, {"SubnetMax", r.Max}} {
+		if !r.Network.Contains(bound.addr) {
+			return fmt.Errorf("%s%s %s is outside %s %s", f.prefix, bound.key, bound.addr, key, r.Network)
 		}
-		if s := netip.PrefixFrom(bound.addr, p.SubnetLen).Masked(); s.Addr() != bound.addr {
+		if s := netip.PrefixFrom(bound.addr, subnetLen).Masked(); s.Addr() != bound.addr {
 			return fmt.Errorf("%s%s %s is not the base of a /%d subnet: should it be %s?",
-				f.prefix, bound.key, bound.addr, p.SubnetLen, s.Addr())
+				f.prefix, bound.key, bound.addr, subnetLen, s.Addr())
 		}
 	}
-	if p.Max.Less(p.Min) {
-		return fmt.Errorf("%sSubnetMin %s is above %sSubnetMax %s", f.prefix, p.Min, f.prefix, p.Max)
+	if r.Max.Less(r.Min) {
+		return fmt.Errorf("%sSubnetMin %s is above %sSubnetMax %s", f.prefix, r.Min, f.prefix, r.Max)
 	}
 	return nil
 }
@@ -302,6 +383,8 @@ func kind(t reflect.Type) string {
 		return "a text in quotes"
 	case reflect.Int:
 		return "a whole number"
+	case reflect.Slice:
+		return "a list of texts in quotes"
 	}
 	return t.String()
 }

@@ -2,6 +2,7 @@ package subnet
 
 import (
 	"net/netip"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -19,7 +20,16 @@ func read(text string) (*Config, error) {
 }
 
 func pool(network string, length int, lowest, highest string) Pool {
-	return Pool{netip.MustParsePrefix(network), length, netip.MustParseAddr(lowest), netip.MustParseAddr(highest)}
+	return Pool{SubnetLen: length, Ranges: []Range{{Network: netip.MustParsePrefix(network),
+		Min: netip.MustParseAddr(lowest), Max: netip.MustParseAddr(highest)}}}
+}
+
+// join returns a pool of several networks.
+func join(pools ...Pool) Pool {
+	for _, p := range pools[1:] {
+		pools[0].Ranges = append(pools[0].Ranges, p.Ranges...)
+	}
+	return pools[0]
 }
 
 func TestConfig(t *testing.T) {
@@ -50,13 +60,17 @@ func TestConfig(t *testing.T) {
 			ipv6: pool("fd00:5::/124", 126, "fd00:5::4", "fd00:5::c")},
 		{text: `{"EnableIPv4": false, "EnableIPv6": true, "IPv6Network": "::/1", "IPv6SubnetLen": 3}`,
 			ipv6: pool("::/1", 3, "2000::", "6000::")},
+		{text: `{"Network": "10.5.0.0/16", "SubnetMin": "10.5.10.0", "EnableIPv6": true, "IPv6Network": "fd05::/48", "Networks": ["10.7.0.0/20", "fd07::/56", "10.6.0.0/16"]}`,
+			ipv4: join(pool("10.5.0.0/16", 24, "10.5.10.0", "10.5.255.0"), pool("10.7.0.0/20", 24, "10.7.1.0", "10.7.15.0"),
+				pool("10.6.0.0/16", 24, "10.6.1.0", "10.6.255.0")),
+			ipv6: join(pool("fd05::/48", 64, "fd05:0:0:1::", "fd05:0:0:ffff::"), pool("fd07::/56", 64, "fd07:0:0:1::", "fd07:0:0:ff::"))},
 	} {
 		got, err := read(c.text)
 		if err != nil {
 			t.Errorf("%s: %v", c.text, err)
 			continue
 		}
-		if got.IPv4 != c.ipv4 || got.IPv6 != c.ipv6 {
+		if !reflect.DeepEqual(got.IPv4, c.ipv4) || !reflect.DeepEqual(got.IPv6, c.ipv6) {
 			t.Errorf("%s:\n got %+v %+v\nwant %+v %+v", c.text, got.IPv4, got.IPv6, c.ipv4, c.ipv6)
 		}
 		if len(got.Warnings) > 0 {
@@ -116,6 +130,18 @@ func TestConfigErrors(t *testing.T) {
 			`IPv6SubnetMin "fd00:5:0:1::%eth0" is not an IPv6 address`},
 		{`{"EnableIPv4": false, "EnableIPv6": true, "IPv6Network": "fd00:5::/48", "IPv6SubnetMax": "fd00:5:0:1::1"}`,
 			`IPv6SubnetMax fd00:5:0:1::1 is not the base of a /64 subnet: should it be fd00:5:0:1::?`},
+		{`{"Network": "10.5.0.0/16", "Networks": "10.6.0.0/16"}`, `Networks: got a string, want a list of texts in quotes`},
+		{`{"Network": "10.5.0.0/16", "Networks": [10]}`, `Networks: got a number, want a text in quotes`},
+		{`{"Network": "10.5.0.0/16", "Networks": ["10.6.0.0"]}`, `Networks "10.6.0.0" is not an IPv4 network such as 10.5.0.0/16`},
+		{`{"Network": "10.5.0.0/16", "Networks": ["::/0"]}`, `Networks "::/0" is not an IPv6 network such as fd00:5::/48`},
+		{`{"Network": "10.5.0.0/16", "Networks": ["10.5.128.0/17"]}`,
+			`Networks 10.5.128.0/17 overlaps 10.5.0.0/16: each network must be apart from the others`},
+		{`{"Network": "10.5.0.0/16", "Networks": ["10.6.0.0/16", "10.6.0.0/16"]}`,
+			`Networks 10.6.0.0/16 overlaps 10.6.0.0/16: each network must be apart from the others`},
+		{`{"Network": "10.5.0.0/16", "Networks": ["10.6.0.0/23"]}`,
+			`SubnetLen 24 does not suit Networks 10.6.0.0/23: 25 to 30 are allowed`},
+		{`{"Network": "10.5.0.0/16", "NonMasqueradeCIDRs": ["172.16.0.1"]}`,
+			`NonMasqueradeCIDRs "172.16.0.1" is not a prefix such as 172.16.0.0/12 or fd00::/8`},
 		{`{"Network": "10.5.0.0/16", "Backend": "vxlan"}`, `Backend: got a string, want an object {…}`},
 		{`{"Network": "10.5.0.0/16", "Backend": {}}`, `Backend has no Type: {"Type": "vxlan"}, for example`},
 		{`{"Network": "10.5.0.0/16", "Backend": {"Type": 1}}`, `Backend: Type: got a number, want a text in quotes`},
@@ -130,7 +156,7 @@ func TestConfigErrors(t *testing.T) {
 }
 
 func TestConfigWarnings(t *testing.T) {
-	const known = "EnableIPv4, Network, SubnetLen, SubnetMin, SubnetMax, EnableIPv6, IPv6Network, IPv6SubnetLen, IPv6SubnetMin, IPv6SubnetMax, EnableNFTables, Backend"
+	const known = "EnableIPv4, Network, SubnetLen, SubnetMin, SubnetMax, EnableIPv6, IPv6Network, IPv6SubnetLen, IPv6SubnetMin, IPv6SubnetMax, Networks, NonMasqueradeCIDRs, EnableNFTables, Backend"
 	for _, c := range []struct {
 		text string
 		want []string
@@ -146,6 +172,9 @@ func TestConfigWarnings(t *testing.T) {
 		{`{"Network": "10.5.0.0/16", "EnableIPv4": false, "EnableIPv6": true, "IPv6Network": "fd00:5::1/48"}`, []string{
 			`Network "10.5.0.0/16" is ignored: EnableIPv4 is false`,
 			`IPv6Network fd00:5::1/48 is taken as fd00:5::/48`}},
+		{`{"Network": "10.5.0.0/16", "Networks": ["10.6.0.1/16", "fd06::/48"], "NonMasqueradeCIDRs": ["172.16.0.1/12"]}`, []string{
+			"Networks 10.6.0.1/16 is taken as 10.6.0.0/16", "Networks fd06::/48 is ignored: EnableIPv6 is false",
+			"NonMasqueradeCIDRs 172.16.0.1/12 is taken as 172.16.0.0/12"}},
 	} {
 		got, err := read(c.text)
 		if err != nil || !slices.Equal(got.Warnings, c.want) {
@@ -232,14 +261,16 @@ func FuzzConfig(f *testing.F) {
 			t.Fatalf("nothing is on: %+v", c)
 		}
 		for _, p := range c.Each() {
-			for _, a := range []netip.Addr{p.Min, p.Max} {
-				if s := netip.PrefixFrom(a, p.SubnetLen); !p.Fits(s) || !p.Network.Overlaps(s) || s != s.Masked() {
-					t.Errorf("%+v does not fit its own bound %v", p, s)
+			for _, r := range p.Ranges {
+				for _, a := range []netip.Addr{r.Min, r.Max} {
+					if s := netip.PrefixFrom(a, p.SubnetLen); !p.Fits(s) || !r.Network.Overlaps(s) || s != s.Masked() {
+						t.Errorf("%+v does not fit its own bound %v", p, s)
+					}
 				}
 			}
 			var taken []netip.Prefix
 			for _, s := range p.Free(nil, 5) {
-				if !p.Fits(s) || s.Bits() < p.Network.Bits() || !p.Network.Contains(last(s)) {
+				if r, ok := p.Range(s); !ok || !p.Fits(s) || s.Bits() < r.Network.Bits() || !r.Network.Contains(last(s)) {
 					t.Errorf("%+v hands out %v", p, s)
 				}
 				taken = append(taken, s)

@@ -21,19 +21,26 @@ import (
 
 // Env is the content of subnet.env, from which CNI plugins, Docker and scripts learn this node's subnet.
 type Env struct {
-	Networks Subnets // the whole networks; of several networks of a family, the one that has the subnet
-	Subnets  Subnets // this node's
-	MTU      int     // for pods, in bytes
-	IPMasq   bool    // traffic that leaves the network is masqueraded by us
+	Networks Networks // the whole networks, without repetitions
+	Subnets  Subnets  // this node's
+	MTU      int      // for pods, in bytes
+	IPMasq   bool     // traffic that leaves the network is masqueraded by us
 }
 
-// Format returns the file's text. A subnet is written with the address that the node's bridge takes, which is its first
+// Equal tells whether both are the same.
+func (e Env) Equal(o Env) bool {
+	return e.Networks.Equal(o.Networks) && e.Subnets == o.Subnets && e.MTU == o.MTU && e.IPMasq == o.IPMasq
+}
+
+// Format returns the file's text. Several networks of a family are separated by commas, as flannel's CNI plugin takes
+// them. A subnet is written with the address that the node's bridge takes, which is its first
 // one: 10.5.34.1/24.
 func (e Env) Format() []byte {
 	var b bytes.Buffer
 	for _, f := range []struct {
-		infix           string
-		network, subnet netip.Prefix
+		infix    string
+		networks []netip.Prefix
+		subnet   netip.Prefix
 	}{
 		{"", e.Networks.IPv4, e.Subnets.IPv4},
 		{"IPV6_", e.Networks.IPv6, e.Subnets.IPv6},
@@ -41,24 +48,22 @@ func (e Env) Format() []byte {
 		if !f.subnet.IsValid() {
 			continue
 		}
-		fmt.Fprintf(&b, "FLANNEL_%sNETWORK=%s\n", f.infix, f.network)
+		fmt.Fprintf(&b, "FLANNEL_%sNETWORK=%s\n", f.infix, Networks{IPv4: f.networks})
 		fmt.Fprintf(&b, "FLANNEL_%sSUBNET=%s/%d\n", f.infix, f.subnet.Addr().Next(), f.subnet.Bits())
 	}
 	fmt.Fprintf(&b, "FLANNEL_MTU=%d\nFLANNEL_IPMASQ=%t\n", e.MTU, e.IPMasq)
 	return b.Bytes()
 }
 
-// An EnvFile is subnet.env as another program may have written it. flannel's CNI plugin takes several networks of a
-// family, separated by commas.
+// An EnvFile is subnet.env as another program may have written it.
 type EnvFile struct {
 	Env
-	AllNetworks []netip.Prefix // without repetitions: those of IPv4, then those of IPv6, each in the order of the file
-	Missing     []string       // names of variables that a CNI plugin needs and that are not there
-	Others      []string       // lines that set other variables, such as Docker's options
+	Missing []string // names of variables that a CNI plugin needs and that are not there
+	Others  []string // lines that set other variables, such as Docker's options
 }
 
 // Has reports whether the file has what WriteFile writes, beside lines that set other variables.
-func (f EnvFile) Has(e Env) bool { return f.Env == e && len(f.Missing) == 0 }
+func (f EnvFile) Has(e Env) bool { return f.Equal(e) && len(f.Missing) == 0 }
 
 var variableName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
 
@@ -71,7 +76,6 @@ func ParseEnv(text []byte) (Env, error) {
 // ParseEnvFile parses the text of a subnet file. It skips lines that it does not know.
 func ParseEnvFile(text []byte) (EnvFile, error) {
 	var e Env
-	var networks4, networks6 []netip.Prefix
 	var others []string
 	found := map[string]bool{}
 	lines := bufio.NewScanner(bytes.NewReader(text))
@@ -84,11 +88,11 @@ func ParseEnvFile(text []byte) (EnvFile, error) {
 		var err error
 		switch key {
 		case "FLANNEL_NETWORK":
-			networks4, err = envPrefixes(value, netip.Addr.Is4)
+			e.Networks.IPv4, err = envPrefixes(value, netip.Addr.Is4)
 		case "FLANNEL_SUBNET":
 			e.Subnets.IPv4, err = envPrefix(value, netip.Addr.Is4)
 		case "FLANNEL_IPV6_NETWORK":
-			networks6, err = envPrefixes(value, isIPv6)
+			e.Networks.IPv6, err = envPrefixes(value, isIPv6)
 		case "FLANNEL_IPV6_SUBNET":
 			e.Subnets.IPv6, err = envPrefix(value, isIPv6)
 		case "FLANNEL_MTU":
@@ -107,8 +111,7 @@ func ParseEnvFile(text []byte) (EnvFile, error) {
 		}
 		found[key] = true
 	}
-	e.Networks = Subnets{networkOf(networks4, e.Subnets.IPv4), networkOf(networks6, e.Subnets.IPv6)}
-	f := EnvFile{Env: e, AllNetworks: append(networks4, networks6...), Others: others}
+	f := EnvFile{Env: e, Others: others}
 	const network4, network6, subnet4, subnet6 = "FLANNEL_NETWORK", "FLANNEL_IPV6_NETWORK", "FLANNEL_SUBNET",
 		"FLANNEL_IPV6_SUBNET"
 	need := func(names ...string) {
@@ -128,16 +131,6 @@ func ParseEnvFile(text []byte) (EnvFile, error) {
 	need("FLANNEL_MTU")
 	need("FLANNEL_IPMASQ")
 	return f, lines.Err()
-}
-
-// networkOf returns the network that has the subnet, or else the first network, which is not valid if there is none.
-func networkOf(networks []netip.Prefix, subnet netip.Prefix) netip.Prefix {
-	for _, n := range networks {
-		if n.Overlaps(subnet) && n.Bits() <= subnet.Bits() {
-			return n
-		}
-	}
-	return append(networks, netip.Prefix{})[0]
 }
 
 // envPrefixes parses networks that are separated by commas.
@@ -191,7 +184,7 @@ func (e Env) RestoreFile(path string) error {
 	case err != nil:
 	case f.Has(e):
 		return nil
-	case f.Env == Env{}:
+	case f.Equal(Env{}):
 		if len(old) > 0 && !bytes.HasSuffix(old, []byte("\n")) {
 			text = append([]byte("\n"), text...)
 		}

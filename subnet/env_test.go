@@ -18,24 +18,29 @@ var update = flag.Bool("update", false, "write testdata, and the documentation's
 
 var (
 	env4 = Env{
-		Networks: Subnets{IPv4: netip.MustParsePrefix("10.5.0.0/16")},
+		Networks: NetworksOf(netip.MustParsePrefix("10.5.0.0/16")),
 		Subnets:  Subnets{IPv4: netip.MustParsePrefix("10.5.34.0/24")},
 		MTU:      1450, IPMasq: true,
 	}
 	envDual = Env{
-		Networks: Subnets{netip.MustParsePrefix("10.5.0.0/16"), netip.MustParsePrefix("fc00::/48")},
+		Networks: NetworksOf(netip.MustParsePrefix("10.5.0.0/16"), netip.MustParsePrefix("fc00::/48")),
 		Subnets:  Subnets{netip.MustParsePrefix("10.5.34.0/24"), netip.MustParsePrefix("fc00:0:0:22::/64")},
 		MTU:      1430,
 	}
+	envTwo = Env{
+		Networks: NetworksOf(netip.MustParsePrefix("10.4.0.0/16"), netip.MustParsePrefix("10.5.0.0/16")),
+		Subnets:  Subnets{IPv4: netip.MustParsePrefix("10.5.34.0/24")},
+		MTU:      1450, IPMasq: true,
+	}
 	env6 = Env{
-		Networks: Subnets{IPv6: netip.MustParsePrefix("fc00::/48")},
+		Networks: NetworksOf(netip.MustParsePrefix("fc00::/48")),
 		Subnets:  Subnets{IPv6: netip.MustParsePrefix("fc00:0:0:22::/64")},
 		MTU:      1430, IPMasq: true,
 	}
 )
 
 func TestEnv(t *testing.T) {
-	for name, e := range map[string]Env{"ipv4.env": env4, "dual.env": envDual, "ipv6.env": env6} {
+	for name, e := range map[string]Env{"ipv4.env": env4, "two.env": envTwo, "dual.env": envDual, "ipv6.env": env6} {
 		golden := filepath.Join("testdata", name)
 		if *update {
 			if err := os.WriteFile(golden, e.Format(), 0o644); err != nil {
@@ -49,7 +54,7 @@ func TestEnv(t *testing.T) {
 		if got := string(e.Format()); got != string(want) {
 			t.Errorf("%s:\n%swant:\n%s", name, got, want)
 		}
-		if got, err := ReadEnv(golden); err != nil || got != e {
+		if got, err := ReadEnv(golden); err != nil || !got.Equal(e) {
 			t.Errorf("%s reads as %+v, %v", name, got, err)
 		}
 	}
@@ -63,14 +68,14 @@ func TestParseEnv(t *testing.T) {
 	}{
 		{"", Env{}},
 		{"FLANNEL_NETWORK=10.5.0.0/16\r\nFLANNEL_SUBNET=10.5.34.1/24\r\nFLANNEL_MTU=1450\r\nFLANNEL_IPMASQ=true\r\n", env4},
-		{"FLANNEL_NETWORK=10.4.0.0/16,10.5.0.0/16\nFLANNEL_SUBNET=10.5.34.1/24\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=true\n", env4},
+		{"FLANNEL_NETWORK=10.4.0.0/16,10.5.0.0/16\nFLANNEL_SUBNET=10.5.34.1/24\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=true\n", envTwo},
 		{"FLANNEL_IPMASQ=true", Env{IPMasq: true}},
 		{"FLANNEL_IPMASQ=yes", Env{}},
 		{"FLANNEL_IPMASQ=1", Env{}},
 		{"FLANNEL_IPMASQ=", Env{}},
 		{"# old\nFLANNEL_MTU=1472\n\nPATH=/bin\nrubbish\n  FLANNEL_IPMASQ=false", Env{MTU: 1472}},
 	} {
-		if got, err := ParseEnv([]byte(c.text)); err != nil || got != c.want {
+		if got, err := ParseEnv([]byte(c.text)); err != nil || !got.Equal(c.want) {
 			t.Errorf("%q: got %+v, %v", c.text, got, err)
 		}
 	}
@@ -78,20 +83,20 @@ func TestParseEnv(t *testing.T) {
 
 // TestParseEnvFile: several networks, and what a CNI plugin would miss.
 func TestParseEnvFile(t *testing.T) {
-	for _, c := range []struct{ text, networks, missing, network string }{
-		{"", "[]", "[FLANNEL_NETWORK FLANNEL_IPV6_NETWORK FLANNEL_SUBNET FLANNEL_IPV6_SUBNET FLANNEL_MTU FLANNEL_IPMASQ]", ""},
+	for _, c := range []struct{ text, networks, missing string }{
+		{"", "", "[FLANNEL_NETWORK FLANNEL_IPV6_NETWORK FLANNEL_SUBNET FLANNEL_IPV6_SUBNET FLANNEL_MTU FLANNEL_IPMASQ]"},
 		{"FLANNEL_IPV6_NETWORK=fd04::/48,fd05::/48\nFLANNEL_NETWORK=10.6.0.0/16,10.5.0.0/16,10.6.0.1/16\n" +
 			"FLANNEL_SUBNET=10.5.34.1/24\nFLANNEL_MTU=0\nFLANNEL_IPMASQ=false\n",
-			"[10.6.0.0/16 10.5.0.0/16 fd04::/48 fd05::/48]", "[]", "10.5.0.0/16,fd04::/48"},
+			"10.6.0.0/16,10.5.0.0/16,fd04::/48,fd05::/48", "[]"},
 		{"FLANNEL_NETWORK=10.6.0.0/16,10.5.0.0/16\nFLANNEL_NETWORK=10.7.0.0/16\nFLANNEL_IPV6_SUBNET=fd05::1/64\n",
-			"[10.7.0.0/16]", "[FLANNEL_IPV6_NETWORK FLANNEL_MTU FLANNEL_IPMASQ]", "10.7.0.0/16"},
+			"10.7.0.0/16", "[FLANNEL_IPV6_NETWORK FLANNEL_MTU FLANNEL_IPMASQ]"},
 	} {
 		f, err := ParseEnvFile([]byte(c.text))
 		if err != nil {
 			t.Errorf("%q: %v", c.text, err)
 		}
-		got := []string{fmt.Sprint(f.AllNetworks), fmt.Sprint(f.Missing), f.Networks.String()}
-		if want := []string{c.networks, c.missing, c.network}; !slices.Equal(got, want) {
+		got := []string{f.Networks.String(), fmt.Sprint(f.Missing)}
+		if want := []string{c.networks, c.missing}; !slices.Equal(got, want) {
 			t.Errorf("%q:\n got %q\nwant %q", c.text, got, want)
 		}
 	}
@@ -132,7 +137,7 @@ func TestWriteFile(t *testing.T) {
 	if err := env4.WriteFile(path); err != nil {
 		t.Fatal(err)
 	}
-	if got, err := ReadEnv(path); err != nil || got != env4 {
+	if got, err := ReadEnv(path); err != nil || !got.Equal(env4) {
 		t.Errorf("read %+v, %v", got, err)
 	}
 	info, err := os.Stat(path)
@@ -154,7 +159,7 @@ func TestWriteFile(t *testing.T) {
 	if err := env6.WriteFile(path); err != nil {
 		t.Fatal(err)
 	}
-	if got, err := ReadEnv(path); err != nil || got != env6 {
+	if got, err := ReadEnv(path); err != nil || !got.Equal(env6) {
 		t.Errorf("read %+v, %v", got, err)
 	}
 	if now, err := os.Stat(path); err != nil || os.SameFile(now, info) {
@@ -226,7 +231,7 @@ func TestRestoreFile(t *testing.T) {
 	if text, err := os.ReadFile(other); err != nil || len(text) > 0 {
 		t.Errorf("the other file: %q, %v", text, err)
 	}
-	if got, err := ReadEnv(path); err != nil || got != env4 {
+	if got, err := ReadEnv(path); err != nil || !got.Equal(env4) {
 		t.Errorf("read %+v, %v", got, err)
 	}
 	// The file's directory is created.
@@ -237,7 +242,7 @@ func TestRestoreFile(t *testing.T) {
 }
 
 func FuzzEnv(f *testing.F) {
-	for _, e := range []Env{env4, envDual, env6} {
+	for _, e := range []Env{env4, envDual, envTwo, env6} {
 		f.Add(e.Format())
 	}
 	f.Add([]byte("FLANNEL_SUBNET=255.255.255.255/32\n"))
@@ -247,17 +252,18 @@ func FuzzEnv(f *testing.F) {
 			return
 		}
 		for _, f := range []struct {
-			network, subnet *netip.Prefix
-			longest         int
-		}{{&e.Networks.IPv4, &e.Subnets.IPv4, 30}, {&e.Networks.IPv6, &e.Subnets.IPv6, 126}} {
+			networks *[]netip.Prefix
+			subnet   netip.Prefix
+			longest  int
+		}{{&e.Networks.IPv4, e.Subnets.IPv4, 30}, {&e.Networks.IPv6, e.Subnets.IPv6, 126}} {
 			switch {
-			case f.subnet.IsValid() && !f.network.IsValid(), f.subnet.Bits() > f.longest:
+			case f.subnet.IsValid() && len(*f.networks) == 0, f.subnet.Bits() > f.longest:
 				return // no lease is like that
 			case !f.subnet.IsValid():
-				*f.network = netip.Prefix{} // is not written
+				*f.networks = nil // is not written
 			}
 		}
-		if again, err := ParseEnv(e.Format()); err != nil || again != e {
+		if again, err := ParseEnv(e.Format()); err != nil || !again.Equal(e) {
 			t.Errorf("%q:\n read %+v\nagain %+v, %v", text, e, again, err)
 		}
 	})

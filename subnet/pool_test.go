@@ -43,6 +43,10 @@ func TestFree(t *testing.T) {
 			"255.255.64.0/18 255.255.192.0/18"},
 		{"to the last IPv6 address", pool("ffff::/16", 18, "ffff:8000::", "ffff:c000::"), "", 100,
 			"ffff:8000::/18 ffff:c000::/18"},
+		{"the next network when one is full", join(pool("10.5.0.0/16", 24, "10.5.1.0", "10.5.2.0"), pool("10.4.0.0/16", 24, "10.4.1.0", "10.4.2.0")),
+			"10.5.1.0/24 10.5.2.0/24 10.4.1.0/24", 100, "10.4.2.0/24"},
+		{"not both at once", join(pool("10.5.0.0/16", 24, "10.5.1.0", "10.5.2.0"), pool("10.4.0.0/16", 24, "10.4.1.0", "10.4.2.0")),
+			"10.5.1.0/24", 100, "10.5.2.0/24"},
 		{"IPv6", pool("fd00:5::/48", 64, "fd00:5:0:1::", "fd00:5:0:ffff::"), "fd00:5:0:1::/64 10.0.0.0/8 fd00:5:0:3::/80", 3,
 			"fd00:5:0:2::/64 fd00:5:0:4::/64 fd00:5:0:5::/64"},
 	} {
@@ -76,5 +80,38 @@ func TestFreeAgreesWithCounting(t *testing.T) {
 		if got := p.Free(taken, 1000); !slices.Equal(got, want) {
 			t.Fatalf("seed %d, taken %v:\n got %v\nwant %v", seed, taken, got, want)
 		}
+	}
+}
+
+// TestRetain: in a network that the configuration no longer has, a node keeps what it has, and no other node gets any.
+func TestRetain(t *testing.T) {
+	cfg, err := read(`{"Network": "10.5.0.0/16", "SubnetMin": "10.5.1.0", "SubnetMax": "10.5.1.0"}`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	with := cfg.Retain(NetworksOf(prefixes("10.5.0.0/16 10.6.0.0/16 10.0.0.0/8 10.6.128.0/17 fd06::/48")...))
+	if got := with.Networks().String(); got != "10.5.0.0/16,10.6.0.0/16" || with.Retired().String() != "10.6.0.0/16" {
+		t.Errorf("retained: %s; retired: %s", got, with.Retired())
+	}
+	if got := with.Retain(Networks{}).Networks().String(); got != "10.5.0.0/16" {
+		t.Errorf("when none is retired any more: %s", got)
+	}
+	if len(cfg.IPv4.Ranges) != 1 {
+		t.Errorf("the configuration itself became %+v", cfg.IPv4)
+	}
+	for _, c := range []struct {
+		subnet       string
+		fits, admits bool
+	}{
+		{"10.5.1.0/24", true, true}, {"10.5.2.0/24", false, true}, {"10.6.2.0/24", true, true}, {"10.6.2.0/26", true, true},
+		{"10.6.0.0/17", false, false}, {"10.7.1.0/24", false, false},
+	} {
+		p := netip.MustParsePrefix(c.subnet)
+		if fits, admits := with.IPv4.Fits(p), with.IPv4.Admits(p); fits != c.fits || admits != c.admits {
+			t.Errorf("%s: fits %t, admitted %t", p, fits, admits)
+		}
+	}
+	if free := with.IPv4.Free(prefixes("10.5.1.0/24"), 5); len(free) > 0 {
+		t.Errorf("handed out: %v", free)
 	}
 }

@@ -22,17 +22,16 @@ func TestGolden(t *testing.T)    { backendtest.Golden(t) }
 func TestReference(t *testing.T) { backendtest.Keys(t, options{}) }
 
 func TestCommand(t *testing.T) {
-	type step = cloudroute.Step
 	to := func(dst, hop string) cloudroute.Route {
 		return cloudroute.Route{Destination: netip.MustParsePrefix(dst), NextHop: hop}
 	}
-	for want, s := range map[string]step{
-		"aws ec2 create-route --route-table-id rtb-1 --destination-cidr-block 10.5.1.0/24 --network-interface-id eni-1":           {cloudroute.Create, "rtb-1", to("10.5.1.0/24", "eni-1"), cloudroute.Route{}},
-		"aws ec2 replace-route --route-table-id rtb-1 --destination-ipv6-cidr-block fd05:0:0:1::/64 --network-interface-id eni-1": {cloudroute.Replace, "rtb-1", to("fd05:0:0:1::/64", "eni-1"), to("fd05:0:0:1::/64", "eni-2")},
-		"aws ec2 delete-route --route-table-id rtb-1 --destination-cidr-block 10.5.1.0/24":                                        {cloudroute.Delete, "rtb-1", to("10.5.1.0/24", "eni-1"), cloudroute.Route{}},
+	for want, s := range map[string]cloudroute.Step{
+		"aws ec2 create-route --route-table-id rtb-1 --destination-cidr-block 10.5.1.0/24 --network-interface-id eni-1":           {Verb: cloudroute.Create, Table: "rtb-1", Route: to("10.5.1.0/24", "eni-1")},
+		"aws ec2 replace-route --route-table-id rtb-1 --destination-ipv6-cidr-block fd05:0:0:1::/64 --network-interface-id eni-1": {Verb: cloudroute.Replace, Table: "rtb-1", Route: to("fd05:0:0:1::/64", "eni-1")},
+		"aws ec2 delete-route --route-table-id rtb-1 --destination-cidr-block 10.5.1.0/24":                                        {Verb: cloudroute.Delete, Table: "rtb-1", Route: to("10.5.1.0/24", "eni-1")},
 		// What AWS, or who is in its place, answers.
 		`aws ec2 create-route --route-table-id 'rtb-1;reboot' --destination-cidr-block 10.5.1.0/24 --network-interface-id $'eni-1\012\033[2J'`: {
-			cloudroute.Create, "rtb-1;reboot", to("10.5.1.0/24", "eni-1\n\x1b[2J"), cloudroute.Route{}},
+			Verb: cloudroute.Create, Table: "rtb-1;reboot", Route: to("10.5.1.0/24", "eni-1\n\x1b[2J")},
 	} {
 		if got := command(s); got != want {
 			t.Errorf("got  %s\nwant %s", got, want)

@@ -3,7 +3,6 @@ package cloudroute
 import (
 	"context"
 	"fmt"
-	"net/netip"
 	"slices"
 	"time"
 
@@ -55,8 +54,7 @@ func Cleanup(ctx context.Context, cfg *subnet.Config, env subnet.Env, p Provider
 
 // leftovers returns the route tables, and a router that knows this node.
 func leftovers(ctx context.Context, cfg *subnet.Config, p Provider) (*router, []Table, error) {
-	networks := cfg.Networks()
-	uplink, err := iface.Find(iface.Selector{}, networks.IPv4 != netip.Prefix{}, networks.IPv6 != netip.Prefix{})
+	uplink, err := iface.Find(iface.Selector{}, cfg.IPv4.Enabled(), cfg.IPv6.Enabled())
 	if err != nil {
 		return nil, nil, err
 	}

@@ -69,7 +69,7 @@ type options struct {
 
 type extension struct {
 	options
-	networks subnet.Subnets
+	networks subnet.Networks
 	runner   *command.Runner
 	record   string        // path of the file
 	pause    retry.Backoff // after a command that failed
@@ -82,7 +82,7 @@ func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
 	x := &extension{
 		networks: cfg.Networks(),
 		runner:   newRunner(),
-		record:   filepath.Join(stateDir, "extension-"+cfg.Networks().Key()+".json"),
+		record:   filepath.Join(stateDir, "extension-"+cfg.Networks().First().Key()+".json"),
 		pause:    retry.Backoff{Most: time.Minute},
 	}
 	if err := backend.Options(cfg, &x.options); err != nil {
@@ -120,7 +120,7 @@ func (x *extension) Attrs(ctx context.Context, _ subnet.Attrs) (subnet.Attrs, er
 		return subnet.Attrs{}, fmt.Errorf("PreStartupCommand: its output has %d bytes as JSON: peers read %d at most",
 			size, maxData)
 	}
-	if !x.networks.IPv4.IsValid() {
+	if len(x.networks.IPv4) == 0 {
 		// In Kubernetes, each family's data is published with its address only.
 		attrs.BackendV6Data = attrs.BackendData
 	}

@@ -106,7 +106,7 @@ func (w *worker) end(ctx context.Context) {
 // environment returns the variables of the commands of this node itself.
 func (w *worker) environment() []string {
 	v := variables(w.own)
-	return append(v[:], "NETWORK="+prefix(w.networks.IPv4))
+	return append(v[:], "NETWORK="+prefix(w.networks.Network(w.own.IPv4)))
 }
 
 // run runs a command, if the command is configured.

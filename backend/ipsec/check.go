@@ -47,7 +47,7 @@ func checkTunnels(ctx context.Context, n backend.Node) []backend.Problem {
 	var found []backend.Problem
 	for _, p := range n.Peers {
 		for _, ip := range p.Attrs.PublicIPs() {
-			if _, ok := hosts[ip]; ok || !n.Networks.Of(family.Of(ip)).IsValid() {
+			if _, ok := hosts[ip]; ok || len(n.Networks.Of(family.Of(ip))) == 0 {
 				continue
 			}
 			found = append(found, backend.Problem{

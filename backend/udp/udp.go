@@ -35,7 +35,7 @@ var defaults = options{Port: 8285}
 
 type udp struct {
 	options
-	networks subnet.Subnets
+	networks subnet.Networks
 	local    [2]netip.Addr // that the sockets are bound to, by family
 	info     backend.Info
 	offloads offloads
@@ -83,7 +83,10 @@ func (u *udp) Local(own subnet.Lease) []kernel.Object {
 	objects := []kernel.Object{kernel.Link{Name: device, MTU: u.info.MTU, Type: kernel.TUN{}}}
 	for _, f := range family.All {
 		if own.Of(f).IsValid() {
-			objects = append(objects, backend.HostAddr(device, own.Of(f)), kernel.Route{Dst: u.networks.Of(f), Dev: device})
+			objects = append(objects, backend.HostAddr(device, own.Of(f)))
+			for _, network := range u.networks.Of(f) {
+				objects = append(objects, kernel.Route{Dst: network, Dev: device})
+			}
 		}
 	}
 	return objects

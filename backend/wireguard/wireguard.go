@@ -88,7 +88,7 @@ type wireguard struct {
 	options
 	host     Host
 	uplink   iface.Uplink
-	networks subnet.Subnets
+	networks subnet.Networks
 	tunnels  []tunnel
 	info     backend.Info
 	inKernel bool // the kernel has WireGuard
@@ -197,8 +197,12 @@ func (w *wireguard) Local(own subnet.Lease) []kernel.Object {
 	for _, t := range w.tunnels {
 		objects = append(objects, kernel.Link{Name: t.dev, MTU: w.info.MTU, Type: kind})
 		for _, f := range family.All {
-			if t.families[f] && own.Of(f).IsValid() {
-				objects = append(objects, backend.HostAddr(t.dev, own.Of(f)), kernel.Route{Dst: w.networks.Of(f), Dev: t.dev})
+			if !t.families[f] || !own.Of(f).IsValid() {
+				continue
+			}
+			objects = append(objects, backend.HostAddr(t.dev, own.Of(f)))
+			for _, network := range w.networks.Of(f) {
+				objects = append(objects, kernel.Route{Dst: network, Dev: t.dev})
 			}
 		}
 	}

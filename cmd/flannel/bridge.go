@@ -24,7 +24,7 @@ func (r *request) readdress(conf object, env subnet.EnvFile) (blocked string) {
 	}
 	name := cmp.Or(conf.text("bridge"), "cni0") // the bridge plugin's default
 	for _, b := range all {
-		stale := b.Stale(env.AllNetworks, env.Subnets.Each())
+		stale := b.Stale(env.Networks.Each(), env.Subnets.Each())
 		if b.Name != name || len(stale) == 0 {
 			continue
 		}

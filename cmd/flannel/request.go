@@ -179,7 +179,7 @@ func (r *request) ipam(env subnet.EnvFile) (object, error) {
 	for _, s := range env.Subnets.Each() {
 		ranges = append(ranges, []ipRange{{s}})
 	}
-	for _, n := range env.AllNetworks {
+	for _, n := range env.Networks.Each() {
 		if (n.Addr().Is4() && env.Subnets.IPv4.IsValid()) || (n.Addr().Is6() && env.Subnets.IPv6.IsValid()) {
 			routes = append(routes, route{n}) // a pod without an address of the family cannot use the route
 		}

@@ -9,7 +9,6 @@ import (
 
 	"github.com/flanneld/flanneld/backend"
 	"github.com/flanneld/flanneld/network"
-	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -92,10 +91,7 @@ func (d *diagnosis) runBackendCheck(c backend.Check) []problem {
 	if d.status.Lease == nil {
 		return nil
 	}
-	n := backend.Node{Devices: d.devices()}
-	for _, network := range d.status.Network {
-		*n.Networks.At(family.Of(network.Addr())) = network
-	}
+	n := backend.Node{Networks: subnet.NetworksOf(d.status.Network...), Devices: d.devices()}
 	for _, l := range d.leases {
 		if !l.Own && l.Problem == "" {
 			n.Peers = append(n.Peers, l.Lease())

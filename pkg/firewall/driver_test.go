@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -19,8 +20,8 @@ import (
 // namespace of its own.
 
 var (
-	both      = Desired{IPv4: For(network4, pods4, all), IPv6: For(network6, pods6, all)}
-	ipv4Alone = Desired{IPv4: For(network4, pods4, all)}
+	both      = Desired{IPv4: For(networks4, pods4, all), IPv6: For(networks6, pods6, all)}
+	ipv4Alone = Desired{IPv4: For(networks4, pods4, all)}
 )
 
 // A mode is a way to keep rules on a node: the driver, and the variant that
@@ -301,7 +302,7 @@ func TestNetworks(t *testing.T) {
 				t.Fatal(err)
 			}
 			other := prefix("10.6.0.0/16")
-			n.apply(d, Desired{IPv4: For(other, prefix("10.6.1.0/24"), all)})
+			n.apply(d, Desired{IPv4: For([]netip.Prefix{other}, prefix("10.6.1.0/24"), all)})
 			n.check(d, true)
 			n.check(first, true)
 			if now := n.listing(); !strings.Contains(now, other.String()) || strings.Count(now, "10.5.0.0/16") !=
@@ -520,8 +521,8 @@ func TestCheckStartsLittle(t *testing.T) {
 func TestNetworkChange(t *testing.T) {
 	t.Parallel()
 	other := Desired{
-		IPv4: For(prefix("10.77.0.0/16"), prefix("10.77.1.0/24"), all),
-		IPv6: For(prefix("fc77::/48"), prefix("fc77:0:0:1::/64"), Options{Masquerade: true}),
+		IPv4: For(prefixes("10.77.0.0/16"), prefix("10.77.1.0/24"), all),
+		IPv6: For(prefixes("fc77::/48"), prefix("fc77:0:0:1::/64"), Options{Masquerade: true}),
 	}
 	eachMode(t, modes, func(t *testing.T, m mode, n *node) {
 		d := n.driver(m)
@@ -834,7 +835,7 @@ func TestFailure(t *testing.T) {
 // of them. So do packets: a listing shows what the kernel has committed.
 func TestNoMomentWithoutRules(t *testing.T) {
 	t.Parallel()
-	other := Desired{IPv4: For(prefix("10.77.0.0/16"), prefix("10.77.1.0/24"), all)}
+	other := Desired{IPv4: For(prefixes("10.77.0.0/16"), prefix("10.77.1.0/24"), all)}
 	eachMode(t, modes, func(t *testing.T, m mode, n *node) {
 		list := "iptables-save | grep -c flanneld"
 		if m.nftables {
@@ -871,4 +872,12 @@ func TestNoMomentWithoutRules(t *testing.T) {
 			t.Error("nobody was looking")
 		}
 	})
+}
+
+func prefixes(texts ...string) []netip.Prefix {
+	var all []netip.Prefix
+	for _, text := range texts {
+		all = append(all, prefix(text))
+	}
+	return all
 }

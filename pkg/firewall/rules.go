@@ -61,51 +61,72 @@ type Desired = family.Pair[Ruleset]
 
 // Options choose among the rules of an overlay network.
 type Options struct {
-	Masquerade  bool // masquerade traffic that leaves the overlay, or enters it from this node
-	RandomFully bool // with ports fully at random, where the node can do so
-	Forward     bool // accept forwarding to and from the overlay
+	Masquerade  bool           // masquerade traffic that leaves the overlay, or enters it from this node
+	Except      []netip.Prefix // destinations, of any family, that see pods' own addresses all the same
+	RandomFully bool           // with ports fully at random, where the node can do so
+	Forward     bool           // accept forwarding to and from the overlay
 }
 
 // kubeMark is the bit of a packet's mark by which kube-proxy claims it for its
 // own masquerading: the default of kube-proxy's --iptables-masquerade-bit, 14.
 const kubeMark = 1 << 14
 
-// For returns the rules of one family: network is the overlay, podCIDR the
-// part of it that is this node's. An invalid network means that the family is
-// off: there are no rules.
+// For returns the rules of one family: networks are the overlay, podCIDR the
+// part of it that is this node's. Without networks, the family is off: there
+// are no rules.
 //
 // Pods see each other's own addresses, and a pod here sees the addresses of its
 // clients outside (a client whose packets came in through another node would
 // otherwise get answers from an address it never sent to). All other traffic
 // that crosses the overlay's border takes the node's address: without it, no
 // answer finds its way back.
-func For(network, podCIDR netip.Prefix, o Options) Ruleset {
+func For(networks []netip.Prefix, podCIDR netip.Prefix, o Options) Ruleset {
 	var rules Ruleset
-	if !network.IsValid() {
+	if len(networks) == 0 {
 		return rules
 	}
-	overlay, outside := Match{Prefix: network.Masked()}, Match{Prefix: network.Masked(), Not: true}
+	f := family.Of(networks[0].Addr())
+	// Packets from the other networks of the overlay have met a rule of their own before they meet one for outside.
+	outside := Match{Prefix: networks[0].Masked(), Not: true}
 	pods := Match{Prefix: podCIDR.Masked()}
-	unicast := Match{Prefix: protocols.Of(family.Of(network.Addr())).multicast, Not: true}
-	masquerade := Masquerade
+	unicast := Match{Prefix: protocols.Of(f).multicast, Not: true}
+	verdict := Masquerade
 	if o.RandomFully {
-		masquerade = MasqueradeRandom
+		verdict = MasqueradeRandom
+	}
+	// each adds a rule for each network of the overlay.
+	each := func(to *[]Rule, rule func(overlay Match) Rule) {
+		for _, n := range networks {
+			*to = append(*to, rule(Match{Prefix: n.Masked()}))
+		}
 	}
 	if o.Masquerade {
-		rules.Postrouting = []Rule{
-			{Mark: kubeMark, Verdict: Return, Why: "kube-proxy masquerades these itself"},
-			{Src: pods, Dst: overlay, Verdict: Return, Why: "pods of this node to the overlay"},
-			{Src: overlay, Dst: pods, Verdict: Return, Why: "overlay to pods of this node"},
-			{Src: outside, Dst: pods, Verdict: Return, Why: "outside to pods of this node"},
-			{Src: overlay, Dst: unicast, Verdict: masquerade, Why: "overlay to outside"},
-			{Src: outside, Dst: overlay, Verdict: masquerade, Why: "this node, or outside through it, to the overlay"},
+		to := &rules.Postrouting
+		*to = []Rule{{Mark: kubeMark, Verdict: Return, Why: "kube-proxy masquerades these itself"}}
+		each(to, func(overlay Match) Rule {
+			return Rule{Src: pods, Dst: overlay, Verdict: Return, Why: "pods of this node to the overlay"}
+		})
+		each(to, func(overlay Match) Rule {
+			return Rule{Src: overlay, Dst: pods, Verdict: Return, Why: "overlay to pods of this node"}
+		})
+		*to = append(*to, Rule{Src: outside, Dst: pods, Verdict: Return, Why: "outside to pods of this node"})
+		for _, p := range o.Except {
+			if f == family.Of(p.Addr()) {
+				each(to, func(overlay Match) Rule {
+					return Rule{Src: overlay, Dst: Match{Prefix: p.Masked()}, Verdict: Return, Why: "overlay to where pods' addresses are known"}
+				})
+			}
 		}
+		each(to, func(overlay Match) Rule {
+			return Rule{Src: overlay, Dst: unicast, Verdict: verdict, Why: "overlay to outside"}
+		})
+		each(to, func(overlay Match) Rule {
+			return Rule{Src: outside, Dst: overlay, Verdict: verdict, Why: "this node, or outside through it, to the overlay"}
+		})
 	}
 	if o.Forward {
-		rules.Forward = []Rule{
-			{Src: overlay, Verdict: Accept, Why: "from the overlay"},
-			{Dst: overlay, Verdict: Accept, Why: "to the overlay"},
-		}
+		each(&rules.Forward, func(overlay Match) Rule { return Rule{Src: overlay, Verdict: Accept, Why: "from the overlay"} })
+		each(&rules.Forward, func(overlay Match) Rule { return Rule{Dst: overlay, Verdict: Accept, Why: "to the overlay"} })
 	}
 	return rules
 }

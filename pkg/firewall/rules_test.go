@@ -15,8 +15,8 @@ import (
 var (
 	prefix = netip.MustParsePrefix
 
-	network4, pods4 = prefix("10.5.0.0/16"), prefix("10.5.34.0/24")
-	network6, pods6 = prefix("fc00::/48"), prefix("fc00:0:0:22::/64")
+	networks4, pods4 = prefixes("10.5.0.0/16"), prefix("10.5.34.0/24")
+	networks6, pods6 = prefixes("fc00::/48"), prefix("fc00:0:0:22::/64")
 
 	all = Options{Masquerade: true, RandomFully: true, Forward: true}
 )
@@ -26,11 +26,12 @@ var (
 func TestRendering(t *testing.T) {
 	tests := []struct {
 		name          string
-		network, pods netip.Prefix
+		networks      []netip.Prefix
+		pods          netip.Prefix
 		options       Options
 		iptables, nft string
 	}{
-		{"IPv4", network4, pods4, all, `
+		{"IPv4", networks4, pods4, all, `
 *nat
 :FLANNEL-POSTRTG - [0:0]
 -A FLANNEL-POSTRTG -m mark --mark 0x4000/0x4000 -m comment --comment "flanneld masq" -j RETURN
@@ -62,7 +63,7 @@ add chain ip flannel-ipv4 forward { type filter hook forward priority 0 ; policy
 add rule ip flannel-ipv4 forward ip saddr 10.5.0.0/16 counter accept comment "from the overlay"
 add rule ip flannel-ipv4 forward ip daddr 10.5.0.0/16 counter accept comment "to the overlay"
 `},
-		{"IPv6", network6, pods6, all, `
+		{"IPv6", networks6, pods6, all, `
 *nat
 :FLANNEL-POSTRTG - [0:0]
 -A FLANNEL-POSTRTG -m mark --mark 0x4000/0x4000 -m comment --comment "flanneld masq" -j RETURN
@@ -94,7 +95,7 @@ add chain ip6 flannel-ipv6 forward { type filter hook forward priority 0 ; polic
 add rule ip6 flannel-ipv6 forward ip6 saddr fc00::/48 counter accept comment "from the overlay"
 add rule ip6 flannel-ipv6 forward ip6 daddr fc00::/48 counter accept comment "to the overlay"
 `},
-		{"masquerading alone, ports not at random", network4, pods4, Options{Masquerade: true}, `
+		{"masquerading alone, ports not at random", networks4, pods4, Options{Masquerade: true}, `
 *nat
 :FLANNEL-POSTRTG - [0:0]
 -A FLANNEL-POSTRTG -m mark --mark 0x4000/0x4000 -m comment --comment "flanneld masq" -j RETURN
@@ -117,7 +118,7 @@ add rule ip flannel-ipv4 postrouting ip saddr != 10.5.0.0/16 ip daddr 10.5.34.0/
 add rule ip flannel-ipv4 postrouting ip saddr 10.5.0.0/16 ip daddr != 224.0.0.0/4 counter masquerade comment "overlay to outside"
 add rule ip flannel-ipv4 postrouting ip saddr != 10.5.0.0/16 ip daddr 10.5.0.0/16 counter masquerade comment "this node, or outside through it, to the overlay"
 `},
-		{"forwarding alone", network4, pods4, Options{Forward: true, RandomFully: true}, `
+		{"forwarding alone", networks4, pods4, Options{Forward: true, RandomFully: true}, `
 *filter
 :FLANNEL-FWD - [0:0]
 -A FLANNEL-FWD -s 10.5.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT
@@ -132,18 +133,67 @@ add chain ip flannel-ipv4 forward { type filter hook forward priority 0 ; policy
 add rule ip flannel-ipv4 forward ip saddr 10.5.0.0/16 counter accept comment "from the overlay"
 add rule ip flannel-ipv4 forward ip daddr 10.5.0.0/16 counter accept comment "to the overlay"
 `},
-		{"no rules", network4, pods4, Options{RandomFully: true}, "\n", `
+		{"two networks, and destinations that see pods", prefixes("10.5.0.0/16", "10.7.0.0/20"), prefix("10.7.3.0/24"),
+			Options{Masquerade: true, Forward: true, Except: prefixes("172.16.0.0/12", "fd00::/8")}, `
+*nat
+:FLANNEL-POSTRTG - [0:0]
+-A FLANNEL-POSTRTG -m mark --mark 0x4000/0x4000 -m comment --comment "flanneld masq" -j RETURN
+-A FLANNEL-POSTRTG -s 10.7.3.0/24 -d 10.5.0.0/16 -m comment --comment "flanneld masq" -j RETURN
+-A FLANNEL-POSTRTG -s 10.7.3.0/24 -d 10.7.0.0/20 -m comment --comment "flanneld masq" -j RETURN
+-A FLANNEL-POSTRTG -s 10.5.0.0/16 -d 10.7.3.0/24 -m comment --comment "flanneld masq" -j RETURN
+-A FLANNEL-POSTRTG -s 10.7.0.0/20 -d 10.7.3.0/24 -m comment --comment "flanneld masq" -j RETURN
+-A FLANNEL-POSTRTG ! -s 10.5.0.0/16 -d 10.7.3.0/24 -m comment --comment "flanneld masq" -j RETURN
+-A FLANNEL-POSTRTG -s 10.5.0.0/16 -d 172.16.0.0/12 -m comment --comment "flanneld masq" -j RETURN
+-A FLANNEL-POSTRTG -s 10.7.0.0/20 -d 172.16.0.0/12 -m comment --comment "flanneld masq" -j RETURN
+-A FLANNEL-POSTRTG -s 10.5.0.0/16 ! -d 224.0.0.0/4 -m comment --comment "flanneld masq" -j MASQUERADE
+-A FLANNEL-POSTRTG -s 10.7.0.0/20 ! -d 224.0.0.0/4 -m comment --comment "flanneld masq" -j MASQUERADE
+-A FLANNEL-POSTRTG ! -s 10.5.0.0/16 -d 10.5.0.0/16 -m comment --comment "flanneld masq" -j MASQUERADE
+-A FLANNEL-POSTRTG ! -s 10.5.0.0/16 -d 10.7.0.0/20 -m comment --comment "flanneld masq" -j MASQUERADE
+-A POSTROUTING -m comment --comment "flanneld masq" -j FLANNEL-POSTRTG
+COMMIT
+*filter
+:FLANNEL-FWD - [0:0]
+-A FLANNEL-FWD -s 10.5.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT
+-A FLANNEL-FWD -s 10.7.0.0/20 -m comment --comment "flanneld forward" -j ACCEPT
+-A FLANNEL-FWD -d 10.5.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT
+-A FLANNEL-FWD -d 10.7.0.0/20 -m comment --comment "flanneld forward" -j ACCEPT
+-A FORWARD -m comment --comment "flanneld forward" -j FLANNEL-FWD
+COMMIT
+`, `
+add table ip flannel-ipv4
+delete table ip flannel-ipv4
+add table ip flannel-ipv4 { comment "flanneld's: replaced as a whole when changed" ; }
+add chain ip flannel-ipv4 postrouting { type nat hook postrouting priority 100 ; policy accept ; comment "masquerade traffic that crosses the border of the overlay" ; }
+add rule ip flannel-ipv4 postrouting meta mark & 0x4000 == 0x4000 counter return comment "kube-proxy masquerades these itself"
+add rule ip flannel-ipv4 postrouting ip saddr 10.7.3.0/24 ip daddr 10.5.0.0/16 counter return comment "pods of this node to the overlay"
+add rule ip flannel-ipv4 postrouting ip saddr 10.7.3.0/24 ip daddr 10.7.0.0/20 counter return comment "pods of this node to the overlay"
+add rule ip flannel-ipv4 postrouting ip saddr 10.5.0.0/16 ip daddr 10.7.3.0/24 counter return comment "overlay to pods of this node"
+add rule ip flannel-ipv4 postrouting ip saddr 10.7.0.0/20 ip daddr 10.7.3.0/24 counter return comment "overlay to pods of this node"
+add rule ip flannel-ipv4 postrouting ip saddr != 10.5.0.0/16 ip daddr 10.7.3.0/24 counter return comment "outside to pods of this node"
+add rule ip flannel-ipv4 postrouting ip saddr 10.5.0.0/16 ip daddr 172.16.0.0/12 counter return comment "overlay to where pods' addresses are known"
+add rule ip flannel-ipv4 postrouting ip saddr 10.7.0.0/20 ip daddr 172.16.0.0/12 counter return comment "overlay to where pods' addresses are known"
+add rule ip flannel-ipv4 postrouting ip saddr 10.5.0.0/16 ip daddr != 224.0.0.0/4 counter masquerade comment "overlay to outside"
+add rule ip flannel-ipv4 postrouting ip saddr 10.7.0.0/20 ip daddr != 224.0.0.0/4 counter masquerade comment "overlay to outside"
+add rule ip flannel-ipv4 postrouting ip saddr != 10.5.0.0/16 ip daddr 10.5.0.0/16 counter masquerade comment "this node, or outside through it, to the overlay"
+add rule ip flannel-ipv4 postrouting ip saddr != 10.5.0.0/16 ip daddr 10.7.0.0/20 counter masquerade comment "this node, or outside through it, to the overlay"
+add chain ip flannel-ipv4 forward { type filter hook forward priority 0 ; policy accept ; comment "forward the overlay's traffic; cannot overrule a drop in another table" ; }
+add rule ip flannel-ipv4 forward ip saddr 10.5.0.0/16 counter accept comment "from the overlay"
+add rule ip flannel-ipv4 forward ip saddr 10.7.0.0/20 counter accept comment "from the overlay"
+add rule ip flannel-ipv4 forward ip daddr 10.5.0.0/16 counter accept comment "to the overlay"
+add rule ip flannel-ipv4 forward ip daddr 10.7.0.0/20 counter accept comment "to the overlay"
+`},
+		{"no rules", networks4, pods4, Options{RandomFully: true}, "\n", `
 add table ip flannel-ipv4
 delete table ip flannel-ipv4
 `},
-		{"family off", netip.Prefix{}, netip.Prefix{}, all, "\n", `
+		{"family off", nil, netip.Prefix{}, all, "\n", `
 add table ip flannel-ipv4
 delete table ip flannel-ipv4
 `},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
-			rules := For(test.network, test.pods, test.options)
+			rules := For(test.networks, test.pods, test.options)
 
 			script, count := new(iptables).script("", rules, true)
 			same(t, script, test.iptables[1:])
@@ -152,7 +202,7 @@ delete table ip flannel-ipv4
 			}
 
 			p := protocols.IPv4
-			if test.network == network6 {
+			if test.pods.Addr().Is6() {
 				p = protocols.IPv6
 			}
 			same(t, (&nftables{protocol: p}).script(rules), test.nft[1:])
@@ -162,8 +212,8 @@ delete table ip flannel-ipv4
 
 // Networks may be written with the host's bits set; rules are not.
 func TestForMasks(t *testing.T) {
-	sloppy := For(prefix("10.5.0.1/16"), prefix("10.5.34.1/24"), all)
-	if exact := For(network4, pods4, all); !sloppy.Equal(exact) {
+	sloppy := For(prefixes("10.5.0.1/16"), prefix("10.5.34.1/24"), all)
+	if exact := For(networks4, pods4, all); !sloppy.Equal(exact) {
 		t.Errorf("got %v\nwant %v", sloppy, exact)
 	}
 }

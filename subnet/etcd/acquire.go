@@ -84,7 +84,7 @@ func (m *Manager) Acquire(ctx context.Context, cfg *subnet.Config, want subnet.L
 			if !full {
 				full = true
 				fix := fmt.Sprintf("delete the leases of nodes that no longer exist (etcdctl get --prefix %s; etcdctl del KEY), "+
-					"or enlarge the network in %s", m.subnetsPrefix(), m.configKey())
+					"or add another network to Networks in %s", m.subnetsPrefix(), m.configKey())
 				m.setWaiting("a subnet, none of which is free: " + fix)
 				m.log.Error(nil, "No subnet is free; waiting until a lease is deleted",
 					"leases", len(records), "subnets", describePools(cfg), "fix", fix)
@@ -114,7 +114,11 @@ func unfit(cfg *subnet.Config, r record) string {
 func describePools(cfg *subnet.Config) string {
 	var pools []string
 	for _, p := range cfg.Each() {
-		pools = append(pools, fmt.Sprintf("/%d from %v to %v", p.SubnetLen, p.Min, p.Max))
+		for _, r := range p.Ranges {
+			if !r.Retired {
+				pools = append(pools, fmt.Sprintf("/%d from %v to %v", p.SubnetLen, r.Min, r.Max))
+			}
+		}
 	}
 	text := strings.Join(pools, ", ")
 	if n := len(cfg.Obstacles); n > 0 {

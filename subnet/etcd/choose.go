@@ -74,7 +74,7 @@ func choose(records []record, cfg *subnet.Config, want subnet.Lease, wrote recor
 func canHave(cfg *subnet.Config, s subnet.Subnets) bool {
 	for f, pool := range cfg.Pools().Each() {
 		p := s.Of(f)
-		if pool.Enabled() && p.Overlaps(pool.Network) && !pool.Admits(p) {
+		if slices.ContainsFunc(pool.Networks(), p.Overlaps) && !pool.Admits(p) {
 			return false
 		}
 	}

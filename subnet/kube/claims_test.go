@@ -46,7 +46,7 @@ type cluster struct {
 	leases map[subnet.Subnets]subnet.Lease // as the reader knows them
 }
 
-func newCluster(t *testing.T, on subnet.Subnets) *cluster {
+func newCluster(t *testing.T, on subnet.Networks) *cluster {
 	return &cluster{T: t, peers: newPeers(testManager(on)), leases: map[subnet.Subnets]subnet.Lease{}}
 }
 
@@ -98,7 +98,7 @@ func claimant(i int, ip string, cidrs ...string) testNode {
 	return n
 }
 
-var onlyIPv4 = subnet.Subnets{IPv4: netip.MustParsePrefix("10.5.0.0/16")}
+var onlyIPv4 = subnet.NetworksOf(netip.MustParsePrefix("10.5.0.0/16"))
 
 // Each conflict is said once, and when it is over.
 func TestConflictsAreSaid(t *testing.T) {

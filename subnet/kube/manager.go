@@ -73,8 +73,8 @@ type Manager struct {
 	cancel  context.CancelFunc
 	running sync.WaitGroup
 
-	on   subnet.Subnets // the networks of the families that are on
-	want subnet.Attrs   // what Acquire was asked to publish; of Acquire and Keep alone
+	on   subnet.Networks // of the families that are on
+	want subnet.Attrs    // what Acquire was asked to publish; of Acquire and Keep alone
 
 	records    *subnet.RecordLog // what is wrong with annotations of Nodes, by name
 	ownRecords *subnet.RecordLog // what is wrong with our Node, by annotation or address
@@ -236,7 +236,7 @@ func (m *Manager) updateSelector(own *ownNode, sel iface.Selector) (now iface.Se
 // internalIPs returns the Node's InternalIPs of the families that are on.
 func (m *Manager) internalIPs(own *ownNode) []netip.Addr {
 	return slices.DeleteFunc(slices.Clone(own.addresses), func(ip netip.Addr) bool {
-		return ip.Is4() && !m.on.IPv4.IsValid() || ip.Is6() && !m.on.IPv6.IsValid()
+		return len(m.on.Of(family.Of(ip))) == 0
 	})
 }
 
@@ -348,10 +348,10 @@ func (m *Manager) leaseOf(own *ownNode, cfg *subnet.Config, attrs subnet.Attrs) 
 			continue
 		}
 		// Neither can change while both the Node and this configuration stay.
-		if !f.pool.Network.Contains(f.have.Addr()) || f.have.Bits() < f.pool.Network.Bits() {
-			err := fmt.Errorf("the podCIDR %s of Node %s is outside the Network %s in %s: "+
-				"make Network the same as --cluster-cidr of kube-controller-manager",
-				f.have, m.name, f.pool.Network, m.options.ConfigPath)
+		if _, inside := f.pool.Range(f.have); !inside {
+			err := fmt.Errorf("the podCIDR %s of Node %s is outside the Network %s in %s: make Network the same as "+
+				"--cluster-cidr of kube-controller-manager, or add that to Networks",
+				f.have, m.name, subnet.Networks{IPv4: f.pool.Networks()}, m.options.ConfigPath)
 			m.RecordEvent("podCIDR", "PodCIDROutsideNetwork", err.Error())
 			return subnet.Lease{}, err
 		}
@@ -548,15 +548,15 @@ func annotationsOf(a subnet.Attrs) map[string]string {
 }
 
 // subnetsOf reads podCIDRs of the families that are on. It skips texts that are not prefixes.
-func subnetsOf(cidrs []string, on subnet.Subnets) subnet.Subnets {
+func subnetsOf(cidrs []string, on subnet.Networks) subnet.Subnets {
 	var s subnet.Subnets
 	for _, text := range cidrs {
 		p, err := netip.ParsePrefix(text)
 		switch {
 		case err != nil:
-		case p.Addr().Is4() && on.IPv4.IsValid():
+		case p.Addr().Is4() && len(on.IPv4) > 0:
 			s.IPv4 = p.Masked()
-		case p.Addr().Is6() && on.IPv6.IsValid():
+		case p.Addr().Is6() && len(on.IPv6) > 0:
 			s.IPv6 = p.Masked()
 		}
 	}
@@ -564,8 +564,9 @@ func subnetsOf(cidrs []string, on subnet.Subnets) subnet.Subnets {
 }
 
 // bothFamilies are the networks that hold everything.
-var bothFamilies = subnet.Subnets{
-	IPv4: netip.PrefixFrom(netip.IPv4Unspecified(), 0), IPv6: netip.PrefixFrom(netip.IPv6Unspecified(), 0),
+var bothFamilies = subnet.Networks{
+	IPv4: []netip.Prefix{netip.PrefixFrom(netip.IPv4Unspecified(), 0)},
+	IPv6: []netip.Prefix{netip.PrefixFrom(netip.IPv6Unspecified(), 0)},
 }
 
 // retry calls f until it succeeds or ctx ends.

@@ -168,7 +168,7 @@ func taken(p *peers) subnet.Update {
 
 func testPeers() *peers { return newPeers(testManager(onlyIPv4)) }
 
-func testManager(on subnet.Subnets) *Manager {
+func testManager(on subnet.Networks) *Manager {
 	health := subnet.NewStoreHealth(klog.Background(), subnet.State{Store: "the server"})
 	return &Manager{log: klog.Background(), client: &client{}, health: health,
 		records: subnet.NewRecordLog(klog.Background()), ownRecords: subnet.NewRecordLog(klog.Background()),

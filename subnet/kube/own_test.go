@@ -270,7 +270,7 @@ func TestSelectElsewhere(t *testing.T) {
 	logged(t)
 	s, m := newOwnServer(t)
 	m.options.NodeAddress = true
-	m.on = subnet.Subnets{IPv4: netip.MustParsePrefix("10.5.0.0/16")}
+	m.on = subnet.NetworksOf(netip.MustParsePrefix("10.5.0.0/16"))
 	nstest.Run(t, "ip addr add 198.18.0.1/32 dev lo")
 	space, err := netspace.Current()
 	if err != nil {

@@ -174,7 +174,7 @@ func (p *peers) markChanged(n *peer) {
 func (p *peers) claimed(n *peer) iter.Seq2[*prefixes.Index[*peer], netip.Prefix] {
 	return func(yield func(*prefixes.Index[*peer], netip.Prefix) bool) {
 		for _, s := range n.lease.Each() {
-			if network := p.manager.on.Of(family.Of(s.Addr())); !network.Contains(s.Addr()) || s.Bits() < network.Bits() {
+			if !p.manager.on.Network(s).IsValid() {
 				continue
 			}
 			if !yield(&p.subnets, s) {
@@ -182,7 +182,7 @@ func (p *peers) claimed(n *peer) iter.Seq2[*prefixes.Index[*peer], netip.Prefix]
 			}
 		}
 		for _, ip := range n.lease.Attrs.PublicIPs() {
-			if on := p.manager.on; ip.Is4() && !on.IPv4.IsValid() || ip.Is6() && !on.IPv6.IsValid() {
+			if len(p.manager.on.Of(family.Of(ip))) == 0 {
 				continue
 			}
 			if !yield(&p.publics, netip.PrefixFrom(ip, ip.BitLen())) {

@@ -190,7 +190,7 @@ func free(cfg *subnet.Config, want subnet.Subnets, taken []netip.Prefix) (s subn
 			continue
 		}
 		first := cfg.Free(f.pool, slices.DeleteFunc(slices.Clone(taken), func(p netip.Prefix) bool {
-			return p.Addr().BitLen() != f.pool.Network.Addr().BitLen()
+			return p.Addr().BitLen() != f.pool.Ranges[0].Network.Addr().BitLen()
 		}), 1)
 		if len(first) == 0 {
 			return s, false

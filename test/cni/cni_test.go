@@ -66,7 +66,7 @@ func (n *node) path(name string) string { return filepath.Join(n.dir, name) }
 // lease writes subnet.env.
 func (n *node) lease(s subnet.Subnets, ipMasq bool) {
 	n.Helper()
-	e := subnet.Env{Networks: networks, Subnets: s, MTU: mtu, IPMasq: ipMasq}
+	e := subnet.Env{Networks: subnet.NetworksOf(networks.Each()...), Subnets: s, MTU: mtu, IPMasq: ipMasq}
 	if err := e.WriteFile(n.path("subnet.env")); err != nil {
 		n.Fatal(err)
 	}
@@ -374,7 +374,7 @@ func TestTwoNetworks(t *testing.T) {
 	first := n.network("1.0.0", "cbr0")
 	second := n.network("1.0.0", "storage", `"delegate": {"bridge": "cni1"}`,
 		fmt.Sprintf(`"subnetFile": %q`, n.path("storage.env")))
-	e := subnet.Env{Networks: subnet.Subnets{IPv4: netip.MustParsePrefix("10.245.0.0/16")},
+	e := subnet.Env{Networks: subnet.NetworksOf(netip.MustParsePrefix("10.245.0.0/16")),
 		Subnets: subnet.Subnets{IPv4: netip.MustParsePrefix("10.245.3.0/24")}, MTU: mtu}
 	if err := e.WriteFile(n.path("storage.env")); err != nil {
 		t.Fatal(err)

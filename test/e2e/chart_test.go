@@ -89,7 +89,7 @@ func TestChart(t *testing.T) {
 		var gotBackend, wantBackend map[string]any
 		labtest.Do(t, yaml.Unmarshal(got.Backend, &gotBackend))
 		labtest.Do(t, yaml.Unmarshal(want.Backend, &wantBackend))
-		if got.Networks() != want.Networks() || got.EnableNFTables != want.EnableNFTables || len(got.Warnings) > 0 ||
+		if !got.Networks().Equal(want.Networks()) || got.EnableNFTables != want.EnableNFTables || len(got.Warnings) > 0 ||
 			!maps.Equal(gotBackend, wantBackend) {
 			t.Errorf("%s: the configuration is %s, want %s", name, netConf(t, text), c.want)
 		}

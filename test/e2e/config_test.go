@@ -163,7 +163,7 @@ func TestReconfigureNetwork(t *testing.T) {
 	for _, n := range l.Nodes() {
 		labtest.Do(t, lab.Poll(ctx, n.Hostname+"'s subnet file", func() error {
 			env, err := n.SubnetEnv()
-			if err == nil && (env.Networks.IPv4 != network || !network.Contains(env.Subnets.IPv4.Addr())) {
+			if err == nil && (env.Networks.String() != network.String() || !network.Contains(env.Subnets.IPv4.Addr())) {
 				err = fmt.Errorf("it has %s of %s", env.Subnets, env.Networks)
 			}
 			return err

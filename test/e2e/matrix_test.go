@@ -154,6 +154,12 @@ func checkPaths(ctx context.Context, t *testing.T, l *lab.Lab, pods []*lab.Pod) 
 	for _, p := range pods {
 		labtest.Do(t, p.Mirror())
 	}
+	checkPathsAgain(ctx, t, l, pods)
+}
+
+// checkPathsAgain is checkPaths for pods that it has been called with before.
+func checkPathsAgain(ctx context.Context, t *testing.T, l *lab.Lab, pods []*lab.Pod) {
+	t.Helper()
 	for i, from := range pods {
 		node := l.Nodes()[i]
 		for j, to := range pods {

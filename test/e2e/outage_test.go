@@ -44,7 +44,7 @@ func TestRestart(t *testing.T) {
 					n.Kill()
 					labtest.Do(t, n.Restart(ctx))
 					labtest.Do(t, n.WaitReady(ctx))
-					if after := labtest.Must(n.SubnetEnv())(t); after != before {
+					if after := labtest.Must(n.SubnetEnv())(t); !after.Equal(before) {
 						t.Errorf("%s: the subnet file said %+v, says %+v", n.Hostname, before, after)
 					}
 				}
@@ -93,7 +93,7 @@ func TestReboot(t *testing.T) {
 	labtest.Do(t, n.Reboot(ctx))
 	labtest.Do(t, n.Start())
 	labtest.Do(t, n.WaitReady(ctx))
-	if after := labtest.Must(n.SubnetEnv())(t); after != before {
+	if after := labtest.Must(n.SubnetEnv())(t); !after.Equal(before) {
 		t.Errorf("the subnet file said %+v, says %+v", before, after)
 	}
 	pods := addPods(ctx, t, l)

@@ -102,7 +102,7 @@ func (s *proxyTestbed) restart(ctx context.Context, t *testing.T, waitRestored f
 		s.talk(ctx, t)
 		waitRestored(ctx, t)
 	}
-	if after := labtest.Must(s.node.SubnetEnv())(t); after != subnet {
+	if after := labtest.Must(s.node.SubnetEnv())(t); !after.Equal(subnet) {
 		t.Errorf("the subnet file said %+v, says %+v", subnet, after)
 	}
 	if after := labtest.Must(s.node.Run(ctx, numbers))(t); after != before {

@@ -115,7 +115,7 @@ func TestUplinkMoves(t *testing.T) {
 			labtest.Do(t, pods[1].WaitPing(ctx, pods[0].IPv4))
 			labtest.Do(t, pods[0].WaitPing(ctx, pods[1].IPv4))
 			t.Logf("pods talk again %v after the address changed", time.Since(moved).Round(time.Millisecond))
-			if after := labtest.Must(mover.SubnetEnv())(t); after != before {
+			if after := labtest.Must(mover.SubnetEnv())(t); !after.Equal(before) {
 				t.Errorf("the subnet file said %+v, says %+v", before, after)
 			}
 		})

@@ -67,7 +67,7 @@ func TestConfigChanges(t *testing.T) {
 	s.delete("config")
 	log.await(t, 1, "The configuration was deleted", s.prefix+"/config")
 	s.put("config", `{"Network": "10.6.0.0/16"}`)
-	if got := receive(t, configs); got.IPv4.Network.String() != "10.6.0.0/16" {
+	if got := receive(t, configs); got.Networks().String() != "10.6.0.0/16" {
 		t.Errorf("got %+v", got)
 	}
 }

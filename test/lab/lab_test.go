@@ -75,7 +75,7 @@ func TestPods(t *testing.T) {
 	n1, n2 := l.Nodes()[0], l.Nodes()[1]
 	for _, n := range l.Nodes() {
 		env := subnet.Env{
-			Networks: subnet.Subnets{IPv4: netip.MustParsePrefix("10.5.0.0/16"), IPv6: netip.MustParsePrefix("fd00:5::/48")},
+			Networks: subnet.NetworksOf(netip.MustParsePrefix("10.5.0.0/16"), netip.MustParsePrefix("fd00:5::/48")),
 			Subnets:  ownSubnets(n.Number),
 			MTU:      1450,
 		}

@@ -252,7 +252,8 @@ manifest: build/bin/helm ## Write Documentation/kube-flannel*.yml from the chart
 	$(foreach m,$(MANIFESTS),$(call MANIFEST,$m,>$@.new) && mv $@.new Documentation/$m.yml &&) true
 
 # What pages tell of flags, keys and metrics, and the packages that have them.
-REFERENCE = -run '^TestReference$$' ./cmd/flannel ./cmd/internal/settings ./network ./subnet ./backend/...
+REFERENCE = -run '^TestReference$$' \
+	$(addprefix ./,$(sort $(dir $(shell grep -rl 'func TestReference' --include=*_test.go cmd network subnet backend))))
 
 # One package at a time: two of them write into the same page.
 docs: ## Write the tables of flags, keys and metrics in the documentation

@@ -25,7 +25,7 @@ func (o *Options) Network(m subnet.Manager) network.Options {
 		SubnetFile:   o.SubnetFile,
 		Name:         o.NetworkName(),
 		StatusSocket: o.StatusSocket,
-		IPMasq:       family.Pair[bool]{IPv4: o.IPMasq, IPv6: o.IPMasq},
+		IPMasq:       family.Pair[bool]{IPv4: o.IPMasq && o.IPMasqFamilies.IPv4, IPv6: o.IPMasq && o.IPMasqFamilies.IPv6},
 		RandomFully:  !o.IPMasqNotRandom,
 		Forward:      o.ForwardRules,
 		RulesResync:  o.RulesResync,

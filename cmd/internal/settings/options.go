@@ -26,6 +26,7 @@ import (
 	"github.com/spf13/pflag"
 	"k8s.io/klog/v2"
 
+	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/pkg/iface"
 )
 
@@ -52,6 +53,7 @@ type Options struct {
 	IfaceNodeAddress bool // the uplink holds the Node's InternalIP
 
 	IPMasq          bool
+	IPMasqFamilies  family.Pair[bool]
 	IPMasqNotRandom bool // without --random-fully
 	ForwardRules    bool
 	RulesResync     time.Duration
@@ -191,6 +193,8 @@ func hostFlags(o *Options) []group {
 		{"Rules and routes", "", []*setting{
 			{name: "ip-masq", def: "false", set: into(&o.IPMasq, boolean),
 				help: "masquerade traffic that leaves the overlay"},
+			{name: "ip-masq-families", arg: "FAMILIES", def: "ipv4,ipv6", set: into(&o.IPMasqFamilies, families),
+				help: "the families that --ip-masq is for: ipv4, ipv6, or both separated by a comma"},
 			{name: "ip-masq-fully-random-disable", def: "false", set: into(&o.IPMasqNotRandom, boolean),
 				help: "masquerade without --random-fully, so that the source port is kept where possible"},
 			{name: "iptables-forward-rules", def: "true", set: into(&o.ForwardRules, boolean),
@@ -761,6 +765,21 @@ func boolean(text string) (bool, error) {
 		return false, malformed{fmt.Errorf("%q is not true or false", text)}
 	}
 	return v, nil
+}
+
+// families parses the names of families, separated by commas.
+func families(text string) (on family.Pair[bool], err error) {
+	for name := range strings.SplitSeq(text, ",") {
+		switch strings.ToLower(strings.TrimSpace(name)) {
+		case "ipv4":
+			on.IPv4 = true
+		case "ipv6":
+			on.IPv6 = true
+		default:
+			return on, malformed{fmt.Errorf("%q is not ipv4, ipv6 or ipv4,ipv6", text)}
+		}
+	}
+	return on, nil
 }
 
 func file(text string) (string, error) {

@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"k8s.io/klog/v2"
+
+	"github.com/flanneld/flanneld/pkg/family"
 )
 
 var update = flag.Bool("update", false, "write testdata")
@@ -30,6 +32,7 @@ func defaults() Options {
 		KubeAnnotationPrefix:      "flannel.alpha.coreos.com/",
 		NetConfigPath:             "/etc/kube-flannel/net-conf.json",
 		SetNodeNetworkUnavailable: true,
+		IPMasqFamilies:            family.Pair[bool]{IPv4: true, IPv6: true},
 		ForwardRules:              true,
 		RulesResync:               5 * time.Second,
 		KernelResync:              time.Minute,
@@ -88,6 +91,9 @@ func TestParseOptions(t *testing.T) {
 			"--kube-subnet-mgr"}, want: func(o *Options) {
 			o.IPMasq, o.IPMasqNotRandom, o.ForwardRules = true, true, false
 			o.SetNodeNetworkUnavailable, o.BlackholeRoute, o.KubeSubnetMgr = false, true, true
+		}},
+		{name: "families", args: []string{"--ip-masq", "--ip-masq-families=IPv6"}, want: func(o *Options) {
+			o.IPMasq, o.IPMasqFamilies = true, family.Pair[bool]{IPv6: true}
 		}},
 		{name: "the last one counts", args: []string{"--etcd-prefix=/a", "--etcd-prefix=/b", "--ip-masq", "--ip-masq=false"},
 			want: func(o *Options) { o.EtcdPrefix = "/b" }},
@@ -356,6 +362,8 @@ func TestParseOptionsError(t *testing.T) {
 		{args: "--iface", want: "--iface needs a value: --iface=NAME|IP"},
 		{args: "-iface", want: "--iface needs a value: --iface=NAME|IP"},
 		{args: "status", want: `"status" belongs to no flag: flanneld has only flags, see --help`},
+		{args: "--ip-masq-families=", want: `--ip-masq-families: "" is not ipv4, ipv6 or ipv4,ipv6`},
+		{args: "--ip-masq-families=ipv4,ip6", want: `--ip-masq-families: "ipv4,ip6" is not ipv4, ipv6 or ipv4,ipv6`},
 		{args: "--ip-masq=yes", want: `--ip-masq: "yes" is not true or false`},
 		{args: "--healthz-port=abc", want: `--healthz-port: "abc" is not a port number: 0 (disabled) to 65535`},
 		{args: "-healthz-port=65536", want: `--healthz-port: "65536" is not a port number: 0 (disabled) to 65535`},
@@ -562,6 +570,7 @@ iface-node-address false
 iface-regex
 ip-blackhole-route false
 ip-masq false
+ip-masq-families ipv4,ipv6
 ip-masq-fully-random-disable false
 iptables-forward-rules true
 iptables-resync 5

@@ -51,15 +51,16 @@ type provider struct {
 	env     func(url, nothing string) map[string]string // nothing is a file that is not there
 	clear   string                                      // prefix of variables that must not be set
 
-	tables  bool              // RouteTableID chooses the tables; "%s" in a text is the table's ID
-	command map[Action]string // how the commands begin that are logged
-	mine    string            // what is wrong where no interface has the uplink's address
-	silent  [2]string         // what is wrong where the metadata service, and the API, do not answer
-	fix     string            // "%s" is the next hop: the command that allows forwarding; "": AllowForwarding asks nothing
-	cannot  string            // why forwarding cannot be allowed
-	noTable string            // what is wrong with a table that is not there
-	badID   string            // the ID of such a table
-	trouble []trouble
+	ipv4Only bool              // routes to instances are IPv4 only
+	tables   bool              // RouteTableID chooses the tables; "%s" in a text is the table's ID
+	command  map[Action]string // how the commands begin that are logged
+	mine     string            // what is wrong where no interface has the uplink's address
+	silent   [2]string         // what is wrong where the metadata service, and the API, do not answer
+	fix      string            // "%s" is the next hop: the command that allows forwarding; "": AllowForwarding asks nothing
+	cannot   string            // why forwarding cannot be allowed
+	noTable  string            // what is wrong with a table that is not there
+	badID    string            // the ID of such a table
+	trouble  []trouble
 }
 
 // A trouble is a fault, and what is logged: an operation and an error. "…" stands for anything.
@@ -70,7 +71,7 @@ type trouble struct {
 	operation, error string
 }
 
-var providers = []provider{aws}
+var providers = []provider{aws, tencent}
 
 // eachProvider runs a test for each cloud.
 func eachProvider(t *testing.T, f func(*testing.T, *region)) {
@@ -126,10 +127,26 @@ func (r *region) config(keys string) string {
 	return fmt.Sprintf(`{"Network": "10.5.0.0/16", "Backend": {"Type": %q%s}}`, r.backend, keys)
 }
 
-// dualConfig returns a configuration with networks of both families.
+// dualConfig returns a configuration with networks of all families that the cloud routes.
 func (r *region) dualConfig(keys string) string {
+	if r.ipv4Only {
+		return r.config(keys)
+	}
 	return fmt.Sprintf(`{"Network": "10.5.0.0/16", "EnableIPv6": true, "IPv6Network": "fd05::/48",
 		"Backend": {"Type": %q%s}}`, r.backend, keys)
+}
+
+// dual returns the key of a lease with a subnet of each family that the cloud routes.
+func (r *region) dual() string {
+	if r.ipv4Only {
+		return mine
+	}
+	return "10.5.1.0-24&fd05:0:0:1::-64"
+}
+
+// saidEach returns the line of a log that tells of a step, once for each family that the cloud routes.
+func (r *region) saidEach(a Action) []string {
+	return slices.Repeat([]string{r.said(a, "")}, len(parse(r.dual()).Each()))
 }
 
 // said returns the line of a log that tells of a step.
@@ -276,6 +293,9 @@ func pass(d time.Duration) {
 
 func (r *region) expectRoutes(t *testing.T, table string, want ...string) {
 	t.Helper()
+	if r.ipv4Only {
+		want = slices.DeleteFunc(want, func(route string) bool { return strings.HasPrefix(route, "fd05:") })
+	}
 	if got := r.Routes(table); !slices.Equal(got, want) {
 		t.Errorf("%s has\n\t%s\nwant\n\t%s", table, strings.Join(got, "\n\t"), strings.Join(want, "\n\t"))
 	}
@@ -285,10 +305,7 @@ func route(dst, target string) Route {
 	return Route{Dst: netip.MustParsePrefix(dst), Target: target}
 }
 
-const (
-	mine = "10.5.1.0-24"
-	dual = "10.5.1.0-24&fd05:0:0:1::-64"
-)
+const mine = "10.5.1.0-24"
 
 // TestStart: the routes are made, and nothing is changed from then on, nor by a daemon that starts again.
 func TestStart(t *testing.T) {
@@ -298,9 +315,9 @@ func TestStart(t *testing.T) {
 			unused = r.AddTable("subnet-2")
 		}
 		synctest.Test(t, func(t *testing.T) {
-			n := work(t, r.dualConfig(""), dual)
+			n := work(t, r.dualConfig(""), r.dual())
 			pass(20 * time.Second)
-			n.know(dual)
+			n.know(r.dual())
 			r.expectRoutes(t, r.Main(), "10.5.1.0/24 "+r.hop, "fd05:0:0:1::/64 "+r.hop)
 			if unused != "" {
 				r.expectRoutes(t, unused)
@@ -315,14 +332,14 @@ func TestStart(t *testing.T) {
 				t.Errorf("at first, there are %d calls to read the routes, and %d in the next 5 minutes", first, n)
 			}
 			pass(time.Minute)
-			n = work(t, r.dualConfig(""), dual)
-			n.know(dual)
+			n = work(t, r.dualConfig(""), r.dual())
+			n.know(r.dual())
 			pass(5 * time.Minute)
-			if r.Calls(Create) != 2 || r.Calls(Replace)+r.Calls(Delete) > 0 {
-				t.Errorf("two routes took %d calls to create, %d to replace, %d to delete", r.Calls(Create), r.Calls(Replace),
+			if r.Calls(Create) != len(r.saidEach(Create)) || r.Calls(Replace)+r.Calls(Delete) > 0 {
+				t.Errorf("the routes took %d calls to create, %d to replace, %d to delete", r.Calls(Create), r.Calls(Replace),
 					r.Calls(Delete))
 			}
-			r.log.expect(t, found, r.said(Create, ""), r.said(Create, ""), found)
+			r.log.expect(t, slices.Concat([]string{found}, r.saidEach(Create), []string{found})...)
 		})
 	})
 }
@@ -418,6 +435,7 @@ func TestRaces(t *testing.T) {
 	eachProvider(t, func(t *testing.T, r *region) {
 		other := r.Launch("subnet-1", netip.MustParseAddr("198.18.0.2"))
 		old := r.Launch("subnet-1", netip.MustParseAddr("198.18.0.3"))
+		r.Put(r.Main(), route("10.5.1.0/24", other))
 		r.Put(r.Main(), route("10.5.3.0/24", old))
 		r.Terminate(old)
 		raced := map[Action]bool{}
@@ -521,15 +539,15 @@ func TestOutage(t *testing.T) {
 		r.Put(r.Main(), route("10.5.2.0/24", other))
 		r.Put(r.Main(), route("10.5.3.0/24", gone))
 		synctest.Test(t, func(t *testing.T) {
-			n := work(t, r.dualConfig(""), dual)
-			n.know(dual, "10.5.2.0-24", "10.5.3.0-24")
+			n := work(t, r.dualConfig(""), r.dual())
+			n.know(r.dual(), "10.5.2.0-24", "10.5.3.0-24")
 			pass(20 * time.Second)
-			r.log.expect(t, found, r.said(Create, ""), r.said(Create, ""))
+			r.log.expect(t, slices.Concat([]string{found}, r.saidEach(Create))...)
 			r.Fail(All, Reset)
 			r.Fail(Metadata, Reset)
 			pass(30 * time.Minute)
 			r.Terminate(gone)
-			n.know(dual, "10.5.2.0-24")
+			n.know(r.dual(), "10.5.2.0-24")
 			r.Put(r.Main(), route("10.5.1.0/24", other))
 			r.Remove(r.Main(), netip.MustParsePrefix("fd05:0:0:1::/64"))
 			pass(30 * time.Minute)
@@ -623,9 +641,9 @@ func TestDiff(t *testing.T) {
 		r.Put(r.Main(), route("10.5.1.0/24", other))
 		r.Put(r.Main(), route("10.5.5.0/24", r.hop)) // of an earlier lease; other nodes delete these
 		b := newBackend(t, r.dualConfig("")).(backend.Differ)
-		commands, err := b.Diff(t.Context(), subnet.Lease{Subnets: parse(dual)}, nil)
-		if err != nil || len(commands) < 2 {
-			t.Fatalf("two routes are wrong: %q, %v", commands, err)
+		commands, err := b.Diff(t.Context(), subnet.Lease{Subnets: parse(r.dual())}, nil)
+		if err != nil || len(commands) < len(r.saidEach(Create)) {
+			t.Fatalf("the node's routes are wrong: %q, %v", commands, err)
 		}
 		r.expectRoutes(t, r.Main(), "10.5.1.0/24 "+other, "10.5.5.0/24 "+r.hop)
 	})

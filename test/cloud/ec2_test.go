@@ -85,9 +85,9 @@ func TestEC2Tables(t *testing.T) {
 				keys = fmt.Sprintf(keys, ids...)
 			}
 			synctest.Test(t, func(t *testing.T) {
-				n := work(t, r.dualConfig(keys), dual)
+				n := work(t, r.dualConfig(keys), r.dual())
 				pass(2 * time.Second)
-				n.know(dual)
+				n.know(r.dual())
 				for _, id := range used {
 					r.expectRoutes(t, id, "10.5.1.0/24 "+r.hop, "fd05:0:0:1::/64 "+r.hop)
 				}

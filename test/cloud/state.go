@@ -131,15 +131,19 @@ func (s *State) Launch(subnet string, addresses ...netip.Addr) string {
 	return s.hop(i)
 }
 
-// Terminate ends the instance that a next hop stands for. Routes to it become blackholes.
+// Terminate ends the instance that a next hop stands for, the first if there are several. Routes to it become
+// blackholes if there is no other.
 func (s *State) Terminate(hop string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.instances = slices.DeleteFunc(s.instances, func(i *instance) bool { return s.hop(i) == hop })
+	if i := slices.IndexFunc(s.instances, func(i *instance) bool { return s.hop(i) == hop }); i >= 0 {
+		s.instances = slices.Delete(s.instances, i, i+1)
+	}
+	gone := s.instance(hop) == nil
 	for _, t := range s.tables {
 		for i := range t.routes {
 			if t.routes[i].Target == hop {
-				t.routes[i].Gone = true
+				t.routes[i].Gone = gone
 			}
 		}
 	}

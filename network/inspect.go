@@ -79,7 +79,7 @@ func Inspect(ctx context.Context, o Options) (*Inspection, error) {
 		return nil, err
 	}
 	o.Uplink.Overlay = backend.Device
-	i := &Inspection{view{Options: o, state: &state{}}, r}
+	i := &Inspection{view{Options: o, state: &state{table: o.RouteTable}}, r}
 	if err := i.inspect(ctx); err != nil {
 		i.waiting = err.Error()
 		if s := i.statusOfStore().Store; s.Trouble != "" && errors.Is(err, context.DeadlineExceeded) {
@@ -127,7 +127,7 @@ func (i *Inspection) inspect(ctx context.Context) (err error) {
 	}
 	i.own = own
 	p := i.planNode(i.Options)
-	i.kernel.Network = i.Name
+	i.kernel.Network, i.kernel.Table = i.Name, i.RouteTable
 	i.kernel.SetNetworks(p.networks, slices.Concat(i.cfg.Networks().Each(), env.Networks.Each()))
 	i.kernel.Set(nodeOwner, p.objects)
 	for owner, objects := range i.planAllPeers().objects {

@@ -141,7 +141,7 @@ var (
 		"when the node's lease ends unless it is renewed, as Unix time. Absent without a lease, for a lease that does "+
 			"not end, and with Kubernetes", nil, nil)
 	descObjectsWanted = prometheus.NewDesc("flannel_kernel_objects_wanted",
-		"desired objects, which the kernel should hold: `link`, `address`, `neighbor`, `fdb`, `route`, `policy` (IPsec's)",
+		"desired objects, which the kernel should hold: `link`, `address`, `neighbor`, `fdb`, `route`, `rule`, `policy` (IPsec's)",
 		[]string{"kind"}, nil)
 	descObjectsHeld = prometheus.NewDesc("flannel_kernel_objects_held",
 		"desired objects that the kernel holds", []string{"kind"}, nil)

@@ -53,6 +53,10 @@ type Options struct {
 	// less: DefaultKernelResync.
 	KernelResync time.Duration
 
+	// RouteTable is the routing table for the routes to other nodes; 0: the main table. Rules of the priorities
+	// RulePriority (0: DefaultRulePriority) and the one after lead to it.
+	RouteTable, RulePriority uint32
+
 	// ProbeInterval is the time in which each peer is asked at least once whether packets arrive there, while there are
 	// few enough peers: see package probe. 0 or less: peers are not asked.
 	ProbeInterval time.Duration
@@ -81,10 +85,11 @@ type Options struct {
 	HeartbeatEvery time.Duration
 }
 
-// What takes the place of times that Options leave out. flanneld's flags have the same defaults.
+// What takes the place of what Options leave out. flanneld's flags have the same defaults.
 const (
 	DefaultRulesResync  = 5 * time.Second
 	DefaultKernelResync = time.Minute
+	DefaultRulePriority = 1000
 )
 
 // complete fills in what is left out, and returns what cannot be.
@@ -100,6 +105,9 @@ func (o *Options) complete() error {
 	}
 	if o.KernelResync <= 0 {
 		o.KernelResync = DefaultKernelResync
+	}
+	if o.RulePriority == 0 {
+		o.RulePriority = DefaultRulePriority
 	}
 	return nil
 }
@@ -196,7 +204,7 @@ func Run(ctx context.Context, o Options) error {
 		records: subnet.NewRecordLog(klog.FromContext(ctx)), retry: time.NewTimer(0), retrying: true,
 		health: newHealth(o.Manager, o.Waiting), fileFights: newFileFights(klog.FromContext(ctx)), locks: map[string]*lock.Lock{},
 	}
-	n.Uplink.Overlay = backend.Device
+	n.Uplink.Overlay, n.table = backend.Device, o.RouteTable
 	defer n.releaseLocks()
 	defer n.group.Wait()
 	defer cancel()
@@ -268,7 +276,7 @@ func (n *node) start(ctx context.Context) (err error) {
 	if n.kernel, err = kernel.New(n.log); err != nil {
 		return err
 	}
-	n.kernel.Network = n.Name
+	n.kernel.Network, n.kernel.Table = n.Name, n.RouteTable
 	if env, err := subnet.ReadEnv(n.SubnetFile); err == nil {
 		for _, network := range env.Networks.Each() { // routes may be left of these
 			if n.checkOverlap(ctx, network) == nil {

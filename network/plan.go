@@ -30,6 +30,7 @@ type setup struct {
 // state is what is known of this node and its peers.
 type state struct {
 	setup
+	table    uint32                           // that routes to other nodes are in; 0: the main table
 	own      *subnet.Lease                    // nil: none yet
 	leases   map[subnet.Subnets]subnet.Lease  // of all nodes, our own too; nil: not known yet
 	claims   *claims                          // of those leases that could be a peer's, and of our own
@@ -60,7 +61,7 @@ const blackholeMetric = 1 << 31
 // planNode returns what the node needs by its own lease.
 func (s *state) planNode(o Options) nodePlan {
 	p := nodePlan{
-		objects:  s.backend.Local(s.working()),
+		objects:  append(s.inTable(s.backend.Local(s.working())), s.planTableRules(o)...),
 		nftables: s.cfg.EnableNFTables,
 		env: subnet.Env{Networks: s.cfg.Networks(), Subnets: s.own.Subnets, MTU: s.backend.Info().MTU,
 			IPMasq: o.masquerades()}, // false: the CNI plugin has the bridge masquerade both families
@@ -230,7 +231,37 @@ func (s *state) planPeer(l subnet.Lease) (objects []kernel.Object, isPeer bool, 
 		return nil, false, err
 	}
 	objects, err = s.backend.Peer(s.working(), l)
-	return objects, true, err
+	return s.inTable(objects), true, err
+}
+
+// inTable puts routes to other nodes into the table for these.
+func (s *state) inTable(objects []kernel.Object) []kernel.Object {
+	for i, o := range objects {
+		if r, ok := o.(kernel.Route); ok && s.table != 0 {
+			r.Table = s.table
+			objects[i] = r
+		}
+	}
+	return objects
+}
+
+// planTableRules returns the rules that lead to the table for routes to other nodes. Packets to this node's own pods stay
+// with the main table, which has the route of the pods' bridge.
+func (s *state) planTableRules(o Options) (rules []kernel.Object) {
+	if s.table == 0 {
+		return nil
+	}
+	for f, networks := range family.Pair[[]netip.Prefix](s.cfg.Networks()).Each() {
+		own := s.working().Of(f)
+		if !own.IsValid() {
+			continue
+		}
+		rules = append(rules, kernel.Rule{Dst: own, Table: kernel.MainTable, Priority: o.RulePriority})
+		for _, network := range networks {
+			rules = append(rules, kernel.Rule{Dst: network, Table: s.table, Priority: o.RulePriority + 1})
+		}
+	}
+	return rules
 }
 
 // isNext tells whether a lease is ours that will be in force soon: it is published as ours is, while the store has no

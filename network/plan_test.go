@@ -95,6 +95,9 @@ func (s *scenario) step(input string) (string, error) {
 				IPMasq: family.Pair[bool]{
 					IPv4: on("masquerade") || on("masquerade4"), IPv6: on("masquerade") || on("masquerade6"),
 				}}
+			if on("table") {
+				s.table, s.options.RulePriority = 7070, 1000
+			}
 		case "config":
 			s.cfg, err = subnet.ParseConfig([]byte(rest))
 			setUp = true

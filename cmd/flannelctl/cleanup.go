@@ -35,8 +35,8 @@ func (t *tool) cleanupCommand() *cobra.Command {
 		Use:   "cleanup",
 		Short: "Remove every trace of flanneld from this node",
 		Long: `cleanup removes everything that flanneld has left on this node, with any backend: devices, routes,
-nexthops, IPsec policies, firewall rules, the charon that flanneld started, peers that SubnetAddCommand added, and
-flanneld's files. The private key of WireGuard is among the files: if the node comes back, it has a new key. cleanup
+nexthops, policy rules, IPsec policies, firewall rules, the charon that flanneld started, peers that SubnetAddCommand
+added, a cloud's routes, and flanneld's files. The private key of WireGuard is among the files: if the node comes back, it has a new key. cleanup
 prints the commands that would do the same, and waits for your confirmation. It also lists what you must remove by hand.
 The lease stays in the store, and expires by itself.`,
 		Args: cobra.NoArgs,

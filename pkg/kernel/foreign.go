@@ -131,9 +131,10 @@ func (r *Reconciler) precedes(f foreign) bool {
 	case f.protocol == unix.RTPROT_KERNEL:
 		return true
 	case f.connected && !f.Dst.IsSingleIP():
-		return !held(f.Key()) // with another metric, it would be hidden, but not displaced
+		// With another metric, it would be hidden, but not displaced.
+		return !held(Route{Dst: f.Dst, Metric: f.Metric, Table: r.Table}.Key())
 	}
-	return !held(Route{Dst: f.Dst}.Key())
+	return !held(Route{Dst: f.Dst, Table: r.Table}.Key())
 }
 
 // blockedRoute returns why a route is not to be set: a route of the kernel has its key, or a route of another program
@@ -165,7 +166,7 @@ func (r *Reconciler) noteForeign(d decoded, gone bool) {
 // concernsOverlays tells whether a route leads into a part of an overlay, or is a default route through an address in
 // an overlay.
 func (r *Reconciler) concernsOverlays(f foreign) bool {
-	return slices.ContainsFunc(r.overlays, func(o netip.Prefix) bool {
+	return f.Table == 0 && slices.ContainsFunc(r.overlays, func(o netip.Prefix) bool {
 		return o.Bits() < f.Dst.Bits() && o.Contains(f.Dst.Addr()) || f.Dst.Bits() == 0 && o.Contains(f.Via)
 	})
 }

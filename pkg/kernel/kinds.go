@@ -16,6 +16,7 @@ const (
 	KindFDB
 	KindNexthop
 	KindRoute
+	KindRule
 	KindPolicy
 	kinds // how many there are
 )
@@ -63,6 +64,13 @@ func init() {
 			get: unix.RTM_GETROUTE, set: unix.RTM_NEWROUTE, del: unix.RTM_DELROUTE,
 			dumps: dumpRoutes, decode: decodeRoute, body: routeBody, ours: (*Reconciler).ownsRoute,
 			notified: (*Reconciler).routeNotified, blocked: (*Reconciler).blockedRoute,
+		},
+		KindRule: {
+			name: "rule", plural: "rules",
+			protocol: unix.NETLINK_ROUTE, groups: []int{unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE},
+			get: unix.RTM_GETRULE, set: unix.RTM_NEWRULE, del: unix.RTM_DELRULE,
+			dumps: dumpRules, decode: decodeRule, body: ruleBody, ours: (*Reconciler).ownsRule,
+			blocked: (*Reconciler).blockedRule,
 		},
 		KindPolicy: {
 			name: "policy", plural: "policies", removeFirstInDiff: true,

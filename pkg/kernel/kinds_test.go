@@ -15,7 +15,7 @@ import (
 // samples has an object or two of each kind, in both families where there are two.
 func samples() map[Kind][]Object {
 	all := map[Kind][]Object{KindNexthop: {nexthop{id: 77, via: addr("198.18.0.3"), dev: "eth0", onlink: true}}}
-	for _, objects := range [][]Object{node(), peer(mac2), peerDirect(), policies()} {
+	for _, objects := range [][]Object{node(), peer(mac2), peerDirect(), inTable(), policies()} {
 		for _, o := range objects {
 			all[o.Key().Kind] = append(all[o.Key().Kind], o)
 		}
@@ -138,11 +138,11 @@ func TestOrderOfRemoval(t *testing.T) {
 	}
 	apply := order(func(d *descriptor) bool { return d.removeFirst })
 	diff := order(func(d *descriptor) bool { return d.removeFirstInDiff })
-	if want := []Kind{KindRoute, KindLink, KindPolicy, KindNexthop, KindFDB, KindNeighbor, KindAddr}; !slices.Equal(apply,
+	if want := []Kind{KindRoute, KindLink, KindPolicy, KindRule, KindNexthop, KindFDB, KindNeighbor, KindAddr}; !slices.Equal(apply,
 		want) {
 		t.Errorf("apply removes %v", apply)
 	}
-	if want := []Kind{KindPolicy, KindRoute, KindLink, KindNexthop, KindFDB, KindNeighbor, KindAddr}; !slices.Equal(diff,
+	if want := []Kind{KindPolicy, KindRoute, KindLink, KindRule, KindNexthop, KindFDB, KindNeighbor, KindAddr}; !slices.Equal(diff,
 		want) {
 		t.Errorf("diff removes %v", diff)
 	}

@@ -1,5 +1,5 @@
 // Package kernel, which other programs may import, makes the kernel hold the desired links, addresses, neighbours, FDB
-// entries, routes and IPsec policies, and restores them when another program changes them. No other code of this project
+// entries, routes, rules and IPsec policies, and restores them when another program changes them. No other code of this project
 // writes them.
 package kernel
 
@@ -18,7 +18,7 @@ import (
 // RTPROT_STATIC (4) are for programs like ours; 70 is 'F', and no /etc/iproute2/rt_protos has it.
 const RouteProtocol = 70
 
-// An Object is something that the kernel can hold: a Link, Addr, Neighbor, FDBEntry, Route or Policy. Objects are
+// An Object is something that the kernel can hold: a Link, Addr, Neighbor, FDBEntry, Route, Rule or Policy. Objects are
 // values and compare with ==.
 type Object interface {
 	// Key identifies the object in the kernel. The kernel cannot hold two objects with one key.
@@ -36,10 +36,10 @@ type Key struct {
 	Kind   Kind
 	Dir    PolicyDir // policies
 	MAC    MAC       // FDB entries
-	ID     uint32    // nexthops
-	Metric uint32    // routes
+	ID     uint32    // nexthops; the table of rules, and of routes in another table than main
+	Metric uint32    // routes; the priority of rules
 	Dev    string    // links, addresses, neighbours, FDB entries
-	Dst    KeyPrefix // addresses, neighbours (as /32 or /128), routes, policies
+	Dst    KeyPrefix // addresses, neighbours (as /32 or /128), routes, rules, policies
 	Src    KeyPrefix // policies
 }
 

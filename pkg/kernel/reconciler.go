@@ -23,7 +23,8 @@ import (
 //
 //   - links that are desired, or that carry the alias of our Network because an earlier process made them;
 //   - what is on these links, except what the kernel put there itself;
-//   - routes, and nexthop objects, that carry RouteProtocol, unless they are another network's (see SetNetworks);
+//   - routes, in any table, nexthop objects, and rules that carry RouteProtocol, unless they are another network's (see
+//     SetNetworks);
 //   - gateway routes inside the networks that carry no protocol of their own (RTPROT_BOOT), and are there at the start:
 //     upstream flannel leaves these;
 //   - IPsec policies with PolicyID between subnets inside the networks.
@@ -35,6 +36,9 @@ import (
 type Reconciler struct {
 	// Network is the name of the network on this host, where there are several. "" is a name.
 	Network string
+
+	// Table is the routing table that the desired routes are in; zero: the main table.
+	Table uint32
 
 	// Devices may be nil. It tells from the name of a device that the device is ours although it lacks our alias: the
 	// devices of upstream flannel have none.

@@ -13,8 +13,9 @@ import (
 	"github.com/flanneld/flanneld/pkg/rtnl"
 )
 
-// A Route is a route of the main table, with our RouteProtocol.
+// A Route is a route with our RouteProtocol.
 type Route struct {
+	Table  uint32 // zero: the main table
 	Dst    netip.Prefix
 	Via    netip.Addr // zero: none
 	Dev    string
@@ -24,7 +25,9 @@ type Route struct {
 	Blackhole bool // drops what it matches; no Via, no Dev
 }
 
-func (r Route) Key() Key       { return Key{Kind: KindRoute, Dst: keyPrefix(r.Dst), Metric: r.Metric} }
+func (r Route) Key() Key {
+	return Key{Kind: KindRoute, Dst: keyPrefix(r.Dst), ID: r.Table, Metric: r.Metric}
+}
 func (r Route) device() string { return r.Dev }
 func (r Route) Undo() string   { return r.command("del", RouteProtocol) }
 func (r Route) String() string { return r.command("replace", RouteProtocol) }
@@ -51,6 +54,9 @@ func (r Route) command(verb string, protocol uint8) string {
 	}
 	if r.Metric != 0 {
 		fmt.Fprintf(&b, " metric %d", r.Metric)
+	}
+	if r.Table != 0 {
+		fmt.Fprintf(&b, " table %d", r.Table)
 	}
 	fmt.Fprintf(&b, " proto %d", protocol)
 	return b.String()
@@ -83,7 +89,11 @@ func routeBody(o Object, dev int, via uint32, add bool) []byte {
 	if !add {
 		kind, scope = unix.RTN_UNSPEC, unix.RT_SCOPE_NOWHERE // wildcards
 	}
-	b := []byte{family(r.Dst.Addr()), uint8(r.Dst.Bits()), 0, 0, unix.RT_TABLE_MAIN, protocol, scope, kind}
+	table := uint8(MainTable)
+	if r.Table != 0 {
+		table = uint8(min(r.Table, unix.RT_TABLE_COMPAT)) // larger numbers are in the attribute
+	}
+	b := []byte{family(r.Dst.Addr()), uint8(r.Dst.Bits()), 0, 0, table, protocol, scope, kind}
 	b = binary.NativeEndian.AppendUint32(b, flags)
 	b = appendAttr(b, unix.RTA_DST, r.Dst.Addr().AsSlice())
 	if via != 0 {
@@ -98,6 +108,9 @@ func routeBody(o Object, dev int, via uint32, add bool) []byte {
 	}
 	if r.Metric != 0 {
 		b = appendAttr32(b, unix.RTA_PRIORITY, r.Metric)
+	}
+	if r.Table != 0 {
+		b = appendAttr32(b, unix.RTA_TABLE, r.Table)
 	}
 	return b
 }
@@ -137,7 +150,7 @@ func decodeRoute(body []byte, devices devices) decoded {
 		}
 	})
 	// The kernel keeps routes for packets of one type of service apart from those for all packets, which ours are.
-	if table != unix.RT_TABLE_MAIN || flags&unix.RTM_F_CLONED != 0 || !dst.IsValid() || tos != 0 {
+	if table == unix.RT_TABLE_LOCAL || flags&unix.RTM_F_CLONED != 0 || !dst.IsValid() || tos != 0 {
 		return decoded{}
 	}
 	other := uint8(0) // a kind that we never make
@@ -155,6 +168,9 @@ func decodeRoute(body []byte, devices devices) decoded {
 		r.Metric = 0
 	}
 	r.Dst = netip.PrefixFrom(dst, bits)
+	if table != MainTable {
+		r.Table = table
+	}
 	d.Object = r
 	if !plain || protocol != RouteProtocol || other != 0 {
 		// It has the key of a route that may be desired, but is another route.
@@ -173,7 +189,7 @@ func (r *Reconciler) ownsRoute(o Object) bool {
 		return r.ownsMarked(o.(Route))
 	case f.protocol == RouteProtocol:
 		return r.ownsMarked(f.Route)
-	case f.protocol == unix.RTPROT_KERNEL:
+	case f.protocol == unix.RTPROT_KERNEL, f.Table != 0: // what others do in their own tables is their business
 		return false
 	}
 	return r.ownsDevice(f.Dev) || !r.applied && f.protocol == unix.RTPROT_BOOT && f.Via.IsValid() && r.insideNetworks(f.Dst)
@@ -181,8 +197,13 @@ func (r *Reconciler) ownsRoute(o Object) bool {
 
 // ownsMarked tells whether a route with our protocol is ours, rather than another network's on this host.
 func (r *Reconciler) ownsMarked(route Route) bool {
-	return r.within == nil || r.ownsDevice(route.Dev) || slices.ContainsFunc(r.within, func(n netip.Prefix) bool {
-		return n.Bits() <= route.Dst.Bits() && n.Contains(route.Dst.Addr())
+	return r.ownsDevice(route.Dev) || r.isWithin(route.Dst)
+}
+
+// isWithin tells whether a prefix is in the networks that this host's network has, or had.
+func (r *Reconciler) isWithin(p netip.Prefix) bool {
+	return r.within == nil || slices.ContainsFunc(r.within, func(n netip.Prefix) bool {
+		return n.Bits() <= p.Bits() && n.Contains(p.Addr())
 	})
 }
 

@@ -31,6 +31,8 @@ func (o *Options) Network(m subnet.Manager) network.Options {
 		RulesResync:  o.RulesResync,
 		KernelResync: o.KernelResync,
 		Blackhole:    o.BlackholeRoute,
+		RouteTable:   o.RouteTable,
+		RulePriority: o.RulePriority,
 		PeerMetrics:  o.ProbePeerMetrics,
 		Health:       netip.AddrPortFrom(o.HealthzIP, uint16(o.HealthzPort)),
 	}

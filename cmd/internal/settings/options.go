@@ -24,6 +24,7 @@ import (
 	"time"
 
 	"github.com/spf13/pflag"
+	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/pkg/family"
@@ -59,6 +60,8 @@ type Options struct {
 	RulesResync     time.Duration
 	KernelResync    time.Duration
 	BlackholeRoute  bool
+	RouteTable      uint32 // 0: the main table
+	RulePriority    uint32
 
 	ProbePeers       bool
 	ProbeInterval    time.Duration
@@ -208,6 +211,12 @@ func hostFlags(o *Options) []group {
 					"when the kernel announces a change: 1 or more"},
 			{name: "ip-blackhole-route", def: "false", set: into(&o.BlackholeRoute, boolean),
 				help: "drop packets to pods that no longer exist, by a blackhole route for the node's own subnet"},
+			{name: "route-table", arg: "TABLE", set: into(&o.RouteTable, optional(routeTable)),
+				help: "number of the routing table for the routes to other nodes, which rules lead to; " +
+					"without this flag, they are in the main table"},
+			{name: "route-rule-priority", arg: "PRIORITY", def: "1000", set: into(&o.RulePriority, rulePriority),
+				help: "with --route-table: priority of the rule for this node's own subnet; the rule that leads to the " +
+					"table has the next one"},
 			{name: "probe-peers", def: "true", set: into(&o.ProbePeers, boolean),
 				help: "find out whether packets arrive at the other nodes, by at most ten ICMP echo requests a second"},
 			{name: "probe-interval", arg: "SECONDS", def: "30",
@@ -809,6 +818,28 @@ func pattern(text string) (*regexp.Regexp, error) {
 
 // number parses an integer as flannel does, which takes 0x10, 0o20, 020 and 0b10000 for 16.
 func number(text string) (int64, error) { return strconv.ParseInt(text, 0, strconv.IntSize) }
+
+func routeTable(text string) (uint32, error) {
+	n, err := number(text)
+	switch {
+	case err != nil || n < 1 || n > math.MaxUint32:
+		return 0, malformed{fmt.Errorf("%q is not the number of a routing table: 1 to %d", text, uint32(math.MaxUint32))}
+	case n >= unix.RT_TABLE_DEFAULT && n <= unix.RT_TABLE_LOCAL:
+		return 0, fmt.Errorf("%d is a table that the kernel uses itself: take another one, such as 7070", n)
+	}
+	return uint32(n), nil
+}
+
+func rulePriority(text string) (uint32, error) {
+	n, err := number(text)
+	if err != nil || n < 1 || n > mainPriority-2 {
+		return 0, malformed{fmt.Errorf("%q is not a priority before the main table's rule: 1 to %d", text, mainPriority-2)}
+	}
+	return uint32(n), nil
+}
+
+// mainPriority is the priority of the rule that leads to the main table (fib_default_rules_init, net/ipv4/fib_rules.c).
+const mainPriority = 32766
 
 func port(text string) (int, error) {
 	n, err := number(text)

@@ -33,6 +33,7 @@ func defaults() Options {
 		NetConfigPath:             "/etc/kube-flannel/net-conf.json",
 		SetNodeNetworkUnavailable: true,
 		IPMasqFamilies:            family.Pair[bool]{IPv4: true, IPv6: true},
+		RulePriority:              1000,
 		ForwardRules:              true,
 		RulesResync:               5 * time.Second,
 		KernelResync:              time.Minute,
@@ -91,6 +92,9 @@ func TestParseOptions(t *testing.T) {
 			"--kube-subnet-mgr"}, want: func(o *Options) {
 			o.IPMasq, o.IPMasqNotRandom, o.ForwardRules = true, true, false
 			o.SetNodeNetworkUnavailable, o.BlackholeRoute, o.KubeSubnetMgr = false, true, true
+		}},
+		{name: "another table", args: []string{"--route-table=7070", "--route-rule-priority=500"}, want: func(o *Options) {
+			o.RouteTable, o.RulePriority = 7070, 500
 		}},
 		{name: "families", args: []string{"--ip-masq", "--ip-masq-families=IPv6"}, want: func(o *Options) {
 			o.IPMasq, o.IPMasqFamilies = true, family.Pair[bool]{IPv6: true}
@@ -362,6 +366,9 @@ func TestParseOptionsError(t *testing.T) {
 		{args: "--iface", want: "--iface needs a value: --iface=NAME|IP"},
 		{args: "-iface", want: "--iface needs a value: --iface=NAME|IP"},
 		{args: "status", want: `"status" belongs to no flag: flanneld has only flags, see --help`},
+		{args: "--route-table=main", want: `--route-table: "main" is not the number of a routing table: 1 to 4294967295`},
+		{args: "--route-table=254", want: `--route-table: 254 is a table that the kernel uses itself: take another one, such as 7070`},
+		{args: "--route-rule-priority=32766", want: `--route-rule-priority: "32766" is not a priority before the main table's rule: 1 to 32764`},
 		{args: "--ip-masq-families=", want: `--ip-masq-families: "" is not ipv4, ipv6 or ipv4,ipv6`},
 		{args: "--ip-masq-families=ipv4,ip6", want: `--ip-masq-families: "ipv4,ip6" is not ipv4, ipv6 or ipv4,ipv6`},
 		{args: "--ip-masq=yes", want: `--ip-masq: "yes" is not true or false`},
@@ -587,6 +594,8 @@ probe-peer-metrics false
 probe-peers true
 public-ip
 public-ipv6
+route-rule-priority 1000
+route-table
 set-node-network-unavailable true
 status-socket auto
 subnet-file /run/flannel/subnet.env

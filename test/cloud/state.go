@@ -20,11 +20,12 @@ type State struct {
 	// PageSize is how many items an answer has at most.
 	PageSize int
 
-	// What differs by cloud: the ID of a new resource of a kind, what routes to an instance lead to, and whether a
-	// destination may have several routes.
-	number  func(kind string) string
-	hop     func(*instance) string
-	several bool
+	// What differs by cloud: the ID of a new resource of a kind, what routes to an instance lead to, the name of a route
+	// for which Put has none, and whether instances forward packets of pods from the start.
+	number   func(kind string) string
+	hop      func(*instance) string
+	name     func(dst netip.Prefix) string
+	forwards bool
 
 	mu        sync.Mutex
 	quota     int // of routes, for each table and family
@@ -99,6 +100,7 @@ func newState() *State {
 		return fmt.Sprintf("%s-0%016x", kind, s.last)
 	}
 	s.hop = func(i *instance) string { return i.eni }
+	s.name = func(netip.Prefix) string { return s.number("route") }
 	return s
 }
 
@@ -125,7 +127,8 @@ func (s *State) AddTable(subnets ...string) string {
 func (s *State) Launch(subnet string, addresses ...netip.Addr) string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	i := &instance{id: s.number("i"), eni: s.number("eni"), subnet: subnet, addresses: addresses}
+	i := &instance{id: s.number("i"), eni: s.number("eni"), subnet: subnet, addresses: addresses,
+		forwards: s.forwards}
 	i.mac = fmt.Sprintf("02:00:00:00:00:%02x", s.last)
 	s.instances = append(s.instances, i)
 	return s.hop(i)
@@ -162,7 +165,7 @@ func (s *State) Put(table string, r Route) {
 // add adds a route to a table. The lock is held.
 func (s *State) add(t *table, r Route) {
 	if r.Name == "" {
-		r.Name = s.number("route")
+		r.Name = s.name(r.Dst)
 	}
 	t.routes = append(t.routes, r)
 	s.change()

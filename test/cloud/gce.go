@@ -33,7 +33,7 @@ type GCE struct {
 type gceState struct {
 	shared     bool             // the network is another project's
 	network    string           // its name
-	lifetime   int              // of tokens, in seconds
+	lifetime   int              // of tokens, in seconds; 0: instances have no service account
 	others     []map[string]any // routes as the API has them, which the State has not
 	operations map[string]*gceOperation
 	mux        http.ServeMux
@@ -511,7 +511,7 @@ func (s GCE) serveMetadata(w http.ResponseWriter, r *http.Request) {
 	}
 	w.Header().Set("Metadata-Flavor", "Google")
 	path := strings.TrimPrefix(r.URL.Path, "/computeMetadata/v1/")
-	if path == "instance/service-accounts/default/token" {
+	if path == "instance/service-accounts/default/token" && s.lifetime > 0 {
 		if r.URL.Query().Get("scopes") != "https://www.googleapis.com/auth/compute" {
 			http.Error(w, "Bad Request", http.StatusBadRequest)
 			return

@@ -58,6 +58,14 @@ func gceWith(network string, shared bool) provider {
 	}
 }
 
+// newGCE returns a region, and its server.
+func newGCE(t *testing.T) (r *region, s GCE) {
+	p := gceProvider
+	p.new = func() (*State, http.Handler) { s = NewGCE("default", false); return s.State, s }
+	r = newRegion(t, p)
+	return r, s
+}
+
 // TestGCEShared: in a network of another project, and in one that is not named default, routes have other next hops and
 // other names.
 func TestGCEShared(t *testing.T) {
@@ -96,10 +104,7 @@ func gceRoute(name, dst, hop string, other map[string]any) map[string]any {
 // TestGCEOthers: several routes can have the same destination, and those that no node can have made stay. What flannel's
 // own backend of old has made is as good as ours.
 func TestGCEOthers(t *testing.T) {
-	var s GCE
-	p := gceProvider
-	p.new = func() (*State, http.Handler) { s = NewGCE("default", false); return s.State, s }
-	r := newRegion(t, p)
+	r, s := newGCE(t)
 	s.PageSize = 3
 	gone := map[string]any{"warnings": []any{map[string]any{"code": "NEXT_HOP_INSTANCE_NOT_FOUND"}}}
 	stopped := map[string]any{"warnings": []any{map[string]any{"code": "NEXT_HOP_NOT_RUNNING"}}}
@@ -136,10 +141,7 @@ func TestGCEOthers(t *testing.T) {
 // TestGCENameTaken: a name is unique in the project. A route of another network that has it is an error, which is over
 // once that route is gone.
 func TestGCENameTaken(t *testing.T) {
-	var s GCE
-	p := gceProvider
-	p.new = func() (*State, http.Handler) { s = NewGCE("default", false); return s.State, s }
-	r := newRegion(t, p)
+	r, s := newGCE(t)
 	s.AddRoute(gceRoute("flannel-10-5-1-0-24", "10.5.1.0/24", r.hop, map[string]any{"network": gceURL + "projects/flannel-test/global/networks/x"}))
 	synctest.Test(t, func(t *testing.T) {
 		work(t, r.config(""), mine).know(mine)
@@ -173,10 +175,7 @@ func TestGCEFullOperation(t *testing.T) {
 
 // TestGCECannotForward: IP forwarding is a property of the instance that only its owner may change.
 func TestGCECannotForward(t *testing.T) {
-	var s GCE
-	p := gceProvider
-	p.new = func() (*State, http.Handler) { s = NewGCE("default", false); return s.State, s }
-	r := newRegion(t, p)
+	r, s := newGCE(t)
 	s.SetForwards(r.hop, false)
 	synctest.Test(t, func(t *testing.T) {
 		work(t, r.config(""), mine)
@@ -201,10 +200,7 @@ func TestGCEOverlap(t *testing.T) {
 
 // TestGCETokens: a token that ends is replaced.
 func TestGCETokens(t *testing.T) {
-	var s GCE
-	p := gceProvider
-	p.new = func() (*State, http.Handler) { s = NewGCE("default", false); return s.State, s }
-	r := newRegion(t, p)
+	r, s := newGCE(t)
 	s.lifetime = 600
 	synctest.Test(t, func(t *testing.T) {
 		n := work(t, r.config(""), mine)
@@ -231,5 +227,21 @@ func TestGCEOneFamily(t *testing.T) {
 		if said := r.errors(); len(said) != 1 || !match(said[0], "E Route table "+r.Main()+": the interface of this instance has no address of the family of fd05:0:0:1::/64: …") {
 			t.Errorf("it says\n%s", strings.Join(said, "\n"))
 		}
+	})
+}
+
+// TestGCENoAccount: an instance without a service account gets one.
+func TestGCENoAccount(t *testing.T) {
+	r, s := newGCE(t)
+	s.lifetime = 0
+	synctest.Test(t, func(t *testing.T) {
+		work(t, r.config(""), mine)
+		pass(time.Hour)
+		r.log.expect(t, "E Google Cloud: there are no Google Cloud credentials (…service-accounts/default/token…): give the instance a service account …")
+		s.mu.Lock()
+		s.lifetime = 3600
+		s.mu.Unlock()
+		pass(100 * time.Second)
+		r.expectRoutes(t, r.Main(), "10.5.1.0/24 "+r.hop)
 	})
 }

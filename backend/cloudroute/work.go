@@ -21,7 +21,7 @@ const (
 	reconcileInterval = time.Minute
 	// Nodes that start at the same time spread their first requests over this time.
 	startSpread = time.Second
-	// A reconciliation that takes longer is cancelled.
+	// A reconciliation that takes longer is cut short. The next one goes on.
 	reconcileTimeout = time.Minute
 )
 
@@ -153,7 +153,8 @@ func (r *router) desired() desired {
 	return d
 }
 
-// applyTable makes one route table hold what it must. After a failure, the remaining steps are still taken.
+// applyTable makes one route table hold what it must. After a failure, the remaining steps are still taken. Where there
+// are more steps than the time permits, that is no failure.
 func (r *router) applyTable(ctx context.Context, table Table) bool {
 	operation := "Route table " + table.ID
 	if table.Err != nil {
@@ -164,14 +165,16 @@ func (r *router) applyTable(ctx context.Context, table Table) bool {
 	r.waits = r.waits || waits
 	ok := true
 	var failed error // the first
-	for _, s := range steps {
+	for i, s := range steps {
 		done, err := r.cloud.Apply(ctx, s)
 		switch {
+		case done:
+			klog.FromContext(ctx).Info("Applied", "command", r.provider.Command(s))
+		case i > 0 && ctx.Err() != nil:
+			ok = false
 		case err != nil:
 			ok = false
 			failed = cmp.Or(failed, err)
-		case done:
-			klog.FromContext(ctx).Info("Applied", "command", r.provider.Command(s))
 		case s.Verb != Delete: // another program was faster; the next reconciliation shows the result
 			ok = false
 		}

@@ -287,8 +287,9 @@ func (c *cloud) delete(ctx context.Context, table string, r cloudroute.Route) (d
 	if err == nil {
 		err = c.wait(ctx, element(table, "projects"), o)
 	}
-	if reason, _, _ := refusal(err); reason == "notFound" || reason == "RESOURCE_NOT_FOUND" {
-		return false, nil
+	switch reason, _, _ := refusal(err); reason {
+	case "notFound", "RESOURCE_NOT_FOUND", "resourceNotReady", "RESOURCE_NOT_READY":
+		return false, nil // another node has deleted the route, or is about to
 	}
 	return err == nil, c.explain(ctx, "routes.delete", err)
 }

@@ -98,8 +98,10 @@ func newRegion(t *testing.T, p provider) *region {
 		w.Header()["Date"] = nil // an SDK would set the simulated clock right
 		handler.ServeHTTP(w, q)
 	}))
-	// A connection that is kept would keep the clock from running.
+	// A connection that is kept would keep the clock from running, as would one that is never used, because its request
+	// was cancelled.
 	server.Config.SetKeepAlivesEnabled(false)
+	server.Config.ReadHeaderTimeout = time.Second
 	server.Start()
 	t.Cleanup(server.Close)
 	for key := range strings.FieldsSeq(strings.Join(os.Environ(), "\n")) {

@@ -21,8 +21,12 @@ const (
 	gceZone    = "europe-test1-b"
 )
 
-// WaitOperation is the action to wait for an operation of a GCE.
-const WaitOperation Action = "wait for an operation"
+// WaitOperation is the action to wait for an operation of a GCE, and NotReady its fault that another operation on the
+// same route has not ended.
+const (
+	WaitOperation Action = "wait for an operation"
+	NotReady      Fault  = "another operation"
+)
 
 // GCE is Google's: Compute Engine's API of routes, and the metadata server.
 type GCE struct {
@@ -33,13 +37,14 @@ type GCE struct {
 type gceState struct {
 	shared     bool             // the network is another project's
 	network    string           // its name
+	waits      int              // requests to wait for an operation until it ends
 	lifetime   int              // of tokens, in seconds; 0: instances have no service account
 	others     []map[string]any // routes as the API has them, which the State has not
 	operations map[string]*gceOperation
 	mux        http.ServeMux
 }
 
-// A gceOperation takes effect when somebody waits for it for the second time: at first, the answer is that it runs.
+// A gceOperation takes effect when somebody has waited for it often enough: until then, the answer is that it runs.
 type gceOperation struct {
 	Name   string `json:"name"`
 	Kind   string `json:"operationType"`
@@ -52,7 +57,7 @@ type gceOperation struct {
 
 // NewGCE returns a GCE with one network. A network that is shared is that of another project.
 func NewGCE(network string, shared bool) GCE {
-	s := GCE{newState(), &gceState{shared: shared, network: network, lifetime: 7200, operations: map[string]*gceOperation{}}}
+	s := GCE{newState(), &gceState{shared: shared, network: network, lifetime: 7200, waits: 2, operations: map[string]*gceOperation{}}}
 	number := s.number
 	s.number = func(kind string) string {
 		if kind == "rtb" {
@@ -210,6 +215,8 @@ func (s GCE) faultOf(f Fault, m gceMethod) error {
 		return gceError{http.StatusNotFound, "notFound", "The resource '" + s.networkPath() + "' was not found"}
 	case Full:
 		return gceError{http.StatusForbidden, "quotaExceeded", gceFull}
+	case NotReady:
+		return gceError{http.StatusBadRequest, "resourceNotReady", "The resource is not ready"}
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -382,7 +389,7 @@ func (s GCE) waitOperation(r *http.Request) (any, error) {
 		return nil, gceError{http.StatusNotFound, "notFound", "The resource of the operation was not found"}
 	}
 	o.Status = "RUNNING"
-	if o.waits++; o.waits == 1 {
+	if o.waits++; o.waits < s.waits {
 		return o, nil
 	}
 	o.Status = "DONE"

@@ -35,18 +35,26 @@ func init() {
 
 // A vpc is a lab whose underlay has the routes of the main route table.
 type vpc struct {
-	cloud.EC2
+	*cloud.State
 	lab  *lab.Lab
 	enis map[*lab.Node]string
 }
 
 func newVPC(ctx context.Context, t *testing.T, nodes int) *vpc {
 	t.Helper()
+	s := cloud.NewEC2()
+	return newCloud(ctx, t, nodes, "aws-vpc", s.State, s, ec2Address)
+}
+
+// newCloud returns a lab whose nodes have a backend, and whose cloud's server is at an address.
+func newCloud(ctx context.Context, t *testing.T, nodes int, backend string, state *cloud.State, handler http.Handler,
+	address string) *vpc {
+	t.Helper()
 	options := make([]lab.NodeOptions, nodes)
 	for i := range options {
 		options[i].Routed = true
 	}
-	v := &vpc{cloud.NewEC2(), labtest.New(ctx, t, `{`+ipv4Network+`, `+ipv6Network+`, "Backend": {"Type": "aws-vpc"}}`,
+	v := &vpc{state, labtest.New(ctx, t, `{`+ipv4Network+`, `+ipv6Network+`, "Backend": {"Type": "`+backend+`"}}`,
 		options...), map[*lab.Node]string{}}
 	var routed map[netip.Prefix]netip.Addr
 	v.Forward(func(gateways map[netip.Prefix]netip.Addr) {
@@ -71,10 +79,10 @@ func newVPC(ctx context.Context, t *testing.T, nodes int) *vpc {
 	}
 	var listener net.Listener
 	labtest.Do(t, v.lab.Outside.Do(func() (err error) {
-		listener, err = net.Listen("tcp", ec2Address)
+		listener, err = net.Listen("tcp", address)
 		return err
 	}))
-	server := &http.Server{Handler: v}
+	server := &http.Server{Handler: handler}
 	go server.Serve(listener)
 	t.Cleanup(func() { server.Close() })
 	return v

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"bytes"
 	"os"
 	"strings"
 	"testing"
@@ -52,4 +53,15 @@ func TestGCE(t *testing.T) {
 		t.Errorf("cleanup: %v\n%s", err, out)
 	}
 	v.routes(ctx, t, nodes[1])
+}
+
+// TestGCELean: of the hundreds of calls of Compute Engine's client, those that are used are linked.
+func TestGCELean(t *testing.T) {
+	t.Parallel()
+	program := labtest.Must(os.ReadFile("../../build/bin/flanneld"))(t)
+	for call, want := range map[string]bool{"RoutesInsertCall": true, "InstancesInsertCall": false} {
+		if has := bytes.Contains(program, []byte("compute/v1.(*"+call+").Do")); has != want {
+			t.Errorf("the daemon has %s: %t", call, has)
+		}
+	}
 }

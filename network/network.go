@@ -267,11 +267,11 @@ func (n *node) start(ctx context.Context) (err error) {
 	if n.events.links, err = iface.Changes(ctx); err != nil {
 		return err
 	}
-	if n.file, err = watchFile(ctx, n.SubnetFile); err != nil {
+	if file, err := watchFile(ctx, n.SubnetFile); err != nil {
 		n.log.Error(err, "Cannot watch the subnet file; it is checked at each comparison (--kernel-resync)",
 			"path", n.SubnetFile)
 	} else {
-		n.events.file = n.file.changes
+		n.file, n.events.file = file, file.C
 	}
 	if n.kernel, err = kernel.New(n.log); err != nil {
 		return err

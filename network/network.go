@@ -556,8 +556,11 @@ func (n *node) applyLease(ctx context.Context, a acquired) {
 	}
 	if n.own == nil {
 		n.announceSubnets(n.before, l.Subnets)
-	} else if n.own.Subnets != l.Subnets {
-		n.announceSubnets(n.own.Subnets, l.Subnets)
+	} else if former := n.own.Subnets; former != l.Subnets {
+		n.announceSubnets(former, l.Subnets)
+		if n.leases[former].Attrs.Equal(n.own.Attrs) { // else it is another node's by now
+			delete(n.leases, former)
+		}
 	}
 	n.own = &l
 	n.apply(ctx)

@@ -549,6 +549,7 @@ func (n *node) applyLease(ctx context.Context, a acquired) {
 		return // a later one follows
 	}
 	l := a.Lease
+	l.Expires = time.Time{} // State of the manager has the end, which may become another one
 	if a.cfg != n.cfg {
 		n.log.Info("Configuration changed", "network", a.cfg.Networks(), "backend", a.cfg.BackendType)
 		n.setup = a.setup

@@ -267,11 +267,11 @@ func (n *node) start(ctx context.Context) (err error) {
 	if n.events.links, err = iface.Changes(ctx); err != nil {
 		return err
 	}
-	if n.file, err = watchFile(ctx, n.SubnetFile); err != nil {
+	if file, err := watchFile(ctx, n.SubnetFile); err != nil {
 		n.log.Error(err, "Cannot watch the subnet file; it is checked at each comparison (--kernel-resync)",
 			"path", n.SubnetFile)
 	} else {
-		n.events.file = n.file.changes
+		n.file, n.events.file = file, file.C
 	}
 	if n.kernel, err = kernel.New(n.log); err != nil {
 		return err
@@ -549,6 +549,7 @@ func (n *node) applyLease(ctx context.Context, a acquired) {
 		return // a later one follows
 	}
 	l := a.Lease
+	l.Expires = time.Time{} // State of the manager has the end, which may become another one
 	if a.cfg != n.cfg {
 		n.log.Info("Configuration changed", "network", a.cfg.Networks(), "backend", a.cfg.BackendType)
 		n.setup = a.setup
@@ -556,8 +557,11 @@ func (n *node) applyLease(ctx context.Context, a acquired) {
 	}
 	if n.own == nil {
 		n.announceSubnets(n.before, l.Subnets)
-	} else if n.own.Subnets != l.Subnets {
-		n.announceSubnets(n.own.Subnets, l.Subnets)
+	} else if former := n.own.Subnets; former != l.Subnets {
+		n.announceSubnets(former, l.Subnets)
+		if n.leases[former].Attrs.Equal(n.own.Attrs) { // else it is another node's by now
+			delete(n.leases, former)
+		}
 	}
 	n.own = &l
 	n.apply(ctx)

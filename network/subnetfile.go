@@ -13,46 +13,23 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/pkg/fight"
+	"github.com/flanneld/flanneld/pkg/filewatch"
 	"github.com/flanneld/flanneld/subnet"
 )
 
-// A fileWatch signals when any program, this one included, has written, replaced or
-// removed a file, or one whose name begins with the name of that file. Signals that
-// nobody has taken are merged into one. They end with the context.
+// A fileWatch signals when any program has changed a file, or one whose name begins with the name of that file.
 type fileWatch struct {
-	changes chan struct{}
-	watcher *fsnotify.Watcher
-	dir     string // not the file, which is replaced
+	*filewatch.Watch
+	dir string // not the file, which is replaced
 }
 
-// watchFile returns the watch of a file. It signals nothing before again has succeeded.
+// watchFile returns the watch of a file. It signals nothing before again has succeeded, and ends with the context.
 func watchFile(ctx context.Context, path string) (*fileWatch, error) {
-	log := klog.FromContext(ctx)
-	f := &fileWatch{changes: make(chan struct{}, 1), dir: filepath.Dir(path)}
-	var err error
-	if f.watcher, err = fsnotify.NewWatcher(); err != nil {
-		return nil, err
-	}
-	go func() {
-		defer f.watcher.Close()
-		for {
-			select {
-			case <-ctx.Done():
-				return
-			case e := <-f.watcher.Events:
-				if !strings.HasPrefix(filepath.Base(e.Name), filepath.Base(path)) && e.Name != f.dir {
-					continue
-				}
-			case err := <-f.watcher.Errors:
-				log.V(1).Info("Watching the subnet file failed", "path", f.dir, "err", err)
-			}
-			select {
-			case f.changes <- struct{}{}:
-			default: // there is one already
-			}
-		}
-	}()
-	return f, nil
+	dir, name := filepath.Dir(path), filepath.Base(path)
+	w, err := filewatch.New(ctx, func(changed string) bool {
+		return changed == dir || strings.HasPrefix(filepath.Base(changed), name)
+	})
+	return &fileWatch{w, dir}, err
 }
 
 // again watches the directory, which is another one by now if it was removed, and
@@ -62,7 +39,7 @@ func (f *fileWatch) again() error {
 	if err := os.MkdirAll(f.dir, 0o755); err != nil { // as the file's first writer would
 		return err
 	}
-	if err := f.watcher.Add(f.dir); err != nil && !errors.Is(err, fsnotify.ErrClosed) { // closed: flanneld ends
+	if err := f.Add(f.dir); err != nil && !errors.Is(err, fsnotify.ErrClosed) { // closed: flanneld ends
 		return fmt.Errorf("inotify for %s: %w", f.dir, err)
 	}
 	return nil

@@ -375,7 +375,7 @@ func TestSubnetFileAtTheEnd(t *testing.T) {
 		t.Fatal(err)
 	}
 	cancel()
-	eventually(t, "the end of the watch", func() bool { return errors.Is(f.watcher.Add(f.dir), fsnotify.ErrClosed) })
+	eventually(t, "the end of the watch", func() bool { return errors.Is(f.Add(f.dir), fsnotify.ErrClosed) })
 	if err := f.again(); err != nil {
 		t.Error(err)
 	}

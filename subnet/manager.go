@@ -24,7 +24,7 @@ type Manager interface {
 	Config(ctx context.Context) (*Config, error)
 
 	// Configs sends each configuration that replaces the one that Config returned. A configuration that cannot work is
-	// logged and not sent. The channel is closed when ctx ends. It is nil where the configuration cannot change.
+	// logged and not sent. The channel is closed when ctx ends.
 	Configs(ctx context.Context) <-chan *Config
 
 	// Select sends the selector by which this node's uplink is found: sel, completed by what the store knows about

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -80,8 +79,8 @@ func (c *cleanup) run(ctx context.Context) error {
 		return nil
 	}
 	if !c.yes {
-		if err := confirm(); err != nil {
-			return err
+		if !confirm("Run these commands?") {
+			return errors.New("nothing was removed")
 		}
 	}
 	if err := r.execute(ctx); err != nil {
@@ -268,16 +267,6 @@ func (c *cleanup) stopped(ctx context.Context) error {
 	}
 	if c.checkDaemon(ctx) == nil {
 		return fmt.Errorf("flanneld runs on this node (it replies at %s): stop flanneld first", c.options.StatusSocket)
-	}
-	return nil
-}
-
-// confirm waits for a confirmation on the terminal.
-func confirm() error {
-	fmt.Fprint(os.Stderr, "Run these commands? [y/N] ")
-	line, _ := bufio.NewReader(os.Stdin).ReadString('\n')
-	if a := strings.ToLower(strings.TrimSpace(line)); a != "y" && a != "yes" {
-		return errors.New("nothing was removed")
 	}
 	return nil
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -30,6 +31,14 @@ func newPrinter() printer {
 func isTerminal(f *os.File) bool {
 	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
 	return err == nil
+}
+
+// confirm asks a question on the terminal, and tells whether the answer is yes.
+func confirm(question string) bool {
+	printer{out: os.Stderr}.printf("%s [y/N] ", question)
+	line, _ := bufio.NewReader(os.Stdin).ReadString('\n')
+	a := strings.ToLower(strings.TrimSpace(line))
+	return a == "y" || a == "yes"
 }
 
 // printf prints texts, each as one printable line, and numbers as they are. A plain.Block keeps its lines.

@@ -206,14 +206,19 @@ func (i inspection) Close() {
 	i.manager.Close()
 }
 
-// inspect reads the state of the node from the host and the store, without the daemon.
-func (t *tool) inspect(ctx context.Context) (source, error) {
+// manager returns the subnet manager that the options choose.
+func (t *tool) manager(ctx context.Context) (subnet.Manager, error) {
 	if os.Getenv("NODE_NAME") == "" {
 		if name, err := os.Hostname(); err == nil {
 			os.Setenv("NODE_NAME", strings.ToLower(name)) // as kubelet does
 		}
 	}
-	m, err := t.options.Manager(ctx)
+	return t.options.Manager(ctx)
+}
+
+// inspect reads the state of the node from the host and the store, without the daemon.
+func (t *tool) inspect(ctx context.Context) (source, error) {
+	m, err := t.manager(ctx)
 	if err != nil {
 		return nil, err
 	}

@@ -196,21 +196,6 @@ func expiry(at time.Time) string {
 	}
 }
 
-func (t *tool) leasesCommand() *cobra.Command {
-	return t.outputFlag(&cobra.Command{
-		Use:   "leases",
-		Short: "List the leases of all nodes",
-		Args:  cobra.NoArgs,
-		RunE: t.withSource(func(ctx context.Context, src source) (result, error) {
-			leases, err := src.Leases(ctx)
-			if err != nil {
-				return result{}, fmt.Errorf("no leases: waiting for %w", err)
-			}
-			return result{leases, func() { t.leases(leases) }, false}, nil
-		}),
-	})
-}
-
 // leases prints the leases as a table, with columns for each family in use.
 func (t *tool) leases(leases []network.Lease) {
 	var rows [][]cell

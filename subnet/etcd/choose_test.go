@@ -16,7 +16,8 @@ import (
 
 // records reads lines of the form "10.5.1.0-24 198.18.0.1", as old as they come.
 // "reserved" at the end of a line means no etcd lease, "unreadable" in the place
-// of the address a value that makes no sense.
+// of the address a value that makes no sense, "used" behind it that a node has
+// written the value.
 func records(t *testing.T, text string) []record {
 	t.Helper()
 	m := &Manager{options: Options{Prefix: "/net"}, records: subnet.NewRecordLog(klog.Background())}
@@ -34,6 +35,9 @@ func records(t *testing.T, text string) []record {
 				a.PublicIP = ip
 			} else {
 				a.PublicIPv6 = ip
+			}
+			if len(f) > 2 && f[2] == "used" {
+				a.BackendType = "vxlan"
 			}
 			value, err := json.Marshal(a)
 			if err != nil {

@@ -121,6 +121,10 @@ func (k *keptLease) checkRecord(ctx context.Context, now record) (repaired bool,
 	switch state {
 	case intact:
 		if now.reserved() || time.Now().Before(k.renewAt) {
+			if now.reserved() { // an operator may have made it so, and may make it a lease again
+				k.setExpires(time.Time{})
+				k.renewAt = time.Time{}
+			}
 			k.setWrote(now)
 			return false, nil
 		}

@@ -3,6 +3,7 @@ package etcd
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"slices"
 	"strings"
@@ -38,6 +39,23 @@ func (r record) isGone() bool { return r.key != "" && r.changed == 0 }
 
 // reserved tells whether the operator has reserved the subnets for a node.
 func (r record) reserved() bool { return r.exists() && r.valid && r.lease == clientv3.NoLease }
+
+// A reservation is the value of a record that an operator has written, in JSON. For flannel, it is a record like others:
+// the node that takes it writes its own.
+type reservation struct {
+	PublicIP, PublicIPv6 string `json:",omitempty"`
+	Unused               bool   // true
+}
+
+// unused tells whether the record is a reservation that no node has taken yet. An operator may have written it without
+// flannelctl.
+func (r record) unused() bool {
+	if !r.reserved() || r.attrs.BackendType != "" || r.attrs.BackendData != nil || r.attrs.BackendV6Data != nil {
+		return false
+	}
+	var v reservation
+	return r.created == r.changed || json.Unmarshal(r.value, &v) == nil && v.Unused
+}
 
 // asLease returns the record as the lease that it is, without the time of its end.
 func (r record) asLease() subnet.Lease {
@@ -156,8 +174,9 @@ func tooLarge(err error) bool {
 // publish gives the node's record the value, and renews its etcd lease, or replaces an etcd lease that has ended; a
 // reservation stays without an etcd lease. The record is written only when it changes, because each write wakes all
 // peers; or where this node has found it by its address alone: it may be another machine's, whose LeaseFile then counts
-// no longer. Now is the record as it was last read; if it is zero, publish creates the record. The results are the
-// record and its end; ok is false when another program was faster, or one of also does not hold, and nothing was done.
+// no longer; or where it is a reservation that no node has taken. Now is the record as it was last read; if it is zero,
+// publish creates the record. The results are the record and its end; ok is false when another program was faster, or
+// one of also does not hold, and nothing was done.
 func (m *Manager) publish(ctx context.Context, now record, key string, value []byte, also ...clientv3.Cmp) (
 	r record, expires time.Time, ok bool, err error,
 ) {
@@ -179,7 +198,7 @@ func (m *Manager) publish(ctx context.Context, now record, key string, value []b
 		expires = time.Now().Add(ttl)
 	}
 	known := now.exists() && m.isWrote(now)
-	if now.exists() && !granted && bytes.Equal(now.value, value) && (known || m.options.LeaseFile == "") {
+	if now.exists() && !granted && bytes.Equal(now.value, value) && !now.unused() && (known || m.options.LeaseFile == "") {
 		return now, expires, true, nil
 	}
 	if known {

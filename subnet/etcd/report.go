@@ -20,12 +20,20 @@ import (
 // parallelReads is how many etcd leases are read at once.
 const parallelReads = 16
 
-// Expiries implements subnet.Manager. It takes a request for each lease.
+// Expiries implements subnet.Manager.
 func (m *Manager) Expiries(ctx context.Context, of ...subnet.Subnets) (map[subnet.Subnets]time.Time, error) {
 	records, _, err := m.list(ctx)
 	if err != nil {
 		return nil, err
 	}
+	if len(of) > 0 {
+		records = slices.DeleteFunc(records, func(r record) bool { return !slices.Contains(of, r.subnets) })
+	}
+	return m.expiriesOf(ctx, records)
+}
+
+// expiriesOf asks when records end. It takes a request for each of them.
+func (m *Manager) expiriesOf(ctx context.Context, records []record) (map[subnet.Subnets]time.Time, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var mu sync.Mutex
@@ -47,7 +55,7 @@ func (m *Manager) Expiries(ctx context.Context, of ...subnet.Subnets) (map[subne
 		})
 	}
 	for _, r := range records {
-		if r.lease != clientv3.NoLease && (len(of) == 0 || slices.Contains(of, r.subnets)) {
+		if r.lease != clientv3.NoLease {
 			todo <- r
 		}
 	}

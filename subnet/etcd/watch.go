@@ -12,7 +12,7 @@ import (
 )
 
 // Watch implements subnet.Manager. Leases of peers come without the time of their end, which would take a request
-// for each of them.
+// for each of them. Reservations that no node has taken are no leases.
 func (m *Manager) Watch(ctx context.Context) <-chan subnet.Update {
 	updates := subnet.NewMailbox()
 	go func() {
@@ -43,7 +43,7 @@ func (m *Manager) watchOnce(ctx context.Context, updates *subnet.Mailbox) error 
 	}
 	snapshot := subnet.Update{Snapshot: true, Leases: make(map[subnet.Subnets]subnet.Lease, len(records))}
 	for _, r := range records {
-		if r.valid {
+		if r.valid && !r.unused() {
 			snapshot.Put(r.asLease())
 		}
 	}
@@ -92,7 +92,7 @@ func (m *Manager) updateOf(events []*clientv3.Event) subnet.Update {
 			continue
 		}
 		switch r, ok := m.parse(e.Kv); {
-		case ok && r.valid:
+		case ok && r.valid && !r.unused():
 			u.Put(r.asLease())
 		case ok:
 			u.Delete(r.subnets)

@@ -212,7 +212,7 @@ func newHarness(t *testing.T) subnettest.Harness {
 				t.Fatal(err)
 			}
 		},
-		FixedConfig: true,
+		ConfigFirst: true,
 		SetLease: func(node int, l subnet.Lease) {
 			s.mu.Lock()
 			defer s.mu.Unlock()

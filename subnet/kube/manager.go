@@ -11,7 +11,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -73,19 +72,21 @@ type Manager struct {
 	cancel  context.CancelFunc
 	running sync.WaitGroup
 
-	on   subnet.Networks // of the families that are on
-	want subnet.Attrs    // what Acquire was asked to publish; of Acquire and Keep alone
+	configured []byte       // what Config read
+	want       subnet.Attrs // what Acquire was asked to publish; of Acquire and Keep alone
 
 	records    *subnet.RecordLog // what is wrong with annotations of Nodes, by name
 	ownRecords *subnet.RecordLog // what is wrong with our Node, by annotation or address
 
 	mu       sync.Mutex
-	selector iface.Selector // the latest one, see Select
-	own      *ownNode       // nil: there is no Node yet
-	changed  chan struct{}  // closed when own or up changes
-	synced   bool           // own is what the API server answered
-	waits    map[string]int // what is missing, and how many goroutines wait for it: see await
-	up       bool           // the network is up: see Ready
+	selector iface.Selector  // the latest one, see Select
+	own      *ownNode        // nil: there is no Node yet
+	changed  chan struct{}   // closed when own or up changes
+	synced   bool            // own is what the API server answered
+	waits    map[string]int  // what is missing, and how many goroutines wait for it: see await
+	up       bool            // the network is up: see Ready
+	on       subnet.Networks // of the families that are on: see setNetworks
+	switched chan struct{}   // closed when on changes; nil: nobody waits
 }
 
 var (
@@ -160,23 +161,6 @@ func (m *Manager) RecordEvent(subject, reason, message string) {
 	}
 }
 
-// Config implements subnet.Manager. The file comes with the pod: if it is missing, waiting does not help.
-func (m *Manager) Config(context.Context) (*subnet.Config, error) {
-	text, err := os.ReadFile(m.options.ConfigPath)
-	if err != nil {
-		return nil, fmt.Errorf("--net-config-path: %w (in a pod, the ConfigMap kube-flannel-cfg has it)", err)
-	}
-	cfg, err := subnet.ParseConfig(text)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", m.options.ConfigPath, err)
-	}
-	m.on = cfg.Networks()
-	return cfg, nil
-}
-
-// Configs implements subnet.Manager: the file is read once.
-func (m *Manager) Configs(context.Context) <-chan *subnet.Config { return nil }
-
 // Select implements subnet.Manager: the Node's annotations may name the public addresses.
 func (m *Manager) Select(ctx context.Context, sel iface.Selector) <-chan iface.Selector {
 	out := make(chan iface.Selector)
@@ -235,9 +219,36 @@ func (m *Manager) updateSelector(own *ownNode, sel iface.Selector) (now iface.Se
 
 // internalIPs returns the Node's InternalIPs of the families that are on.
 func (m *Manager) internalIPs(own *ownNode) []netip.Addr {
+	on, _ := m.networks()
 	return slices.DeleteFunc(slices.Clone(own.addresses), func(ip netip.Addr) bool {
-		return len(m.on.Of(family.Of(ip))) == 0
+		return len(on.Of(family.Of(ip))) == 0
 	})
+}
+
+// setNetworks sets the networks of the families that are on: those of the configuration that Config returned, and then
+// of the one that a lease was acquired for last.
+func (m *Manager) setNetworks(on subnet.Networks) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if on.Equal(m.on) {
+		return
+	}
+	m.on = on
+	if m.switched != nil {
+		close(m.switched)
+		m.switched = nil
+	}
+	m.signal() // for --iface-node-address
+}
+
+// networks returns the networks of the families that are on, and a channel that is closed when they change.
+func (m *Manager) networks() (on subnet.Networks, changed <-chan struct{}) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.switched == nil {
+		m.switched = make(chan struct{})
+	}
+	return m.on, m.switched
 }
 
 // addressMissing returns what --iface-node-address lacks to find the uplink; "" if nothing is missing.
@@ -327,8 +338,12 @@ func (m *Manager) Acquire(ctx context.Context, cfg *subnet.Config, want subnet.L
 			return subnet.Lease{}, err
 		}
 		there, err := m.publish(ctx, own, lease)
-		if err != nil || there {
-			return lease, err
+		if err != nil {
+			return subnet.Lease{}, err
+		}
+		if there {
+			m.setNetworks(cfg.Networks())
+			return lease, nil
 		}
 		if err := m.waitChange(ctx, changed, false); err != nil {
 			return subnet.Lease{}, err
@@ -349,9 +364,7 @@ func (m *Manager) leaseOf(own *ownNode, cfg *subnet.Config, attrs subnet.Attrs) 
 		}
 		// Neither can change while both the Node and this configuration stay.
 		if _, inside := f.pool.Range(f.have); !inside {
-			err := fmt.Errorf("the podCIDR %s of Node %s is outside the Network %s in %s: make Network the same as "+
-				"--cluster-cidr of kube-controller-manager, or add that to Networks",
-				f.have, m.name, subnet.Networks{IPv4: f.pool.Networks()}, m.options.ConfigPath)
+			err := m.outside(f.have, f.pool)
 			m.RecordEvent("podCIDR", "PodCIDROutsideNetwork", err.Error())
 			return subnet.Lease{}, err
 		}

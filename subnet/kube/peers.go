@@ -22,7 +22,20 @@ func (m *Manager) Watch(ctx context.Context) <-chan subnet.Update {
 	p := newPeers(m)
 	go func() {
 		defer p.updates.Close()
-		m.reflectNodes(ctx, "", "watch the Nodes", p)
+		for ctx.Err() == nil {
+			on, changed := m.networks()
+			p.setNetworks(on)
+			unchanged, cancel := context.WithCancel(ctx)
+			go func() {
+				select {
+				case <-changed:
+					cancel()
+				case <-unchanged.Done():
+				}
+			}()
+			m.reflectNodes(unchanged, "", "watch the Nodes", p)
+			cancel()
+		}
 	}()
 	return p.updates.C()
 }
@@ -31,6 +44,7 @@ func (m *Manager) Watch(ctx context.Context) <-chan subnet.Update {
 // reader knows overlap. A reflector fills peers; the Nodes themselves are not kept.
 type peers struct {
 	manager *Manager
+	on      subnet.Networks // of the families that are on
 	byName  map[string]*peer
 	subnets prefixes.Index[*peer] // podCIDRs
 	publics prefixes.Index[*peer] // public addresses, as prefixes of full length
@@ -44,9 +58,22 @@ type peers struct {
 }
 
 func newPeers(m *Manager) *peers {
+	on, _ := m.networks()
 	return &peers{
-		manager: m, byName: map[string]*peer{}, changed: map[string]*peer{}, updates: subnet.NewMailbox(),
+		manager: m, on: on, byName: map[string]*peer{}, changed: map[string]*peer{}, updates: subnet.NewMailbox(),
 	}
+}
+
+// setNetworks sets the networks of the families that are on, before all Nodes are read: leases have the podCIDRs of
+// these families. The reader then learns what differs.
+func (p *peers) setNetworks(on subnet.Networks) {
+	if on.Equal(p.on) {
+		return
+	}
+	for _, n := range p.byName {
+		p.replace(n, nil)
+	}
+	p.on = on
 }
 
 // A peer is what is kept of a Node.
@@ -122,7 +149,7 @@ func (p *peers) put(n *Node) {
 	now := &peer{name: n.Name, created: n.CreationTimestamp.Unix()}
 	if annotation(managed) == "true" {
 		now.lease = subnet.Lease{
-			Subnets: subnetsOf(n.podCIDRs, p.manager.on), Attrs: attrsOf(annotation), Created: now.created,
+			Subnets: subnetsOf(n.podCIDRs, p.on), Attrs: attrsOf(annotation), Created: now.created,
 		}
 		if len(now.lease.Each()) == 0 || len(now.lease.Attrs.PublicIPs()) == 0 {
 			now.lease = subnet.Lease{} // the node is not ready to have one
@@ -174,7 +201,7 @@ func (p *peers) markChanged(n *peer) {
 func (p *peers) claimed(n *peer) iter.Seq2[*prefixes.Index[*peer], netip.Prefix] {
 	return func(yield func(*prefixes.Index[*peer], netip.Prefix) bool) {
 		for _, s := range n.lease.Each() {
-			if !p.manager.on.Network(s).IsValid() {
+			if !p.on.Network(s).IsValid() {
 				continue
 			}
 			if !yield(&p.subnets, s) {
@@ -182,7 +209,7 @@ func (p *peers) claimed(n *peer) iter.Seq2[*prefixes.Index[*peer], netip.Prefix]
 			}
 		}
 		for _, ip := range n.lease.Attrs.PublicIPs() {
-			if len(p.manager.on.Of(family.Of(ip))) == 0 {
+			if len(p.on.Of(family.Of(ip))) == 0 {
 				continue
 			}
 			if !yield(&p.publics, netip.PrefixFrom(ip, ip.BitLen())) {

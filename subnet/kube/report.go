@@ -3,7 +3,11 @@ package kube
 import (
 	"context"
 	"net/http"
+	"net/netip"
+	"slices"
 	"time"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/flanneld/flanneld/subnet"
 )
@@ -26,4 +30,43 @@ func (m *Manager) Clock(ctx context.Context) (time.Time, error) {
 	}
 	answer.Body.Close()
 	return http.ParseTime(answer.Header.Get("Date"))
+}
+
+// Holdings returns the podCIDRs of all Nodes, sorted, and what the Nodes publish, for an operator.
+func (m *Manager) Holdings(ctx context.Context) ([]subnet.Holding, error) {
+	var all []subnet.Holding
+	err := m.retry(ctx, "read the Nodes", func(ctx context.Context) error {
+		all = nil
+		for page := (metav1.ListOptions{Limit: 500}); ; {
+			var nodes NodeList
+			request := m.client.current().Get().Resource("nodes").VersionedParams(&page, nodeParams)
+			if err := request.MaxRetries(0).Do(ctx).Into(&nodes); err != nil {
+				return err
+			}
+			for i := range nodes.Items {
+				all = append(all, m.holding(&nodes.Items[i]))
+			}
+			if page.Continue = nodes.Continue; page.Continue == "" {
+				return nil
+			}
+		}
+	})
+	slices.SortFunc(all, func(a, b subnet.Holding) int {
+		return slices.CompareFunc(a.Each(), b.Each(), netip.Prefix.Compare)
+	})
+	return all, err
+}
+
+func (m *Manager) holding(n *Node) subnet.Holding {
+	annotation := func(name string) string { return n.Annotations[m.options.AnnotationPrefix+name] }
+	h := subnet.Holding{Node: n.Name, Lease: subnet.Lease{Subnets: subnetsOf(n.podCIDRs, bothFamilies)}}
+	switch {
+	case len(h.Each()) == 0:
+		h.Note = "has no podCIDR"
+	case annotation(managed) != "true":
+		h.Note = "flanneld has not run there"
+	default:
+		h.Attrs = attrsOf(annotation)
+	}
+	return h
 }

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"io"
 	"maps"
@@ -31,7 +32,7 @@ func TestCluster(t *testing.T) {
 		}
 		t.Run(from+"/"+proxy, func(t *testing.T) {
 			t.Parallel()
-			ctx := labtest.Context(t, 4*time.Minute)
+			ctx := labtest.Context(t, 6*time.Minute)
 			l := labtest.New(ctx, t, "{}")
 			c := newCluster(ctx, t, l, proxy)
 			manifest, namespace := labtest.Must(os.ReadFile("../../Documentation/kube-flannel.yml"))(t), "kube-flannel"
@@ -84,6 +85,30 @@ func testCluster(ctx context.Context, t *testing.T, c *lab.Cluster, manifest, na
 	kubectl(ctx, t, c, "scale deployment/echo --replicas=4")
 	waitRollout(ctx, t, c, "deployment/echo")
 	checkEcho(ctx, t, c, enterPods(ctx, t, c))
+	changeConfigMap(ctx, t, c, namespace)
+}
+
+// changeConfigMap changes the backend in the ConfigMap, which takes effect in the pods that run.
+func changeConfigMap(ctx context.Context, t *testing.T, c *lab.Cluster, namespace string) {
+	t.Helper()
+	before := kubectl(ctx, t, c, "-n "+namespace+" get pods -l app=flannel -o jsonpath={.items[*].metadata.uid}")
+	var config map[string]any
+	labtest.Do(t, json.Unmarshal([]byte(kubectl(ctx, t, c, "-n "+namespace+
+		` get configmap kube-flannel-cfg -o jsonpath={.data.net-conf\.json}`)), &config))
+	config["Backend"] = map[string]string{"Type": "host-gw"}
+	text := labtest.Must(json.Marshal(config))(t)
+	patch := labtest.Must(json.Marshal(map[string]any{"data": map[string]string{"net-conf.json": string(text)}}))(t)
+	labtest.Must(c.Kubectl(ctx, "-n", namespace, "patch", "configmap", "kube-flannel-cfg", "--type=merge", "-p", string(patch)))(t)
+	changed := time.Now()
+	for _, n := range c.Nodes {
+		waitTraces(ctx, t, n, []trace{{"ip route show proto 70", "dev eth0"}}, true)
+		waitTraces(ctx, t, n, []trace{{"ip link show", "flannel.1"}}, false)
+		t.Logf("%s: the changed ConfigMap was in force after %v", n.Hostname, time.Since(changed).Round(time.Second))
+	}
+	checkEcho(ctx, t, c, enterPods(ctx, t, c))
+	if now := kubectl(ctx, t, c, "-n "+namespace+" get pods -l app=flannel -o jsonpath={.items[*].metadata.uid}"); now != before {
+		t.Errorf("the pods were %s, and are %s", before, now)
+	}
 }
 
 const flannelDaemonSet = "daemonset/kube-flannel-ds"

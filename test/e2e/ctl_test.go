@@ -827,6 +827,7 @@ func TestKubernetesStatus(t *testing.T) {
 	labtest.Start(ctx, t, l, args...)
 	n := l.Nodes()[0]
 	labtest.Do(t, waitDiff(ctx, n, ""))
+	checkNodes(ctx, t, k, n)
 	for _, more := range []string{"--direct=false", "--direct"} {
 		var leases []struct{ Subnets []netip.Prefix }
 		labtest.Do(t, lab.Poll(ctx, "both leases", func() error {
@@ -851,5 +852,38 @@ func TestKubernetesStatus(t *testing.T) {
 			!strings.HasPrefix(s.Store.Name, "Kubernetes") || s.Store.Trouble != "" {
 			t.Errorf("status %s: %+v", more, s)
 		}
+	}
+}
+
+// checkNodes checks what flannelctl lists of Nodes, with a daemon on the host, and on a machine that is no node.
+func checkNodes(ctx context.Context, t *testing.T, k *lab.Kube, n *lab.Node) {
+	t.Helper()
+	labtest.Do(t, k.AddNode(ctx, &lab.Node{Hostname: "other", IPv4: netip.MustParseAddr("198.18.99.9")}, "10.5.3.0/24"))
+	program := labtest.Must(lab.Program("bin/flannelctl"))(t)
+	kubeconfig := strings.Join(labtest.Must(k.DaemonArgs(vxlanConfig))(t)[1:2], "")
+	for what, list := range map[string]func() (string, error){
+		"on a node": func() (string, error) { return first(n.Ctl(ctx, "leases", "list")) },
+		"elsewhere": func() (string, error) {
+			return first(n.Ctl(ctx, "leases", "list", "--direct", "--subnet-file=/nowhere/subnet.env",
+				"--net-config-path=/nowhere/net-conf.json"))
+		},
+		"in a pod, where the daemon alone has the flag": func() (string, error) {
+			return n.Run(ctx, program+" leases list --env-file=/dev/null "+kubeconfig+" --subnet-file="+n.SubnetFile())
+		},
+	} {
+		text, err := list()
+		var got []string
+		for line := range strings.Lines(text) {
+			got = append(got, strings.Join(strings.Fields(line), " "))
+		}
+		want := []string{"SUBNET NODE PUBLIC IP BACKEND EXPIRES IN NOTE", "10.5.1.0/24 n1 198.18.0.1 vxlan never",
+			"10.5.2.0/24 n2 198.18.0.2 vxlan never", "10.5.3.0/24 other never flanneld has not run there"}
+		if err != nil || !slices.Equal(got, want) {
+			t.Errorf("%s: %v, %q, want %q", what, err, got, want)
+		}
+	}
+	if _, status, err := n.Ctl(ctx, "leases", "reserve", "10.5.9.0/24", "198.18.0.1"); status != 2 ||
+		!strings.Contains(err.Error(), "there is nothing to reserve or to release") {
+		t.Errorf("reserve: status %d, %v", status, err)
 	}
 }

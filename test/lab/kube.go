@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
 	"net/url"
@@ -191,11 +192,48 @@ func (k *Kube) TokenFile() string { return k.file(kubeDaemon + ".token") }
 // DaemonArgs are the flags with which a daemon takes its lease from here, with
 // the network's configuration in a file. Its rights are those of Install.
 func (k *Kube) DaemonArgs(config string) ([]string, error) {
-	file := k.file("net-conf.json")
-	if err := os.WriteFile(file, []byte(config), 0o644); err != nil {
+	if err := k.Configure(config); err != nil {
 		return nil, err
 	}
-	return []string{"--kube-subnet-mgr", "--kubeconfig-file=" + k.Kubeconfig(kubeDaemon), "--net-config-path=" + file}, nil
+	return []string{"--kube-subnet-mgr", "--kubeconfig-file=" + k.Kubeconfig(kubeDaemon),
+		"--net-config-path=" + k.ConfigFile()}, nil
+}
+
+// ConfigFile is the file with the daemons' configuration, in a directory of its own.
+func (k *Kube) ConfigFile() string { return k.file("config/net-conf.json") }
+
+// Configure writes the daemons' configuration as kubelet writes the files of a
+// mounted ConfigMap: the file is a link into ..data, which is a link that is replaced.
+func (k *Kube) Configure(config string) error {
+	dir, name := filepath.Split(k.ConfigFile())
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	now, err := os.MkdirTemp(dir, "..config")
+	if err != nil {
+		return err
+	}
+	data := filepath.Join(dir, "..data")
+	before, _ := os.Readlink(data) // there is none at first
+	for _, step := range []func() error{
+		func() error { return os.Chmod(now, 0o755) },
+		func() error { return os.WriteFile(filepath.Join(now, name), []byte(config), 0o644) },
+		func() error { return os.Symlink(filepath.Base(now), data+"_tmp") },
+		func() error { return os.Rename(data+"_tmp", data) },
+	} {
+		if err := step(); err != nil {
+			return err
+		}
+	}
+	if before != "" {
+		if err := os.RemoveAll(filepath.Join(dir, before)); err != nil {
+			return err
+		}
+	}
+	if err := os.Symlink(filepath.Join("..data", name), k.ConfigFile()); !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	return nil
 }
 
 // Install applies a manifest but for its DaemonSets, and gives the lab's

@@ -49,7 +49,9 @@ type Host struct {
 // Type returns the type of backend on the host. It is for backend.Register, in place of the type for the zero Host.
 func (h Host) Type() backend.Type {
 	h.KeyFile = cmp.Or(h.KeyFile, DefaultKeyFile)
-	return backend.Type{Name: Type, New: h.new, Devices: "flannel-wg(-v6)?", Checks: checks, Cleanup: h.cleanup}
+	return backend.Type{
+		Name: Type, New: h.new, Devices: "flannel-wg(-v6)?", SharedAddresses: true, Checks: checks, Cleanup: h.cleanup,
+	}
 }
 
 // options are the backend's keys in the configuration. make docs writes the comments of the fields into README.md.

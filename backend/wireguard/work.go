@@ -66,8 +66,13 @@ func (w *wireguard) Work(ctx context.Context, own subnet.Lease, peers <-chan sub
 	}
 	gone := make(chan struct{}, 1)
 	var devices []*deviceSync
+	file := memory{path: w.host.endpointFile()}
+	if file.written, err = readLearned(file.path); err != nil {
+		log.Error(err, "Peers behind NAT are reached when they send")
+	}
 	for _, t := range w.tunnels {
-		d := &deviceSync{tunnel: t, log: log.WithValues("device", t.dev), inKernel: w.inKernel, gone: gone}
+		d := &deviceSync{tunnel: t, log: log.WithValues("device", t.dev), inKernel: w.inKernel, gone: gone,
+			peerStates: expect(file.written[t.dev])}
 		defer d.close()
 		devices = append(devices, d)
 	}
@@ -84,6 +89,10 @@ func (w *wireguard) Work(ctx context.Context, own subnet.Lease, peers <-chan sub
 	for {
 		select {
 		case <-ctx.Done():
+			for _, d := range devices {
+				d.learn()
+			}
+			file.keep(log, devices)
 			return nil
 		case u := <-peers:
 			u.Apply(leases)
@@ -120,6 +129,7 @@ func (w *wireguard) Work(ctx context.Context, own subnet.Lease, peers <-chan sub
 				soonest = d.due
 			}
 		}
+		file.keep(log, devices)
 		next.Reset(time.Until(soonest))
 	}
 }
@@ -205,7 +215,43 @@ func (d *deviceSync) configure() (err error) {
 		d.logCommands(s.commands)
 	}
 	d.peerStates, d.reopened = states, false
+	d.reportAlone(start)
 	return nil
+}
+
+// learn reads where the peers are, before the end.
+func (d *deviceSync) learn() {
+	if d.device == nil || d.stale {
+		return
+	}
+	if have, err := d.device.Device(); err == nil {
+		_, d.peerStates = changes(d.dev, have, d.desired, d.peerStates, d.reopened, time.Now())
+	}
+}
+
+// reportAlone logs the peers without a session for which NAT may be the reason, once, and when there is a session.
+func (d *deviceSync) reportAlone(now time.Time) {
+	reported := 0
+	for key, s := range d.peerStates {
+		p := d.desired.peers[key]
+		switch {
+		case s.alone.IsZero() && s.reported:
+			s.reported = false
+			d.log.Info("There is a session with the peer now", "peer", join(p.allowed))
+		case s.alone.IsZero() || s.reported || p.nat == noNAT || now.Sub(s.alone) < sessionWait:
+			continue
+		default:
+			s.reported = true
+			if reported++; reported <= logMost || d.log.V(2).Enabled() {
+				d.log.Error(nil, "There is no session with a peer", "peer", join(p.allowed), "endpoint", p.endpoint,
+					"reason", p.noSession(d.port))
+			}
+		}
+		d.peerStates[key] = s
+	}
+	if reported > logMost && !d.log.V(2).Enabled() {
+		d.log.Error(nil, "There is no session with more peers; --v=2 logs each", "peers", reported-logMost)
+	}
 }
 
 // logCommands logs each of a few changes, or the first of many and their number.

@@ -31,8 +31,8 @@ type Type struct {
 	// subnet.MaxData bytes are one text in quotes.
 	MaxData int
 
-	// SharedAddresses is set where several nodes may have one public address, as behind NAT: Identities has nothing of the
-	// public addresses.
+	// SharedAddresses is set where several nodes may have one public address, as behind NAT: Identities has nothing of
+	// the public addresses.
 	SharedAddresses bool
 
 	// Checks are what flannelctl doctor looks for, on nodes with such a backend.

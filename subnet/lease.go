@@ -93,8 +93,8 @@ var sharing = map[string]bool{}
 // ShareAddresses lets nodes with a type of backend have the same public address. It is called from init.
 func ShareAddresses(backendType string) { sharing[backendType] = true }
 
-// SharesAddresses reports whether other nodes may have the public addresses, too, as behind NAT: the backend does not know
-// nodes by them.
+// SharesAddresses reports whether other nodes may have the public addresses, too, as behind NAT: the backend does not
+// know nodes by them.
 func (a Attrs) SharesAddresses() bool { return sharing[a.BackendType] }
 
 // maxRecord returns the size of the largest record that is read, in bytes: two large data, and as much as small data

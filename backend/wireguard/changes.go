@@ -49,7 +49,7 @@ type peerState struct {
 	received  int64          // bytes
 	sent      int64          // bytes
 	synced    time.Time
-	asked     time.Time // when something was sent that the peer answers; zero: the peer was heard since, or nothing was sent
+	asked     time.Time // when something was sent that the peer has not answered; zero: nothing was
 	started   time.Time // when a handshake was started; zero: not recently
 	alone     time.Time // since when there has been no session with the peer; zero: there was one
 	reported  bool      // that there is none
@@ -159,8 +159,8 @@ func changes(
 	return steps, after
 }
 
-// sendNow makes the device send a packet to the peer at once: that is what it does when the keepalive interval is set, and
-// was not set before. Where c does not set the interval, c and another step change it and change it back.
+// sendNow makes the device send a packet to the peer at once: that is what it does when the keepalive interval is set,
+// and was not set before. Where c does not set the interval, c and another step change it and change it back.
 func sendNow(c *wgtypes.PeerConfig, key wgtypes.Key, have, want time.Duration, second *step) {
 	on, off := startKeepalive, time.Duration(0)
 	last := &off
@@ -172,7 +172,8 @@ func sendNow(c *wgtypes.PeerConfig, key wgtypes.Key, have, want time.Duration, s
 	default:
 		c.PersistentKeepaliveInterval, last = &off, &want
 	}
-	second.Peers = append(second.Peers, wgtypes.PeerConfig{PublicKey: key, UpdateOnly: true, PersistentKeepaliveInterval: last})
+	second.Peers = append(second.Peers,
+		wgtypes.PeerConfig{PublicKey: key, UpdateOnly: true, PersistentKeepaliveInterval: last})
 }
 
 // locate finds out where the peer is, and whether it answers, from what the device has of it. there: the device has it.
@@ -214,7 +215,9 @@ func (s *peerState) sentKeepalives(have wgtypes.Peer, now time.Time) bool {
 // place returns the endpoint of the peer, if it is not the endpoint of the lease. WireGuard answers to where the last
 // packet came from, which nobody else can have sent: that endpoint is kept as long as there is a session, and the peer
 // answers. An endpoint that changes without a packet from the peer was set by another program.
-func (s *peerState) place(have wgtypes.Peer, there bool, want peer, heard bool, now time.Time) (elsewhere netip.AddrPort) {
+func (s *peerState) place(
+	have wgtypes.Peer, there bool, want peer, heard bool, now time.Time,
+) (elsewhere netip.AddrPort) {
 	at, known := endpointOf(have), s.lease.IsValid()
 	never := have.LastHandshakeTime.IsZero()
 	session := now.Sub(have.LastHandshakeTime) <= sessionEnd

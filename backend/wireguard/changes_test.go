@@ -234,47 +234,57 @@ func TestRoaming(t *testing.T) {
 		{"a new device, tried in vain", held('b', elsewhere, 5, 0), data, seen(leased, elsewhere, long), peerNAT, leased, long},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			before := peerStates{}
-			if c.before != nil {
-				before[key('b')] = *c.before
-			}
-			have := &wgtypes.Device{PrivateKey: key('a'), ListenPort: 51820}
 			if c.have.PublicKey == key('b') {
 				c.have.TransmitBytes = c.sent
-				have.Peers = []wgtypes.Peer{c.have}
 			}
-			p := wanted(leased)
-			p.nat = c.nat
-			steps, after := changes("dev", have, usual(map[byte]peer{'b': p}), before, false, start)
-			want := ""
-			if endpointOf(c.have) != at(c.want) {
-				want = "peer b endpoint " + c.want
-			}
-			if got := brief(steps); got != want {
-				t.Errorf("%q, want %q", got, want)
-			}
-			s := after[key('b')]
-			var elsewhere netip.AddrPort
-			if c.want != leased {
-				elsewhere = at(c.want)
-			}
-			if s.lease != at(leased) || s.elsewhere != elsewhere || s.received != c.have.ReceiveBytes || s.sent != c.sent {
-				t.Errorf("seen is %+v", s)
-			}
-			var asked time.Time
-			if c.asked != 0 {
-				asked = start.Add(-max(c.asked, 0))
-			}
-			if s.asked != asked {
-				t.Errorf("asked %v ago, want %v", start.Sub(s.asked), c.asked)
-			}
-			for _, st := range steps {
-				have = applied(have, st.Config)
-			}
-			if again, _ := changes("dev", have, usual(map[byte]peer{'b': p}), after, false, start); len(again) > 0 {
-				t.Errorf("and then %s", brief(again))
-			}
+			checkRoaming(t, c.have, c.before, c.nat, at(c.want), c.asked)
 		})
+	}
+}
+
+// checkRoaming checks which endpoint a peer has, and when it was asked, after what was known of it. asked is how long
+// ago, or -1 for now and 0 for never.
+func checkRoaming(
+	t *testing.T, peerHave wgtypes.Peer, known *peerState, n nat, want netip.AddrPort, asked time.Duration,
+) {
+	t.Helper()
+	before := peerStates{}
+	if known != nil {
+		before[key('b')] = *known
+	}
+	have := &wgtypes.Device{PrivateKey: key('a'), ListenPort: 51820}
+	if peerHave.PublicKey == key('b') {
+		have.Peers = []wgtypes.Peer{peerHave}
+	}
+	p := wanted(leased)
+	p.nat = n
+	steps, after := changes("dev", have, usual(map[byte]peer{'b': p}), before, false, start)
+	command := ""
+	if endpointOf(peerHave) != want {
+		command = "peer b endpoint " + want.String()
+	}
+	if got := brief(steps); got != command {
+		t.Errorf("%q, want %q", got, command)
+	}
+	s := after[key('b')]
+	if want == p.endpoint {
+		want = netip.AddrPort{}
+	}
+	if s.lease != p.endpoint || s.elsewhere != want || s.received != peerHave.ReceiveBytes || s.sent != peerHave.TransmitBytes {
+		t.Errorf("seen is %+v", s)
+	}
+	var at time.Time
+	if asked != 0 {
+		at = start.Add(-max(asked, 0))
+	}
+	if s.asked != at {
+		t.Errorf("asked %v ago, want %v", start.Sub(s.asked), asked)
+	}
+	for _, s := range steps {
+		have = applied(have, s.Config)
+	}
+	if again, _ := changes("dev", have, usual(map[byte]peer{'b': p}), after, false, start); len(again) > 0 {
+		t.Errorf("and then %s", brief(again))
 	}
 }
 

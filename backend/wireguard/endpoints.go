@@ -88,6 +88,14 @@ type memory struct {
 	err     retry.LastError
 }
 
+// read reads the file.
+func (m *memory) read(log klog.Logger) {
+	var err error
+	if m.written, err = readLearned(m.path); err != nil {
+		log.Error(err, "Peers behind NAT cannot be reached until they send")
+	}
+}
+
 // keep writes the file, if what the devices have learned has changed.
 func (m *memory) keep(log klog.Logger, devices []*deviceSync) {
 	now := learned{}

@@ -18,8 +18,8 @@ const (
 	sessionWait = 30 * time.Second
 )
 
-// A nat is what the addresses of this node and of a peer say about NAT between them. A host with a private address reaches
-// public addresses through NAT alone, and nobody reaches a private address from outside.
+// A nat is what the addresses of this node and of a peer say about NAT between them. A host with a private address
+// reaches public addresses through NAT alone, and nobody reaches a private address from outside.
 type nat int
 
 const (
@@ -82,17 +82,17 @@ func (w *wireguard) keepaliveTo(n nat) time.Duration {
 func (p peer) noSession(port int) string {
 	switch p.nat {
 	case ownNAT:
-		return fmt.Sprintf("this node is behind NAT, so that only this node can start the session, and %s does not answer: "+
-			"UDP to this port must be let through there. If the peer is behind NAT, too, its router must forward the port to it",
-			p.endpoint)
+		return fmt.Sprintf("this node is behind NAT, so that only this node can start the session, and %s does not "+
+			"answer: UDP to this port must be let through there. If the peer is behind NAT, too, its router must forward the "+
+			"port to it", p.endpoint)
 	case peerNAT:
-		return fmt.Sprintf("the peer is behind NAT, since %s is a private address, so that only the peer can start the session, "+
-			"and nothing has arrived: UDP to port %d must be let through to this node, at an address that the peer can reach",
-			p.endpoint.Addr(), port)
+		return fmt.Sprintf("the peer is behind NAT, since %s is a private address, so that only the peer can start the "+
+			"session, and nothing has arrived: UDP to port %d must be let through to this node, at an address that the peer "+
+			"can reach", p.endpoint.Addr(), port)
 	case bothNAT:
-		return fmt.Sprintf("both nodes are behind NAT, since their addresses are private, so that neither can reach the other, "+
-			"unless their networks are connected: connect them; or forward UDP port %d of one router to its node, and start "+
-			"flanneld there with --public-ip and the router's address", port)
+		return fmt.Sprintf("both nodes are behind NAT, since their addresses are private, so that neither can reach the "+
+			"other, unless their networks are connected: connect them; or forward UDP port %d of one router to its node, and "+
+			"start flanneld there with --public-ip and the router's address", port)
 	}
 	return ""
 }

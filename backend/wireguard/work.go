@@ -67,18 +67,16 @@ func (w *wireguard) Work(ctx context.Context, own subnet.Lease, peers <-chan sub
 	gone := make(chan struct{}, 1)
 	var devices []*deviceSync
 	file := memory{path: w.host.endpointFile()}
-	if file.written, err = readLearned(file.path); err != nil {
-		log.Error(err, "Peers behind NAT are reached when they send")
-	}
+	file.read(log)
 	for _, t := range w.tunnels {
 		d := &deviceSync{tunnel: t, log: log.WithValues("device", t.dev), inKernel: w.inKernel, gone: gone,
 			peerStates: expect(file.written[t.dev])}
 		defer d.close()
 		devices = append(devices, d)
 	}
-	checkLinks := func() {
+	all := func(do func(*deviceSync)) {
 		for _, d := range devices {
-			d.checkLink()
+			do(d)
 		}
 	}
 	leases := map[subnet.Subnets]subnet.Lease{}
@@ -89,21 +87,17 @@ func (w *wireguard) Work(ctx context.Context, own subnet.Lease, peers <-chan sub
 	for {
 		select {
 		case <-ctx.Done():
-			for _, d := range devices {
-				d.learn()
-			}
+			all((*deviceSync).learn)
 			file.keep(log, devices)
 			return nil
 		case u := <-peers:
 			u.Apply(leases)
 			known = known || u.Snapshot
-			for _, d := range devices {
-				d.stale, d.due = true, d.rested
-			}
+			all(func(d *deviceSync) { d.stale, d.due = true, d.rested })
 		case <-links:
-			checkLinks()
+			all((*deviceSync).checkLink)
 		case <-gone:
-			checkLinks()
+			all((*deviceSync).checkLink)
 		case <-next.C:
 		}
 		if !known {

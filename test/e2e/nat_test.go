@@ -132,6 +132,11 @@ func TestWireGuardNAT(t *testing.T) {
 	}
 	s.waitTalk(ctx, t, s.near, s.far) // at the addresses in the leases
 	s.checkKeepalives(ctx, t)
+	for _, n := range s.Nodes() {
+		if out, status, err := n.Ctl(ctx, "diff"); err != nil || status != 0 {
+			t.Errorf("%s differs: %s %v", n.Hostname, out, err)
+		}
+	}
 
 	restarted := len(s.open.Log())
 	for _, end := range []func() error{
@@ -201,7 +206,7 @@ func (s *natTestbed) checkReasons(ctx context.Context, t *testing.T) {
 		return strings.Contains(n.Log(), fmt.Sprintf(text, subnets[peer]))
 	}
 	for _, pair := range [][2]*lab.Node{{s.near, s.other}, {s.far, s.other}, {s.other, s.near}, {s.other, s.far}} {
-		labtest.Do(t, lab.Poll(ctx, pair[0].Hostname+" to log why there is no session with "+pair[1].Hostname, func() error {
+		labtest.Do(t, lab.Poll(ctx, pair[0].Hostname+" to log that "+pair[1].Hostname+" cannot be reached", func() error {
 			if !says(pair[0], pair[1]) || !strings.Contains(pair[0].Log(), "both nodes are behind NAT") {
 				return errors.New(pair[0].Log())
 			}

@@ -90,9 +90,9 @@ func (p peer) noSession(port int) string {
 			"session, and nothing has arrived: UDP to port %d must be let through to this node, at an address that the peer "+
 			"can reach", p.endpoint.Addr(), port)
 	case bothNAT:
-		return fmt.Sprintf("both nodes are behind NAT, since their addresses are private, so that neither can reach the "+
-			"other, unless their networks are connected: connect them; or forward UDP port %d of one router to its node, and "+
-			"start flanneld there with --public-ip and the router's address", port)
+		return fmt.Sprintf("both nodes have private addresses: unless their networks are connected, both are behind NAT, "+
+			"and neither can reach the other. Connect the networks; or forward UDP port %d of one router to its node, and start "+
+			"flanneld there with --public-ip and the router's address", port)
 	}
 	return ""
 }

@@ -110,20 +110,23 @@ func (w *wireguard) Work(ctx context.Context, own subnet.Lease, peers <-chan sub
 				continue
 			}
 		}
-		soonest := time.Now().Add(syncIntervalMax)
+		synced, soonest := false, time.Now().Add(syncIntervalMax)
 		for _, d := range devices {
 			if begun := time.Now(); !begun.Before(d.due) {
 				if d.stale {
 					d.desired, d.stale = w.config(d.tunnel, key, own, leases), false
 				}
 				wait := d.sync()
+				synced = true
 				d.due, d.rested = time.Now().Add(wait), time.Now().Add(restShare*time.Since(begun))
 			}
 			if d.due.Before(soonest) {
 				soonest = d.due
 			}
 		}
-		file.keep(log, devices)
+		if synced {
+			file.keep(log, devices)
+		}
 		next.Reset(time.Until(soonest))
 	}
 }

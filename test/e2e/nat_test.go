@@ -207,7 +207,7 @@ func (s *natTestbed) checkReasons(ctx context.Context, t *testing.T) {
 	}
 	for _, pair := range [][2]*lab.Node{{s.near, s.other}, {s.far, s.other}, {s.other, s.near}, {s.other, s.far}} {
 		labtest.Do(t, lab.Poll(ctx, pair[0].Hostname+" to log that "+pair[1].Hostname+" cannot be reached", func() error {
-			if !says(pair[0], pair[1]) || !strings.Contains(pair[0].Log(), "both nodes are behind NAT") {
+			if !says(pair[0], pair[1]) || !strings.Contains(pair[0].Log(), "both are behind NAT") {
 				return errors.New(pair[0].Log())
 			}
 			return nil

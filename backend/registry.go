@@ -31,6 +31,10 @@ type Type struct {
 	// subnet.MaxData bytes are one text in quotes.
 	MaxData int
 
+	// SharedAddresses is set where several nodes may have one public address, as behind NAT: Identities has nothing of
+	// the public addresses.
+	SharedAddresses bool
+
 	// Checks are what flannelctl doctor looks for, on nodes with such a backend.
 	Checks []Check
 
@@ -59,6 +63,9 @@ func Register(t Type) {
 	types[strings.ToLower(t.Name)] = t
 	if t.MaxData > 0 {
 		subnet.LimitData(t.Name, t.MaxData)
+	}
+	if t.SharedAddresses {
+		subnet.ShareAddresses(t.Name)
 	}
 	delete(devices, t.Name)
 	if t.Devices != "" {

@@ -289,7 +289,7 @@ func (s *state) checkLease(l subnet.Lease) error {
 			t, s.cfg.BackendType)
 	}
 	for _, ip := range l.Attrs.PublicIPs() {
-		if ip == own.PublicIP || ip == own.PublicIPv6 {
+		if (ip == own.PublicIP || ip == own.PublicIPv6) && !l.Attrs.SharesAddresses() {
 			return fmt.Errorf("left out, since %s is this node's own address: this is the record of an earlier lease of ours, "+
 				"or of a machine that this one replaced, and can be deleted; or a live node that needs an address of its own", ip)
 		}

@@ -87,6 +87,16 @@ var dataLimits = map[string]int{}
 // text in quotes. LimitData is called from init.
 func LimitData(backendType string, bytes int) { dataLimits[backendType] = bytes }
 
+// sharing are the types of backends whose nodes may share a public address.
+var sharing = map[string]bool{}
+
+// ShareAddresses lets nodes with a type of backend have the same public address. It is called from init.
+func ShareAddresses(backendType string) { sharing[backendType] = true }
+
+// SharesAddresses reports whether other nodes may have the public addresses, too, as behind NAT: the backend does not
+// know nodes by them.
+func (a Attrs) SharesAddresses() bool { return sharing[a.BackendType] }
+
 // maxRecord returns the size of the largest record that is read, in bytes: two large data, and as much as small data
 // for the rest.
 func maxRecord() int {

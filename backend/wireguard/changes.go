@@ -2,6 +2,7 @@ package wireguard
 
 import (
 	"bytes"
+	"cmp"
 	"fmt"
 	"maps"
 	"net"
@@ -36,16 +37,42 @@ const (
 	startMost = 1000
 )
 
+// keepaliveSize is the size of a packet without content, in bytes.
+const keepaliveSize = 32
+
 // peerStates are the states of the peers of a device at the last sync.
 type peerStates map[wgtypes.Key]peerState
 
 type peerState struct {
-	lease    netip.AddrPort // the endpoint in the lease
-	endpoint netip.AddrPort // the endpoint in the device
-	received int64          // bytes
-	sent     int64          // bytes, at the time heard
-	heard    time.Time      // when received last grew
-	started  time.Time      // when a handshake was started; zero: not recently
+	lease     netip.AddrPort // the endpoint in the lease; zero: there was no sync yet
+	elsewhere netip.AddrPort // where the peer is, as far as is known, if not where its lease says
+	received  int64          // bytes
+	sent      int64          // bytes
+	synced    time.Time
+	asked     time.Time // when something was sent that the peer has not answered; zero: nothing was
+	started   time.Time // when a handshake was started; zero: not recently
+	alone     time.Time // since when there has been no session with the peer; zero: there was one
+	reported  bool      // that there is none
+}
+
+// elsewhere returns the endpoints of the peers that are not where their leases say.
+func (p peerStates) elsewhere() map[wgtypes.Key]netip.AddrPort {
+	all := map[wgtypes.Key]netip.AddrPort{}
+	for key, s := range p {
+		if s.elsewhere.IsValid() {
+			all[key] = s.elsewhere
+		}
+	}
+	return all
+}
+
+// expect returns the states of peers after a restart, of which the endpoints are known.
+func expect(elsewhere map[wgtypes.Key]netip.AddrPort) peerStates {
+	p := peerStates{}
+	for key, endpoint := range elsewhere {
+		p[key] = peerState{elsewhere: endpoint}
+	}
+	return p
 }
 
 // A step is a configuration, and the commands with the same effect. Steps are configured one after the other.
@@ -82,15 +109,21 @@ func changes(
 	}
 	starts := 0
 	for _, key := range slices.SortedFunc(maps.Keys(want.peers), compareKeys) {
-		w := want.peers[key]
+		w, s := want.peers[key], before[key]
 		h, there := held[key]
-		s, known := before[key]
-		c, command := changeOf(h, there, w, want, !keepsEndpoint(h, w, s, known, now))
+		known := s.lease.IsValid()
+		s.locate(h, there, w, now)
+		endpoint := cmp.Or(s.elsewhere, w.endpoint)
+		if s.elsewhere.IsValid() && want.automatic {
+			w.keepalive = natKeepalive // the peer is behind NAT, or between two addresses
+		}
+		c, command := changeOf(h, there, endpoint, w, want.PSK)
 		// This node starts the handshake with a new peer. Of two nodes that learn of each other, only the handshake of
 		// the second succeeds: the first node's message is ignored, and repeated only after 5 seconds. A session that
-		// this node has lost stays alive at the peer, whose packets are lost until there is a new session.
+		// this node has lost stays alive at the peer, whose packets are lost until there is a new session. A node behind
+		// NAT may have got another address outside: its peers learn the address from any packet.
 		lost := !there || reopened // the session, if there was one
-		start := lost
+		start := lost || !known && w.nat == ownNAT
 		if !lost && !s.started.IsZero() && now.Sub(s.started) > restartAfter {
 			start, s.started = h.LastHandshakeTime.IsZero(), time.Time{}
 		}
@@ -99,12 +132,7 @@ func changes(
 			if lost {
 				s.started = now
 			}
-			if want.keepalive == 0 {
-				on, off := startKeepalive, time.Duration(0)
-				c.PersistentKeepaliveInterval = &on
-				second.Peers = append(second.Peers,
-					wgtypes.PeerConfig{PublicKey: key, UpdateOnly: true, PersistentKeepaliveInterval: &off})
-			}
+			sendNow(&c, key, h.PersistentKeepaliveInterval, w.keepalive, &second)
 		}
 		if command != "" || c.PersistentKeepaliveInterval != nil {
 			c.PublicKey, c.UpdateOnly = key, there
@@ -112,13 +140,6 @@ func changes(
 		}
 		if command != "" {
 			add(&first, "peer %s%s", key, command)
-		}
-		if !known || h.ReceiveBytes != s.received || c.Endpoint != nil {
-			s.received, s.sent, s.heard = h.ReceiveBytes, h.TransmitBytes, now
-		}
-		s.lease, s.endpoint = w.endpoint, endpointOf(h)
-		if c.Endpoint != nil {
-			s.endpoint = w.endpoint
 		}
 		after[key] = s
 	}
@@ -138,25 +159,108 @@ func changes(
 	return steps, after
 }
 
+// sendNow makes the device send a packet to the peer at once: that is what it does when the keepalive interval is set,
+// and was not set before. Where c does not set the interval, c and another step change it and change it back.
+func sendNow(c *wgtypes.PeerConfig, key wgtypes.Key, have, want time.Duration, second *step) {
+	on, off := startKeepalive, time.Duration(0)
+	last := &off
+	switch {
+	case want == 0:
+		c.PersistentKeepaliveInterval = &on
+	case have == 0:
+		return // c sets the interval
+	default:
+		c.PersistentKeepaliveInterval, last = &off, &want
+	}
+	second.Peers = append(second.Peers,
+		wgtypes.PeerConfig{PublicKey: key, UpdateOnly: true, PersistentKeepaliveInterval: last})
+}
+
+// locate finds out where the peer is, and whether it answers, from what the device has of it. there: the device has it.
+func (s *peerState) locate(have wgtypes.Peer, there bool, want peer, now time.Time) {
+	known := s.lease.IsValid()
+	heard := known && have.ReceiveBytes != s.received
+	switch {
+	case !there || !known || heard:
+		s.asked = time.Time{}
+	case s.asked.IsZero() && have.TransmitBytes != s.sent && !s.sentKeepalives(have, now):
+		s.asked = now
+	}
+	s.elsewhere = s.place(have, there, want, heard, now)
+	switch {
+	case s.elsewhere == want.endpoint:
+		s.elsewhere = netip.AddrPort{}
+	case !there && s.elsewhere.IsValid():
+		s.asked = now // a handshake is started
+	}
+	s.lease, s.received, s.sent, s.synced = want.endpoint, have.ReceiveBytes, have.TransmitBytes, now
+	switch {
+	case !have.LastHandshakeTime.IsZero():
+		s.alone = time.Time{}
+	case s.alone.IsZero():
+		s.alone = now
+	}
+}
+
+// sentKeepalives reports whether all that was sent since the last sync may have been keepalives, which no peer answers.
+func (s *peerState) sentKeepalives(have wgtypes.Peer, now time.Time) bool {
+	most := int64(1)
+	if every := have.PersistentKeepaliveInterval; every > 0 {
+		most += int64(now.Sub(s.synced) / every)
+	}
+	size := have.TransmitBytes - s.sent
+	return size > 0 && size%keepaliveSize == 0 && size/keepaliveSize <= most
+}
+
+// place returns the endpoint of the peer, if it is not the endpoint of the lease. WireGuard answers to where the last
+// packet came from, which nobody else can have sent: that endpoint is kept as long as there is a session, and the peer
+// answers. An endpoint that changes without a packet from the peer was set by another program.
+func (s *peerState) place(
+	have wgtypes.Peer, there bool, want peer, heard bool, now time.Time,
+) (elsewhere netip.AddrPort) {
+	at, known := endpointOf(have), s.lease.IsValid()
+	never := have.LastHandshakeTime.IsZero()
+	session := now.Sub(have.LastHandshakeTime) <= sessionEnd
+	switch {
+	case !there: // the device was replaced, or is one of the next daemon
+		return s.elsewhere
+	case known && at == s.lease && at != want.endpoint: // the peer was where its lease said, and has another one now
+		return netip.AddrPort{}
+	case at.IsValid() && session && (heard || !known):
+		return at
+	case !session && !never:
+		return netip.AddrPort{}
+	case at != s.elsewhere: // set by another program
+		return s.elsewhere
+	case s.asked.IsZero() || now.Sub(s.asked) <= answerTime:
+		return s.elsewhere
+	case session && want.nat == peerNAT: // the endpoint of the lease cannot be better
+		return s.elsewhere
+	}
+	return netip.AddrPort{}
+}
+
 // changeOf returns what to configure of one peer, and the end of the command with the same effect, which is empty if
 // nothing differs.
-func changeOf(have wgtypes.Peer, there bool, want peer, all config, move bool) (wgtypes.PeerConfig, string) {
+func changeOf(
+	have wgtypes.Peer, there bool, endpoint netip.AddrPort, want peer, PSK secret,
+) (wgtypes.PeerConfig, string) {
 	var c wgtypes.PeerConfig
 	var b strings.Builder
 	if !there {
 		b.WriteString(" ") // a new peer is added in any case
 	}
-	if psk := wgtypes.Key(all.PSK); have.PresharedKey != psk {
+	if psk := wgtypes.Key(PSK); have.PresharedKey != psk {
 		c.PresharedKey = &psk
 		b.WriteString(" preshared-key PSK")
 	}
-	if move {
-		c.Endpoint = net.UDPAddrFromAddrPort(want.endpoint)
-		fmt.Fprintf(&b, " endpoint %s", want.endpoint)
+	if endpointOf(have) != endpoint {
+		c.Endpoint = net.UDPAddrFromAddrPort(endpoint)
+		fmt.Fprintf(&b, " endpoint %s", endpoint)
 	}
-	if have.PersistentKeepaliveInterval != all.keepalive {
-		c.PersistentKeepaliveInterval = &all.keepalive
-		fmt.Fprintf(&b, " persistent-keepalive %d", int(all.keepalive.Seconds()))
+	if have.PersistentKeepaliveInterval != want.keepalive {
+		c.PersistentKeepaliveInterval = &want.keepalive
+		fmt.Fprintf(&b, " persistent-keepalive %d", int(want.keepalive.Seconds()))
 	}
 	allowed := prefixes(have.AllowedIPs)
 	missing := slices.DeleteFunc(slices.Clone(want.allowed),
@@ -173,26 +277,6 @@ func changeOf(have wgtypes.Peer, there bool, want peer, all config, move bool) (
 		fmt.Fprintf(&b, " allowed-ips %s", join(want.allowed))
 	}
 	return c, strings.Replace(b.String(), "  ", " ", 1)
-}
-
-// keepsEndpoint reports whether the endpoint of a peer is kept: the endpoint in its lease or, if the peer has moved and
-// is alive, the endpoint of its last packet. The endpoint of a new lease takes precedence. An endpoint that changes
-// without a packet from the peer, or from which no answer comes, was set by another program, and is not kept.
-func keepsEndpoint(have wgtypes.Peer, want peer, before peerState, known bool, now time.Time) bool {
-	at := endpointOf(have)
-	switch {
-	case at == want.endpoint:
-		return true
-	case !at.IsValid() || now.Sub(have.LastHandshakeTime) > sessionEnd:
-		return false
-	case !known: // the peer may have moved before a restart
-		return true
-	case before.lease != want.endpoint:
-		return false
-	case have.ReceiveBytes != before.received:
-		return true
-	}
-	return at == before.endpoint && (have.TransmitBytes == before.sent || now.Sub(before.heard) <= answerTime)
 }
 
 func endpointOf(p wgtypes.Peer) netip.AddrPort {

@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -11,6 +13,7 @@ import (
 
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
+	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -146,7 +149,7 @@ func TestChanges(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			before := peerStates{}
 			for _, k := range c.known {
-				before[key(byte(k))] = peerState{lease: netip.MustParseAddrPort(leased), endpoint: netip.MustParseAddrPort(leased)}
+				before[key(byte(k))] = peerState{lease: netip.MustParseAddrPort(leased)}
 			}
 			steps, after := changes("dev", c.have, c.want, before, c.again, start)
 			if got := brief(steps); got != c.steps {
@@ -167,57 +170,232 @@ func TestChanges(t *testing.T) {
 	}
 }
 
-// TestRoaming: who follows whom.
+// TestRoaming: which endpoint a peer has, after what is known of it.
 func TestRoaming(t *testing.T) {
 	at := netip.MustParseAddrPort
-	seen := func(lease, endpoint string, received int64, heard time.Duration) *peerState {
-		return &peerState{at(lease), at(endpoint), received, 100, start.Add(-heard), time.Time{}}
+	// seen is what was known at the last sync, a second ago: 5 bytes were received and 1000 sent.
+	seen := func(lease, elsewhere string, asked time.Duration) *peerState {
+		s := &peerState{lease: at(lease), received: 5, sent: 1000, synced: start.Add(-time.Second)}
+		if elsewhere != "" {
+			s.elsewhere = at(elsewhere)
+		}
+		if asked > 0 {
+			s.asked = start.Add(-asked)
+		}
+		return s
 	}
-	const now, lately, long = time.Second, 10 * time.Second, 20 * time.Second
+	remembered := &peerState{elsewhere: at(elsewhere)}
+	const lately, long, fresh, over = 10 * time.Second, 20 * time.Second, time.Minute, 4 * time.Minute
+	const idle, keepalive, data = 1000, 1032, 1128 // sent
 	for _, c := range []struct {
 		name   string
 		have   wgtypes.Peer
 		sent   int64
 		before *peerState
-		stays  bool
+		nat    nat
+		want   string
+		asked  time.Duration // ago, afterwards
 	}{
-		{"where the lease says", held('b', leased, 0, 0), 0, nil, true},
-		{"where the lease says, silent", held('b', leased, 5, time.Hour), 200, seen(leased, leased, 5, long), true},
-		{"nowhere", held('b', "", 0, 0), 100, seen(leased, leased, 0, now), false},
-		{"moved, and heard from", held('b', elsewhere, 6, time.Minute), 100, seen(leased, leased, 5, long), true},
-		{"set by somebody", held('b', elsewhere, 5, time.Minute), 100, seen(leased, leased, 5, now), false},
-		{"has been there, asked nothing", held('b', elsewhere, 5, time.Minute), 100, seen(leased, elsewhere, 5, long), true},
-		{"has been there, just asked", held('b', elsewhere, 5, time.Minute), 200, seen(leased, elsewhere, 5, lately), true},
-		{"has been there, and does not answer", held('b', elsewhere, 5, time.Minute), 200, seen(leased, elsewhere, 5, long),
-			false},
-		{"has been there, silent", held('b', elsewhere, 5, 4*time.Minute), 100, seen(leased, elsewhere, 5, long), false},
-		{"has moved on", held('b', third, 6, time.Minute), 100, seen(leased, elsewhere, 5, long), true},
-		{"never heard of", held('b', elsewhere, 0, 0), 100, seen(leased, elsewhere, 0, now), false},
-		{"a new lease", held('b', elsewhere, 6, time.Second), 100, seen(third, elsewhere, 5, now), false},
-		{"since before a restart", held('b', elsewhere, 6, time.Minute), 100, nil, true},
-		{"since long before a restart", held('b', elsewhere, 6, time.Hour), 100, nil, false},
+		{"where the lease says", held('b', leased, 0, 0), 0, nil, noNAT, leased, 0},
+		{"where the lease says, silent", held('b', leased, 5, time.Hour), data, seen(leased, "", 0), noNAT, leased, -1},
+		{"nowhere", held('b', "", 0, 0), idle, seen(leased, "", 0), noNAT, leased, 0},
+		{"moved, and heard from", held('b', elsewhere, 6, fresh), data, seen(leased, "", long), noNAT, elsewhere, 0},
+		{"set by somebody", held('b', elsewhere, 5, fresh), idle, seen(leased, "", 0), noNAT, leased, 0},
+		{"has been there, asked nothing", held('b', elsewhere, 5, fresh), idle, seen(leased, elsewhere, 0), noNAT, elsewhere, 0},
+		{"has been there, a keepalive", held('b', elsewhere, 5, fresh), keepalive, seen(leased, elsewhere, 0), noNAT, elsewhere, 0},
+		{"has been there, asked now", held('b', elsewhere, 5, fresh), data, seen(leased, elsewhere, 0), noNAT, elsewhere, -1},
+		{"has been there, just asked", held('b', elsewhere, 5, fresh), data, seen(leased, elsewhere, lately), noNAT, elsewhere,
+			lately},
+		{"has been there, and does not answer", held('b', elsewhere, 5, fresh), data, seen(leased, elsewhere, long), noNAT, leased,
+			long},
+		{"behind NAT, and does not answer", held('b', elsewhere, 5, fresh), data, seen(leased, elsewhere, long), peerNAT, elsewhere,
+			long},
+		{"has been there, and answers", held('b', elsewhere, 6, fresh), data, seen(leased, elsewhere, long), noNAT, elsewhere, 0},
+		{"has been there, no session", held('b', elsewhere, 5, over), idle, seen(leased, elsewhere, 0), peerNAT, leased, 0},
+		{"has moved on", held('b', third, 6, fresh), idle, seen(leased, elsewhere, 0), noNAT, third, 0},
+		{"has come back", held('b', leased, 6, fresh), idle, seen(leased, elsewhere, 0), noNAT, leased, 0},
+		{"has been there, set by somebody", held('b', third, 5, fresh), idle, seen(leased, elsewhere, 0), noNAT, elsewhere, 0},
+		{"has been there, set back by somebody", held('b', leased, 5, fresh), idle, seen(leased, elsewhere, 0), noNAT, elsewhere, 0},
+		{"never heard of", held('b', elsewhere, 0, 0), idle, seen(leased, "", 0), noNAT, leased, 0},
+		{"a new lease", held('b', third, 6, fresh), idle, seen(third, "", 0), noNAT, leased, 0},
+		{"a new lease, has been elsewhere", held('b', elsewhere, 5, fresh), idle, seen(third, elsewhere, 0), noNAT, elsewhere, 0},
+		{"a new lease, does not answer elsewhere", held('b', elsewhere, 5, fresh), data, seen(third, elsewhere, long), noNAT, leased,
+			long},
+		{"a new lease, where it has been", held('b', leased, 5, fresh), idle, seen(third, leased, 0), noNAT, leased, 0},
+		{"since before a restart", held('b', elsewhere, 6, fresh), idle, nil, noNAT, elsewhere, 0},
+		{"since long before a restart", held('b', elsewhere, 6, time.Hour), idle, nil, noNAT, leased, 0},
+		{"remembered, and there", held('b', elsewhere, 6, fresh), idle, remembered, noNAT, elsewhere, 0},
+		{"remembered, and moved meanwhile", held('b', third, 6, fresh), idle, remembered, noNAT, third, 0},
+		{"remembered, and back meanwhile", held('b', leased, 6, fresh), idle, remembered, noNAT, leased, 0},
+		{"remembered, no session since", held('b', elsewhere, 6, time.Hour), idle, remembered, noNAT, leased, 0},
+		{"remembered, a new device", wgtypes.Peer{}, 0, remembered, noNAT, elsewhere, -1},
+		{"a new device", wgtypes.Peer{}, 0, seen(leased, elsewhere, 0), noNAT, elsewhere, -1},
+		{"a new device, tried", held('b', elsewhere, 5, 0), data, seen(leased, elsewhere, lately), peerNAT, elsewhere, lately},
+		{"a new device, tried in vain", held('b', elsewhere, 5, 0), data, seen(leased, elsewhere, long), peerNAT, leased, long},
 	} {
-		before := peerStates{}
-		if c.before != nil {
-			before[key('b')] = *c.before
+		t.Run(c.name, func(t *testing.T) {
+			if c.have.PublicKey == key('b') {
+				c.have.TransmitBytes = c.sent
+			}
+			checkRoaming(t, c.have, c.before, c.nat, at(c.want), c.asked)
+		})
+	}
+}
+
+// checkRoaming checks which endpoint a peer has, and when it was asked, after what was known of it. asked is how long
+// ago, or -1 for now and 0 for never.
+func checkRoaming(
+	t *testing.T, peerHave wgtypes.Peer, known *peerState, n nat, want netip.AddrPort, asked time.Duration,
+) {
+	t.Helper()
+	before := peerStates{}
+	if known != nil {
+		before[key('b')] = *known
+	}
+	have := &wgtypes.Device{PrivateKey: key('a'), ListenPort: 51820}
+	if peerHave.PublicKey == key('b') {
+		have.Peers = []wgtypes.Peer{peerHave}
+	}
+	p := wanted(leased)
+	p.nat = n
+	steps, after := changes("dev", have, usual(map[byte]peer{'b': p}), before, false, start)
+	command := ""
+	if endpointOf(peerHave) != want {
+		command = "peer b endpoint " + want.String()
+	}
+	if got := brief(steps); got != command {
+		t.Errorf("%q, want %q", got, command)
+	}
+	s := after[key('b')]
+	if want == p.endpoint {
+		want = netip.AddrPort{}
+	}
+	if s.lease != p.endpoint || s.elsewhere != want || s.received != peerHave.ReceiveBytes || s.sent != peerHave.TransmitBytes {
+		t.Errorf("seen is %+v", s)
+	}
+	var at time.Time
+	if asked != 0 {
+		at = start.Add(-max(asked, 0))
+	}
+	if s.asked != at {
+		t.Errorf("asked %v ago, want %v", start.Sub(s.asked), asked)
+	}
+	for _, s := range steps {
+		have = applied(have, s.Config)
+	}
+	if again, _ := changes("dev", have, usual(map[byte]peer{'b': p}), after, false, start); len(again) > 0 {
+		t.Errorf("and then %s", brief(again))
+	}
+}
+
+// TestKeepalives: keepalives go through NAT alone, unless the configuration has an interval.
+func TestKeepalives(t *testing.T) {
+	const private, address, carrier = "192.168.1.2", "198.18.0.1", "100.64.0.9"
+	for _, c := range []struct {
+		config, own, public string
+		peers               []string // the addresses in leases
+		want                string   // the interval and the NAT of each
+	}{
+		{"", address, "", []string{"198.18.0.2"}, "0 0"},
+		{"", private, "", []string{"198.18.0.2", "192.168.1.3", carrier}, "25 1, 0 3, 0 3"},
+		{"", private, "", []string{"192.168.1.3", "10.0.0.9"}, "0 0, 0 0"},
+		{"", carrier, "", []string{"198.18.0.2"}, "25 1"},
+		{"", address, "", []string{"198.18.0.2", "192.168.1.3", carrier}, "0 0, 0 2, 0 2"},
+		{"", private, "203.0.113.7", []string{"198.18.0.2", "10.0.0.9"}, "25 1, 0 2"},
+		{`,"PersistentKeepaliveInterval":0`, private, "", []string{"198.18.0.2"}, "0 1"},
+		{`,"PersistentKeepaliveInterval":7`, address, "", []string{"198.18.0.2", "192.168.1.3"}, "7 0, 7 2"},
+	} {
+		uplink := iface.Uplink{Name: "eth0", MTU: 1500, IPv4: netip.MustParseAddr(c.own), IPv6: netip.MustParseAddr("fd18::1")}
+		uplink.PublicIP = uplink.IPv4
+		if c.public != "" {
+			uplink.PublicIP = netip.MustParseAddr(c.public)
 		}
-		c.have.TransmitBytes = c.sent
-		have := &wgtypes.Device{PrivateKey: key('a'), ListenPort: 51820, Peers: []wgtypes.Peer{c.have}}
-		steps, after := changes("dev", have, usual(map[byte]peer{'b': wanted(leased)}), before, false, start)
-		want, end := "peer b endpoint "+leased, at(leased)
-		if c.stays {
-			want, end = "", endpointOf(c.have)
+		w := newTest(t, c.config, uplink)
+		own := lease(t, "10.5.1.0-24", `{"PublicIP":"198.18.0.1"}`)
+		leases := map[subnet.Subnets]subnet.Lease{}
+		for i, ip := range c.peers {
+			l := lease(t, fmt.Sprintf("10.5.%d.0-24", i+2),
+				fmt.Sprintf(`{"PublicIP":%q,"BackendData":{"PublicKey":%q}}`, ip, key(byte('b'+i))))
+			leases[l.Subnets] = l
 		}
+		config := w.config(w.tunnels[0], secret{}, own, leases)
+		var got []string
+		for i := range c.peers {
+			p := config.peers[key(byte('b'+i))]
+			got = append(got, fmt.Sprintf("%d %d", int(p.keepalive.Seconds()), p.nat))
+		}
+		if text := strings.Join(got, ", "); text != c.want {
+			t.Errorf("%s%s to %s: %s, want %s", c.own, c.config, c.peers, text, c.want)
+		}
+		if config.automatic != (c.config == "") {
+			t.Errorf("%q: automatic is %v", c.config, config.automatic)
+		}
+	}
+}
+
+// TestKeepaliveElsewhere: a peer that is not where its lease says gets keepalives too, as long as it is there.
+func TestKeepaliveElsewhere(t *testing.T) {
+	for automatic, want := range map[bool]string{true: "peer b persistent-keepalive 25", false: ""} {
+		have := &wgtypes.Device{PrivateKey: key('a'), ListenPort: 51820, Peers: []wgtypes.Peer{held('b', elsewhere, 6, time.Minute)}}
+		c := usual(map[byte]peer{'b': wanted(leased)})
+		c.automatic = automatic
+		steps, states := changes("dev", have, c, nil, false, start)
 		if got := brief(steps); got != want {
-			t.Errorf("%s: %q, want %q", c.name, got, want)
+			t.Errorf("automatic %v: %q, want %q", automatic, got, want)
 		}
-		s := after[key('b')]
-		if s.lease != at(leased) || s.endpoint != end || s.received != c.have.ReceiveBytes {
-			t.Errorf("%s: seen is %+v", c.name, s)
+		for _, s := range steps {
+			have = applied(have, s.Config)
 		}
-		if fresh := c.before == nil || c.before.received != c.have.ReceiveBytes ||
-			!c.stays; fresh != (s.heard == start && s.sent == c.sent) && c.before != nil {
-			t.Errorf("%s: heard %v ago, sent %d", c.name, start.Sub(s.heard), s.sent)
+		want = "peer b endpoint " + leased
+		if automatic {
+			want += " persistent-keepalive 0"
+		}
+		later, _ := changes("dev", have, c, states, false, start.Add(time.Hour))
+		if got := brief(later); got != want {
+			t.Errorf("automatic %v, later: %q, want %q", automatic, got, want)
+		}
+	}
+}
+
+// TestAnnounce: a node behind NAT sends to its peers as soon as it starts, so that they learn where it is; once.
+func TestAnnounce(t *testing.T) {
+	p := wanted(leased)
+	p.nat, p.keepalive = ownNAT, natKeepalive
+	h := held('b', leased, 6, time.Minute)
+	h.PersistentKeepaliveInterval = natKeepalive
+	have := &wgtypes.Device{PrivateKey: key('a'), ListenPort: 51820, Peers: []wgtypes.Peer{h}}
+	steps, states := changes("dev", have, usual(map[byte]peer{'b': p}), nil, false, start)
+	if len(steps) != 2 || *steps[0].Peers[0].PersistentKeepaliveInterval != 0 ||
+		*steps[1].Peers[0].PersistentKeepaliveInterval != natKeepalive || brief(steps) != "" {
+		t.Errorf("at first: %+v", steps)
+	}
+	if steps, _ := changes("dev", have, usual(map[byte]peer{'b': p}), states, false, start.Add(time.Second)); len(steps) > 0 {
+		t.Errorf("and again: %+v", steps)
+	}
+}
+
+// TestLearned: the file of endpoints is read as it was written, and only if it is whole.
+func TestLearned(t *testing.T) {
+	path := Host{KeyFile: filepath.Join(t.TempDir(), "run", "wgkey")}.endpointFile()
+	if all, err := readLearned(path); len(all) > 0 || err != nil {
+		t.Errorf("without a file: %v, %v", all, err)
+	}
+	all := learned{"flannel-wg": {key('b'): netip.MustParseAddrPort(elsewhere), key('c'): netip.MustParseAddrPort("[fd18::1]:9")},
+		"flannel-wg-v6": {key('b'): netip.MustParseAddrPort(third)}}
+	for _, l := range []learned{all, {}} {
+		if err := l.write(path); err != nil {
+			t.Fatal(err)
+		}
+		if again, err := readLearned(path); err != nil || !again.equal(l) {
+			t.Errorf("%v became %v, %v", l, again, err)
+		}
+	}
+	for _, text := range []string{"", "[]", `{"dev":{"x":"198.18.0.1:1"}}`, `{"dev":{"` + key('b').String() + `":"198.18.0.1:0"}}`} {
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if all, err := readLearned(path); err == nil || len(all) > 0 {
+			t.Errorf("%q: %v", text, all)
 		}
 	}
 }

@@ -97,6 +97,10 @@ func (w *wireguard) Diff(_ context.Context, own subnet.Lease, peers []subnet.Lea
 	for _, p := range peers {
 		leases[p.Subnets] = p
 	}
+	known, err := readLearned(w.host.endpointFile())
+	if err != nil {
+		return nil, err
+	}
 	var commands []string
 	for _, t := range w.tunnels {
 		have, err := c.Device(t.dev)
@@ -113,7 +117,7 @@ func (w *wireguard) Diff(_ context.Context, own subnet.Lease, peers []subnet.Lea
 		case err != nil:
 			return nil, err
 		}
-		steps, _ := changes(t.dev, have, w.config(t, key, own, leases), nil, false, time.Now())
+		steps, _ := changes(t.dev, have, w.config(t, key, own, leases), expect(known[t.dev]), false, time.Now())
 		for _, s := range steps {
 			commands = append(commands, s.commands...)
 		}

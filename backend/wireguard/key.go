@@ -128,8 +128,9 @@ func create(file string, text []byte) error {
 	return os.Link(temp.Name(), file)
 }
 
-// cleanup finds the private key, and the sockets of a daemon that was killed.
+// cleanup finds the private key, the endpoints of peers, and the sockets of a daemon that was killed.
 func (h Host) cleanup(context.Context, *subnet.Config, subnet.Env) (backend.Cleanup, error) {
-	files := []string{h.KeyFile, filepath.Join(controlDir, "flannel-wg*.sock"), filepath.Join(controlDir, ".flanneld-*")}
+	files := []string{h.KeyFile, h.endpointFile(), filepath.Join(controlDir, "flannel-wg*.sock"),
+		filepath.Join(controlDir, ".flanneld-*")}
 	return backend.Cleanup{Files: files, Dirs: []string{controlDir}}, nil
 }

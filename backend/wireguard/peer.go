@@ -22,14 +22,16 @@ type config struct {
 	keyFile   string // which holds it
 	port      int
 	PSK       secret
-	keepalive time.Duration
+	automatic bool // keepalives are sent through NAT: the configuration does not say otherwise
 	peers     map[wgtypes.Key]peer
 }
 
 // A peer is the desired configuration of one node.
 type peer struct {
-	endpoint netip.AddrPort // in its lease; packets may come from another endpoint
-	allowed  []netip.Prefix // the destinations sent to the peer and the sources accepted from it; sorted
+	endpoint  netip.AddrPort // in its lease; packets may come from another endpoint
+	allowed   []netip.Prefix // the destinations sent to the peer and the sources accepted from it; sorted
+	nat       nat            // between this node and the endpoint
+	keepalive time.Duration  // where the peer is at the endpoint
 }
 
 // config returns the desired configuration of a device for this node and its peers. Invalid leases are left out; Peer
@@ -37,9 +39,9 @@ type peer struct {
 func (w *wireguard) config(t tunnel, private secret, own subnet.Lease, leases map[subnet.Subnets]subnet.Lease) config {
 	c := config{
 		Private: private, keyFile: w.host.KeyFile, port: t.port, PSK: w.PSK,
-		keepalive: time.Duration(w.PersistentKeepaliveInterval) * time.Second,
-		peers:     map[wgtypes.Key]peer{},
+		automatic: w.PersistentKeepaliveInterval == nil, peers: map[wgtypes.Key]peer{},
 	}
+	mixed := w.hasPublic(t, leases)
 	// Two leases of a node, from times with IPv4 and with both families, may have the same subnet. A device accepts a
 	// subnet for one peer; the choice should always be the same.
 	holder := map[netip.Prefix]wgtypes.Key{}
@@ -54,7 +56,8 @@ func (w *wireguard) config(t tunnel, private secret, own subnet.Lease, leases ma
 		for _, a := range p.allowed {
 			holder[a] = key
 		}
-		c.peers[key] = peer{endpoint: p.endpoint}
+		n := w.natTo(p.endpoint.Addr(), mixed)
+		c.peers[key] = peer{endpoint: p.endpoint, nat: n, keepalive: w.keepaliveTo(n)}
 	}
 	for a, key := range holder {
 		p := c.peers[key]

@@ -49,7 +49,9 @@ type Host struct {
 // Type returns the type of backend on the host. It is for backend.Register, in place of the type for the zero Host.
 func (h Host) Type() backend.Type {
 	h.KeyFile = cmp.Or(h.KeyFile, DefaultKeyFile)
-	return backend.Type{Name: Type, New: h.new, Devices: "flannel-wg(-v6)?", Checks: checks, Cleanup: h.cleanup}
+	return backend.Type{
+		Name: Type, New: h.new, Devices: "flannel-wg(-v6)?", SharedAddresses: true, Checks: checks, Cleanup: h.cleanup,
+	}
 }
 
 // options are the backend's keys in the configuration. make docs writes the comments of the fields into README.md.
@@ -69,8 +71,9 @@ type options struct {
 	// are recorded today from being decrypted by a quantum computer later
 	PSK secret
 
-	// seconds between packets to a silent peer, 1 to 65535, so that NAT keeps the connection; 0 sends no such packets
-	PersistentKeepaliveInterval int
+	// seconds between packets to a silent peer, 1 to 65535, so that NAT keeps the connection; 0 sends no such packets.
+	// See below for the default
+	PersistentKeepaliveInterval *int `default:"25 through NAT, 0 otherwise"`
 
 	// MTU of the network between the nodes, if it is smaller than the uplink's; the MTU of pods is 80 bytes smaller
 	MTU int `default:"the uplink's"`
@@ -131,8 +134,8 @@ func newBackend(cfg *subnet.Config, uplink iface.Uplink, host Host, hasWireGuard
 			return nil, fmt.Errorf("%s %d is not allowed: 1 to 65535", p.key, p.port)
 		}
 	}
-	if k := w.PersistentKeepaliveInterval; k < 0 || k > 65535 {
-		return nil, fmt.Errorf("PersistentKeepaliveInterval %d is not allowed: 1 to 65535 seconds, or 0 for none", k)
+	if k := w.PersistentKeepaliveInterval; k != nil && (*k < 0 || *k > 65535) {
+		return nil, fmt.Errorf("PersistentKeepaliveInterval %d is not allowed: 1 to 65535 seconds, or 0 for none", *k)
 	}
 	switch {
 	case !slices.Contains(modes, w.Mode):

@@ -66,14 +66,17 @@ func (w *wireguard) Work(ctx context.Context, own subnet.Lease, peers <-chan sub
 	}
 	gone := make(chan struct{}, 1)
 	var devices []*deviceSync
+	file := memory{path: w.host.endpointFile()}
+	file.read(log)
 	for _, t := range w.tunnels {
-		d := &deviceSync{tunnel: t, log: log.WithValues("device", t.dev), inKernel: w.inKernel, gone: gone}
+		d := &deviceSync{tunnel: t, log: log.WithValues("device", t.dev), inKernel: w.inKernel, gone: gone,
+			peerStates: expect(file.written[t.dev])}
 		defer d.close()
 		devices = append(devices, d)
 	}
-	checkLinks := func() {
+	all := func(do func(*deviceSync)) {
 		for _, d := range devices {
-			d.checkLink()
+			do(d)
 		}
 	}
 	leases := map[subnet.Subnets]subnet.Lease{}
@@ -84,17 +87,17 @@ func (w *wireguard) Work(ctx context.Context, own subnet.Lease, peers <-chan sub
 	for {
 		select {
 		case <-ctx.Done():
+			all((*deviceSync).learn)
+			file.keep(log, devices)
 			return nil
 		case u := <-peers:
 			u.Apply(leases)
 			known = known || u.Snapshot
-			for _, d := range devices {
-				d.stale, d.due = true, d.rested
-			}
+			all(func(d *deviceSync) { d.stale, d.due = true, d.rested })
 		case <-links:
-			checkLinks()
+			all((*deviceSync).checkLink)
 		case <-gone:
-			checkLinks()
+			all((*deviceSync).checkLink)
 		case <-next.C:
 		}
 		if !known {
@@ -107,18 +110,22 @@ func (w *wireguard) Work(ctx context.Context, own subnet.Lease, peers <-chan sub
 				continue
 			}
 		}
-		soonest := time.Now().Add(syncIntervalMax)
+		synced, soonest := false, time.Now().Add(syncIntervalMax)
 		for _, d := range devices {
 			if begun := time.Now(); !begun.Before(d.due) {
 				if d.stale {
 					d.desired, d.stale = w.config(d.tunnel, key, own, leases), false
 				}
 				wait := d.sync()
+				synced = true
 				d.due, d.rested = time.Now().Add(wait), time.Now().Add(restShare*time.Since(begun))
 			}
 			if d.due.Before(soonest) {
 				soonest = d.due
 			}
+		}
+		if synced {
+			file.keep(log, devices)
 		}
 		next.Reset(time.Until(soonest))
 	}
@@ -205,7 +212,43 @@ func (d *deviceSync) configure() (err error) {
 		d.logCommands(s.commands)
 	}
 	d.peerStates, d.reopened = states, false
+	d.reportAlone(start)
 	return nil
+}
+
+// learn reads where the peers are, before the end.
+func (d *deviceSync) learn() {
+	if d.device == nil || d.stale {
+		return
+	}
+	if have, err := d.device.Device(); err == nil {
+		_, d.peerStates = changes(d.dev, have, d.desired, d.peerStates, d.reopened, time.Now())
+	}
+}
+
+// reportAlone logs the peers without a session for which NAT may be the reason, once, and when there is a session.
+func (d *deviceSync) reportAlone(now time.Time) {
+	reported := 0
+	for key, s := range d.peerStates {
+		p := d.desired.peers[key]
+		switch {
+		case s.alone.IsZero() && s.reported:
+			s.reported = false
+			d.log.Info("There is a session with the peer now", "peer", join(p.allowed))
+		case s.alone.IsZero() || s.reported || p.nat == noNAT || now.Sub(s.alone) < sessionWait:
+			continue
+		default:
+			s.reported = true
+			if reported++; reported <= logMost || d.log.V(2).Enabled() {
+				d.log.Error(nil, "There is no session with a peer", "peer", join(p.allowed), "endpoint", p.endpoint,
+					"reason", p.noSession(d.port))
+			}
+		}
+		d.peerStates[key] = s
+	}
+	if reported > logMost && !d.log.V(2).Enabled() {
+		d.log.Error(nil, "There is no session with more peers; --v=2 logs each", "peers", reported-logMost)
+	}
 }
 
 // logCommands logs each of a few changes, or the first of many and their number.

@@ -146,6 +146,25 @@ func TestConflictsAreSaid(t *testing.T) {
 	c.expect("what is left", "10.5.1.0/24 at 198.18.0.2", "10.5.7.0/24 at 198.18.0.1")
 }
 
+// Nodes behind NAT may share a public address, where the backend tells them apart by something else.
+func TestSharedAddresses(t *testing.T) {
+	said := logged(t)
+	const sharing = "sharing"
+	subnet.ShareAddresses(sharing)
+	var nodes []testNode
+	for i := 1; i <= 2; i++ {
+		n := claimant(i, "198.18.0.9", fmt.Sprintf("10.5.%d.0/24", i))
+		n.annotations = append(n.annotations, "flannel.alpha.coreos.com/backend-type="+sharing)
+		nodes = append(nodes, n)
+	}
+	c := newCluster(t, onlyIPv4)
+	c.tell(nodes...)
+	if text := said(); text != "" {
+		t.Errorf("said %s", text)
+	}
+	c.expect("both count", "10.5.1.0/24 at 198.18.0.9", "10.5.2.0/24 at 198.18.0.9")
+}
+
 // Subnets that overlap, in one family or with another length, are not both told
 // of.
 func TestOverlaps(t *testing.T) {

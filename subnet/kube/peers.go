@@ -208,6 +208,9 @@ func (p *peers) claimed(n *peer) iter.Seq2[*prefixes.Index[*peer], netip.Prefix]
 				return
 			}
 		}
+		if n.lease.Attrs.SharesAddresses() {
+			return
+		}
 		for _, ip := range n.lease.Attrs.PublicIPs() {
 			if len(p.on.Of(family.Of(ip))) == 0 {
 				continue

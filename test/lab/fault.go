@@ -32,11 +32,11 @@ func (n *Node) ConfigureUplink(ctx context.Context, ipv4 netip.Addr) error {
 
 // PullCable takes eth0's carrier away, PlugCable gives it back.
 func (n *Node) PullCable(ctx context.Context) error {
-	return n.lab.net.Script(ctx, "link set "+n.Hostname+" down")
+	return n.far.Script(ctx, "link set "+n.Hostname+" down")
 }
 
 func (n *Node) PlugCable(ctx context.Context) error {
-	return n.lab.net.Script(ctx, "link set "+n.Hostname+" up")
+	return n.far.Script(ctx, "link set "+n.Hostname+" up")
 }
 
 // AddSpareUplink gives the node a second interface, eth1, on a subnet of its own
@@ -62,7 +62,7 @@ func (n *Node) AddSpareUplink(ctx context.Context) (netip.Addr, error) {
 // RemoveUplink makes eth0 vanish with all that is on it. ReplaceUplink makes
 // another of the same name and MAC, not configured yet.
 func (n *Node) RemoveUplink(ctx context.Context) error {
-	return n.lab.net.Script(ctx, "link del "+n.Hostname)
+	return n.far.Script(ctx, "link del "+n.Hostname)
 }
 
 func (n *Node) ReplaceUplink(ctx context.Context) error {
@@ -438,5 +438,5 @@ func (p *Probe) Stop() {
 // LimitHop sets the MTU of the underlay's end of the node's cable: larger packets get lost there, in both directions,
 // and nobody is told.
 func (n *Node) LimitHop(ctx context.Context, mtu int) error {
-	return n.lab.net.Script(ctx, fmt.Sprintf("link set %s mtu %d", n.Hostname, mtu))
+	return n.far.Script(ctx, fmt.Sprintf("link set %s mtu %d", n.Hostname, mtu))
 }

@@ -491,10 +491,11 @@ func (k *Kube) AddNode(ctx context.Context, n *Node, podCIDRs ...string) error {
 	if _, err := k.Do(ctx, http.MethodPost, "/api/v1/nodes", body); err != nil {
 		return err
 	}
-	status, err := json.Marshal(map[string]any{"status": map[string]any{"addresses": []map[string]string{
-		{"type": "InternalIP", "address": n.IPv4.String()}, {"type": "InternalIP",
-			"address": n.IPv6.String()}, {"type": "Hostname", "address": n.Hostname},
-	}}})
+	addresses := []map[string]string{{"type": "Hostname", "address": n.Hostname}}
+	for _, ip := range n.Addrs() {
+		addresses = append(addresses, map[string]string{"type": "InternalIP", "address": ip.String()})
+	}
+	status, err := json.Marshal(map[string]any{"status": map[string]any{"addresses": addresses}})
 	if err != nil {
 		return err
 	}

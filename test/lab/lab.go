@@ -9,7 +9,8 @@
 //	                           └─ eth0 198.19.0.1 outside
 //
 // IPv6 likewise: fd18::N, fd18:0:0:K::K, fd19::1. All addresses are from the
-// ranges for benchmarks (RFC 2544) and unique local ones. Nothing is ever made
+// ranges for benchmarks (RFC 2544) and unique local ones, but for those of nodes
+// in home networks, 192.168.HOME.N, behind routers that translate them. Nothing is ever made
 // in the root namespace, so that labs may run side by side.
 package lab
 

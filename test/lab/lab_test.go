@@ -68,6 +68,38 @@ func TestUnderlay(t *testing.T) {
 	}
 }
 
+// TestHome: a home network reaches the underlay through NAT, and is not reached from there.
+func TestHome(t *testing.T) {
+	t.Parallel()
+	ctx := labtest.Context(t, time.Minute)
+	l := labtest.New(ctx, t, "{}", lab.NodeOptions{}, lab.NodeOptions{Home: 1}, lab.NodeOptions{Home: 1},
+		lab.NodeOptions{Home: 2})
+	nodes := l.Nodes()
+	labtest.Do(t, nodes[0].Mirror())
+	for _, n := range nodes[1:] {
+		want := lab.HomeAddress(1)
+		if n == nodes[3] {
+			want = lab.HomeAddress(2)
+		}
+		for _, network := range []string{"tcp", "udp"} {
+			if got := labtest.Must(n.SeenAs(ctx, network, nodes[0].IPv4))(t); got != want {
+				t.Errorf("%s from %s is seen as %s, want %s", network, n.Hostname, got, want)
+			}
+		}
+		if _, err := nodes[0].Ping(ctx, n.IPv4, lab.PingOptions{}); err == nil {
+			t.Errorf("%s is reached from outside", n.Hostname)
+		}
+	}
+	labtest.Must(nodes[1].Ping(ctx, nodes[2].IPv4, lab.PingOptions{}))(t)
+	if _, err := nodes[1].Ping(ctx, nodes[3].IPv4, lab.PingOptions{}); err == nil {
+		t.Error("one home network is reached from the other")
+	}
+	labtest.Do(t, l.RestartRouter(ctx, 1))
+	if got := labtest.Must(nodes[1].SeenAs(ctx, "udp", nodes[0].IPv4))(t); got != lab.HomeAddress(1) {
+		t.Errorf("after the router's restart, n2 is seen as %s", got)
+	}
+}
+
 func TestPods(t *testing.T) {
 	t.Parallel()
 	ctx := labtest.Context(t, time.Minute)

@@ -21,6 +21,10 @@ type NodeOptions struct {
 	// NAT gives the node a second interface as VirtualBox does: nat0, with the
 	// same address and MAC on every such node, and the default route.
 	NAT bool
+
+	// Home, if it is not 0, is the number of a network behind NAT, in which the node is 192.168.HOME.N, without IPv6. The
+	// network's address outside is HomeAddress.
+	Home int
 }
 
 // NATAddress is every node's address on nat0.
@@ -39,6 +43,7 @@ type Node struct {
 
 	lab  *Lab
 	opts NodeOptions
+	far  *Namespace // which has the other end of eth0
 	pods []*Pod
 
 	kubelet *Process // nil where there is no cluster
@@ -61,6 +66,9 @@ func (l *Lab) AddNode(ctx context.Context, o NodeOptions) (*Node, error) {
 		six[7] = byte(n.Number)
 	}
 	n.IPv6 = netip.AddrFrom16(six)
+	if o.Home != 0 {
+		n.IPv4, n.IPv6 = netip.AddrFrom4([4]byte{192, 168, byte(o.Home), byte(n.Number)}), netip.Addr{}
+	}
 	n.Dir = filepath.Join(l.Dir, n.Hostname)
 	if err := os.Mkdir(n.Dir, 0o755); err != nil {
 		return nil, err
@@ -78,8 +86,15 @@ func (n *Node) boot(ctx context.Context) (err error) {
 	if n.Namespace, err = n.lab.namespace(ctx, n.Hostname, n.settle); err != nil {
 		return err
 	}
-	gateway, gatewayV6 := Gateway, GatewayV6
-	if n.opts.Routed {
+	gateway, gatewayV6, bridge := Gateway, GatewayV6, "br0"
+	n.far = n.lab.net
+	switch {
+	case n.opts.Home != 0:
+		if n.far, err = n.lab.homeRouter(ctx, n.opts.Home); err != nil {
+			return err
+		}
+		gateway, bridge = homeGateway(n.opts.Home), "lan"
+	case n.opts.Routed:
 		four, six := n.IPv4.As4(), n.IPv6.As16()
 		four[3], six[15] = 254, 0xfe
 		gateway, gatewayV6 = netip.AddrFrom4(four), netip.AddrFrom16(six)
@@ -94,14 +109,15 @@ func (n *Node) boot(ctx context.Context) (err error) {
 			"addr add "+gateway.String()+"/24 dev "+port,
 			"addr add "+gatewayV6.String()+"/64 dev "+port+" nodad")
 	} else {
-		underlay = append(underlay, "link set "+port+" master br0")
+		underlay = append(underlay, "link set "+port+" master "+bridge)
 	}
 	underlay = append(underlay, "link set "+port+" up")
 	node := []string{
 		"link set eth0 up",
 		"addr add " + n.IPv4.String() + "/24 dev eth0",
-		"addr add " + n.IPv6.String() + "/64 dev eth0 nodad",
-		"route add default via " + gatewayV6.String(),
+	}
+	if n.IPv6.IsValid() {
+		node = append(node, "addr add "+n.IPv6.String()+"/64 dev eth0 nodad", "route add default via "+gatewayV6.String())
 	}
 	if n.opts.NAT {
 		underlay = append(underlay, link(n.natPort(), "nat0", "52:54:00:12:34:56"), "link set "+n.natPort()+" up")
@@ -109,7 +125,7 @@ func (n *Node) boot(ctx context.Context) (err error) {
 	} else {
 		node = append(node, "route add default via "+gateway.String())
 	}
-	if err := n.lab.net.Script(ctx, underlay...); err != nil {
+	if err := n.far.Script(ctx, underlay...); err != nil {
 		return err
 	}
 	return n.Script(ctx, node...)
@@ -171,7 +187,7 @@ func (n *Node) Reboot(ctx context.Context) error {
 	if n.opts.NAT {
 		unplug = append(unplug, "link del "+n.natPort())
 	}
-	if err := n.lab.net.Script(ctx, unplug...); err != nil {
+	if err := n.far.Script(ctx, unplug...); err != nil {
 		return err
 	}
 	for _, p := range n.pods {

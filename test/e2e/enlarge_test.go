@@ -155,3 +155,58 @@ func expectNoDiff(ctx context.Context, t *testing.T, nodes ...*lab.Node) {
 		}
 	}
 }
+
+// TestEnlargeKubernetes: the ConfigMap gets another network, and a node with a podCIDR of that joins, while pods ping
+// each other. When the ConfigMap loses the network again, the node stays.
+func TestEnlargeKubernetes(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		backend string
+		long    bool
+	}{{"vxlan", false}, {"host-gw", true}} {
+		if !labtest.Selected(!c.long) {
+			continue
+		}
+		t.Run(c.backend, func(t *testing.T) {
+			t.Parallel()
+			ctx := labtest.Context(t, 2*time.Minute)
+			l, k := newKube(ctx, t, "", make([]lab.NodeOptions, 3))
+			enlargeKubernetes(ctx, t, l, k, fmt.Sprintf(`{"Type": %q}`, c.backend))
+		})
+	}
+}
+
+func enlargeKubernetes(ctx context.Context, t *testing.T, l *lab.Lab, k *lab.Kube, backend string) {
+	const small = `"Network": "10.5.0.0/16", "EnableIPv6": true, "IPv6Network": "fd05::/48"`
+	nodes := l.Nodes()
+	args := daemonArgs(t, k, configuration(small, backend, false))
+	for i, n := range nodes {
+		cidrs := []string{fmt.Sprintf("10.5.%d.0/24", i+1), fmt.Sprintf("fd05:0:0:%d::/64", i+1)}
+		if i == 2 {
+			cidrs = []string{"10.6.3.0/24", "fd06:0:0:3::/64"}
+		}
+		labtest.Do(t, k.AddNode(ctx, n, cidrs...))
+	}
+	for _, n := range nodes[:2] {
+		labtest.Do(t, n.Start(args...))
+		labtest.Do(t, n.WaitReady(ctx))
+	}
+	pods := addPodsTo(ctx, t, nodes[:2])
+	lossless := startPings(ctx, t, pods)
+	labtest.Do(t, k.Configure(configuration(small+`, "Networks": ["10.6.0.0/16", "fd06::/48"]`, backend, false)))
+	labtest.Do(t, nodes[2].Start(args...))
+	labtest.Do(t, nodes[2].WaitReady(ctx))
+	pods = append(pods, addPodsTo(ctx, t, nodes[2:])...)
+	checkPaths(ctx, t, l, pods)
+	expectNoDiff(ctx, t, nodes...)
+
+	labtest.Do(t, k.Configure(configuration(small, backend, false)))
+	for _, n := range nodes {
+		said(ctx, t, n, `They stay where they are" network="10.6.0.0/16,fd06::/48" nodes=1`)
+	}
+	labtest.Do(t, nodes[2].Restart(ctx))
+	labtest.Do(t, nodes[2].WaitReady(ctx))
+	checkPathsAgain(ctx, t, l, pods)
+	lossless()
+	expectNoDiff(ctx, t, nodes...)
+}

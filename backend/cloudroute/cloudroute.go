@@ -51,6 +51,12 @@ type Cloud interface {
 	Apply(context.Context, Step) (done bool, err error)
 }
 
+// A HopChecker is a Cloud whose tables do not show that a next hop is gone.
+type HopChecker interface {
+	// Gone returns those of some next hops that are gone, or stopped: no packets arrive there.
+	Gone(ctx context.Context, hops []string) ([]string, error)
+}
+
 // CannotForward is the error of AllowForwarding that only the operator can mend: it is logged once, and not tried again.
 type CannotForward struct {
 	Err error

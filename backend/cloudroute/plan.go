@@ -14,20 +14,20 @@ type desired struct {
 	known    bool           // whether the peers are known
 }
 
-// plan returns the steps from a route table to the desired routes. Deletions come first: they make room. plan reports
-// whether routes may have to be deleted once the peers are known.
+// plan returns the steps from a route table to the desired routes: deletions that make room for new routes, the routes of
+// this node, and other deletions. plan reports whether routes may have to be deleted once the peers are known.
 //
 // Besides the routes of this node, plan changes two kinds of routes, inside the networks and never to the subnet of a
 // peer: routes to a next hop that no longer exists, and routes to this node that an earlier lease left.
 func plan(table Table, w desired) (steps []Step, waits bool) {
+	var deletions []Step
 	for _, r := range table.Routes {
 		switch {
-		case r.NextHop == "", !r.Blackhole && r.NextHop != w.hop, slices.Contains(w.own, r.Destination),
-			!inside(r.Destination, w.networks), overlaps(r.Destination, w.own), overlaps(r.Destination, w.peers):
+		case !w.leftover(r), !r.Blackhole && r.NextHop != w.hop:
 		case !w.known:
 			waits = true
 		default:
-			steps = append(steps, Step{Verb: Delete, Table: table.ID, Route: r})
+			deletions = append(deletions, Step{Verb: Delete, Table: table.ID, Route: r})
 		}
 	}
 	var changes []Step
@@ -35,7 +35,21 @@ func plan(table Table, w desired) (steps []Step, waits bool) {
 		deleted, changed := w.route(table, dst)
 		steps, changes = append(steps, deleted...), append(changes, changed...)
 	}
-	return append(steps, changes...), waits
+	// A change may take seconds, and there may be hundreds of deletions.
+	room := 0
+	for _, s := range changes {
+		if s.Verb == Create && room < len(deletions) {
+			room++
+		}
+	}
+	return slices.Concat(steps, deletions[:room], changes, deletions[room:]), waits
+}
+
+// leftover reports whether a route is to no subnet of a node. Routes that are not inside the networks, or lead to what is
+// no node's next hop, are other programs' routes.
+func (w desired) leftover(r Route) bool {
+	return r.NextHop != "" && inside(r.Destination, w.networks) && !overlaps(r.Destination, w.own) &&
+		!overlaps(r.Destination, w.peers)
 }
 
 // route returns the steps to exactly one route to a subnet of this node, where a table may have several to the same.

@@ -59,6 +59,8 @@ func TestPlan(t *testing.T) {
 		{"a peer's, once ours", peer, table("10.5.1.0/24 eni-1", "10.5.2.0/24 eni-1"), "", false},
 		{"part of a peer's", peer, table("10.5.1.0/24 eni-1", "10.5.2.128/25 eni-2 blackhole"), "", false},
 		{"nobody's", peer, table("10.5.3.0/24 eni-2 blackhole"), "delete 10.5.3.0/24@eni-2, create 10.5.1.0/24 eni-1", false},
+		{"nobody's, several", peer, table("10.5.3.0/24 eni-2 blackhole", "10.5.4.0/24 eni-2 blackhole", "10.5.5.0/24 eni-2 blackhole"),
+			"delete 10.5.3.0/24@eni-2, create 10.5.1.0/24 eni-1, delete 10.5.4.0/24@eni-2, delete 10.5.5.0/24@eni-2", false},
 		{"nobody's, IPv6", dual, table("10.5.1.0/24 eni-1", "fd05:0:0:1::/64 eni-1", "fd05:0:0:3::/64 eni-2 blackhole"),
 			"delete fd05:0:0:3::/64@eni-2", false},
 		{"nobody's, and alive", peer, table("10.5.1.0/24 eni-1", "10.5.3.0/24 eni-2"), "", false},

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"time"
 
 	"k8s.io/klog/v2"
@@ -161,6 +162,7 @@ func (r *router) applyTable(ctx context.Context, table Table) bool {
 		r.logOnce(ctx, operation, table.Err)
 		return false
 	}
+	r.findBlackholes(ctx, table)
 	steps, waits := plan(table, r.desired())
 	r.waits = r.waits || waits
 	ok := true
@@ -181,6 +183,38 @@ func (r *router) applyTable(ctx context.Context, table Table) bool {
 	}
 	r.logOnce(ctx, operation, failed)
 	return ok
+}
+
+// findBlackholes marks routes to next hops that are gone, where the cloud's tables do not show that. It asks only about
+// the next hops of routes that would then be deleted: usually, there are none.
+func (r *router) findBlackholes(ctx context.Context, table Table) {
+	checker, ok := r.cloud.(HopChecker)
+	if !ok {
+		return
+	}
+	var hops []string
+	want := r.desired()
+	for _, route := range table.Routes {
+		if want.leftover(route) && route.NextHop != want.hop {
+			hops = append(hops, route.NextHop)
+		}
+	}
+	if !want.known {
+		r.waits = r.waits || len(hops) > 0
+		return
+	}
+	var gone []string
+	var err error
+	if len(hops) > 0 {
+		slices.Sort(hops)
+		gone, err = checker.Gone(ctx, slices.Compact(hops))
+	}
+	r.logOnce(ctx, "Next hops in route table "+table.ID, err)
+	for i, route := range table.Routes {
+		if slices.Contains(gone, route.NextHop) {
+			table.Routes[i].Blackhole = true
+		}
+	}
 }
 
 // logOnce logs the error of an operation once, and then that the operation has recovered.

@@ -9,8 +9,8 @@ import (
 // means to speak to systemd in the name of flanneld (sd_notify(3), sd_listen_fds(3)).
 var private = []string{"FLANNELD_*", "NOTIFY_SOCKET", "WATCHDOG_*", "LISTEN_*"}
 
-// credentials are the variables that only commands of the operator get: what the AWS SDK reads.
-var credentials = []string{"AWS_*"}
+// credentials are the variables that only commands of the operator get: what backends for clouds and their SDKs read.
+var credentials = []string{"AWS_*", "ALIBABA_CLOUD_*", "ACCESS_KEY_*"}
 
 // environment returns the variables of this process ("NAME=value") that a program gets.
 func environment(all []string, operators bool) []string {

@@ -71,7 +71,7 @@ type trouble struct {
 	operation, error string
 }
 
-var providers = []provider{aws, gceProvider, tencent}
+var providers = []provider{aws, gceProvider, ali, tencent}
 
 // eachProvider runs a test for each cloud.
 func eachProvider(t *testing.T, f func(*testing.T, *region)) {

@@ -33,14 +33,21 @@ func init() {
 	}
 }
 
-// A vpc is a lab whose underlay has the routes of the main route table.
+// A vpc is a lab whose underlay has the routes of the main route table of a cloud.
 type vpc struct {
 	*cloud.State
 	lab  *lab.Lab
-	enis map[*lab.Node]string
+	hops map[*lab.Node]string // what routes to nodes lead to
 }
 
-func newVPC(ctx context.Context, t *testing.T, nodes int) *vpc {
+func newAWS(ctx context.Context, t *testing.T, nodes int) *vpc {
+	s := cloud.NewEC2()
+	return newVPC(ctx, t, nodes, "aws-vpc", s.State, s, ec2Address)
+}
+
+// newVPC makes a lab with a backend for a cloud, whose server has an address.
+func newVPC(ctx context.Context, t *testing.T, nodes int, backend string, state *cloud.State, handler http.Handler,
+	address string) *vpc {
 	t.Helper()
 	s := cloud.NewEC2()
 	return newCloud(ctx, t, nodes, "aws-vpc", s.State, s, ec2Address)
@@ -68,15 +75,27 @@ func newCloud(ctx context.Context, t *testing.T, nodes int, backend string, stat
 			}
 		}
 		routed = gateways
-		cmd := exec.CommandContext(ctx, "ip", "-n", v.lab.Name+"-net", "-batch", "-")
-		cmd.Stdin = strings.NewReader(script)
-		if out, err := cmd.CombinedOutput(); err != nil && ctx.Err() == nil {
-			t.Errorf("the underlay's routes: %v: %s\n%s", err, out, script)
-		}
+		v.underlay(ctx, t, script)
 	})
 	for _, n := range v.lab.Nodes() {
-		v.enis[n] = v.Launch("subnet-1", n.IPv4, n.IPv6)
+		v.hops[n] = v.Launch("subnet-1", n.IPv4, n.IPv6)
 	}
+	v.serve(t, handler, address)
+	return v
+}
+
+// underlay runs commands of ip on the underlay.
+func (v *vpc) underlay(ctx context.Context, t *testing.T, script string) {
+	cmd := exec.CommandContext(ctx, "ip", "-n", v.lab.Name+"-net", "-batch", "-")
+	cmd.Stdin = strings.NewReader(script)
+	if out, err := cmd.CombinedOutput(); err != nil && ctx.Err() == nil {
+		t.Errorf("the underlay: %v: %s\n%s", err, out, script)
+	}
+}
+
+// serve serves a cloud at an address outside.
+func (v *vpc) serve(t *testing.T, handler http.Handler, address string) {
+	t.Helper()
 	var listener net.Listener
 	labtest.Do(t, v.lab.Outside.Do(func() (err error) {
 		listener, err = net.Listen("tcp", address)
@@ -85,7 +104,6 @@ func newCloud(ctx context.Context, t *testing.T, nodes int, backend string, stat
 	server := &http.Server{Handler: handler}
 	go server.Serve(listener)
 	t.Cleanup(func() { server.Close() })
-	return v
 }
 
 // routes waits until the route table has the two routes of each of the nodes,
@@ -100,7 +118,7 @@ func (v *vpc) routes(ctx context.Context, t *testing.T, nodes ...*lab.Node) {
 				return err
 			}
 			for _, s := range env.Subnets.Each() {
-				want = append(want, s.String()+" "+v.enis[n])
+				want = append(want, s.String()+" "+v.hops[n])
 			}
 		}
 		got := v.Routes(v.Main())
@@ -118,13 +136,13 @@ func (v *vpc) routes(ctx context.Context, t *testing.T, nodes ...*lab.Node) {
 func TestAWS(t *testing.T) {
 	t.Parallel()
 	ctx := labtest.Context(t, 5*time.Minute)
-	v := newVPC(ctx, t, 3)
+	v := newAWS(ctx, t, 3)
 	nodes := v.lab.Nodes()
 	first, second, third := nodes[0], nodes[1], nodes[2]
 	labtest.Start(ctx, t, v.lab, "--ip-masq")
 	v.routes(ctx, t, nodes...)
 	for _, n := range nodes {
-		if !v.Forwards(v.enis[n]) {
+		if !v.Forwards(v.hops[n]) {
 			t.Errorf("the source/destination check of %s is on", n.Hostname)
 		}
 		key, _ := leaseOf(ctx, t, v.lab, n)
@@ -156,9 +174,9 @@ func TestAWS(t *testing.T) {
 
 	// An instance is replaced: another network interface, the same address.
 	subnets := labtest.Must(second.SubnetEnv())(t).Subnets
-	v.Terminate(v.enis[second])
+	v.Terminate(v.hops[second])
 	labtest.Do(t, second.Reboot(ctx))
-	v.enis[second] = v.Launch("subnet-1", second.IPv4, second.IPv6)
+	v.hops[second] = v.Launch("subnet-1", second.IPv4, second.IPv6)
 	labtest.Do(t, second.Start("--ip-masq"))
 	labtest.Do(t, second.WaitReady(ctx))
 	if again := labtest.Must(second.SubnetEnv())(t).Subnets; again != subnets {
@@ -185,7 +203,7 @@ func TestAWS(t *testing.T) {
 func (v *vpc) removeNode(ctx context.Context, t *testing.T, first, second, third *lab.Node) {
 	key, _ := leaseOf(ctx, t, v.lab, third)
 	labtest.Do(t, third.Stop(ctx))
-	v.Terminate(v.enis[third])
+	v.Terminate(v.hops[third])
 	labtest.Do(t, first.Restart(ctx))
 	labtest.Do(t, first.WaitReady(ctx))
 	if n := len(v.Routes(v.Main())); n != 6 {
@@ -201,7 +219,7 @@ func (v *vpc) removeNode(ctx context.Context, t *testing.T, first, second, third
 func (v *vpc) fillTable(ctx context.Context, t *testing.T, first, second, third *lab.Node, pods []*lab.Pod) {
 	v.SetQuota(2)
 	labtest.Do(t, third.Reboot(ctx))
-	v.enis[third] = v.Launch("subnet-1", third.IPv4, third.IPv6)
+	v.hops[third] = v.Launch("subnet-1", third.IPv4, third.IPv6)
 	lossless := startPings(ctx, t, pods)
 	labtest.Do(t, third.Start("--ip-masq"))
 	labtest.Do(t, third.WaitReady(ctx))
@@ -218,7 +236,7 @@ func (v *vpc) fillTable(ctx context.Context, t *testing.T, first, second, third 
 func TestAWSThrottled(t *testing.T) {
 	t.Parallel()
 	ctx := labtest.Context(t, 5*time.Minute)
-	v := newVPC(ctx, t, 3)
+	v := newAWS(ctx, t, 3)
 	nodes := v.lab.Nodes()
 	for _, n := range nodes[:2] {
 		labtest.Do(t, n.Start("--ip-masq"))

@@ -1,16 +1,15 @@
 package alivpc
 
 import (
-	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/http"
 	"slices"
 	"strings"
 
 	"github.com/alibabacloud-go/tea/dara"
 
+	"github.com/flanneld/flanneld/backend/cloudroute"
 	"github.com/flanneld/flanneld/pkg/plain"
 )
 
@@ -27,7 +26,7 @@ func (c *cloud) explain(p product, action string, err error) error {
 		_, host := c.api.endpoint(p, c.api.region)
 		return fmt.Errorf("Alibaba Cloud's API in %s does not answer %s (%s): can this node reach %s? Another address can "+
 			"be set with %s_ENDPOINT; ALIBABA_CLOUD_VPC_ENDPOINT_ENABLED=false chooses the one on the internet",
-			plain.Text(c.api.region), action, cause(err), plain.Text(host), strings.ToUpper(p.name))
+			plain.Text(c.api.region), action, cloudroute.Cause(err), plain.Text(host), strings.ToUpper(p.name))
 	}
 	code, said := plain.Text(code(err)), plain.Text(message(err))
 	switch {
@@ -54,7 +53,7 @@ func (c *cloud) explain(p product, action string, err error) error {
 // noMetadata is the error of the metadata service.
 func noMetadata(err error) error {
 	return fmt.Errorf("the instance metadata service does not answer (%s): ali-vpc is for ECS instances in a VPC; the "+
-		"service must be on: aliyun ecs ModifyInstanceMetadataOptions --HttpEndpoint enabled --InstanceId …", cause(err))
+		"service must be on: aliyun ecs ModifyInstanceMetadataOptions --HttpEndpoint enabled --InstanceId …", cloudroute.Cause(err))
 }
 
 // A loginError is the error of the search for credentials.
@@ -63,7 +62,7 @@ type loginError struct{ error }
 // noCredentials is the error of the search for credentials.
 func noCredentials(err error) error {
 	return fmt.Errorf("there are no credentials of Alibaba Cloud (%s): give the instance a RAM role with the policy in "+
-		"backend/alivpc/README.md, or set ACCESS_KEY_ID and ACCESS_KEY_SECRET", cause(err))
+		"backend/alivpc/README.md, or set ACCESS_KEY_ID and ACCESS_KEY_SECRET", cloudroute.Cause(err))
 }
 
 // code returns the code of an error that the API has returned; "" for other errors.
@@ -124,24 +123,4 @@ func isOutdated(err error) bool {
 		return true
 	}
 	return false
-}
-
-// cause returns the innermost error, fit to be shown.
-func cause(err error) string { return plain.Text(strings.Join(strings.Fields(innermost(err)), " ")) }
-
-func innermost(err error) string {
-	var socket *net.OpError
-	var name *net.DNSError
-	switch {
-	case errors.Is(err, context.DeadlineExceeded):
-		return "no answer in time"
-	case errors.As(err, &name):
-		return name.Err + ": " + name.Name
-	case errors.As(err, &socket):
-		return socket.Op + ": " + socket.Err.Error()
-	}
-	for inner := errors.Unwrap(err); inner != nil; inner = errors.Unwrap(err) {
-		err = inner
-	}
-	return err.Error()
 }

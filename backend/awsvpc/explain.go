@@ -4,12 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"strings"
 
 	"github.com/aws/smithy-go"
-	smithyhttp "github.com/aws/smithy-go/transport/http"
 
+	"github.com/flanneld/flanneld/backend/cloudroute"
 	"github.com/flanneld/flanneld/pkg/plain"
 )
 
@@ -25,7 +24,7 @@ func (c *cloud) explain(ctx context.Context, action string, err error) error {
 			return noCredentials(err)
 		}
 		return fmt.Errorf("EC2's API in %s does not answer %s (%s): can this node reach it, through a NAT gateway "+
-			"or a VPC endpoint for EC2?", c.region, action, cause(err))
+			"or a VPC endpoint for EC2?", c.region, action, cloudroute.Cause(err))
 	}
 	said := refusal.ErrorMessage()
 	if end := strings.Index(said, " Encoded authorization failure message:"); end >= 0 {
@@ -66,13 +65,13 @@ func noMetadata(err error) error {
 	return fmt.Errorf("the instance metadata service does not answer (%s): aws-vpc is for EC2 instances; in a "+
 		"container without the host's network, "+
 		"two hops must be allowed: aws ec2 modify-instance-metadata-options --http-endpoint enabled "+
-		"--http-put-response-hop-limit 2 --instance-id …", cause(err))
+		"--http-put-response-hop-limit 2 --instance-id …", cloudroute.Cause(err))
 }
 
 // noCredentials is the error of the search for credentials.
 func noCredentials(err error) error {
 	return fmt.Errorf("there are no AWS credentials (%s): give the instance a role with the policy in "+
-		"backend/awsvpc/README.md, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY", cause(err))
+		"backend/awsvpc/README.md, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY", cloudroute.Cause(err))
 }
 
 // code returns the code of an error that the API has returned; "" for other errors.
@@ -97,27 +96,4 @@ func outdated(err error) bool {
 		return strings.HasPrefix(refusal.ErrorMessage(), "There is no route defined for ")
 	}
 	return false
-}
-
-// cause returns the innermost error, fit to be shown.
-func cause(err error) string { return plain.Text(strings.Join(strings.Fields(innermost(err)), " ")) }
-
-func innermost(err error) string {
-	var socket *net.OpError
-	var status *smithyhttp.ResponseError
-	var name *net.DNSError
-	switch {
-	case errors.Is(err, context.DeadlineExceeded):
-		return "no answer in time"
-	case errors.As(err, &name):
-		return name.Err + ": " + name.Name
-	case errors.As(err, &socket):
-		return socket.Op + ": " + socket.Err.Error()
-	case errors.As(err, &status) && status.HTTPStatusCode() != 0:
-		return fmt.Sprintf("HTTP status %d", status.HTTPStatusCode())
-	}
-	for inner := errors.Unwrap(err); inner != nil; inner = errors.Unwrap(err) {
-		err = inner
-	}
-	return err.Error()
 }

@@ -60,7 +60,7 @@ func (h Host) connect(ctx context.Context) (cloudroute.Cloud, error) {
 		options = append(options, option.WithEndpoint(h.Endpoint))
 	}
 	if c.api, err = compute.NewService(ctx, options...); err != nil {
-		return nil, fmt.Errorf("Google Cloud's library refuses its configuration: %s", cause(err))
+		return nil, fmt.Errorf("Google Cloud's library refuses its configuration: %s", cloudroute.Cause(err))
 	}
 	return c, nil
 }

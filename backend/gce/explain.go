@@ -4,12 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"regexp"
 	"strings"
 
 	"google.golang.org/api/googleapi"
 
+	"github.com/flanneld/flanneld/backend/cloudroute"
 	"github.com/flanneld/flanneld/pkg/plain"
 )
 
@@ -53,7 +53,7 @@ func (c *cloud) explain(ctx context.Context, method string, err error) error {
 			return noCredentials(err)
 		}
 		return fmt.Errorf("Compute Engine's API does not answer %s (%s): can this node reach compute.googleapis.com, "+
-			"through an external address, Cloud NAT or Private Google Access?", method, cause(err))
+			"through an external address, Cloud NAT or Private Google Access?", method, cloudroute.Cause(err))
 	}
 	said := plain.Text(message)
 	project := plain.Shell(element(c.self, "projects"))
@@ -95,31 +95,11 @@ func (c *cloud) explain(ctx context.Context, method string, err error) error {
 // noMetadata is the error of the metadata server.
 func noMetadata(err error) error {
 	return fmt.Errorf("the metadata server does not answer (%s): gce is for instances of Google Cloud, and flanneld "+
-		"needs the network of the host", cause(err))
+		"needs the network of the host", cloudroute.Cause(err))
 }
 
 // noCredentials is the error of the search for credentials.
 func noCredentials(err error) error {
 	return fmt.Errorf("there are no Google Cloud credentials (%s): give the instance a service account with the role in "+
-		"backend/gce/README.md, or set GOOGLE_APPLICATION_CREDENTIALS", cause(err))
-}
-
-// cause returns the innermost error, fit to be shown.
-func cause(err error) string { return plain.Text(strings.Join(strings.Fields(innermost(err)), " ")) }
-
-func innermost(err error) string {
-	var socket *net.OpError
-	var name *net.DNSError
-	switch {
-	case errors.Is(err, context.DeadlineExceeded):
-		return "no answer in time"
-	case errors.As(err, &name):
-		return name.Err + ": " + name.Name
-	case errors.As(err, &socket):
-		return socket.Op + ": " + socket.Err.Error()
-	}
-	for inner := errors.Unwrap(err); inner != nil; inner = errors.Unwrap(err) {
-		err = inner
-	}
-	return err.Error()
+		"backend/gce/README.md, or set GOOGLE_APPLICATION_CREDENTIALS", cloudroute.Cause(err))
 }

@@ -1,10 +1,8 @@
 package tencentvpc
 
 import (
-	"context"
 	"errors"
 	"fmt"
-	"net"
 	"regexp"
 	"strings"
 
@@ -73,7 +71,7 @@ var hints = map[string]string{
 
 // noAnswer is the error of a call that the API has not answered.
 func (c *cloud) noAnswer(action string, err error, local *tcerr.TencentCloudSDKError) error {
-	what := cause(err)
+	what := cloudroute.Cause(err)
 	if local != nil && local.Unwrap() == nil { // the SDK has put the whole answer into the message
 		what = "the answer is none of the API: " + plain.Text(local.Code)
 	}
@@ -89,13 +87,13 @@ func noTable(vpc string) error {
 // noMetadata is the error of the instance metadata service.
 func noMetadata(err error) error {
 	return fmt.Errorf("the instance metadata service does not answer (%s): tencent-vpc is for CVM instances, whose DNS "+
-		"servers know metadata.tencentyun.com", cause(err))
+		"servers know metadata.tencentyun.com", cloudroute.Cause(err))
 }
 
 // noCredentials is the error of the search for credentials.
 func noCredentials(err error) error {
 	return fmt.Errorf("there are no Tencent Cloud credentials (%s): give the instance a role with the policy in "+
-		"backend/tencentvpc/README.md, or set ACCESS_KEY_ID and ACCESS_KEY_SECRET", cause(err))
+		"backend/tencentvpc/README.md, or set ACCESS_KEY_ID and ACCESS_KEY_SECRET", cloudroute.Cause(err))
 }
 
 // notMine is the error about an uplink that is none of the instance's interfaces.
@@ -114,25 +112,4 @@ func outdated(v cloudroute.Verb, code string) bool {
 		return v != cloudroute.Create
 	}
 	return false
-}
-
-// cause returns the innermost error, fit to be shown.
-func cause(err error) string { return plain.Text(strings.Join(strings.Fields(innermost(err)), " ")) }
-
-func innermost(err error) string {
-	var socket *net.OpError
-	var name *net.DNSError
-	var timeout net.Error
-	switch {
-	case errors.Is(err, context.DeadlineExceeded), errors.As(err, &timeout) && timeout.Timeout():
-		return "no answer in time"
-	case errors.As(err, &name):
-		return name.Err + ": " + name.Name
-	case errors.As(err, &socket):
-		return socket.Op + ": " + socket.Err.Error()
-	}
-	for inner := errors.Unwrap(err); inner != nil; inner = errors.Unwrap(err) {
-		err = inner
-	}
-	return err.Error()
 }

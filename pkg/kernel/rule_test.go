@@ -109,7 +109,26 @@ func TestRuleIsThere(t *testing.T) {
 	nstest.Run(t, rule.String())
 	r.Set("all", []Object{rule})
 	apply(t, r)
+	e := r.entries[rule.Key()]
+	e.have = nil // as if the notification were still to come
+	r.queue(e)
+	apply(t, r)
 	if got := nstest.Run(t, "ip rule"); strings.Count(got, "7070") != 1 {
 		t.Errorf("there is\n%s", got)
+	}
+}
+
+// What another program has in a table of its own stays there, also on our device.
+func TestOtherTable(t *testing.T) {
+	host(t)
+	r := start(t)
+	nstest.Run(t, "ip route add 10.99.0.0/24 dev flannel.1 table 7071 proto 4")
+	apply(t, r)
+	if err := r.compare(); err != nil {
+		t.Fatal(err)
+	}
+	apply(t, r)
+	if got := nstest.Run(t, "ip route show table 7071"); !strings.Contains(got, "10.99.0.0/24") {
+		t.Errorf("the table has %q", got)
 	}
 }

@@ -45,9 +45,9 @@ type Backend interface {
 
 // Info is what the rest of the node must know of a backend.
 type Info struct {
-	MTU       int        // the largest packet, in bytes, that pods may send
-	Overhead  int        // the most bytes that the backend puts around a packet of pods
-	Endpoints []Endpoint // where peers send packets to: firewalls must accept these
+	MTU       int              // the largest packet, in bytes, that pods may send
+	Overhead  family.Pair[int] // the bytes that the backend puts around a packet of pods
+	Endpoints []Endpoint       // where peers send packets to: firewalls must accept these
 
 	// NoPeers is set where the backend needs no peers: leases are not watched.
 	NoPeers bool

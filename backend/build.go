@@ -40,16 +40,16 @@ const maxPacket = 65535
 // PodMTU returns the largest packets that pods may send, for each family that is
 // on, where the backend puts overhead bytes around them. configured is the MTU of
 // the network between the nodes; 0: it is the uplink's. info has the MTU for both
-// families, and the overhead.
+// families, the smaller one, and the overhead.
 func PodMTU(cfg *subnet.Config, uplink iface.Uplink, configured int, overhead func(family.Family) int) (
 	mtu family.Pair[int], info Info, err error) {
-	underlay, whose := uplink.MTU, "of the uplink "+uplink.Name
-	if configured != 0 {
-		underlay, whose = configured, "in the configuration"
-	}
 	for f, pool := range cfg.Pools().Each() {
 		if !pool.Enabled() {
 			continue
+		}
+		underlay, whose := uplink.Of(f).MTU, "of the uplink "+uplink.Of(f).Name
+		if configured != 0 {
+			underlay, whose = configured, "in the configuration"
 		}
 		around := overhead(f)
 		m := min(underlay, maxPacket) - around
@@ -60,7 +60,7 @@ func PodMTU(cfg *subnet.Config, uplink iface.Uplink, configured int, overhead fu
 		if info.MTU == 0 || m < info.MTU {
 			info.MTU = m
 		}
-		info.Overhead = max(info.Overhead, around)
+		*info.Overhead.At(f) = around
 	}
 	return mtu, info, err
 }
@@ -110,5 +110,5 @@ func JoinErrors(errs []error) error {
 // Direct returns the route to the peer's subnet through the peer itself, with
 // nothing around the packets: for peers on the uplink's own link.
 func (s Side) Direct(uplink iface.Uplink) kernel.Route {
-	return kernel.Route{Dst: s.Peer, Via: s.PublicIP, Dev: uplink.Name}
+	return kernel.Route{Dst: s.Peer, Via: s.PublicIP, Dev: uplink.Of(family.Of(s.PublicIP)).Name}
 }

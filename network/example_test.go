@@ -27,7 +27,7 @@ func newMesh(_ *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
 	return mesh{uplink}, nil
 }
 
-func (m mesh) Info() backend.Info { return backend.Info{MTU: m.uplink.MTU} }
+func (m mesh) Info() backend.Info { return backend.Info{MTU: m.uplink.MTU()} }
 
 func (m mesh) Attrs(context.Context, subnet.Attrs) (subnet.Attrs, error) {
 	return subnet.Attrs{BackendType: "mesh"}, nil

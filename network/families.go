@@ -1,6 +1,7 @@
 package network
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 
@@ -16,20 +17,66 @@ import (
 // findUplink finds the uplink: with addresses of both families, or else, if partly, with those of one family. missing
 // is then why there is none of the other. An address of the other that is about to be usable is waited for: that takes
 // seconds, and pods that start meanwhile would have the MTU of one family alone.
-func findUplink(sel iface.Selector, cfg *subnet.Config, partly bool) (u iface.Uplink, missing map[family.Family]error,
-	err error) {
+//
+// Where each family has an interface of its own, stay is the uplink in use: the family whose interface is away stays as
+// it is, and the other one follows its interface.
+func findUplink(sel iface.Selector, cfg *subnet.Config, stay iface.Uplink, partly bool) (u iface.Uplink,
+	missing map[family.Family]error, err error) {
 	u, err = iface.Find(sel, cfg.IPv4.Enabled(), cfg.IPv6.Enabled())
-	if err == nil || !partly || !cfg.IPv4.Enabled() || !cfg.IPv6.Enabled() {
+	switch {
+	case err == nil || !cfg.IPv4.Enabled() || !cfg.IPv6.Enabled():
+		return u, nil, err
+	case sel.Apart():
+		return findEach(sel, stay, partly, err)
+	case !partly || errors.Is(err, iface.ErrSettling):
 		return u, nil, err
 	}
 	for _, f := range family.All {
-		if part, partErr := iface.Find(sel, f == family.IPv4, f == family.IPv6); partErr == nil && !part.Settling {
+		if part, partErr := iface.Find(sel, f == family.IPv4, f == family.IPv6); partErr == nil {
 			other := family.All[1-f]
-			return part, map[family.Family]error{other: fmt.Errorf("%s does not work on this node, which goes on "+
-				"without: %w", other, err)}, nil
+			return part, map[family.Family]error{other: doesNotWork(other, err)}, nil
 		}
 	}
 	return u, nil, err
+}
+
+// workingUplink returns the uplink that the node works with; zero: it does not work yet.
+func (n *node) workingUplink() iface.Uplink {
+	if n.backend == nil {
+		return iface.Uplink{}
+	}
+	return n.target.uplink
+}
+
+func doesNotWork(f family.Family, err error) error {
+	return fmt.Errorf("%s does not work on this node, which goes on without: %w", f, err)
+}
+
+// findEach is findUplink for an uplink with an interface for each family, which were not both found, because of err.
+func findEach(sel iface.Selector, stay iface.Uplink, partly bool, err error) (iface.Uplink, map[family.Family]error,
+	error) {
+	var links family.Pair[iface.Link]
+	missing := map[family.Family]error{}
+	found := false
+	for _, f := range family.All {
+		part, partErr := iface.Find(sel, f == family.IPv4, f == family.IPv6)
+		old := stay.Of(f)
+		switch {
+		case partErr == nil:
+			*links.At(f), found = part.Of(f), true
+		case old.IsValid():
+			*links.At(f) = old
+			missing[f] = fmt.Errorf("%s stays as it is, with %s of %s: %w", f, old.Addr, old.Name, partErr)
+		case partly && !errors.Is(partErr, iface.ErrSettling):
+			missing[f] = doesNotWork(f, partErr)
+		default:
+			return iface.Uplink{}, nil, err
+		}
+	}
+	if !found {
+		return iface.Uplink{}, nil, err
+	}
+	return iface.Uplink(links), missing, nil
 }
 
 // works tells whether a family works on this node.

@@ -13,6 +13,7 @@ import (
 	"github.com/flanneld/flanneld/backend"
 	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/pkg/firewall"
+	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/kernel"
 	"github.com/flanneld/flanneld/pkg/plain"
 	"github.com/flanneld/flanneld/subnet"
@@ -98,7 +99,7 @@ func (i *Inspection) inspect(ctx context.Context) (err error) {
 	if i.Uplink, known = <-i.Manager.Select(ctx, i.Uplink); !known {
 		return fmt.Errorf("this node to be known: %w", ctx.Err())
 	}
-	if i.uplink, _, err = findUplink(i.Uplink, i.cfg, true); err != nil {
+	if i.uplink, _, err = findUplink(i.Uplink, i.cfg, iface.Uplink{}, true); err != nil {
 		return fmt.Errorf("an uplink: %w", err)
 	}
 	if i.backend, err = backend.New(backendConfig(i.cfg, i.uplink), i.uplink); err != nil {

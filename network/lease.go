@@ -79,7 +79,7 @@ func (k *leaseKeeper) keep(ctx context.Context, s setup, subnets subnet.Subnets)
 // attrs returns what the node is to publish: its addresses, and the backend's data,
 // which depends on what the node published before.
 func (k *leaseKeeper) attrs(ctx context.Context, s setup) (subnet.Attrs, error) {
-	self := subnet.Attrs{PublicIP: s.uplink.PublicIP, PublicIPv6: s.uplink.PublicIPv6}
+	self := subnet.Attrs{PublicIP: s.uplink.IPv4.PublicIP, PublicIPv6: s.uplink.IPv6.PublicIP}
 	var previous subnet.Attrs
 	var err error
 	if k.held != nil {

@@ -23,7 +23,7 @@ import (
 func beside(t *testing.T, name, config string, port uint16) (m *manager, o Options, ready func() string) {
 	m, done := newManager(config), make(chan error, 1)
 	o = Options{
-		Manager: m, Uplink: iface.Selector{Names: []string{"eth0"}}, Name: name,
+		Manager: m, Uplink: iface.Selector{Criteria: iface.Criteria{Names: []string{"eth0"}}}, Name: name,
 		SubnetFile: filepath.Join(t.TempDir(), "subnet.env"), Forward: true, RulesResync: time.Minute, KernelResync: time.Minute,
 		Health: netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), port), StatusSocket: filepath.Join(t.TempDir(), "sock"),
 	}

@@ -98,7 +98,7 @@ func TestTwoInOneProcess(t *testing.T) {
 				manager := subnettest.NewManager(store, name)
 				defer manager.Close()
 				nodes = append(nodes, join(ctx, t, fmt.Sprintf("198.18.0.%d", i+1), linked, Options{
-					Manager: manager, Uplink: iface.Selector{Names: []string{"eth0"}},
+					Manager: manager, Uplink: iface.Selector{Criteria: iface.Criteria{Names: []string{"eth0"}}},
 					IPMasq: family.Pair[bool]{IPv4: true}, Forward: true, RulesResync: 100 * time.Millisecond,
 					Health:  netip.AddrPortFrom(netip.IPv4Unspecified(), healthPort), // the same port
 					Metrics: prometheus.WrapRegistererWith(prometheus.Labels{"node": name}, registry),

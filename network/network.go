@@ -388,13 +388,13 @@ func (n *node) logWarnings(cfg *subnet.Config) {
 func (n *node) refreshUplink(ctx context.Context, cfg *subnet.Config) error {
 	old := n.target
 	sel := n.Uplink
-	sel.Prefer = append([]netip.Addr{old.uplink.IPv4, old.uplink.IPv6}, sel.Prefer...)
+	sel.Prefer = append(family.Valid(old.uplink.Addrs()), sel.Prefer...)
 	// A node that works with both families stays as it is while one of them is away.
-	uplink, missing, err := findUplink(sel, cfg, n.backend == nil || n.partial())
+	uplink, missing, err := findUplink(sel, cfg, n.workingUplink(), n.backend == nil || n.partial())
 	if err != nil {
 		n.target = setup{cfg: cfg, uplink: old.uplink} // which is not there yet
 		if n.backend != nil {
-			err = fmt.Errorf("staying with %s: %w", old.uplink.Name, err)
+			err = fmt.Errorf("staying with %s: %w", old.uplink.Names(), err)
 		} else {
 			n.health.waitFor("an uplink: " + err.Error())
 		}

@@ -152,7 +152,7 @@ func beginIn(ctx context.Context, t *testing.T, m *manager, change func(*Options
 	metrics, handler := prometheus.NewRegistry(), http.NewServeMux()
 	handler.Handle("GET /metrics", MetricsHandler(metrics))
 	o := Options{
-		Manager: m, Uplink: iface.Selector{Names: []string{"eth0"}}, SubnetFile: d.file, Metrics: metrics, Handler: handler,
+		Manager: m, Uplink: iface.Selector{Criteria: iface.Criteria{Names: []string{"eth0"}}}, SubnetFile: d.file, Metrics: metrics, Handler: handler,
 		IPMasq: family.Pair[bool]{IPv4: true, IPv6: true}, Forward: true, RulesResync: 100 * time.Millisecond, KernelResync: time.Minute,
 		Health: netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), healthPort),
 	}

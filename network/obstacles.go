@@ -61,8 +61,10 @@ func (s setup) obstacles(h host) []subnet.Obstacle {
 			all = append(all, o)
 		}
 	}
-	for _, p := range s.uplink.Prefixes {
-		add(subnet.Obstacle{Prefix: p, Name: linkName(p, s.uplink.Name)})
+	for _, l := range s.uplink.Links() {
+		for _, p := range l.Prefixes {
+			add(subnet.Obstacle{Prefix: p, Name: linkName(p, l.Name)})
+		}
 	}
 	for _, ips := range []family.Pair[netip.Addr]{s.uplink.Addrs(), s.uplink.PublicIPs()} {
 		for _, ip := range ips.Each() {
@@ -104,11 +106,12 @@ func networkKey(f family.Family, index int) string {
 func UplinkOverlaps(cfg *subnet.Config, uplink iface.Uplink) []string {
 	var all []string
 	for f, networks := range family.Pair[[]netip.Prefix](cfg.Networks()).Each() {
+		link := uplink.Of(f)
 		for i, network := range networks {
-			for _, p := range uplink.Prefixes {
+			for _, p := range link.Prefixes {
 				if p.Overlaps(network) {
 					all = append(all, fmt.Sprintf("%s %s overlaps %s, the uplink: %s", networkKey(f, i), network,
-						linkName(p, uplink.Name), useAnother("prefix")))
+						linkName(p, link.Name), useAnother("prefix")))
 				}
 			}
 		}

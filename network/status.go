@@ -25,7 +25,7 @@ type Status struct {
 
 	Network []netip.Prefix `json:"network,omitempty"`
 	Backend string         `json:"backend,omitempty"`
-	Uplink  *Uplink        `json:"uplink,omitempty"`
+	Uplinks []Uplink       `json:"uplinks,omitempty"` // one, or two if each family has an interface of its own
 	Lease   *Lease         `json:"lease,omitempty"`
 	Peers   int            `json:"peers"`
 	LeftOut []Lease        `json:"leftOut,omitempty"` // that are no peers, or cannot be reached in full
@@ -37,23 +37,33 @@ type Status struct {
 	// Overlaps say where the network, or this node's own subnet, overlaps what the host uses for something else.
 	Overlaps []string `json:"overlaps,omitempty"`
 
-	MTU        int        `json:"mtu,omitempty"`      // for pods
-	Overhead   int        `json:"overhead,omitempty"` // bytes that the backend puts around their packets
-	Devices    []Device   `json:"devices,omitempty"`
-	Endpoints  []Endpoint `json:"endpoints,omitempty"` // where peers' packets arrive
-	Rules      Rules      `json:"rules"`
-	SubnetFile SubnetFile `json:"subnetFile"`
+	MTU        int              `json:"mtu,omitempty"`     // for pods
+	Overhead   family.Pair[int] `json:"overhead,omitzero"` // bytes that the backend puts around their packets
+	Devices    []Device         `json:"devices,omitempty"`
+	Endpoints  []Endpoint       `json:"endpoints,omitempty"` // where peers' packets arrive
+	Rules      Rules            `json:"rules"`
+	SubnetFile SubnetFile       `json:"subnetFile"`
 
 	Store  Store             `json:"store"`
 	Errors map[string]string `json:"errors,omitempty"` // that persist, by duty
 }
 
-// An Uplink is the interface that peers reach the node on.
+// An Uplink is an interface that peers reach the node on.
 type Uplink struct {
 	Name      string       `json:"name"`
 	MTU       int          `json:"mtu"`
 	Addresses []netip.Addr `json:"addresses"`
 	PublicIPs []netip.Addr `json:"publicIPs"`
+}
+
+// UplinkOf returns the uplink with an address of a family, nil if there is none.
+func (s Status) UplinkOf(f family.Family) *Uplink {
+	for i, u := range s.Uplinks {
+		if slices.ContainsFunc(u.Addresses, f.Has) {
+			return &s.Uplinks[i]
+		}
+	}
+	return nil
 }
 
 // A Lease is a node's claim to its subnets, and what it tells its peers.
@@ -181,9 +191,12 @@ func (v view) status() Status {
 	for _, e := range info.Endpoints {
 		s.Endpoints = append(s.Endpoints, Endpoint{e.Addr, e.Protocol, e.Port, e.Program})
 	}
-	s.Uplink = &Uplink{
-		Name: v.uplink.Name, MTU: v.uplink.MTU,
-		Addresses: family.Valid(v.uplink.Addrs()), PublicIPs: family.Valid(v.uplink.PublicIPs()),
+	for i, l := range v.uplink.Links() {
+		if i == 0 || v.uplink.Apart() {
+			s.Uplinks = append(s.Uplinks, Uplink{Name: l.Name, MTU: l.MTU})
+		}
+		u := &s.Uplinks[len(s.Uplinks)-1]
+		u.Addresses, u.PublicIPs = append(u.Addresses, l.Addr), append(u.PublicIPs, l.PublicIP)
 	}
 	s.Overlaps = v.setup.overlaps(v.host, v.own)
 	if v.own == nil || waitingFor(v.Manager) != "" { // there is none, or it is not kept any more

@@ -65,7 +65,7 @@ func (h Host) new(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, err
 	if (o.AccessKeyID == "") != (o.AccessKeySecret == "") {
 		cfg.Warnings = append(cfg.Warnings, "of AccessKeyID and AccessKeySecret, one is not set: the other is ignored")
 	}
-	return cloudroute.New(cfg, uplink, o.provider(h)), nil
+	return cloudroute.New(cfg, uplink, o.provider(h))
 }
 
 // provider returns Alibaba Cloud, for these options on a host. Its VPC API lets an account make some 10 calls of one kind

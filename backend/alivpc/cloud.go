@@ -84,7 +84,7 @@ func (c *cloud) NextHop(ctx context.Context, uplink iface.Uplink) (cloudroute.Ne
 		if err != nil {
 			return none, noMetadata(err)
 		}
-		if !slices.Contains(addresses, uplink.IPv4) && !slices.Contains(addresses, uplink.IPv6) {
+		if !slices.Contains(addresses, uplink.IPv4.Addr) && !slices.Contains(addresses, uplink.IPv6.Addr) {
 			for _, a := range addresses {
 				others = append(others, a.String())
 			}

@@ -26,7 +26,7 @@ func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
 	if err := backend.Options(cfg, &options{}); err != nil {
 		return nil, err
 	}
-	return &alloc{uplink.MTU}, nil
+	return &alloc{uplink.MTU()}, nil
 }
 
 func (a *alloc) Info() backend.Info {

@@ -40,7 +40,7 @@ func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
 	if err := o.RouteTableID.Check(tableIDForm, "rtb-0a1b2c3d4e5f60718"); err != nil {
 		return nil, err
 	}
-	return cloudroute.New(cfg, uplink, o.provider()), nil
+	return cloudroute.New(cfg, uplink, o.provider())
 }
 
 // provider returns AWS, for these options. EC2 lets an account read route tables some 20 times a second.

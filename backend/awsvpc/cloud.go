@@ -90,7 +90,7 @@ func (c *cloud) NextHop(ctx context.Context, uplink iface.Uplink) (cloudroute.Ne
 		if err != nil {
 			return none, err
 		}
-		if !holds(append(four, six...), uplink.IPv4) && !holds(append(four, six...), uplink.IPv6) {
+		if !holds(append(four, six...), uplink.IPv4.Addr) && !holds(append(four, six...), uplink.IPv6.Addr) {
 			others = append(append(others, four...), six...)
 			continue
 		}

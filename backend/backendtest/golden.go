@@ -11,10 +11,12 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
 	"github.com/flanneld/flanneld/backend"
+	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/subnet"
 )
@@ -28,7 +30,8 @@ const separator = "\n----\n"
 // begin with
 //
 //	config  the network's configuration
-//	uplink  name, MTU, addresses with prefix lengths, "public" and the addresses peers use
+//	uplink  name, MTU, addresses with prefix lengths, "public" and the addresses peers use; then, if
+//	        the other family has another interface, the same of that one
 //	own     a lease: the last element of its etcd key, and its value
 //	peer    likewise
 //	#       a remark
@@ -114,7 +117,7 @@ func answer(scenario string) (string, error) {
 		return "", err
 	}
 	info := b.Info()
-	fmt.Fprintf(&out, "# pods: mtu %d, overhead %d\n", info.MTU, info.Overhead)
+	fmt.Fprintf(&out, "# pods: mtu %d, overhead %d\n", info.MTU, max(info.Overhead.IPv4, info.Overhead.IPv6))
 	for _, e := range info.Endpoints {
 		program := ""
 		if e.Program != "" {
@@ -152,40 +155,30 @@ func ParseLease(text string) (subnet.Lease, error) {
 
 // ParseUplink reads the uplink of a scenario, see Golden.
 func ParseUplink(text string) (iface.Uplink, error) {
-	u := iface.Uplink{Index: 2}
+	var links family.Pair[iface.Link]
+	var l iface.Link // without addresses
 	public := false
-	for i, word := range strings.Fields(text) {
+	for _, word := range strings.Fields(text) {
+		p, isPrefix := netip.ParsePrefix(word)
+		ip, isAddr := netip.ParseAddr(word)
+		mtu, isNumber := strconv.Atoi(word)
 		switch {
-		case i == 0:
-			u.Name = word
-		case i == 1:
-			if _, err := fmt.Sscanf(word, "%d", &u.MTU); err != nil {
-				return u, err
-			}
 		case word == "public":
 			public = true
-		case public:
-			ip, err := netip.ParseAddr(word)
-			if err != nil {
-				return u, err
-			}
-			if ip.Is4() {
-				u.PublicIP = ip
-			} else {
-				u.PublicIPv6 = ip
-			}
+		case isPrefix == nil:
+			of := links.At(family.Of(p.Addr()))
+			prefixes := append(of.Prefixes, p.Masked())
+			*of = l
+			of.Addr, of.PublicIP, of.Prefixes = p.Addr(), p.Addr(), prefixes
+		case isAddr == nil && public:
+			links.At(family.Of(ip)).PublicIP = ip
+		case isNumber == nil:
+			l.MTU = mtu
+		case isAddr == nil:
+			return iface.Uplink{}, fmt.Errorf("%s has no prefix length", ip)
 		default:
-			p, err := netip.ParsePrefix(word)
-			if err != nil {
-				return u, err
-			}
-			if p.Addr().Is4() {
-				u.IPv4, u.PublicIP = p.Addr(), p.Addr()
-			} else {
-				u.IPv6, u.PublicIPv6 = p.Addr(), p.Addr()
-			}
-			u.Prefixes = append(u.Prefixes, p.Masked())
+			l, public = iface.Link{Name: word, Index: l.Index + 2}, false
 		}
 	}
-	return u, nil
+	return iface.Uplink(links), nil
 }

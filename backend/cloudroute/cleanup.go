@@ -58,7 +58,7 @@ func leftovers(ctx context.Context, cfg *subnet.Config, p Provider) (*router, []
 	if err != nil {
 		return nil, nil, err
 	}
-	r := New(cfg, uplink, p).router(subnet.Lease{})
+	r := newBackend(cfg, uplink, p).router(subnet.Lease{})
 	tables, err := r.look(ctx)
 	return r, tables, err
 }

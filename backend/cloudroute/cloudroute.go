@@ -121,12 +121,20 @@ var (
 )
 
 // New makes a backend.
-func New(cfg *subnet.Config, uplink iface.Uplink, p Provider) *Backend {
+func New(cfg *subnet.Config, uplink iface.Uplink, p Provider) (backend.Backend, error) {
+	if uplink.Apart() {
+		return nil, fmt.Errorf("the routes of both families lead to one network interface, and the uplink has two, %s: leave "+
+			"out --iface-v6, --iface-regex-v6 and --iface-can-reach-v6, or use the vxlan backend", uplink.Names())
+	}
+	return newBackend(cfg, uplink, p), nil
+}
+
+func newBackend(cfg *subnet.Config, uplink iface.Uplink, p Provider) *Backend {
 	return &Backend{provider: p, uplink: uplink, networks: cfg.Networks().Each()}
 }
 
 // Info implements backend.Backend.
-func (b *Backend) Info() backend.Info { return backend.Info{MTU: b.uplink.MTU} }
+func (b *Backend) Info() backend.Info { return backend.Info{MTU: b.uplink.MTU()} }
 
 // Attrs implements backend.Backend. Leases carry none.
 func (b *Backend) Attrs(context.Context, subnet.Attrs) (subnet.Attrs, error) {

@@ -93,11 +93,11 @@ func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
 			"ShutdownCommand is not run, as in flannel: RunShutdownCommand must be true for that")
 	}
 	if x.options.MTU == 0 {
-		x.options.MTU = uplink.MTU
+		x.options.MTU = uplink.MTU()
 	}
 	if least := family.IPv4.MinMTU(); x.options.MTU < least || x.options.MTU > 65535 {
 		return nil, fmt.Errorf("MTU %d is not allowed: %d to 65535, or 0 for the uplink's, %d",
-			x.options.MTU, least, uplink.MTU)
+			x.options.MTU, least, uplink.MTU())
 	}
 	return x, nil
 }

@@ -81,7 +81,7 @@ func (n *node) extension(o options) *extension {
 	if err != nil {
 		n.t.Fatal(err)
 	}
-	b, err := New(cfg, iface.Uplink{Name: "eth0", MTU: 1500})
+	b, err := New(cfg, iface.Uplink{IPv4: iface.Link{Name: "eth0", MTU: 1500}})
 	if err != nil {
 		n.t.Fatal(err)
 	}
@@ -200,7 +200,7 @@ func TestShutdownCommand(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := New(cfg, iface.Uplink{Name: "eth0", MTU: 1500}); err != nil {
+		if _, err := New(cfg, iface.Uplink{IPv4: iface.Link{Name: "eth0", MTU: 1500}}); err != nil {
 			t.Fatal(err)
 		}
 		if got := strings.Join(cfg.Warnings, "\n"); got != want {

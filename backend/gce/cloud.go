@@ -121,7 +121,7 @@ func (c *cloud) NextHop(ctx context.Context, uplink iface.Uplink) (cloudroute.Ne
 		if err != nil {
 			return none, err
 		}
-		if !slices.Contains(found, uplink.IPv4) && !slices.Contains(found, uplink.IPv6) {
+		if !slices.Contains(found, uplink.IPv4.Addr) && !slices.Contains(found, uplink.IPv6.Addr) {
 			others = append(others, join(found))
 			continue
 		}

@@ -39,7 +39,7 @@ func (h Host) new(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, err
 	if err := backend.Options(cfg, &options{}); err != nil {
 		return nil, err
 	}
-	return cloudroute.New(cfg, uplink, h.provider()), nil
+	return cloudroute.New(cfg, uplink, h.provider())
 }
 
 // provider returns Google Cloud. A project may make 1500 requests a minute that read global resources. To read the

@@ -5,9 +5,10 @@ package hostgw
 import (
 	"context"
 	"fmt"
+	"net/netip"
+	"slices"
 
 	"github.com/flanneld/flanneld/backend"
-	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/pkg/kernel"
 	"github.com/flanneld/flanneld/subnet"
@@ -34,7 +35,7 @@ func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
 	return &hostgw{uplink}, nil
 }
 
-func (h *hostgw) Info() backend.Info { return backend.Info{MTU: h.uplink.MTU} }
+func (h *hostgw) Info() backend.Info { return backend.Info{MTU: h.uplink.MTU()} }
 
 func (h *hostgw) Attrs(context.Context, subnet.Attrs) (subnet.Attrs, error) {
 	return subnet.Attrs{BackendType: Type}, nil
@@ -51,21 +52,16 @@ func (h *hostgw) Peer(own, peer subnet.Lease) ([]kernel.Object, error) {
 		}
 		objects = append(objects, s.Direct(h.uplink))
 		// Some clouds give hosts a /32 and a route to the others. Then the kernel decides whether the gateway can be used.
-		if !h.uplink.OnLink(s.PublicIP) && !h.hostAddrsOnly(f) {
+		if link := h.uplink.Of(f); !h.uplink.OnLink(s.PublicIP) && !hostAddrsOnly(link) {
 			errs = append(errs, fmt.Errorf("its address %s is not on the link of %s (%v): host-gw needs all nodes on one link; "+
 				"the vxlan backend does not, and with DirectRouting it does the same where it can",
-				s.PublicIP, h.uplink.Name, h.uplink.Prefixes))
+				s.PublicIP, link.Name, link.Prefixes))
 		}
 	}
 	return objects, backend.JoinErrors(errs)
 }
 
-// hostAddrsOnly reports whether all prefixes of a family on the uplink are single addresses (/32, /128).
-func (h *hostgw) hostAddrsOnly(f family.Family) bool {
-	for _, p := range h.uplink.Prefixes {
-		if f.Has(p.Addr()) && !p.IsSingleIP() {
-			return false
-		}
-	}
-	return true
+// hostAddrsOnly reports whether all prefixes on a link are single addresses (/32, /128).
+func hostAddrsOnly(link iface.Link) bool {
+	return !slices.ContainsFunc(link.Prefixes, func(p netip.Prefix) bool { return !p.IsSingleIP() })
 }

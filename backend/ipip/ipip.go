@@ -47,7 +47,7 @@ func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
 	}
 	var err error
 	_, b.info, err = backend.PodMTU(cfg, uplink, 0, family.Family.HeaderLen) // the outer IP header
-	b.info.Endpoints = []backend.Endpoint{{Addr: uplink.IPv4, Protocol: "4"}}
+	b.info.Endpoints = []backend.Endpoint{{Addr: uplink.IPv4.Addr, Protocol: "4"}}
 	return b, err
 }
 
@@ -59,7 +59,7 @@ func (b *ipip) Attrs(context.Context, subnet.Attrs) (subnet.Attrs, error) {
 
 func (b *ipip) Local(own subnet.Lease) []kernel.Object {
 	return []kernel.Object{
-		kernel.Link{Name: device, MTU: b.info.MTU, Type: kernel.IPIP{Local: b.uplink.IPv4}},
+		kernel.Link{Name: device, MTU: b.info.MTU, Type: kernel.IPIP{Local: b.uplink.IPv4.Addr}},
 		backend.HostAddr(device, own.IPv4),
 	}
 }

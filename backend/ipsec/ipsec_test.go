@@ -22,7 +22,7 @@ func TestSecret(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b, err := New(cfg, iface.Uplink{Name: "eth0", MTU: 1500})
+	b, err := New(cfg, iface.Uplink{IPv4: iface.Link{Name: "eth0", MTU: 1500}})
 	if err != nil {
 		t.Fatal(err)
 	}

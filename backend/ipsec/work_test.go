@@ -64,7 +64,7 @@ func newNode(t *testing.T, charon string) *node {
 		t.Fatal(err)
 	}
 	ip := netip.MustParseAddr("198.18.0.1")
-	b, err := New(cfg, iface.Uplink{Name: "eth0", MTU: 1500, IPv4: ip, PublicIP: ip})
+	b, err := New(cfg, iface.Uplink{IPv4: iface.Link{Name: "eth0", MTU: 1500, Addr: ip, PublicIP: ip}})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -92,16 +92,16 @@ func (c *cloud) NextHop(ctx context.Context, uplink iface.Uplink) (cloudroute.Ne
 		}
 		if !slices.ContainsFunc(addresses, func(text string) bool {
 			a, err := netip.ParseAddr(text)
-			return err == nil && a == uplink.IPv4
+			return err == nil && a == uplink.IPv4.Addr
 		}) {
 			others = append(others, addresses...)
 			continue
 		}
-		found := cloudroute.NextHop{ID: uplink.IPv4.String()}
+		found := cloudroute.NextHop{ID: uplink.IPv4.Addr.String()}
 		found.VPC, err = c.metadata.get(ctx, interfaces+mac+"/vpc-id")
 		if errors.Is(err, errNotFound) {
 			return cloudroute.NextHop{}, fmt.Errorf("the instance metadata has no VPC for the interface with the address %s: "+
-				"tencent-vpc needs one", uplink.IPv4)
+				"tencent-vpc needs one", uplink.IPv4.Addr)
 		}
 		if err == nil {
 			found.Subnet, err = c.metadata.get(ctx, interfaces+mac+"/subnet-id")

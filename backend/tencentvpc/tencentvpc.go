@@ -62,7 +62,7 @@ func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
 		return nil, errors.New("it routes IPv4 only: Tencent Cloud documents no IPv6 route to an instance; " +
 			"set EnableIPv6 to false, or use another backend")
 	}
-	return cloudroute.New(cfg, uplink, o.provider(cfg)), nil
+	return cloudroute.New(cfg, uplink, o.provider(cfg))
 }
 
 // provider returns Tencent Cloud, for these options. An account may call DescribeVpcPrivateIpAddresses 20 times a second,

@@ -78,7 +78,10 @@ func start(t testing.TB, use offloads) *node {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b, err := New(cfg, iface.Uplink{Name: "lo", MTU: 1500, IPv4: near[0].Addr(), IPv6: near[1].Addr()})
+	b, err := New(cfg, iface.Uplink{
+		IPv4: iface.Link{Name: "lo", MTU: 1500, Addr: near[0].Addr()},
+		IPv6: iface.Link{Name: "lo", MTU: 1500, Addr: near[1].Addr()},
+	})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"math"
-	"net/netip"
 
 	"github.com/flanneld/flanneld/backend"
 	"github.com/flanneld/flanneld/pkg/family"
@@ -77,9 +76,9 @@ type vxlan struct {
 
 // vtep is this node's end of one family's tunnels.
 type vtep struct {
-	dev   string     // empty if the family is off
-	local netip.Addr // outer source address
-	mtu   int
+	dev  string     // empty if the family is off
+	link iface.Link // that carries the outer packets
+	mtu  int
 }
 
 // New makes the backend.
@@ -107,9 +106,9 @@ func New(cfg *subnet.Config, uplink iface.Uplink) (backend.Backend, error) {
 		if !pool.Enabled() {
 			continue
 		}
-		local := uplink.Addrs().Of(f)
-		*v.vteps.At(f) = vtep{fmt.Sprintf("%s.%d", names.Of(f), v.VNI), local, mtu.Of(f)}
-		v.info.Endpoints = append(v.info.Endpoints, backend.Endpoint{Addr: local, Protocol: "udp", Port: v.Port})
+		link := uplink.Of(f)
+		*v.vteps.At(f) = vtep{fmt.Sprintf("%s.%d", names.Of(f), v.VNI), link, mtu.Of(f)}
+		v.info.Endpoints = append(v.info.Endpoints, backend.Endpoint{Addr: link.Addr, Protocol: "udp", Port: v.Port})
 	}
 	return v, nil
 }
@@ -163,7 +162,7 @@ func (v *vxlan) Local(own subnet.Lease) []kernel.Object {
 		d, _ := parse(own.Attrs.DataOf(f)) // our own; without a MAC the kernel would choose one
 		objects = append(objects,
 			kernel.Link{Name: t.dev, MAC: d.VtepMAC, MTU: t.mtu, Type: kernel.VXLAN{
-				VNI: v.VNI, Port: v.Port, Local: t.local, Dev: v.uplink.Name, Learning: v.Learning, GBP: v.GBP,
+				VNI: v.VNI, Port: v.Port, Local: t.link.Addr, Dev: t.link.Name, Learning: v.Learning, GBP: v.GBP,
 			}, TXChecksumOff: v.DisableTxChecksumOffload},
 			backend.HostAddr(t.dev, own.Of(f)),
 		)

@@ -20,7 +20,8 @@ func TestMAC(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b, err := New(cfg, iface.Uplink{Name: "eth0", MTU: 1500})
+	link := iface.Link{Name: "eth0", MTU: 1500}
+	b, err := New(cfg, iface.Uplink{IPv4: link, IPv6: link})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,6 +1,7 @@
 package wireguard
 
 import (
+	"cmp"
 	"fmt"
 	"net"
 	"net/netip"
@@ -13,7 +14,6 @@ import (
 
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
-	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -305,11 +305,8 @@ func TestKeepalives(t *testing.T) {
 		{`,"PersistentKeepaliveInterval":0`, private, "", []string{"198.18.0.2"}, "0 1"},
 		{`,"PersistentKeepaliveInterval":7`, address, "", []string{"198.18.0.2", "192.168.1.3"}, "7 0, 7 2"},
 	} {
-		uplink := iface.Uplink{Name: "eth0", MTU: 1500, IPv4: netip.MustParseAddr(c.own), IPv6: netip.MustParseAddr("fd18::1")}
-		uplink.PublicIP = uplink.IPv4
-		if c.public != "" {
-			uplink.PublicIP = netip.MustParseAddr(c.public)
-		}
+		uplink := uplink(c.own, "fd18::1")
+		uplink.IPv4.PublicIP = netip.MustParseAddr(cmp.Or(c.public, c.own))
 		w := newTest(t, c.config, uplink)
 		own := lease(t, "10.5.1.0-24", `{"PublicIP":"198.18.0.1"}`)
 		leases := map[subnet.Subnets]subnet.Lease{}

@@ -140,7 +140,7 @@ func (w *wireguard) publicIP(t tunnel, a subnet.Attrs) netip.Addr {
 	// The family that both nodes have. If they have both families: IPv4, unless IPv4 is behind NAT and IPv6 is not, on
 	// both sides.
 	canFour, canSix := four.IsValid() && w.uplink.IPv4.IsValid(), six.IsValid() && w.uplink.IPv6.IsValid()
-	if canSix && (!canFour || four.IsPrivate() && !six.IsPrivate() && !w.uplink.IPv6.IsPrivate()) {
+	if canSix && (!canFour || four.IsPrivate() && !six.IsPrivate() && !w.uplink.IPv6.Addr.IsPrivate()) {
 		return six
 	}
 	return four

@@ -102,6 +102,7 @@ type tunnel struct {
 	dev      string
 	port     int
 	families [2]bool // whose packets the device carries
+	mtu      int
 }
 
 var (
@@ -148,24 +149,25 @@ func newBackend(cfg *subnet.Config, uplink iface.Uplink, host Host, hasWireGuard
 		return nil, fmt.Errorf("ListenPort and ListenPortV6 are both %d: in Mode separate, each device needs its own port",
 			w.ListenPort)
 	}
-	var err error
-	if _, w.info, err = backend.PodMTU(cfg, uplink, w.MTU, func(family.Family) int { return overhead }); err != nil {
+	mtu, info, err := backend.PodMTU(cfg, uplink, w.MTU, func(family.Family) int { return overhead })
+	if err != nil {
 		return nil, err
 	}
+	w.info = info
 	if w.Mode == separate {
 		if on[0] {
-			w.tunnels = append(w.tunnels, tunnel{"flannel-wg", w.ListenPort, [2]bool{true, false}})
+			w.tunnels = append(w.tunnels, tunnel{"flannel-wg", w.ListenPort, [2]bool{true, false}, mtu.IPv4})
 		}
 		if on[1] {
-			w.tunnels = append(w.tunnels, tunnel{"flannel-wg-v6", w.ListenPortV6, [2]bool{false, true}})
+			w.tunnels = append(w.tunnels, tunnel{"flannel-wg-v6", w.ListenPortV6, [2]bool{false, true}, mtu.IPv6})
 		}
 	} else {
-		w.tunnels = []tunnel{{"flannel-wg", w.ListenPort, on}}
+		w.tunnels = []tunnel{{"flannel-wg", w.ListenPort, on, info.MTU}}
 	}
 	w.inKernel = hasWireGuard()
 	for _, t := range w.tunnels {
 		// The address that peers with the same configuration choose.
-		public := w.publicIP(t, subnet.Attrs{PublicIP: uplink.PublicIP, PublicIPv6: uplink.PublicIPv6})
+		public := w.publicIP(t, subnet.Attrs{PublicIP: uplink.IPv4.PublicIP, PublicIPv6: uplink.IPv6.PublicIP})
 		ip := uplink.Addrs().Of(family.Of(public))
 		w.info.Endpoints = append(w.info.Endpoints, backend.Endpoint{Addr: ip, Protocol: "udp", Port: t.port})
 	}
@@ -198,7 +200,7 @@ func (w *wireguard) Local(own subnet.Lease) []kernel.Object {
 	}
 	var objects []kernel.Object
 	for _, t := range w.tunnels {
-		objects = append(objects, kernel.Link{Name: t.dev, MTU: w.info.MTU, Type: kind})
+		objects = append(objects, kernel.Link{Name: t.dev, MTU: t.mtu, Type: kind})
 		for _, f := range family.All {
 			if !t.families[f] || !own.Of(f).IsValid() {
 				continue

@@ -68,8 +68,14 @@ func newTest(t *testing.T, config string, uplink iface.Uplink) *wireguard {
 	return b.(*wireguard)
 }
 
-var dualUplink = iface.Uplink{Name: "eth0", MTU: 1500, IPv4: netip.MustParseAddr("198.18.0.1"),
-	IPv6: netip.MustParseAddr("fd18::1")}
+var dualUplink = uplink("198.18.0.1", "fd18::1")
+
+func uplink(four, six string) iface.Uplink {
+	return iface.Uplink{
+		IPv4: iface.Link{Name: "eth0", MTU: 1500, Addr: netip.MustParseAddr(four)},
+		IPv6: iface.Link{Name: "eth0", MTU: 1500, Addr: netip.MustParseAddr(six)},
+	}
+}
 
 func lease(t *testing.T, key, attrs string) subnet.Lease {
 	t.Helper()
@@ -102,8 +108,7 @@ func TestModes(t *testing.T) {
 	}
 	const dual, four, six = "10.5.2.0-24&fd05:0:0:2::-64", "10.5.2.0-24", "0.0.0.0-0&fd05:0:0:2::-64"
 	usual := attrs("198.18.0.2", `"fd18::2"`, data('b', ""), data('b', ""))
-	global := iface.Uplink{Name: "eth0", MTU: 1500, IPv4: netip.MustParseAddr("10.0.0.1"),
-		IPv6: netip.MustParseAddr("2001:db8::1")}
+	global := uplink("10.0.0.1", "2001:db8::1")
 	for _, c := range []struct {
 		name, config string
 		uplink       iface.Uplink

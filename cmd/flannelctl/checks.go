@@ -19,6 +19,7 @@ import (
 	"github.com/flanneld/flanneld/backend"
 	"github.com/flanneld/flanneld/network"
 	"github.com/flanneld/flanneld/pkg/bridge"
+	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/pkg/kernel"
 	"github.com/flanneld/flanneld/pkg/plain"
 	"github.com/flanneld/flanneld/pkg/proc"
@@ -88,7 +89,7 @@ func leaseMissing(d *diagnosis) []problem {
 	switch {
 	case s.Lease != nil || s.Store.Trouble != "" || s.Daemon: // daemon-waiting and daemon-error cover the daemon
 		return nil
-	case s.Uplink == nil:
+	case len(s.Uplinks) == 0:
 		return []problem{{"it is unknown whether this node has a lease: waiting for " + s.Waiting, nil}}
 	}
 	return []problem{{"this node has no lease: another node may get its subnet", []string{"systemctl restart flanneld"}}}
@@ -245,10 +246,11 @@ func brNetfilter(d *diagnosis) []problem {
 }
 
 func rpFilter(d *diagnosis) []problem {
-	if !d.has(netip.Addr.Is4) || d.status.Uplink == nil {
+	uplink := d.status.UplinkOf(family.IPv4)
+	if !d.has(netip.Addr.Is4) || uplink == nil {
 		return nil
 	}
-	devices := []string{d.status.Uplink.Name}
+	devices := []string{uplink.Name}
 	for _, dev := range d.status.Devices {
 		if slices.ContainsFunc(dev.Addresses,
 			func(a netip.Prefix) bool { return a.Addr().Is4() }) { // other devices carry no IPv4
@@ -294,12 +296,9 @@ func forwardDrop(d *diagnosis) []problem {
 	if d.status.Lease == nil {
 		return nil
 	}
-	inner, outer := "cni0", d.status.Uplink.Name
+	inner := "cni0"
 	if l := d.bridge(); l != nil {
 		inner = l.Attrs().Name
-	}
-	if len(d.status.Devices) > 0 {
-		outer = d.status.Devices[0].Name
 	}
 	var found []problem
 	for _, s := range d.status.Lease.Subnets {
@@ -308,7 +307,7 @@ func forwardDrop(d *diagnosis) []problem {
 			continue
 		}
 		network := d.status.Network[i]
-		here, there := s.Addr().Next(), network.Addr().Next()
+		here, there, outer := s.Addr().Next(), network.Addr().Next(), d.outward(family.Of(s.Addr()))
 		out := packet{proto: "tcp", port: 40000, in: inner, out: outer, src: here, dst: there}
 		in := packet{proto: "tcp", port: 40000, in: outer, out: inner, src: there, dst: here}
 		ip := "ip"
@@ -329,6 +328,24 @@ func forwardDrop(d *diagnosis) []problem {
 	return found
 }
 
+// outward returns the device by which packets of pods leave this host.
+func (d *diagnosis) outward(f family.Family) string {
+	for _, dev := range d.status.Devices {
+		if slices.ContainsFunc(dev.Addresses, func(a netip.Prefix) bool { return f.Has(a.Addr()) }) {
+			return dev.Name
+		}
+	}
+	return d.uplinkName(f)
+}
+
+// uplinkName returns the interface by which peers reach this node in a family, "" if there is none.
+func (d *diagnosis) uplinkName(f family.Family) string {
+	if u := d.status.UplinkOf(f); u != nil {
+		return u.Name
+	}
+	return ""
+}
+
 func portBlocked(d *diagnosis) []problem {
 	var found []problem
 	for _, e := range d.status.Endpoints {
@@ -339,7 +356,8 @@ func portBlocked(d *diagnosis) []problem {
 			iptables += fmt.Sprintf(" --dport %d", e.Port)
 			nft = fmt.Sprintf("udp dport %d", e.Port)
 		}
-		first := packet{proto: e.Protocol, port: e.Port, in: d.status.Uplink.Name, src: d.somePeer(e.Address), dst: e.Address}
+		first := packet{proto: e.Protocol, port: e.Port, in: d.uplinkName(family.Of(e.Address)), src: d.somePeer(e.Address),
+			dst: e.Address}
 		for _, r := range d.rulesets {
 			if r.filters(e.Address) && !r.passes("input", first) {
 				found = append(found, problem{fmt.Sprintf("%s drops packets of peers to %s, %s", r, e.Address, what),
@@ -460,21 +478,27 @@ func owners(port int) []owner {
 }
 
 func mtuUplink(d *diagnosis) []problem {
-	u := d.status.Uplink
-	if u == nil {
-		return nil
+	var found []problem
+	for _, u := range d.status.Uplinks {
+		overhead := 0
+		for _, f := range family.All {
+			if slices.ContainsFunc(u.Addresses, f.Has) {
+				overhead = max(overhead, d.status.Overhead.Of(f))
+			}
+		}
+		needed := d.status.MTU + overhead
+		if needed <= u.MTU {
+			continue
+		}
+		text := fmt.Sprintf("pods may send packets of %d bytes", d.status.MTU)
+		if overhead > 0 {
+			text += fmt.Sprintf(" (%d with encapsulation)", needed)
+		}
+		found = append(found, problem{fmt.Sprintf("%s, but the MTU of the uplink %s is %d", text, u.Name, u.MTU),
+			[]string{fmt.Sprintf("ip link set %s mtu %d    # or set a smaller MTU in the Backend of the network configuration",
+				plain.Shell(u.Name), needed)}})
 	}
-	needed := d.status.MTU + d.status.Overhead
-	if needed <= u.MTU {
-		return nil
-	}
-	text := fmt.Sprintf("pods may send packets of %d bytes", d.status.MTU)
-	if d.status.Overhead > 0 {
-		text += fmt.Sprintf(" (%d with encapsulation)", needed)
-	}
-	return []problem{{fmt.Sprintf("%s, but the MTU of the uplink %s is %d", text, u.Name, u.MTU),
-		[]string{fmt.Sprintf("ip link set %s mtu %d    # or set a smaller MTU in the Backend of the network configuration",
-			plain.Shell(u.Name), needed)}}}
+	return found
 }
 
 func mtuBridge(d *diagnosis) []problem {

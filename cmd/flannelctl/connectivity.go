@@ -124,7 +124,7 @@ func (t *tool) connectivity(ctx context.Context, src source, names []string) (c 
 	if err != nil {
 		return c, err
 	}
-	if s.Lease == nil || s.Uplink == nil {
+	if s.Lease == nil || len(s.Uplinks) == 0 {
 		return c, fmt.Errorf("this node has no lease yet: waiting for %s", s.Waiting)
 	}
 	leases, err := src.Leases(ctx)
@@ -135,7 +135,7 @@ func (t *tool) connectivity(ctx context.Context, src source, names []string) (c 
 	if err != nil {
 		return c, err
 	}
-	c = connectivity{Subnets: s.Lease.Subnets, PublicIPs: s.Uplink.PublicIPs, Peers: make([]peerPaths, len(peers)),
+	c = connectivity{Subnets: s.Lease.Subnets, PublicIPs: s.Lease.PublicIPs, Peers: make([]peerPaths, len(peers)),
 		Findings: []finding{}}
 	d := &diagnosis{tool: t, ctx: ctx, status: s}
 	for _, f := range rpFilter(d) {

@@ -12,12 +12,13 @@ import (
 	"time"
 
 	"github.com/flanneld/flanneld/network"
+	"github.com/flanneld/flanneld/pkg/family"
 )
 
 // The node of the tests, with vxlan, and healthy paths to a peer.
 var (
 	here = network.Status{
-		Backend: "vxlan", MTU: 1450, Overhead: 50, Uplink: &network.Uplink{Name: "eth0", MTU: 1500},
+		Backend: "vxlan", MTU: 1450, Overhead: family.Pair[int]{IPv4: 50}, Uplinks: []network.Uplink{{Name: "eth0", MTU: 1500}},
 		Devices: []network.Device{
 			{Name: "flannel.1", VNI: 1, Addresses: []netip.Prefix{netip.MustParsePrefix("10.5.1.0/32")}},
 		},

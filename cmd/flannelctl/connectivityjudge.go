@@ -59,7 +59,7 @@ func judgePath(s network.Status, p path) (found []finding, notes []string) {
 	}
 	switch {
 	case over.UDP == silent && over.OwnUDP == answered:
-		found = append(found, checksumWrong(s, over))
+		found = append(found, checksumWrong(s, p.Underlay, over))
 	case over.UDP == silent || over.TCP == silent:
 		notes = append(notes, portsSilent(over))
 	}
@@ -150,7 +150,8 @@ func pathMTU(s network.Status, p path) finding {
 	over, under := p.Overlay, p.Underlay
 	text := fmt.Sprintf("packets from %s to %s of more than %d bytes get lost, and pods send up to %d bytes: "+
 		"connections hang", over.From, over.To, over.Carries, over.Size)
-	mtu := over.Carries + s.Overhead
+	overhead := s.Overhead.Of(family.Of(over.To))
+	mtu := over.Carries + overhead
 	if under.Size > 0 && under.Carries < under.Size {
 		mtu = under.Carries
 		text += fmt.Sprintf(". From host to host, %s to %s, at most %d bytes of %d get through", under.From, under.To,
@@ -158,15 +159,15 @@ func pathMTU(s network.Status, p path) finding {
 	}
 	return finding{"path-mtu", text, []string{
 		fmt.Sprintf("ping -M do -c 3 -s %d %s    # fails until all devices on the way carry %d bytes",
-			s.MTU+s.Overhead-family.Of(under.To).HeaderLen()-8, under.To, s.MTU+s.Overhead),
+			s.MTU+overhead-family.Of(under.To).HeaderLen()-8, under.To, s.MTU+overhead),
 		fmt.Sprintf("# or set \"MTU\": %d in the Backend of the network configuration, and create the pods again", mtu),
 	}}
 }
 
-func checksumWrong(s network.Status, over leg) finding {
+func checksumWrong(s network.Status, under, over leg) finding {
 	text := fmt.Sprintf("UDP from %s arrives at %s with wrong checksums: a datagram gets through if flannelctl "+
-		"computes the checksum, and does not if the kernel or %s does", over.From, over.To, s.Uplink.Name)
-	fix := []string{fmt.Sprintf("ethtool -K %s tx off    # until the host starts again", plain.Shell(s.Uplink.Name))}
+		"computes the checksum, and does not if the kernel or %s does", over.From, over.To, under.Device)
+	fix := []string{fmt.Sprintf("ethtool -K %s tx off    # until the host starts again", plain.Shell(under.Device))}
 	for _, d := range s.Devices {
 		if d.Name == over.Device && d.VNI != 0 {
 			fix = []string{fmt.Sprintf("ethtool -K %s tx-checksum-ip-generic off    "+

@@ -110,7 +110,7 @@ func (m measurement) path(ctx context.Context, p *path, over, under *prober) {
 		over.measureSize(ctx, &p.Overlay, m.status.MTU)
 	}
 	if p.Overlay.Carries < p.Overlay.Size && p.Underlay.Ping == answered {
-		under.measureSize(ctx, &p.Underlay, m.status.MTU+m.status.Overhead)
+		under.measureSize(ctx, &p.Underlay, m.status.MTU+m.status.Overhead.Of(family.Of(p.Overlay.To)))
 	}
 	p.Overlay.Heard = over.hears(p.Overlay.To)
 }

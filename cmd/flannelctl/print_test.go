@@ -15,6 +15,7 @@ import (
 
 	"github.com/flanneld/flanneld/cmd/internal/settings"
 	"github.com/flanneld/flanneld/network"
+	"github.com/flanneld/flanneld/pkg/family"
 	"github.com/flanneld/flanneld/pkg/nstest"
 )
 
@@ -43,7 +44,7 @@ var hostileLease = network.Lease{
 // hostileStatus is a status of which each text is hostile.
 var hostileStatus = network.Status{
 	Daemon: true, Version: hostile, Waiting: hostile, Backend: hostile, Ready: false,
-	Uplink: &network.Uplink{Name: hostile}, Lease: &hostileLease, LeftOut: []network.Lease{hostileLease},
+	Uplinks: []network.Uplink{{Name: hostile}}, Lease: &hostileLease, LeftOut: []network.Lease{hostileLease},
 	Devices:    []network.Device{{Name: hostile, Type: hostile}},
 	Rules:      network.Rules{Mode: hostile},
 	SubnetFile: network.SubnetFile{Path: hostile},
@@ -119,12 +120,32 @@ func TestDaemonRefuses(t *testing.T) {
 	}
 }
 
+// TestUplinkOfEachFamily: each uplink must carry the packets of its own family.
+func TestUplinkOfEachFamily(t *testing.T) {
+	four, six := netip.MustParseAddr("198.18.0.1"), netip.MustParseAddr("fd18::1")
+	d := &diagnosis{status: network.Status{
+		MTU: 1430, Overhead: family.Pair[int]{IPv4: 50, IPv6: 70},
+		Uplinks: []network.Uplink{
+			{Name: "eth0", MTU: 1480, Addresses: []netip.Addr{four}},
+			{Name: "eth1", MTU: 1499, Addresses: []netip.Addr{six}},
+		},
+	}}
+	found := mtuUplink(d)
+	if len(found) != 1 || !strings.Contains(found[0].text, "(1500 with encapsulation), but the MTU of the uplink eth1 is 1499") {
+		t.Errorf("found %+v", found)
+	}
+	d.status.Uplinks = []network.Uplink{{Name: "eth0", MTU: 1499, Addresses: []netip.Addr{four, six}}}
+	if found := mtuUplink(d); len(found) != 1 || !strings.Contains(found[0].text, "uplink eth0 is 1499") {
+		t.Errorf("with one uplink: found %+v", found)
+	}
+}
+
 // TestFixesAreQuoted: names of devices, tables and chains may be almost any text. A shell gets each as one word.
 func TestFixesAreQuoted(t *testing.T) {
 	nstest.Need(t, "bash")
 	const programs = `ip() { printf '%s\n' "$@"; }; nft() { ip "$@"; }; ethtool() { ip "$@"; }; `
 	for _, name := range []string{"eth0", "e;ip 'forged'", "$(ip forged)", "e\x1b[2J", "e\nip forged"} {
-		d := &diagnosis{status: network.Status{MTU: 9000, Uplink: &network.Uplink{Name: name, MTU: 1500}}}
+		d := &diagnosis{status: network.Status{MTU: 9000, Uplinks: []network.Uplink{{Name: name, MTU: 1500}}}}
 		var commands []string
 		for _, p := range mtuUplink(d) {
 			commands = append(commands, p.fix...)
@@ -133,7 +154,7 @@ func TestFixesAreQuoted(t *testing.T) {
 			insertAccept("input", "", "udp dport 8472"))
 		commands = append(commands, ruleset{program: "nft", family: "ip", table: "t", chains: map[string]*chain{name: {hook: "input"}}}.
 			insertAccept("input", "", "udp dport 8472"))
-		commands = append(commands, checksumWrong(d.status, leg{}).Fix...)
+		commands = append(commands, checksumWrong(d.status, leg{Device: name}, leg{}).Fix...)
 		if len(commands) != 4 {
 			t.Fatalf("the commands are %q", commands)
 		}

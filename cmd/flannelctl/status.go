@@ -90,7 +90,7 @@ func (t *tool) status(s network.Status) {
 	}
 	line("network", join(s.Network), nil)
 	line("backend", s.Backend, nil)
-	if u := s.Uplink; u != nil {
+	for _, u := range s.Uplinks {
 		text := fmt.Sprintf("%s %s, mtu %d", u.Name, join(u.Addresses), u.MTU)
 		if !slices.Equal(u.Addresses, u.PublicIPs) {
 			text += ", known to peers as " + join(u.PublicIPs)

@@ -273,10 +273,13 @@ func linesIn(file []byte, n *yaml.Node) lines {
 
 // exampleUplink is an uplink that all backends accept.
 var exampleUplink = iface.Uplink{
-	Name: "eth0", Index: 2, MTU: 1500, MAC: "02:00:00:00:00:01",
-	IPv4: netip.MustParseAddr("192.0.2.1"), PublicIP: netip.MustParseAddr("192.0.2.1"),
-	IPv6: netip.MustParseAddr("2001:db8::1"), PublicIPv6: netip.MustParseAddr("2001:db8::1"),
-	Prefixes: []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("2001:db8::/64")},
+	IPv4: exampleLink(netip.MustParsePrefix("192.0.2.1/24")),
+	IPv6: exampleLink(netip.MustParsePrefix("2001:db8::1/64")),
+}
+
+func exampleLink(p netip.Prefix) iface.Link {
+	return iface.Link{Name: "eth0", Index: 2, MTU: 1500, MAC: "02:00:00:00:00:01",
+		Addr: p.Addr(), PublicIP: p.Addr(), Prefixes: []netip.Prefix{p.Masked()}}
 }
 
 // validateSyntax checks that a text is JSON.
@@ -380,10 +383,10 @@ func (d *draft) check(divided bool, host iface.Uplink) (warnings []string, err e
 	}
 	uplink := exampleUplink
 	if !cfg.IPv4.Enabled() {
-		uplink.IPv4, uplink.PublicIP = netip.Addr{}, netip.Addr{}
+		uplink.IPv4 = iface.Link{}
 	}
 	if !cfg.IPv6.Enabled() {
-		uplink.IPv6, uplink.PublicIPv6 = netip.Addr{}, netip.Addr{}
+		uplink.IPv6 = iface.Link{}
 	}
 	_, err = backend.New(cfg, uplink)
 	return cfg.Warnings, err

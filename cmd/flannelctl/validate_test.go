@@ -17,7 +17,8 @@ var update = flag.Bool("update", false, "write testdata")
 
 // testUplink is the uplink of the host that the configurations are for.
 var testUplink = iface.Uplink{
-	Name: "eth0", Prefixes: []netip.Prefix{netip.MustParsePrefix("198.18.4.0/24"), netip.MustParsePrefix("fd18::/64")},
+	IPv4: iface.Link{Name: "eth0", Prefixes: []netip.Prefix{netip.MustParsePrefix("198.18.4.0/24")}},
+	IPv6: iface.Link{Name: "eth0", Prefixes: []netip.Prefix{netip.MustParsePrefix("fd18::/64")}},
 }
 
 // TestValidate: the issues of testdata/FILE are testdata/FILE.golden.

@@ -30,12 +30,28 @@ var hostInternal = regexp.MustCompile(
 // overlay reports whether a device belongs to the overlay network.
 func (s Selector) overlay(device string) bool { return s.Overlay != nil && s.Overlay(device) }
 
-// byDefault reports whether the selector does not restrict the interface.
-func (s Selector) byDefault() bool {
-	return len(s.Names) == 0 && len(s.Regexps) == 0 && !s.CanReach.IsValid()
+// chooseEach returns the uplink that Find returns, from the state of the host.
+func (h host) chooseEach(sel Selector, ipv4, ipv6 bool) (Uplink, error) {
+	if !ipv6 || !sel.Apart() {
+		return h.choose(sel, ipv4, ipv6)
+	}
+	six, err := h.choose(sel.ofIPv6(), false, true)
+	if !ipv4 {
+		return six, err
+	}
+	four, fourErr := h.choose(sel, true, false)
+	switch {
+	case fourErr != nil && err != nil:
+		return Uplink{}, fmt.Errorf("IPv4: %w; IPv6: %w", fourErr, err)
+	case fourErr != nil:
+		return Uplink{}, fourErr
+	case err != nil:
+		return Uplink{}, err
+	}
+	return Uplink{IPv4: four.IPv4, IPv6: six.IPv6}, nil
 }
 
-// choose returns the uplink that Find returns, from the state of the host.
+// choose returns the uplink with one interface for all families that are on.
 func (h host) choose(sel Selector, ipv4, ipv6 bool) (Uplink, error) {
 	slices.SortStableFunc(h.links, func(a, b link) int {
 		switch x, y := hostInternal.MatchString(a.name), hostInternal.MatchString(b.name); {
@@ -49,11 +65,13 @@ func (h host) choose(sel Selector, ipv4, ipv6 bool) (Uplink, error) {
 	on := func(ip netip.Addr) bool { return ip.Is4() && ipv4 || ip.Is6() && ipv6 }
 	found, missed := h.candidates(sel, on, ipv4)
 	var reasons []string
+	settling := false
 	for _, c := range found {
-		u, err := c.uplink(sel, ipv4, ipv6)
+		u, err := h.uplink(c, sel, ipv4, ipv6)
 		if err == nil {
 			return u, nil
 		}
+		settling = settling || c.settling()
 		if !slices.Contains(reasons, err.Error()) {
 			reasons = append(reasons, err.Error())
 		}
@@ -63,10 +81,14 @@ func (h host) choose(sel Selector, ipv4, ipv6 bool) (Uplink, error) {
 		reasons = append(reasons[:most], fmt.Sprintf("%d more interfaces cannot be used either", n))
 	}
 	if len(missed) > 0 {
-		reasons = append(reasons, fmt.Sprintf("%s: this host has %s; set --iface to the name or an address of one of them",
-			strings.Join(missed, ", "), h))
+		reasons = append(reasons, fmt.Sprintf("%s: this host has %s; set --iface%s to the name or an address of one of them",
+			strings.Join(missed, ", "), h, sel.suffix))
 	}
-	return Uplink{}, errors.New(strings.Join(reasons, "; "))
+	err := errors.New(strings.Join(reasons, "; "))
+	if settling {
+		err = settlingError{err}
+	}
+	return Uplink{}, err
 }
 
 // candidates returns the links that sel matches, the best first, and a description of each selector that matches none.
@@ -82,28 +104,28 @@ func (h host) candidates(sel Selector, on func(netip.Addr) bool, ipv4 bool) (fou
 		}
 	}
 	for _, name := range sel.Names {
-		match("--iface="+name, h.named(name))
+		match("--iface"+sel.suffix+"="+name, h.named(name))
 	}
 	for _, re := range sel.Regexps {
-		match("--iface-regex="+re.String(), h.matching(sel, re, on))
+		match("--iface-regex"+sel.suffix+"="+re.String(), h.matching(sel, re, on))
 	}
 	if to := sel.CanReach; to.IsValid() {
-		selector := "--iface-can-reach=" + to.String()
-		switch l := h.at(h.reach.index); {
-		case h.reach.err != nil:
-			missed = append(missed, fmt.Sprintf("no route for %s (%v)", selector, h.reach.err))
-		case h.reach.local: // the route leads to lo; peers reach the address on the interface that has it
+		selector, reach := "--iface-can-reach"+sel.suffix+"="+to.String(), h.reach[to]
+		switch l := h.at(reach.index); {
+		case reach.err != nil:
+			missed = append(missed, fmt.Sprintf("no route for %s (%v)", selector, reach.err))
+		case reach.local: // the route leads to lo; peers reach the address on the interface that has it
 			match(selector, h.holding(to))
 		case l == nil || sel.overlay(l.name):
 			missed = append(missed, fmt.Sprintf("the only route for %s is in the overlay network itself", selector))
 		default:
-			match(selector, []candidate{{link: l, matched: []netip.Addr{h.reach.src}}})
+			match(selector, []candidate{{link: l, matched: []netip.Addr{reach.src}}})
 		}
 	}
 	if len(unmatched) > 0 {
 		missed = append([]string{"no interface matches " + strings.Join(unmatched, " or ")}, missed...)
 	}
-	if !sel.byDefault() {
+	if !sel.Criteria.empty() {
 		return found, missed
 	}
 	for f, public := range sel.publicIPs().Each() {
@@ -175,8 +197,8 @@ func (h host) matching(sel Selector, re *regexp.Regexp, on func(netip.Addr) bool
 	return append(byAddr, byName...)
 }
 
-// uplink returns the candidate as the uplink, or an error that says why the candidate cannot be the uplink.
-func (c candidate) uplink(sel Selector, ipv4, ipv6 bool) (Uplink, error) {
+// uplink returns a candidate as the uplink, or an error that says why the candidate cannot be the uplink.
+func (h host) uplink(c candidate, sel Selector, ipv4, ipv6 bool) (Uplink, error) {
 	if !c.up {
 		return Uplink{}, fmt.Errorf("%s (%s) is down: ip link set %s up", c.name, c.selectedBy, plain.Shell(c.name))
 	}
@@ -184,8 +206,7 @@ func (c candidate) uplink(sel Selector, ipv4, ipv6 bool) (Uplink, error) {
 		return Uplink{}, fmt.Errorf("%s (%s) cannot be reached at %s: the address is %s",
 			c.name, c.selectedBy, c.exact, a.unusable(true))
 	}
-	u := Uplink{Name: c.name, Index: c.index, MTU: c.mtu, MAC: c.mac, Settling: c.settling()}
-	var own, public family.Pair[netip.Addr]
+	var links family.Pair[Link]
 	for f, on := range (family.Pair[bool]{IPv4: ipv4, IPv6: ipv6}).Each() {
 		if !on {
 			continue
@@ -194,21 +215,34 @@ func (c candidate) uplink(sel Selector, ipv4, ipv6 bool) (Uplink, error) {
 		ip := c.ownAddr(f.Has, usable, flag, sel.Prefer)
 		if !ip.IsValid() {
 			return Uplink{}, fmt.Errorf("%s (%s) has no usable %s address%s: "+
-				"add an address, or set Enable%s to false in the network configuration",
-				c.name, c.selectedBy, f, c.unusables(f.Has), f)
+				"add an address, %sor set Enable%s to false in the network configuration",
+				c.name, c.selectedBy, f, c.unusables(f.Has), h.hint(c, sel, f, ipv4), f)
 		}
-		*own.At(f), *public.At(f) = ip, cmp.Or(flag, ip)
+		l := Link{Name: c.name, Index: c.index, MTU: c.mtu, MAC: c.mac, Addr: ip, PublicIP: cmp.Or(flag, ip)}
 		for _, a := range usable {
-			u.Prefixes = append(u.Prefixes, a.onLink)
+			l.Prefixes = append(l.Prefixes, a.onLink)
 		}
 		if a := c.find(ip); a.unusable(false) != "" { // named by --iface
-			u.Prefixes = append(u.Prefixes, a.onLink)
+			l.Prefixes = append(l.Prefixes, a.onLink)
+		}
+		slices.SortFunc(l.Prefixes, netip.Prefix.Compare)
+		l.Prefixes = slices.Compact(l.Prefixes)
+		*links.At(f) = l
+	}
+	return Uplink(links), nil
+}
+
+// hint names the flag for a host whose IPv6 comes in by another interface than IPv4, where IPv4 chose the candidate.
+func (h host) hint(c candidate, sel Selector, f family.Family, ipv4 bool) string {
+	if f != family.IPv6 || !ipv4 {
+		return ""
+	}
+	for _, l := range h.links {
+		if l.index != c.index && l.up && !sel.overlay(l.name) && !hostInternal.MatchString(l.name) && len(l.usable(f.Has)) > 0 {
+			return fmt.Sprintf("set --iface-v6=%s if IPv6 comes in there, ", plain.Shell(l.name))
 		}
 	}
-	u.IPv4, u.IPv6, u.PublicIP, u.PublicIPv6 = own.IPv4, own.IPv6, public.IPv4, public.IPv6
-	slices.SortFunc(u.Prefixes, netip.Prefix.Compare)
-	u.Prefixes = slices.Compact(u.Prefixes)
-	return u, nil
+	return ""
 }
 
 // ownAddr returns the node's own address of a family: the address that the selector matched, else the public address,

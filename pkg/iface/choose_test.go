@@ -92,59 +92,59 @@ eth1 alt=enp3s0 198.18.5.1/24 2001:db8:5::1/64`
 		{name: "an address in use goes when deprecated", host: "eth0 2001:db8::2/64 2001:db8::1/64,deprecated", gateway: 1,
 			v6:  true,
 			sel: Selector{Prefer: []netip.Addr{ip("2001:db8::1")}}, want: "eth0 2001:db8::2, mtu 1500"},
-		{name: "first name that exists", host: two, sel: Selector{Names: []string{"eth9", "eth1", "eth0"}}, v4: true,
+		{name: "first name that exists", host: two, sel: Selector{Criteria: Criteria{Names: []string{"eth9", "eth1", "eth0"}}}, v4: true,
 			want: "eth1 198.18.5.1, mtu 1500"},
 		{name: "first name that can serve", host: "eth0 down 198.18.0.1/24\neth1 fe80::1/64,link\neth2 198.18.2.1/24",
-			sel: Selector{Names: []string{"eth0", "eth1", "eth2"}}, v4: true, want: "eth2 198.18.2.1, mtu 1500"},
-		{name: "alternative name", host: two, sel: Selector{Names: []string{"enp3s0"}}, v4: true,
+			sel: Selector{Criteria: Criteria{Names: []string{"eth0", "eth1", "eth2"}}}, v4: true, want: "eth2 198.18.2.1, mtu 1500"},
+		{name: "alternative name", host: two, sel: Selector{Criteria: Criteria{Names: []string{"enp3s0"}}}, v4: true,
 			want: "eth1 198.18.5.1, mtu 1500"},
-		{name: "an address names its interface and is used", host: two, sel: Selector{Names: []string{"198.18.0.9"}},
+		{name: "an address names its interface and is used", host: two, sel: Selector{Criteria: Criteria{Names: []string{"198.18.0.9"}}},
 			v4: true, v6: true,
 			want: "eth0 198.18.0.9, 2001:db8::2, mtu 1500"},
-		{name: "an IPv6 address does so too", host: two, sel: Selector{Names: []string{"2001:db8::1"}}, v4: true, v6: true,
+		{name: "an IPv6 address does so too", host: two, sel: Selector{Criteria: Criteria{Names: []string{"2001:db8::1"}}}, v4: true, v6: true,
 			want: "eth0 198.18.0.1, 2001:db8::1, mtu 1500"},
-		{name: "an address of a family that is off still names", host: two, sel: Selector{Names: []string{"2001:db8::1"}},
+		{name: "an address of a family that is off still names", host: two, sel: Selector{Criteria: Criteria{Names: []string{"2001:db8::1"}}},
 			v4: true, want: "eth0 198.18.0.1, mtu 1500"},
 		{name: "a deprecated address will do when named", host: "eth0 2001:db8::2/64 2001:db8:7::1/64,deprecated",
-			sel: Selector{Names: []string{"2001:db8:7::1"}}, v6: true,
+			sel: Selector{Criteria: Criteria{Names: []string{"2001:db8:7::1"}}}, v6: true,
 			want: "eth0 2001:db8:7::1, mtu 1500", on: "2001:db8::/64 2001:db8:7::/64"},
-		{name: "names before patterns", host: two, sel: Selector{Names: []string{"eth1"}, Regexps: regexps("eth0")}, v4: true,
+		{name: "names before patterns", host: two, sel: Selector{Criteria: Criteria{Names: []string{"eth1"}, Regexps: regexps("eth0")}}, v4: true,
 			want: "eth1 198.18.5.1, mtu 1500"},
-		{name: "patterns after names", host: two, sel: Selector{Names: []string{"eth9"}, Regexps: regexps("eth0")}, v4: true,
+		{name: "patterns after names", host: two, sel: Selector{Criteria: Criteria{Names: []string{"eth9"}, Regexps: regexps("eth0")}}, v4: true,
 			want: "eth0 198.18.0.1, mtu 1500"},
-		{name: "a pattern's address is used", host: two, sel: Selector{Regexps: regexps(`^198\.18\..*\.9$`)}, v4: true,
+		{name: "a pattern's address is used", host: two, sel: Selector{Criteria: Criteria{Regexps: regexps(`^198\.18\..*\.9$`)}}, v4: true,
 			want: "eth0 198.18.0.9, mtu 1500"},
 		{name: "addresses before names", host: "eth18 198.19.0.1/24\neth1 198.18.0.1/24",
-			sel: Selector{Regexps: regexps("18")}, v4: true, want: "eth1 198.18.0.1, mtu 1500"},
-		{name: "the first pattern that matches", host: two, sel: Selector{Regexps: regexps("wlan", "eth1", "eth0")}, v4: true,
+			sel: Selector{Criteria: Criteria{Regexps: regexps("18")}}, v4: true, want: "eth1 198.18.0.1, mtu 1500"},
+		{name: "the first pattern that matches", host: two, sel: Selector{Criteria: Criteria{Regexps: regexps("wlan", "eth1", "eth0")}}, v4: true,
 			want: "eth1 198.18.5.1, mtu 1500"},
-		{name: "a pattern skips what cannot serve", host: two, sel: Selector{Regexps: regexps(".*")}, v4: true,
+		{name: "a pattern skips what cannot serve", host: two, sel: Selector{Criteria: Criteria{Regexps: regexps(".*")}}, v4: true,
 			want: "eth0 198.18.0.1, mtu 1500"},
 		{name: "a pattern skips addresses of a family that is off",
 			host: "eth0 198.18.0.1/24 2001:db8::5/64\neth5 198.18.5.1/24",
-			sel:  Selector{Regexps: regexps("5")}, v4: true, want: "eth5 198.18.5.1, mtu 1500"},
+			sel:  Selector{Criteria: Criteria{Regexps: regexps("5")}}, v4: true, want: "eth5 198.18.5.1, mtu 1500"},
 		{name: "a pattern skips unusable addresses",
 			host: "eth0 198.18.0.1/24 2001:db8::5/64,temporary 2001:db8::6/64\neth5 198.18.5.1/24 2001:db8::55/64",
-			sel:  Selector{Regexps: regexps("::5")}, v4: true, v6: true, want: "eth5 198.18.5.1, 2001:db8::55, mtu 1500"},
+			sel:  Selector{Criteria: Criteria{Regexps: regexps("::5")}}, v4: true, v6: true, want: "eth5 198.18.5.1, 2001:db8::55, mtu 1500"},
 		{name: "a pattern never means the overlay",
 			host: "flannel.1 198.18.1.0/32\nflannel0 198.18.2.0/32\nflannel-wg 198.18.3.0/32\neth0 198.18.0.1/24",
-			sel:  Selector{Regexps: regexps("^198", ".*")}, v4: true, want: "eth0 198.18.0.1, mtu 1500"},
+			sel:  Selector{Criteria: Criteria{Regexps: regexps("^198", ".*")}}, v4: true, want: "eth0 198.18.0.1, mtu 1500"},
 		{name: "a pattern means a container bridge last",
 			host: "lo 198.18.9.9/32\ncni0 198.18.1.1/24\ndocker0 198.18.2.1/24\nbr-0123456789ab 198.18.3.1/24\neth1 198.18.0.1/24",
-			sel:  Selector{Regexps: regexps("^198")}, v4: true, want: "eth1 198.18.0.1, mtu 1500"},
-		{name: "but it may mean one", host: two + "\ndocker0 198.18.2.1/24", sel: Selector{Regexps: regexps("^docker0$")},
+			sel:  Selector{Criteria: Criteria{Regexps: regexps("^198")}}, v4: true, want: "eth1 198.18.0.1, mtu 1500"},
+		{name: "but it may mean one", host: two + "\ndocker0 198.18.2.1/24", sel: Selector{Criteria: Criteria{Regexps: regexps("^docker0$")}},
 			v4: true, want: "docker0 198.18.2.1, mtu 1500"},
 		{name: "an ordinary bridge is an interface like any", host: "br0 198.18.1.1/24\neth0 198.18.0.1/24",
-			sel: Selector{Regexps: regexps("^198")}, v4: true, want: "br0 198.18.1.1, mtu 1500"},
+			sel: Selector{Criteria: Criteria{Regexps: regexps("^198")}}, v4: true, want: "br0 198.18.1.1, mtu 1500"},
 		{name: "can reach", host: two, reach: route{index: 2, src: ip("198.18.0.9")},
-			sel: Selector{CanReach: ip("203.0.113.1")}, v4: true, want: "eth0 198.18.0.9, mtu 1500"},
+			sel: Selector{Criteria: Criteria{CanReach: ip("203.0.113.1")}}, v4: true, want: "eth0 198.18.0.9, mtu 1500"},
 		{name: "can reach from a temporary address", host: "eth0 2001:db8::7/64,temporary 2001:db8::1/64",
 			reach: route{index: 1, src: ip("2001:db8::7")},
-			sel:   Selector{CanReach: ip("2001:db8:99::1")}, v6: true, want: "eth0 2001:db8::1, mtu 1500"},
+			sel:   Selector{Criteria: Criteria{CanReach: ip("2001:db8:99::1")}}, v6: true, want: "eth0 2001:db8::1, mtu 1500"},
 		{name: "can reach itself", host: two, reach: route{index: 1, src: ip("198.18.5.1"), local: true},
-			sel: Selector{CanReach: ip("198.18.5.1")}, v4: true, want: "eth1 198.18.5.1, mtu 1500"},
+			sel: Selector{Criteria: Criteria{CanReach: ip("198.18.5.1")}}, v4: true, want: "eth1 198.18.5.1, mtu 1500"},
 		{name: "can reach comes last", host: two, reach: route{index: 2},
-			sel: Selector{Names: []string{"eth1"}, CanReach: ip("203.0.113.1")}, v4: true, want: "eth1 198.18.5.1, mtu 1500"},
+			sel: Selector{Criteria: Criteria{Names: []string{"eth1"}, CanReach: ip("203.0.113.1")}}, v4: true, want: "eth1 198.18.5.1, mtu 1500"},
 		{name: "public address held by an interface", host: two, gateway: 3, sel: Selector{PublicIP: ip("198.18.0.9")},
 			v4: true, want: "eth0 198.18.0.9, mtu 1500"},
 		{name: "public IPv6 address held by an interface", host: two, gateway: 3,
@@ -158,9 +158,9 @@ eth1 alt=enp3s0 198.18.5.1/24 2001:db8:5::1/64`
 		{name: "public address of a family that is off", host: two, gateway: 2, sel: Selector{PublicIPv6: ip("2001:db8::1")},
 			v4: true, want: "eth0 198.18.0.1, mtu 1500"},
 		{name: "public address on the interface named", host: two,
-			sel: Selector{Names: []string{"eth0"}, PublicIP: ip("198.18.0.9")}, v4: true, want: "eth0 198.18.0.9, mtu 1500"},
+			sel: Selector{Criteria: Criteria{Names: []string{"eth0"}}, PublicIP: ip("198.18.0.9")}, v4: true, want: "eth0 198.18.0.9, mtu 1500"},
 		{name: "public address beside the address named", host: two,
-			sel: Selector{Names: []string{"198.18.0.1"}, PublicIP: ip("198.18.0.9")}, v4: true,
+			sel: Selector{Criteria: Criteria{Names: []string{"198.18.0.1"}}, PublicIP: ip("198.18.0.9")}, v4: true,
 			want: "eth0 198.18.0.1 (known to peers as 198.18.0.9), mtu 1500"},
 		{name: "point-to-point", host: "ppp0 198.18.0.1/32->198.18.0.2/32", gateway: 1, v4: true,
 			want: "ppp0 198.18.0.1, mtu 1500", on: "198.18.0.2/32"},
@@ -170,8 +170,8 @@ eth1 alt=enp3s0 198.18.5.1/24 2001:db8:5::1/64`
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			h := parseHost(t, c.host)
-			h.gateway, h.reach = c.gateway, c.reach
-			u, err := h.choose(withOverlay(c.sel), c.v4, c.v6)
+			h.gateway, h.reach = c.gateway, map[netip.Addr]route{c.sel.CanReach: c.reach}
+			u, err := h.chooseEach(withOverlay(c.sel), c.v4, c.v6)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -179,8 +179,10 @@ eth1 alt=enp3s0 198.18.5.1/24 2001:db8:5::1/64`
 				t.Errorf("got  %s\nwant %s", u, c.want)
 			}
 			var on []string
-			for _, p := range u.Prefixes {
-				on = append(on, p.String())
+			for _, l := range u.Links() {
+				for _, p := range l.Prefixes {
+					on = append(on, p.String())
+				}
 			}
 			if got := strings.Join(on, " "); c.on != "" && got != c.on {
 				t.Errorf("on link: %s, want %s", got, c.on)
@@ -204,38 +206,41 @@ eth2 fe80::2/64,link 2001:db8:2::1/64,tentative`
 		v4, v6 bool
 		want   string
 	}{
-		{name: "no such name", host: node, sel: Selector{Names: []string{"eth9"}}, v4: true,
+		{name: "no such name", host: node, sel: Selector{Criteria: Criteria{Names: []string{"eth9"}}}, v4: true,
 			want: "no interface matches --iface=eth9: " + has},
-		{name: "nothing matches", host: node, sel: Selector{Names: []string{"eth9", "192.0.2.1"}, Regexps: regexps(`^wlan`)},
+		{name: "nothing matches", host: node, sel: Selector{Criteria: Criteria{Names: []string{"eth9", "192.0.2.1"}, Regexps: regexps(`^wlan`)}},
 			v4:   true,
 			want: "no interface matches --iface=eth9 or --iface=192.0.2.1 or --iface-regex=^wlan: " + has},
-		{name: "down", host: node, sel: Selector{Names: []string{"eth1"}}, v4: true,
+		{name: "down", host: node, sel: Selector{Criteria: Criteria{Names: []string{"eth1"}}}, v4: true,
 			want: "eth1 (--iface=eth1) is down: ip link set eth1 up"},
-		{name: "a name that a shell would obey", host: "e;reboot down 198.18.5.1/24", sel: Selector{Names: []string{"e;reboot"}},
+		{name: "a name that a shell would obey", host: "e;reboot down 198.18.5.1/24", sel: Selector{Criteria: Criteria{Names: []string{"e;reboot"}}},
 			v4: true, want: "e;reboot (--iface=e;reboot) is down: ip link set 'e;reboot' up"},
-		{name: "one is down, one is not there", host: node, sel: Selector{Names: []string{"eth9", "eth1"}}, v4: true,
+		{name: "one is down, one is not there", host: node, sel: Selector{Criteria: Criteria{Names: []string{"eth9", "eth1"}}}, v4: true,
 			want: "eth1 (--iface=eth1) is down: ip link set eth1 up; no interface matches --iface=eth9: " + has},
-		{name: "no address of a family", host: node, sel: Selector{Names: []string{"eth2"}}, v4: true, v6: true,
+		{name: "no address of a family", host: node, sel: Selector{Criteria: Criteria{Names: []string{"eth2"}}}, v4: true, v6: true,
 			want: "eth2 (--iface=eth2) has no usable IPv4 address: add an address, or set EnableIPv4 to false in the network configuration"},
-		{name: "none that is usable", host: node, sel: Selector{Names: []string{"eth2"}}, v6: true,
+		{name: "IPv6 is elsewhere", v4: true, v6: true, sel: Selector{Criteria: Criteria{Names: []string{"eth0"}}},
+			host: "eth0 198.18.0.1/24\nflannel-v6.1 2001:db8:1::1/64\ncni0 2001:db8:2::1/64\neth1 down 2001:db8:3::1/64\neth2 2001:db8:4::1/64",
+			want: "eth0 (--iface=eth0) has no usable IPv6 address: add an address, set --iface-v6=eth2 if IPv6 comes in there, or set EnableIPv6 to false in the network configuration"},
+		{name: "none that is usable", host: node, sel: Selector{Criteria: Criteria{Names: []string{"eth2"}}}, v6: true,
 			want: "eth2 (--iface=eth2) has no usable IPv6 address (fe80::2/64 is link-local, 2001:db8:2::1/64 is tentative): add an address, or set EnableIPv6 to false in the network configuration"},
-		{name: "a tentative address", host: node, sel: Selector{Names: []string{"2001:db8:2::1"}}, v6: true,
+		{name: "a tentative address", host: node, sel: Selector{Criteria: Criteria{Names: []string{"2001:db8:2::1"}}}, v6: true,
 			want: "eth2 (--iface=2001:db8:2::1) cannot be reached at 2001:db8:2::1: the address is tentative"},
-		{name: "loopback", host: node, sel: Selector{Names: []string{"127.0.0.1"}}, v4: true,
+		{name: "loopback", host: node, sel: Selector{Criteria: Criteria{Names: []string{"127.0.0.1"}}}, v4: true,
 			want: "lo (--iface=127.0.0.1) cannot be reached at 127.0.0.1: the address is loopback"},
 		{name: "no default route", host: node, v4: true, v6: true, want: "there is no IPv4 default route: " + has},
 		{name: "no IPv6 default route", host: node, v6: true, want: "there is no IPv6 default route: " + has},
-		{name: "no route", host: node, sel: Selector{CanReach: ip("203.0.113.9")}, reach: route{err: unix.ENETUNREACH},
+		{name: "no route", host: node, sel: Selector{Criteria: Criteria{CanReach: ip("203.0.113.9")}}, reach: route{err: unix.ENETUNREACH},
 			v4:   true,
 			want: "no route for --iface-can-reach=203.0.113.9 (network is unreachable): " + has},
-		{name: "can reach a loopback address", host: node, sel: Selector{CanReach: ip("127.0.0.2")},
+		{name: "can reach a loopback address", host: node, sel: Selector{Criteria: Criteria{CanReach: ip("127.0.0.2")}},
 			reach: route{index: 1, local: true}, v4: true,
 			want: "no interface matches --iface-can-reach=127.0.0.2: " + has},
-		{name: "over the overlay", host: "flannel.1 198.18.1.0/32", sel: Selector{CanReach: ip("198.18.2.1")},
+		{name: "over the overlay", host: "flannel.1 198.18.1.0/32", sel: Selector{Criteria: Criteria{CanReach: ip("198.18.2.1")}},
 			reach: route{index: 1}, v4: true,
 			want: "the only route for --iface-can-reach=198.18.2.1 is in the overlay network itself: this host has flannel.1 (198.18.1.0/32); set --iface to the name or an address of one of them"},
 		{name: "many", host: "v1\nv2\nv3\nv4\nv5 down\nv6\nv7",
-			sel: Selector{Names: []string{"eth0"}, Regexps: regexps("^v")}, v4: true,
+			sel: Selector{Criteria: Criteria{Names: []string{"eth0"}, Regexps: regexps("^v")}}, v4: true,
 			want: "v1 (--iface-regex=^v) has no usable IPv4 address: add an address, or set EnableIPv4 to false in the network configuration; " +
 				"v2 (--iface-regex=^v) has no usable IPv4 address: add an address, or set EnableIPv4 to false in the network configuration; " +
 				"v3 (--iface-regex=^v) has no usable IPv4 address: add an address, or set EnableIPv4 to false in the network configuration; " +
@@ -244,8 +249,8 @@ eth2 fe80::2/64,link 2001:db8:2::1/64,tentative`
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			h := parseHost(t, c.host)
-			h.reach = c.reach
-			u, err := h.choose(withOverlay(c.sel), c.v4, c.v6)
+			h.reach = map[netip.Addr]route{c.sel.CanReach: c.reach}
+			u, err := h.chooseEach(withOverlay(c.sel), c.v4, c.v6)
 			if err == nil {
 				t.Fatalf("got %s", u)
 			}
@@ -260,41 +265,148 @@ eth2 fe80::2/64,link 2001:db8:2::1/64,tentative`
 func TestChooseIsStable(t *testing.T) {
 	h := parseHost(t, "docker0 198.18.2.1/24\neth0 198.18.0.1/24\neth1 198.18.1.1/24")
 	slices.Reverse(h.links)
-	u, err := h.choose(Selector{Regexps: regexps("^198")}, true, false)
-	if err != nil || u.Name != "eth0" {
+	u, err := h.choose(Selector{Criteria: Criteria{Regexps: regexps("^198")}}, true, false)
+	if err != nil || u.IPv4.Name != "eth0" {
 		t.Errorf("got %v, %v", u, errors.Join(err))
 	}
 }
 
+// IPv6 may have an interface of its own.
+func TestChooseApart(t *testing.T) {
+	const two = `
+eth0 198.18.0.1/24 2001:db8::1/64
+eth1 198.18.5.1/24 2001:db8:5::1/64 2001:db8:5::2/64
+eth2 2001:db8:2::1/64
+eth3 198.18.3.1/24
+eth4 down 2001:db8:4::1/64
+eth5 2001:db8:6::1/64,tentative
+flannel.1 2001:db8:9::1/64`
+	const noSix = "add an address, or set EnableIPv6 to false in the network configuration"
+	reach := map[netip.Addr]route{ip("2000::"): {index: 2, src: ip("2001:db8:5::2")}, ip("203.0.113.1"): {index: 1}}
+	for _, c := range []struct {
+		name   string
+		sel    Selector
+		v4, v6 bool
+		want   string
+	}{
+		{"by name", Selector{IPv6: Criteria{Names: []string{"eth2"}}}, true, true,
+			"eth0 198.18.0.1, mtu 1500; eth2 2001:db8:2::1, mtu 1500"},
+		{"both named", Selector{Criteria: Criteria{Names: []string{"eth3"}}, IPv6: Criteria{Names: []string{"eth9", "eth2"}}}, true, true,
+			"eth3 198.18.3.1, mtu 1500; eth2 2001:db8:2::1, mtu 1500"},
+		{"by address", Selector{IPv6: Criteria{Names: []string{"2001:db8:5::2"}}}, true, true,
+			"eth0 198.18.0.1, mtu 1500; eth1 2001:db8:5::2, mtu 1500"},
+		{"by pattern", Selector{IPv6: Criteria{Regexps: regexps("^2001:db8:5:")}}, true, true,
+			"eth0 198.18.0.1, mtu 1500; eth1 2001:db8:5::1, mtu 1500"},
+		{"a pattern never means the overlay", Selector{IPv6: Criteria{Regexps: regexps("^2001:db8:[92]:")}}, true, true,
+			"eth0 198.18.0.1, mtu 1500; eth2 2001:db8:2::1, mtu 1500"},
+		{"by a route", Selector{Criteria: Criteria{CanReach: ip("203.0.113.1")}, IPv6: Criteria{CanReach: ip("2000::")}}, true, true,
+			"eth0 198.18.0.1, mtu 1500; eth1 2001:db8:5::2, mtu 1500"},
+		{"another address of the same interface", Selector{Criteria: Criteria{Names: []string{"eth1"}},
+			IPv6: Criteria{CanReach: ip("2000::")}}, true, true, "eth1 198.18.5.1, 2001:db8:5::2, mtu 1500"},
+		{"public addresses", Selector{PublicIP: ip("203.0.113.7"), PublicIPv6: ip("2001:db8:99::1"),
+			IPv6: Criteria{Names: []string{"eth2"}}}, true, true,
+			"eth0 198.18.0.1 (known to peers as 203.0.113.7), mtu 1500; eth2 2001:db8:2::1 (known to peers as 2001:db8:99::1), mtu 1500"},
+		{"the holder of a public address is IPv4's alone", Selector{PublicIP: ip("198.18.3.1"), PublicIPv6: ip("2001:db8::1"),
+			IPv6: Criteria{Names: []string{"eth1"}}}, true, true,
+			"eth3 198.18.3.1, mtu 1500; eth1 2001:db8:5::1 (known to peers as 2001:db8::1), mtu 1500"},
+		{"an address in use stays", Selector{Prefer: []netip.Addr{ip("2001:db8:5::2")}, IPv6: Criteria{Names: []string{"eth1"}}},
+			true, true, "eth0 198.18.0.1, mtu 1500; eth1 2001:db8:5::2, mtu 1500"},
+		{"IPv4 alone", Selector{Criteria: Criteria{Names: []string{"eth1"}}, IPv6: Criteria{Names: []string{"eth2"}}}, true, false,
+			"eth1 198.18.5.1, mtu 1500"},
+		{"IPv6 alone", Selector{Criteria: Criteria{Names: []string{"eth1"}}, IPv6: Criteria{Names: []string{"eth2"}}}, false, true,
+			"eth2 2001:db8:2::1, mtu 1500"},
+		{"IPv6 alone, by the flags for both", Selector{Criteria: Criteria{Names: []string{"eth1"}}}, false, true,
+			"eth1 2001:db8:5::1, mtu 1500"},
+
+		{"IPv6's is down", Selector{IPv6: Criteria{Names: []string{"eth4"}}}, true, true,
+			"eth4 (--iface-v6=eth4) is down: ip link set eth4 up"},
+		{"IPv6's has none", Selector{IPv6: Criteria{Regexps: regexps("eth3")}}, true, true,
+			"eth3 (--iface-regex-v6=eth3) has no usable IPv6 address: " + noSix},
+		{"neither", Selector{Criteria: Criteria{Names: []string{"eth2"}}, IPv6: Criteria{Names: []string{"eth4"}}}, true, true,
+			"IPv4: eth2 (--iface=eth2) has no usable IPv4 address: add an address, or set EnableIPv4 to false in the " +
+				"network configuration; IPv6: eth4 (--iface-v6=eth4) is down: ip link set eth4 up"},
+		{"tentative", Selector{IPv6: Criteria{Names: []string{"eth5"}}}, true, true,
+			"settling: eth5 (--iface-v6=eth5) has no usable IPv6 address (2001:db8:6::1/64 is tentative): " + noSix},
+		{"tentative, by address", Selector{IPv6: Criteria{Names: []string{"2001:db8:6::1"}}}, true, true,
+			"settling: eth5 (--iface-v6=2001:db8:6::1) cannot be reached at 2001:db8:6::1: the address is tentative"},
+		{"one interface, and IPv6 is elsewhere", Selector{Criteria: Criteria{Names: []string{"eth3"}}}, true, true,
+			"eth3 (--iface=eth3) has no usable IPv6 address: add an address, set --iface-v6=eth0 if IPv6 comes in there, " +
+				"or set EnableIPv6 to false in the network configuration"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			h := parseHost(t, two)
+			h.gateway, h.reach = 1, reach
+			u, err := h.chooseEach(withOverlay(c.sel), c.v4, c.v6)
+			got := u.String()
+			if err != nil {
+				got = err.Error()
+			}
+			if errors.Is(err, ErrSettling) {
+				got = "settling: " + got
+			}
+			if got != c.want {
+				t.Errorf("got  %s\nwant %s", got, c.want)
+			}
+		})
+	}
+}
+
 func TestUplinkEqual(t *testing.T) {
+	link := func(own, prefix string) Link {
+		return Link{Name: "eth0", Index: 2, MTU: 1500, MAC: "02:00:00:00:00:01", Addr: ip(own), PublicIP: ip(own),
+			Prefixes: []netip.Prefix{netip.MustParsePrefix(prefix)}}
+	}
 	make := func() Uplink {
-		return Uplink{Name: "eth0", Index: 2, MTU: 1500, MAC: "02:00:00:00:00:01", IPv4: ip("198.18.0.1"),
-			IPv6:     ip("2001:db8::1"),
-			PublicIP: ip("198.18.0.1"), PublicIPv6: ip("2001:db8::1"),
-			Prefixes: []netip.Prefix{netip.MustParsePrefix("198.18.0.0/24")}}
+		return Uplink{IPv4: link("198.18.0.1", "198.18.0.0/24"), IPv6: link("2001:db8::1", "2001:db8::/64")}
 	}
 	if !make().Equal(make()) {
 		t.Error("the same is not equal")
 	}
-	for name, change := range map[string]func(*Uplink){
-		"Name":       func(u *Uplink) { u.Name = "eth1" },
-		"Index":      func(u *Uplink) { u.Index = 3 },
-		"MTU":        func(u *Uplink) { u.MTU = 9000 },
-		"MAC":        func(u *Uplink) { u.MAC = "" },
-		"IPv4":       func(u *Uplink) { u.IPv4 = ip("198.18.0.2") },
-		"IPv6":       func(u *Uplink) { u.IPv6 = ip("2001:db8::2") },
-		"PublicIP":   func(u *Uplink) { u.PublicIP = ip("198.18.0.2") },
-		"PublicIPv6": func(u *Uplink) { u.PublicIPv6 = ip("2001:db8::2") },
-		"Prefixes":   func(u *Uplink) { u.Prefixes = nil },
+	for name, change := range map[string]func(*Link){
+		"Name":     func(l *Link) { l.Name = "eth1" },
+		"Index":    func(l *Link) { l.Index = 3 },
+		"MTU":      func(l *Link) { l.MTU = 9000 },
+		"MAC":      func(l *Link) { l.MAC = "" },
+		"Addr":     func(l *Link) { l.Addr = ip("198.18.0.2") },
+		"PublicIP": func(l *Link) { l.PublicIP = ip("198.18.0.2") },
+		"Prefixes": func(l *Link) { l.Prefixes = nil },
 	} {
-		u := make()
-		change(&u)
-		if u.Equal(make()) {
+		four, six := make(), make()
+		change(&four.IPv4)
+		change(&six.IPv6)
+		if four.Equal(make()) || six.Equal(make()) {
 			t.Errorf("a change of %s goes unnoticed", name)
 		}
 	}
 	u := make()
-	if !u.OnLink(ip("198.18.0.77")) || u.OnLink(ip("198.18.1.1")) || u.OnLink(netip.Addr{}) {
+	if !u.OnLink(ip("198.18.0.77")) || u.OnLink(ip("198.18.1.1")) || u.OnLink(netip.Addr{}) || !u.OnLink(ip("2001:db8::2")) {
 		t.Error("OnLink is wrong")
+	}
+}
+
+// The smaller MTU counts where there are two interfaces.
+func TestUplinkApart(t *testing.T) {
+	four := Link{Name: "eth0", MTU: 1500, Addr: ip("198.18.0.1"), PublicIP: ip("198.18.0.1")}
+	six := Link{Name: "eth1", MTU: 1400, Addr: ip("fd18::1"), PublicIP: ip("fd18::99")}
+	same := six
+	same.Name = "eth0"
+	for _, c := range []struct {
+		uplink Uplink
+		apart  bool
+		names  string
+		mtu    int
+	}{
+		{Uplink{IPv4: four, IPv6: six}, true, "eth0 and eth1", 1400},
+		{Uplink{IPv4: four, IPv6: same}, false, "eth0", 1400},
+		{Uplink{IPv4: four}, false, "eth0", 1500},
+		{Uplink{IPv6: six}, false, "eth1", 1400},
+	} {
+		if u := c.uplink; u.Apart() != c.apart || u.Names() != c.names || u.MTU() != c.mtu {
+			t.Errorf("%s: apart %t, names %s, MTU %d", u, u.Apart(), u.Names(), u.MTU())
+		}
+	}
+	want := "fd18::99, which is not an address of eth1 (that is fd18::1): leave out --public-ipv6"
+	if err := (Uplink{IPv4: four, IPv6: six}).CheckPublicIPs(); err == nil || err.Error() != want {
+		t.Errorf("got  %v\nwant %s", err, want)
 	}
 }

@@ -3,6 +3,7 @@ package iface
 import (
 	"net/netip"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -58,22 +59,22 @@ func TestFind(t *testing.T) {
 		route add 203.0.113.0/24 via 198.18.0.254 src 198.18.0.9`)
 
 	u := find(t, Selector{}, true, true, "eth1 198.18.5.1, 2001:db8:5::1, mtu 1500")
-	if got := u.Prefixes; len(got) != 2 || got[0] != netip.MustParsePrefix("198.18.5.0/24") ||
-		got[1] != netip.MustParsePrefix("2001:db8:5::/64") {
+	if got := slices.Concat(u.IPv4.Prefixes, u.IPv6.Prefixes); len(got) != 2 ||
+		got[0] != netip.MustParsePrefix("198.18.5.0/24") || got[1] != netip.MustParsePrefix("2001:db8:5::/64") {
 		t.Errorf("on link: %v", got)
 	}
 	u = find(t, Selector{}, false, true, "eth0 2001:db8::1, mtu 1400")
-	if u.MAC != "02:00:00:00:00:10" || u.Index == 0 {
-		t.Errorf("MAC %q, index %d", u.MAC, u.Index)
+	if u.IPv6.MAC != "02:00:00:00:00:10" || u.IPv6.Index == 0 {
+		t.Errorf("MAC %q, index %d", u.IPv6.MAC, u.IPv6.Index)
 	}
-	find(t, Selector{Names: []string{"eth9", "eth0"}}, true, false, "eth0 198.18.0.1, mtu 1400")
-	find(t, Selector{Names: []string{"enp3s0"}}, true, false, "eth1 198.18.5.1, mtu 1500")
-	find(t, Selector{Names: []string{"198.18.0.9"}}, true, false, "eth0 198.18.0.9, mtu 1400") // a secondary address is no temporary one
-	find(t, Selector{Names: []string{"2001:db8:6::1"}}, true, true, "eth1 198.18.5.1, 2001:db8:6::1, mtu 1500")
-	find(t, Selector{Regexps: regexps(`^198\.18\.0\.`)}, true, false, "eth0 198.18.0.1, mtu 1400")
-	find(t, Selector{CanReach: ip("203.0.113.5")}, true, false, "eth0 198.18.0.9, mtu 1400")
-	find(t, Selector{CanReach: ip("198.18.0.1")}, true, false, "eth0 198.18.0.1, mtu 1400") // the route is lo's
-	find(t, Selector{CanReach: ip("2001:db8:5::99")}, true, true, "eth1 198.18.5.1, 2001:db8:5::1, mtu 1500")
+	find(t, Selector{Criteria: Criteria{Names: []string{"eth9", "eth0"}}}, true, false, "eth0 198.18.0.1, mtu 1400")
+	find(t, Selector{Criteria: Criteria{Names: []string{"enp3s0"}}}, true, false, "eth1 198.18.5.1, mtu 1500")
+	find(t, Selector{Criteria: Criteria{Names: []string{"198.18.0.9"}}}, true, false, "eth0 198.18.0.9, mtu 1400") // a secondary address is no temporary one
+	find(t, Selector{Criteria: Criteria{Names: []string{"2001:db8:6::1"}}}, true, true, "eth1 198.18.5.1, 2001:db8:6::1, mtu 1500")
+	find(t, Selector{Criteria: Criteria{Regexps: regexps(`^198\.18\.0\.`)}}, true, false, "eth0 198.18.0.1, mtu 1400")
+	find(t, Selector{Criteria: Criteria{CanReach: ip("203.0.113.5")}}, true, false, "eth0 198.18.0.9, mtu 1400")
+	find(t, Selector{Criteria: Criteria{CanReach: ip("198.18.0.1")}}, true, false, "eth0 198.18.0.1, mtu 1400") // the route is lo's
+	find(t, Selector{Criteria: Criteria{CanReach: ip("2001:db8:5::99")}}, true, true, "eth1 198.18.5.1, 2001:db8:5::1, mtu 1500")
 	find(t, Selector{PublicIP: ip("198.18.0.9")}, true, false, "eth0 198.18.0.9, mtu 1400")
 	find(t, Selector{PublicIP: ip("203.0.113.7")}, true, false,
 		"eth1 198.18.5.1 (known to peers as 203.0.113.7), mtu 1500")
@@ -84,7 +85,7 @@ func TestFind(t *testing.T) {
 
 	nstest.Run(t, "ip link set eth1 down")
 	find(t, Selector{}, true, false, "eth0 198.18.0.1, mtu 1400") // the better route went with its link
-	if _, err := Find(Selector{Names: []string{"eth1"}}, true, false); err == nil ||
+	if _, err := Find(Selector{Criteria: Criteria{Names: []string{"eth1"}}}, true, false); err == nil ||
 		err.Error() != "eth1 (--iface=eth1) is down: ip link set eth1 up" {
 		t.Errorf("got %v", err)
 	}
@@ -93,12 +94,12 @@ func TestFind(t *testing.T) {
 	// The module of ipip and its like, which another test may load at any time, put a
 	// device into each namespace that is made.
 	fallback := regexp.MustCompile(`, (tunl0|sit0|ip6tnl0|gre0|gretap0|erspan0|ip_vti0|ip6_vti0) \(no address, down\)`)
-	if _, err := Find(Selector{Names: []string{"eth9"}}, true, false); err == nil ||
+	if _, err := Find(Selector{Criteria: Criteria{Names: []string{"eth9"}}}, true, false); err == nil ||
 		fallback.ReplaceAllString(err.Error(), "") != want {
 		t.Errorf("got  %v\nwant %s", err, want)
 	}
 	want = "no route for --iface-can-reach=2001:db8:99::1 (no route to host): this host has "
-	if _, err := Find(Selector{CanReach: ip("2001:db8:99::1")}, true, false); err == nil ||
+	if _, err := Find(Selector{Criteria: Criteria{CanReach: ip("2001:db8:99::1")}}, true, false); err == nil ||
 		!strings.HasPrefix(err.Error(), want) {
 		t.Errorf("got  %v\nwant %s", err, want)
 	}
@@ -124,8 +125,8 @@ func TestFindPointToPoint(t *testing.T) {
 		addr add 2001:db8::1 peer 2001:db8::2/128 dev tun0 nodad
 		route add default dev tun0`)
 	u := find(t, Selector{}, true, true, "tun0 198.18.0.1, 2001:db8::1, mtu 1420")
-	if u.MAC != "" {
-		t.Errorf("MAC %q", u.MAC)
+	if u.IPv4.MAC != "" {
+		t.Errorf("MAC %q", u.IPv4.MAC)
 	}
 	for peer, want := range map[string]bool{"198.18.0.2": true, "2001:db8::2": true, "198.18.0.3": false,
 		"2001:db8::3": false} {
@@ -133,8 +134,8 @@ func TestFindPointToPoint(t *testing.T) {
 			t.Errorf("%s on link: %t, want %t", peer, !want, want)
 		}
 	}
-	find(t, Selector{Names: []string{"198.18.0.1"}}, true, false, "tun0 198.18.0.1, mtu 1420")
-	if _, err := Find(Selector{Names: []string{"198.18.0.2"}}, true, false); err == nil {
+	find(t, Selector{Criteria: Criteria{Names: []string{"198.18.0.1"}}}, true, false, "tun0 198.18.0.1, mtu 1420")
+	if _, err := Find(Selector{Criteria: Criteria{Names: []string{"198.18.0.2"}}}, true, false); err == nil {
 		t.Error("the peer's address was taken for ours")
 	}
 }
@@ -161,7 +162,7 @@ func TestFindStackedDevices(t *testing.T) {
 			} {
 				nstest.Run(t, "ip "+line)
 			}
-			find(t, Selector{Regexps: regexps(`^up\.7$`)}, true, true, "up.7 198.18.7.1, 2001:db8:7::1, mtu 1500")
+			find(t, Selector{Criteria: Criteria{Regexps: regexps(`^up\.7$`)}}, true, true, "up.7 198.18.7.1, 2001:db8:7::1, mtu 1500")
 		})
 	}
 }
@@ -180,7 +181,7 @@ func TestFindTentative(t *testing.T) {
 	nstest.Run(t, "sysctl -qw net.ipv6.conf.eth1.use_tempaddr=2")
 	nstest.Run(t, "ip addr add 2001:db8:1::1/64 dev eth1 mngtmpaddr nodad")
 
-	_, err := Find(Selector{Names: []string{"eth0"}}, false, true)
+	_, err := Find(Selector{Criteria: Criteria{Names: []string{"eth0"}}}, false, true)
 	if err == nil || !strings.Contains(err.Error(),
 		"eth0 (--iface=eth0) has no usable IPv6 address (2001:db8::1/64 is tentative)") {
 		t.Errorf("got %v", err)
@@ -188,5 +189,5 @@ func TestFindTentative(t *testing.T) {
 	if out := nstest.Run(t, "ip -6 addr show dev eth1 temporary"); !strings.Contains(out, "2001:db8:1:") {
 		t.Fatalf("the kernel made no temporary address:\n%s", out)
 	}
-	find(t, Selector{Names: []string{"eth1"}}, false, true, "eth1 2001:db8:1::1, mtu 1500")
+	find(t, Selector{Criteria: Criteria{Names: []string{"eth1"}}}, false, true, "eth1 2001:db8:1::1, mtu 1500")
 }

@@ -15,8 +15,9 @@ import (
 // host is the state of the host from which the uplink is chosen.
 type host struct {
 	links   []link
-	gateway int   // index of the link of the default route; 0: there is none, or the selector does not need it
-	reach   route // the route to Selector.CanReach
+	gateway int // index of the link of the default route; 0: there is none, or the selector does not need it
+
+	reach map[netip.Addr]route // the routes to the addresses of CanReach
 }
 
 type link struct {
@@ -47,7 +48,7 @@ type route struct {
 
 // readHost reads the state that sel needs.
 func readHost(sel Selector, ipv4 bool) (host, error) {
-	var h host
+	h := host{reach: map[netip.Addr]route{}}
 	links, err := rtnl.Dump(netlink.LinkList)
 	if err != nil {
 		return h, fmt.Errorf("listing interfaces: %w", err)
@@ -68,10 +69,12 @@ func readHost(sel Selector, ipv4 bool) (host, error) {
 			l.addrs = append(l.addrs, newAddr(a))
 		}
 	}
-	if sel.CanReach.IsValid() {
-		h.reach = routeTo(sel.CanReach)
+	for _, to := range []netip.Addr{sel.CanReach, sel.IPv6.CanReach} {
+		if to.IsValid() {
+			h.reach[to] = routeTo(to)
+		}
 	}
-	if sel.byDefault() {
+	if sel.Criteria.empty() {
 		if h.gateway, err = defaultRoute(ipv4); err != nil {
 			return h, fmt.Errorf("listing routes: %w", err)
 		}

@@ -8,10 +8,15 @@ import (
 func TestCheckPeer(t *testing.T) {
 	prefix := netip.MustParsePrefix
 	usual := Uplink{
-		Name: "eth0", IPv4: netip.MustParseAddr("198.18.0.1"), IPv6: netip.MustParseAddr("fd18::1"),
-		Prefixes: []netip.Prefix{prefix("198.18.0.1/24"), prefix("198.18.7.0/31"), prefix("fd18::/64"), prefix("fe80::/64")},
+		IPv4: Link{Name: "eth0", Addr: netip.MustParseAddr("198.18.0.1"),
+			Prefixes: []netip.Prefix{prefix("198.18.0.1/24"), prefix("198.18.7.0/31")}},
+		IPv6: Link{Name: "eth1", Addr: netip.MustParseAddr("fd18::1"),
+			Prefixes: []netip.Prefix{prefix("fd18::/64"), prefix("fe80::/64")}},
 	}
-	linkLocal := Uplink{Name: "eth0", IPv4: netip.MustParseAddr("169.254.0.1"), IPv6: netip.MustParseAddr("fe80::1")}
+	linkLocal := Uplink{
+		IPv4: Link{Name: "eth0", Addr: netip.MustParseAddr("169.254.0.1")},
+		IPv6: Link{Name: "eth0", Addr: netip.MustParseAddr("fe80::1")},
+	}
 	for _, c := range []struct {
 		uplink Uplink
 		peer   string
@@ -26,7 +31,7 @@ func TestCheckPeer(t *testing.T) {
 		{linkLocal, "169.254.0.2", true}, {linkLocal, "fe80::2", true}, {linkLocal, "198.18.0.2", true},
 	} {
 		if err := c.uplink.CheckPeer(netip.MustParseAddr(c.peer)); (err == nil) != c.ok {
-			t.Errorf("from %s to %s: %v", c.uplink.IPv4, c.peer, err)
+			t.Errorf("from %s to %s: %v", c.uplink.IPv4.Addr, c.peer, err)
 		}
 	}
 }

@@ -204,17 +204,35 @@ func (m *Manager) updateSelector(own *ownNode, sel iface.Selector) (now iface.Se
 		}
 	}
 	if m.options.NodeAddress {
-		sel.Names = nil
-		for _, ip := range m.internalIPs(own) {
-			sel.Names = append(sel.Names, ip.String())
-		}
+		m.selectInternalIPs(own, &sel)
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	before := m.selector
 	m.selector = sel
 	return sel, sel.PublicIP != before.PublicIP || sel.PublicIPv6 != before.PublicIPv6 ||
-		!slices.Equal(sel.Names, before.Names)
+		!slices.Equal(sel.Names, before.Names) || !slices.Equal(sel.IPv6.Names, before.IPv6.Names)
+}
+
+// selectInternalIPs has the selector choose the interface that holds an InternalIP of the Node. Where this host holds
+// InternalIPs of both families, each family has the interface that holds its own.
+func (m *Manager) selectInternalIPs(own *ownNode, sel *iface.Selector) {
+	var ips family.Pair[[]netip.Addr]
+	for _, ip := range m.internalIPs(own) {
+		of := ips.At(family.Of(ip))
+		*of = append(*of, ip)
+	}
+	names := func(ips []netip.Addr) (all []string) {
+		for _, ip := range ips {
+			all = append(all, ip.String())
+		}
+		return all
+	}
+	if held(ips.IPv4) && held(ips.IPv6) {
+		sel.Names, sel.IPv6.Names = names(ips.IPv4), names(ips.IPv6)
+	} else {
+		sel.Names, sel.IPv6.Names = names(m.internalIPs(own)), nil
+	}
 }
 
 // internalIPs returns the Node's InternalIPs of the families that are on.

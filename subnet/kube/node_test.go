@@ -16,6 +16,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/pkg/iface"
+	"github.com/flanneld/flanneld/pkg/nstest"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -312,5 +313,33 @@ func TestSelectorPrefersWhatIsPublished(t *testing.T) {
 	sel, _ := m.updateSelector(own, iface.Selector{})
 	if want := []netip.Addr{netip.MustParseAddr("198.18.0.1")}; !slices.Equal(sel.Prefer, want) {
 		t.Errorf("prefers %v, want %v", sel.Prefer, want)
+	}
+}
+
+// With --iface-node-address, each family has the interface of its own InternalIP, where this host holds both.
+func TestSelectInternalIPs(t *testing.T) {
+	nstest.New(t)
+	nstest.Run(t, "ip link set lo up")
+	m := testManager(subnet.NetworksOf(netip.MustParsePrefix("10.5.0.0/16"), netip.MustParsePrefix("fd05::/48")))
+	m.options.NodeAddress = true
+	own := &ownNode{addresses: []netip.Addr{netip.MustParseAddr("fd18::1"), netip.MustParseAddr("198.18.0.1")}}
+	for _, c := range []struct{ address, four, six string }{
+		{"198.18.0.1/32", "[fd18::1 198.18.0.1]", "[]"},
+		{"fd18::1/128", "[198.18.0.1]", "[fd18::1]"},
+	} {
+		nstest.Run(t, "ip addr add "+c.address+" dev lo")
+		sel, changed := m.updateSelector(own, iface.Selector{})
+		if four, six := fmt.Sprint(sel.Names), fmt.Sprint(sel.IPv6.Names); !changed || four != c.four || six != c.six {
+			t.Errorf("with %s: changed %t, %s for IPv4 and %s for IPv6, want %s and %s", c.address, changed, four, six, c.four, c.six)
+		}
+	}
+	nstest.Run(t, "ip addr add fd18::2/128 dev lo")
+	own.addresses[0] = netip.MustParseAddr("fd18::2")
+	if sel, changed := m.updateSelector(own, iface.Selector{}); !changed || fmt.Sprint(sel.IPv6.Names) != "[fd18::2]" {
+		t.Errorf("with another IPv6 address: changed %t, %v", changed, sel.IPv6)
+	}
+	nstest.Run(t, "ip addr del 198.18.0.1/32 dev lo")
+	if sel, changed := m.updateSelector(own, iface.Selector{}); !changed || sel.Apart() {
+		t.Errorf("without IPv4's: changed %t, %v", changed, sel.IPv6)
 	}
 }

@@ -360,7 +360,7 @@ func (s *suite) selects() {
 	m, _ := s.manager(1)
 	ctx, cancel := context.WithCancel(s.Context())
 	defer cancel()
-	selectors := m.Select(ctx, iface.Selector{Names: []string{"eth7"}, PublicIP: PublicIP(7)})
+	selectors := m.Select(ctx, iface.Selector{Criteria: iface.Criteria{Names: []string{"eth7"}}, PublicIP: PublicIP(7)})
 	sel, open := receive(s, "a selector", selectors)
 	if !open || !slices.Equal(sel.Names, []string{"eth7"}) || sel.PublicIP != PublicIP(7) {
 		s.Errorf("got %+v", sel)

@@ -254,8 +254,10 @@ func newBackend(t *testing.T, config string) backend.Backend {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b, err := backend.New(cfg, iface.Uplink{Name: "eth0", Index: 2, MTU: 9001, IPv4: ipv4, IPv6: ipv6, PublicIP: ipv4,
-		PublicIPv6: ipv6})
+	b, err := backend.New(cfg, iface.Uplink{
+		IPv4: iface.Link{Name: "eth0", Index: 2, MTU: 9001, Addr: ipv4, PublicIP: ipv4},
+		IPv6: iface.Link{Name: "eth0", Index: 2, MTU: 9001, Addr: ipv6, PublicIP: ipv6},
+	})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -60,7 +60,7 @@ var vxlanFaults = []pathFault{
 	// A device lets frames through that are longer by a VLAN tag, as other hardware may.
 	{name: "a hop with a smaller MTU", finds: "path-mtu path-mtu", inject: limitHop(1400), restore: limitHop(1500),
 		says: []string{"from HERE to THERE of more than 1354 bytes get lost, and pods send up to 1430",
-			"From host to host, 198.18.0.1 to 198.18.0.2, at most 1404 bytes of 1500",
+			"From host to host, 198.18.0.1 to 198.18.0.2, at most 1404 bytes of 1480",
 			"from HEREv6 to THEREv6 of more than 1334 bytes"}},
 	{name: "masquerading", finds: "masqueraded", says: []string{"packets from HERE1 arrive at THERE as packets from HERE:"},
 		inject: shell("nft add table ip bad", "nft add chain ip bad post { type nat hook postrouting priority 90 ; }",

@@ -747,7 +747,7 @@ func checkStatus(ctx context.Context, t *testing.T, n *lab.Node, env subnet.Env)
 	s, found := getStatus(ctx, t, n), getStatus(ctx, t, n, "--direct")
 	if !s.Daemon || !s.Ready || s.Waiting != "" || s.Store.Trouble != "" || len(s.Errors) > 0 || !s.Rules.InPlace ||
 		!s.SubnetFile.Written || s.Peers != 1 ||
-		s.MTU != 1430 || s.Uplink.Name != "eth0" || !slices.Equal(s.Lease.Subnets, env.Subnets.Each()) || !s.Lease.Own ||
+		s.MTU != 1430 || len(s.Uplinks) != 1 || s.Uplinks[0].Name != "eth0" || !slices.Equal(s.Lease.Subnets, env.Subnets.Each()) || !s.Lease.Own ||
 		time.Until(s.Lease.Expires) < 23*time.Hour || time.Until(s.Lease.Expires) > 24*time.Hour || len(s.Devices) != 2 ||
 		s.Devices[0].Port != 8472 {
 		t.Errorf("the daemon reports %+v", s)

@@ -3,7 +3,9 @@ package e2e
 import (
 	"context"
 	"fmt"
+	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -295,6 +297,56 @@ func TestNodeAddresses(t *testing.T) {
 	labtest.Do(t, n4.Script(ctx, "addr add 198.18.0.5/24 dev eth0"))
 	labtest.Do(t, n4.WaitReady(ctx))
 	waitAnnotation(ctx, t, k, n4, "public-ip", "198.18.0.5")
+}
+
+// TestNodeAddressOfEachFamily: the Node's InternalIPs of the two families are on two interfaces. Either flag finds them;
+// a node with one interface goes with these nodes.
+func TestNodeAddressOfEachFamily(t *testing.T) {
+	t.Parallel()
+	for _, backend := range []string{"vxlan", "host-gw"} {
+		if !labtest.Selected(backend == "vxlan") {
+			continue
+		}
+		t.Run(backend, func(t *testing.T) {
+			t.Parallel()
+			ctx := labtest.Context(t, 2*time.Minute)
+			l, k := newKube(ctx, t, dualCIDR, make([]lab.NodeOptions, 3))
+			args := daemonArgs(t, k, fmt.Sprintf(dualConfig, backend))
+			flags := [][]string{{"--iface-node-address"}, {"--iface=eth0", "--iface-v6=eth1"}, nil}
+			for i, n := range l.Nodes() {
+				if flags[i] != nil {
+					labtest.Do(t, n.MoveIPv6(ctx))
+				}
+				labtest.Do(t, k.AddNode(ctx, n))
+				labtest.Do(t, n.Start(slices.Concat(args, flags[i])...))
+			}
+			for _, n := range l.Nodes() {
+				labtest.Do(t, n.WaitReady(ctx))
+				waitAnnotation(ctx, t, k, n, "public-ip", n.IPv4.String())
+				waitAnnotation(ctx, t, k, n, "public-ipv6", n.IPv6.String())
+				checkNode(ctx, t, k, n, backend)
+			}
+			pods := addPods(ctx, t, l)
+			for _, from := range pods {
+				for _, to := range pods {
+					labtest.Do(t, from.WaitPing(ctx, to.IPv4))
+					labtest.Do(t, from.WaitPing(ctx, to.IPv6))
+				}
+			}
+			checkUplinks(ctx, t, l.Nodes()[0])
+			checkUplinks(ctx, t, l.Nodes()[1])
+
+			// Peers learn another address from the Node.
+			n, other := l.Nodes()[1], netip.MustParseAddr("fd18::77")
+			labtest.Do(t, n.Script(ctx, "addr del "+n.IPv6.String()+"/64 dev eth1"))
+			labtest.Do(t, n.ConfigureIPv6(ctx, other))
+			waitAnnotation(ctx, t, k, n, "public-ipv6", other.String())
+			waitAnnotation(ctx, t, k, n, "public-ip", n.IPv4.String())
+			for _, from := range pods {
+				labtest.Do(t, from.WaitPing(ctx, pods[1].IPv6))
+			}
+		})
+	}
 }
 
 // TestToken: the token is another one after a while, as kubelet rotates it, and

@@ -1,9 +1,12 @@
 package e2e
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -145,4 +148,140 @@ func TestUplinkTakenOver(t *testing.T) {
 	}
 	labtest.Do(t, pods[0].WaitPing(ctx, pods[1].IPv4))
 	labtest.Do(t, pods[1].WaitPing(ctx, pods[0].IPv4))
+}
+
+// TestUplinkForEachFamily: IPv6 comes in by another interface than IPv4 on two nodes, and by the same one on the third,
+// which is like a node that knows no such thing. Pods of all reach each other in both families; one family stays while
+// the other one's interface is away; flannelctl knows both.
+func TestUplinkForEachFamily(t *testing.T) {
+	t.Parallel()
+	for backend, onEth1 := range map[string]trace{
+		"vxlan":     {"ip -d link show flannel-v6.1", " dev eth1 "},
+		"host-gw":   {"ip -6 route show proto 70", " dev eth1 "},
+		"wireguard": {"ip link show flannel-wg-v6", "flannel-wg-v6"},
+		"udp":       {"ip link show flannel0", "flannel0"},
+	} {
+		inKernel := backend == "vxlan" || backend == "host-gw"
+		if !labtest.Selected(inKernel) {
+			continue
+		}
+		t.Run(backend, func(t *testing.T) {
+			t.Parallel()
+			testUplinkForEachFamily(t, backend, onEth1, inKernel)
+		})
+	}
+}
+
+func testUplinkForEachFamily(t *testing.T, backend string, onEth1 trace, inKernel bool) {
+	ctx := labtest.Context(t, 2*time.Minute)
+	l := labtest.New(ctx, t, fmt.Sprintf(dualConfig, backend), make([]lab.NodeOptions, 3)...)
+	a, b, c := l.Nodes()[0], l.Nodes()[1], l.Nodes()[2]
+	labtest.Do(t, a.MoveIPv6(ctx))
+	labtest.Do(t, b.MoveIPv6(ctx))
+	labtest.Do(t, a.Start("--iface-v6=eth1"))
+	labtest.Do(t, b.Start(`--iface-regex=^198\.18\.`, "--iface-can-reach-v6=2000::"))
+	labtest.Do(t, c.Start())
+	for _, n := range l.Nodes() {
+		labtest.Do(t, n.WaitReady(ctx))
+	}
+	pods := addPods(ctx, t, l)
+	reachAll := func(family func(*lab.Pod) netip.Addr) {
+		t.Helper()
+		for _, from := range pods {
+			for _, to := range pods {
+				labtest.Do(t, from.WaitPing(ctx, family(to)))
+			}
+		}
+	}
+	four := func(p *lab.Pod) netip.Addr { return p.IPv4 }
+	six := func(p *lab.Pod) netip.Addr { return p.IPv6 }
+	reachAll(four)
+	reachAll(six)
+	for _, n := range []*lab.Node{a, b} {
+		waitTraces(ctx, t, n, []trace{onEth1}, true)
+		checkUplinks(ctx, t, n)
+	}
+
+	// IPv6's interface goes down, and comes back: IPv4 loses nothing. In user space, a backend starts anew with another
+	// address, and a session of WireGuard that is new loses packets by itself.
+	labtest.Do(t, pods[0].Mirror())
+	probe := pods[2].StartProbe(pods[0].IPv4, 100, netip.Addr{}, 20*time.Millisecond)
+	defer probe.Stop()
+	down := time.Now()
+	labtest.Do(t, a.Script(ctx, "link set eth1 down"))
+	away := "IPv6 stays as it is, with " + a.IPv6.String() + " of eth1"
+	labtest.Do(t, lab.Poll(ctx, "doctor to know of it", func() error {
+		if out, _, err := a.Ctl(ctx, "doctor"); err != nil || !strings.Contains(out, away) {
+			return fmt.Errorf("%v: %s", err, out)
+		}
+		return nil
+	}))
+	labtest.Do(t, a.ConfigureIPv6(ctx, a.IPv6))
+	reachAll(six)
+	labtest.Do(t, a.PullIPv6(ctx))
+	labtest.Do(t, a.PlugIPv6(ctx))
+	reachAll(six)
+
+	// Its address changes; peers follow.
+	other := netip.MustParseAddr("fd18::77")
+	labtest.Do(t, a.Script(ctx, "addr del "+a.IPv6.String()+"/64 dev eth1"))
+	labtest.Do(t, a.ConfigureIPv6(ctx, other))
+	labtest.Do(t, lab.Poll(ctx, "the other nodes to know the new address", func() error {
+		for _, n := range []*lab.Node{b, c} {
+			if out, _, err := n.Ctl(ctx, "leases"); err != nil || !strings.Contains(out, other.String()+" ") {
+				return fmt.Errorf("%v: %s", err, out)
+			}
+		}
+		return nil
+	}))
+	reachAll(six)
+	if silence := labtest.Must(probe.Silence(ctx, down))(t); silence > 0 && inKernel {
+		t.Errorf("IPv4 lost packets until %v after IPv6's interface went down", silence)
+	}
+	reachAll(four)
+}
+
+// checkUplinks checks that flannelctl reports both uplinks of a node, and finds nothing wrong, with and without the
+// daemon.
+func checkUplinks(ctx context.Context, t *testing.T, n *lab.Node) {
+	t.Helper()
+	for _, way := range [][]string{nil, {"--direct"}} {
+		var got []string
+		for _, u := range getStatus(ctx, t, n, way...).Uplinks {
+			got = append(got, fmt.Sprintf("%s %d %v %v", u.Name, u.MTU, u.Addresses, u.PublicIPs))
+		}
+		want := []string{fmt.Sprintf("eth0 1500 [%[1]s] [%[1]s]", n.IPv4), fmt.Sprintf("eth1 1500 [%[1]s] [%[1]s]", n.IPv6)}
+		if !slices.Equal(got, want) {
+			t.Errorf("%s: status %v has the uplinks %q, want %q", n.Hostname, way, got, want)
+		}
+		for _, command := range []string{"status", "doctor", "diff", "connectivity"} {
+			out, status, err := n.Ctl(ctx, append([]string{command}, way...)...)
+			if err != nil || status != 0 {
+				t.Errorf("%s: flannelctl %s %v: status %d, %v\n%s", n.Hostname, command, way, status, err, out)
+			}
+		}
+	}
+}
+
+// TestIPv6Elsewhere: without a flag for it, IPv6 stays off where only another interface has it; the node says which flag
+// would help, and works with it.
+func TestIPv6Elsewhere(t *testing.T) {
+	t.Parallel()
+	ctx := labtest.Context(t, time.Minute)
+	l := labtest.New(ctx, t, fmt.Sprintf(dualConfig, "vxlan"), make([]lab.NodeOptions, 2)...)
+	a := l.Nodes()[0]
+	labtest.Do(t, a.MoveIPv6(ctx))
+	labtest.Start(ctx, t, l)
+	out, _, err := a.Ctl(ctx, "doctor")
+	const flag = "--iface-v6=eth1"
+	if err != nil || !strings.Contains(out, "eth0 (the IPv4 default route) has no usable IPv6 address") ||
+		!strings.Contains(out, "set "+flag+" if IPv6 comes in there") {
+		t.Errorf("doctor: %v\n%s", err, out)
+	}
+	labtest.Do(t, a.Stop(ctx))
+	labtest.Do(t, a.Start(flag))
+	labtest.Do(t, a.WaitReady(ctx))
+	pods := addPods(ctx, t, l)
+	labtest.Do(t, pods[0].WaitPing(ctx, pods[1].IPv6))
+	labtest.Do(t, pods[1].WaitPing(ctx, pods[0].IPv6))
 }

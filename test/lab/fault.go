@@ -59,6 +59,39 @@ func (n *Node) AddSpareUplink(ctx context.Context) (netip.Addr, error) {
 		"route add default via "+gateway.String()+" metric 200")
 }
 
+// MoveIPv6 gives the node a second interface, eth1, to the same switch, and moves the node's IPv6 there: eth0 keeps
+// IPv4.
+func (n *Node) MoveIPv6(ctx context.Context) error {
+	port := n.portV6()
+	err := n.lab.net.Script(ctx,
+		fmt.Sprintf("link add %s type veth peer name eth1 netns %s", port, n.Namespace.Name),
+		"link set "+port+" master br0",
+		"link set "+port+" up")
+	if err != nil {
+		return err
+	}
+	return errors.Join(n.Script(ctx, "addr del "+n.IPv6.String()+"/64 dev eth0"), n.ConfigureIPv6(ctx, n.IPv6))
+}
+
+func (n *Node) portV6() string { return n.Hostname + "v6" }
+
+// ConfigureIPv6 does what a host's network manager does for eth1 when it starts, after MoveIPv6.
+func (n *Node) ConfigureIPv6(ctx context.Context, own netip.Addr) error {
+	return n.Script(ctx,
+		"link set eth1 up",
+		"addr replace "+own.String()+"/64 dev eth1 nodad",
+		"route replace default via "+GatewayV6.String()+" dev eth1")
+}
+
+// PullIPv6 takes eth1 off the network, PlugIPv6 connects it again.
+func (n *Node) PullIPv6(ctx context.Context) error {
+	return n.lab.net.Script(ctx, "link set "+n.portV6()+" down")
+}
+
+func (n *Node) PlugIPv6(ctx context.Context) error {
+	return n.lab.net.Script(ctx, "link set "+n.portV6()+" up")
+}
+
 // RemoveUplink makes eth0 vanish with all that is on it. ReplaceUplink makes
 // another of the same name and MAC, not configured yet.
 func (n *Node) RemoveUplink(ctx context.Context) error {

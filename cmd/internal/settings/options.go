@@ -186,8 +186,16 @@ func hostFlags(o *Options) []group {
 			{name: "iface-can-reach", arg: "IP", set: into(&o.Uplink.CanReach, optional(address)),
 				help: "used last: the interface of the route to this address. Without any of the three flags: " +
 					"the interface of the default route"},
+			{name: "iface-v6", arg: "NAME|IP", repeatable: true, set: appendTo(&o.Uplink.IPv6.Names, anything),
+				help: "the same as --iface, for IPv6 alone; the flags above then choose the interface of IPv4 alone. Without " +
+					"this flag and the next two: one interface for both"},
+			{name: "iface-regex-v6", arg: "REGEX", repeatable: true, set: appendTo(&o.Uplink.IPv6.Regexps, pattern),
+				help: "the same as --iface-regex, for IPv6 alone"},
+			{name: "iface-can-reach-v6", arg: "IP", set: into(&o.Uplink.IPv6.CanReach, optional(address)),
+				help: "the same as --iface-can-reach, for IPv6 alone: 2000:: is the interface of the IPv6 default route"},
 			{name: "iface-node-address", def: "false", set: into(&o.IfaceNodeAddress, boolean),
-				help: "with --kube-subnet-mgr: use the interface that has the Node's InternalIP, in place of --iface"},
+				help: "with --kube-subnet-mgr: use the interface that has the Node's InternalIP, in place of --iface; with InternalIPs of " +
+					"both families, the interface of each"},
 			{name: "public-ip", arg: "IP", set: into(&o.Uplink.PublicIP, optional(publicIP("IPv4", netip.Addr.Is4))),
 				help: "address at which peers reach this node. Without any of the three flags: its interface is the uplink"},
 			{name: "public-ipv6", arg: "IP", set: into(&o.Uplink.PublicIPv6, optional(publicIP("IPv6", netip.Addr.Is6))),
@@ -328,7 +336,13 @@ func (o *Options) Complete(env []string) error {
 // needless reports whether the uplink is chosen by other flags than this one: flannel reads its flags for the uplink one
 // after the other, until one finds an interface.
 func (o *Options) needless(s *setting) bool {
-	return (s.name == "iface-regex" || s.name == "iface-can-reach") && len(o.Uplink.Names)+len(o.Uplink.Regexps) > 0
+	switch s.name {
+	case "iface-regex", "iface-can-reach":
+		return len(o.Uplink.Names)+len(o.Uplink.Regexps) > 0
+	case "iface-regex-v6", "iface-can-reach-v6":
+		return len(o.Uplink.IPv6.Names)+len(o.Uplink.IPv6.Regexps) > 0
+	}
+	return false
 }
 
 func (o *Options) warn(format string, args ...any) {
@@ -544,6 +558,7 @@ func (o *Options) check() error {
 	}
 	if o.KubeSubnetMgr {
 		return cmp.Or(apart("iface"), apart("iface-regex"), apart("iface-can-reach"),
+			apart("iface-v6"), apart("iface-regex-v6"), apart("iface-can-reach-v6"),
 			readable("kubeconfig-file", o.KubeconfigFile))
 	}
 	if o.IfaceNodeAddress {

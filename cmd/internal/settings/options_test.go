@@ -17,6 +17,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/pkg/family"
+	"github.com/flanneld/flanneld/pkg/iface"
 )
 
 var update = flag.Bool("update", false, "write testdata")
@@ -106,6 +107,15 @@ func TestParseOptions(t *testing.T) {
 			want: func(o *Options) {
 				o.Uplink.Names, o.Uplink.Regexps = []string{"eth0,eth1", "198.18.0.1"}, regexps("^10[.]{1,3}", "b")
 			}},
+		{name: "IPv6 apart", args: []string{"--iface-v6=eth1", "-iface-v6", "fd18::1", "--iface-regex-v6=^fd",
+			"--iface-can-reach-v6=2000::"}, env: []string{"FLANNELD_IFACE=eth0", "FLANNELD_IFACE_V6=eth9"},
+			want: func(o *Options) {
+				o.Uplink.Names = []string{"eth0"}
+				o.Uplink.IPv6 = iface.Criteria{Names: []string{"eth1", "fd18::1"}, Regexps: regexps("^fd"), CanReach: ip("2000::")}
+			}},
+		{name: "IPv6 apart, in the environment", env: []string{"FLANNELD_IFACE_V6=eth1", "FLANNELD_IFACE_REGEX_V6=^eth",
+			"FLANNELD_IFACE_CAN_REACH_V6="},
+			want: func(o *Options) { o.Uplink.IPv6 = iface.Criteria{Names: []string{"eth1"}, Regexps: regexps("^eth")} }},
 		{name: "empty is not set", args: []string{"--iface=", "--iface-regex=", "--iface-can-reach=", "--public-ip=",
 			"--public-ipv6=", "--etcd-cafile=", "--kube-api-url=", "--vmodule="}, want: func(*Options) {}},
 		{name: "empty variables are not set",
@@ -258,6 +268,10 @@ func TestParseWhatFlannelAccepts(t *testing.T) {
 				"it is left out, since other flags choose the uplink"},
 		{args: "--iface-regex=eth[0|--iface-regex=eth1", want: func(o *Options) { o.Uplink.Regexps = regexps("eth1") },
 			warning: `--iface-regex: "eth[0" is not a regular expression in RE2 syntax: missing closing ]; ` +
+				"it is left out, since other flags choose the uplink"},
+		{args: "--iface-v6=eth0|--iface-can-reach-v6=example.com",
+			want: func(o *Options) { o.Uplink.IPv6.Names = []string{"eth0"} },
+			warning: `--iface-can-reach-v6: "example.com" is not an IP address such as 192.0.2.7 or 2001:db8::7; ` +
 				"it is left out, since other flags choose the uplink"},
 		{args: "-v=-1", want: func(*Options) {}, warning: `--v: "-1" is not a log level: 0 or more; 0 is used`},
 		{args: "--subnet-file=", want: func(*Options) {},
@@ -429,6 +443,11 @@ func TestParseOptionsError(t *testing.T) {
 			want: `FLANNELD_IFACE_REGEX and --iface-node-address both choose the uplink: give only one of them`},
 		{args: "--kube-subnet-mgr|--iface-can-reach=192.0.2.1", env: "FLANNELD_IFACE_NODE_ADDRESS=true",
 			want: `--iface-can-reach and FLANNELD_IFACE_NODE_ADDRESS both choose the uplink: give only one of them`},
+		{args: "--kube-subnet-mgr|--iface-node-address|--iface-regex-v6=^fd",
+			want: `--iface-regex-v6 and --iface-node-address both choose the uplink: give only one of them`},
+		{args: "--iface=eth0|--iface-can-reach-v6=example.com",
+			want: `--iface-can-reach-v6: "example.com" is not an IP address such as 192.0.2.7 or 2001:db8::7`},
+		{args: "--iface-ipv6=eth0", want: "unknown flag --iface-ipv6: did you mean --iface-v6?" + lists},
 		{args: "--kube-subnet-mgr|--kube-api-url=ftp://api.example.com",
 			want: `--kube-api-url: "ftp://api.example.com" is not a URL: https://HOST:PORT or http://HOST:PORT`},
 		{args: "--kube-subnet-mgr|--kube-api-url=https://u:hunter2@api",
@@ -573,8 +592,11 @@ healthz-port 0
 help false
 iface
 iface-can-reach
+iface-can-reach-v6
 iface-node-address false
 iface-regex
+iface-regex-v6
+iface-v6
 ip-blackhole-route false
 ip-masq false
 ip-masq-families ipv4,ipv6

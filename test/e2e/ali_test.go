@@ -14,7 +14,7 @@ import (
 // Where daemons find the APIs of Alibaba Cloud, in any lab. The metadata are where they are on all instances. There are
 // no credentials in the environment, so that those of the instance's role are used.
 const (
-	aliAddress  = "198.19.0.1:8774"
+	aliAddress  = "198.19.0.1:8775"
 	aliMetadata = "100.100.100.200"
 )
 
@@ -30,7 +30,7 @@ func TestAli(t *testing.T) {
 	ctx := labtest.Context(t, 5*time.Minute)
 	c := cloud.NewAliCloud()
 	c.Task = 200 * time.Millisecond
-	v := newVPC(ctx, t, 3, "ali-vpc", c.State, c, aliAddress)
+	v := newCloud(ctx, t, 3, "ali-vpc", c.State, c, aliAddress)
 	labtest.Do(t, v.lab.Outside.Script(ctx, "addr add "+aliMetadata+"/32 dev lo"))
 	v.underlay(ctx, t, "route add "+aliMetadata+" via "+lab.Outside.String())
 	v.serve(t, c, aliMetadata+":80")

@@ -42,14 +42,6 @@ type vpc struct {
 
 func newAWS(ctx context.Context, t *testing.T, nodes int) *vpc {
 	s := cloud.NewEC2()
-	return newVPC(ctx, t, nodes, "aws-vpc", s.State, s, ec2Address)
-}
-
-// newVPC makes a lab with a backend for a cloud, whose server has an address.
-func newVPC(ctx context.Context, t *testing.T, nodes int, backend string, state *cloud.State, handler http.Handler,
-	address string) *vpc {
-	t.Helper()
-	s := cloud.NewEC2()
 	return newCloud(ctx, t, nodes, "aws-vpc", s.State, s, ec2Address)
 }
 

@@ -10,7 +10,7 @@ import (
 var private = []string{"FLANNELD_*", "NOTIFY_SOCKET", "WATCHDOG_*", "LISTEN_*"}
 
 // credentials are the variables that only commands of the operator get: what backends for clouds and their SDKs read.
-var credentials = []string{"AWS_*", "ALIBABA_CLOUD_*", "ACCESS_KEY_*"}
+var credentials = []string{"AWS_*", "GOOGLE_*", "ALIBABA_CLOUD_*", "TENCENTCLOUD_*", "ACCESS_KEY_*"}
 
 // environment returns the variables of this process ("NAME=value") that a program gets.
 func environment(all []string, operators bool) []string {

@@ -54,6 +54,9 @@ SUITE := $(addprefix build/conformance/,e2e.test ginkgo agnhost regression-issue
 	coredns critest)
 # What the chart deploys with netpol.enabled.
 NETPOL := build/kube/netpol
+# What clusters have beside flannel, for test-long.
+METALLB := $(addprefix build/metallb/,speaker controller crd)
+NEIGHBOURS := build/cni/multus $(METALLB)
 
 .PHONY: help build image image-full manifest docs release release-check tools check check-source vulncheck test unit \
 	fuzz e2e test-all test-stores test-clusters test-long test-race test-vm bench bench-faults bench-kube bench-udp \
@@ -232,6 +235,22 @@ $(NETPOL): test/netpol/go.mod
 	cd $(<D) && go build -ldflags "-s -w" -o "$(CURDIR)/$@" sigs.k8s.io/kube-network-policies/cmd
 	@touch $@
 
+build/cni/multus: test/multus/go.mod
+	@mkdir -p $(@D)
+	cd $(<D) && go build -ldflags "-s -w" -o "$(CURDIR)/$@" gopkg.in/k8snetworkplumbingwg/multus-cni.v4/cmd/multus
+	@touch $@
+
+$(filter-out %/crd,$(METALLB)): test/metallb/go.mod
+	@mkdir -p $(@D)
+	cd $(<D) && go build -ldflags "-s -w" -o "$(CURDIR)/$@" go.universe.tf/metallb/$(@F)
+	@touch $@
+
+# Its definitions of objects.
+build/metallb/crd: test/metallb/go.mod
+	@mkdir -p $@
+	cd $(<D) && install -m 644 "$$(go list -m -f '{{.Dir}}' go.universe.tf/metallb)"/config/crd/bases/* "$(CURDIR)/$@"
+	@touch $@
+
 # With SQLite as Go code: no C compiler is needed.
 build/stores/kine: test/stores/kine/go.mod
 	cd $(<D) && go build -ldflags "-s -w" -o "$(CURDIR)/$@" github.com/k3s-io/kine
@@ -326,8 +345,8 @@ LONG_TEST_NEEDS := build need-e2e $(SERVERS) $(OLD_ETCD) $(NETPOL) build/bin/hel
 test-clusters: $(LONG_TEST_NEEDS) ## Whole clusters from the manifest and the chart
 	$(LONG_TEST) '^Test(Cluster|FullImage|HelmCluster|Image|NetworkPolicy)$$' ./e2e
 
-test-long: $(LONG_TEST_NEEDS) ## What else test leaves out of e2e: combinations, faults, neighbours, manifests of others
-	$(LONG_TEST) '^Test(Cleanup|DoctorTunnels|Faults|HostileRecords|Matrix|Migrate|Neighbours|OtherManifests|Reconfigure|Restart|SetImage)$$' ./e2e
+test-long: $(LONG_TEST_NEEDS) $(NEIGHBOURS) ## What else test leaves out of e2e: combinations, faults, neighbours, manifests of others
+	$(LONG_TEST) '^Test(AnnouncedPods|Cleanup|DoctorTunnels|Egress|Faults|HostileRecords|Matrix|MetalLB|Migrate|Multus|Neighbours|OtherManifests|Reconfigure|Restart|SetImage)$$' ./e2e
 
 test-race: build need-lab $(SERVERS) $(OLD_ETCD) ## What test leaves out of the stores' tests, with the race detector
 	cd test && LONG=rest $(RACE_TEST) $(E2E) ./etcd ./ec2

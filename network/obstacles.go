@@ -86,7 +86,11 @@ func (s setup) obstacles(h host) []subnet.Obstacle {
 		case r.Connected:
 			add(subnet.Obstacle{Prefix: r.Dst, Name: linkName(r.Dst, r.Dev), Pods: r.Bridge || r.Dst.IsSingleIP()})
 		default:
-			add(subnet.Obstacle{Prefix: r.Dst, Name: fmt.Sprintf("another program's route (%s)", r.Text), Route: true, Pods: true})
+			o := subnet.Obstacle{Prefix: r.Dst, Name: fmt.Sprintf("another program's route (%s)", r.Text), Route: true, Pods: true}
+			if r.Beside {
+				o.Via = r.Via
+			}
+			add(o)
 		}
 	}
 	return all
@@ -152,11 +156,15 @@ func (s setup) overlaps(h host, own *subnet.Lease) []string {
 	return all
 }
 
-// checkObstacles returns why a lease is left out that conflicts with what belongs to the host.
+// checkObstacles returns why a lease is left out that conflicts with what belongs to the host. A route of another program
+// through the node's own address, such as a routing daemon makes of what the node announces, leads to the same pods.
 func (s *state) checkObstacles(l subnet.Lease) error {
 	for _, p := range l.Each() {
 		name := "" // the first of several, so that the text is always the same
 		for _, o := range s.obstacles.Overlapping(p) {
+			if slices.Contains(l.Attrs.PublicIPs(), o.Via) {
+				continue
+			}
 			if o.Conflicts(p) && (name == "" || o.Name < name) {
 				name = o.Name
 			}

@@ -241,6 +241,8 @@ func parseForeign(text string) (r kernel.ForeignRoute, err error) {
 			r.Dev = words[i+2]
 		case "proto":
 			r.Kernel = words[i+2] == "kernel"
+		case "metric":
+			r.Beside = true
 		}
 	}
 	r.Connected = r.Dev != "" && !r.Via.IsValid()

@@ -12,6 +12,10 @@ type Obstacle struct {
 	// Route is set for a route that leads elsewhere: it conflicts only with a subnet that is the same as Prefix.
 	Route bool
 
+	// Via is where a Route leads, if a route of ours can stand beside it; otherwise, it is not valid. Where Via is the
+	// address of a peer, the Route leads to that peer's own pods, and does not conflict with it.
+	Via netip.Addr
+
 	// Pods is set for what may belong to the pods of this node, such as the prefix of their bridge: it does not hinder
 	// this node from having the subnet that it is in.
 	Pods bool

@@ -71,6 +71,7 @@ type ForeignRoute struct {
 
 	Kernel    bool // the kernel made the route, for an address of Dev
 	Connected bool // Dst is on the link of Dev; otherwise the route leads through a gateway, or nowhere
+	Beside    bool // a route of ours to Dst can stand beside it: it has another metric, and is IPv4
 	Bridge    bool // Dev is a bridge, and has the first address of Dst, as far as the route shows: so does the pods' bridge
 
 	Text string // as ip route shows the route
@@ -110,6 +111,7 @@ func (r *Reconciler) Foreign() []ForeignRoute {
 				Dst: f.Dst, Via: f.Via, Dev: f.Dev,
 				Kernel:    f.protocol == unix.RTPROT_KERNEL,
 				Connected: f.connected && (f.protocol == unix.RTPROT_KERNEL || !f.Dst.IsSingleIP()),
+				Beside:    f.Metric != 0 && f.Dst.Addr().Is4(),                            // IPv6 refuses a gateway inside Dst
 				Bridge:    d.bridge && (!f.src.IsValid() || f.src == f.Dst.Addr().Next()), // IPv6 does not name it
 				Text:      f.show(),
 			})

@@ -1,6 +1,7 @@
 package kernel
 
 import (
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -340,5 +341,28 @@ func TestForeign(t *testing.T) {
 	apply(t, r)
 	if got := routes(t, "10.5.3.0/24"); !slices.Equal(got, []string{"10.5.3.0/24 via 198.18.0.3 dev eth0 proto static"}) {
 		t.Errorf("the routes are %q", got)
+	}
+}
+
+// TestForeignBeside: a route of ours can stand beside a route with another metric, in IPv4.
+func TestForeignBeside(t *testing.T) {
+	host(t)
+	r := overlaid(t)
+	lan(t)
+	for _, line := range []string{
+		"ip addr add fd18::11/64 dev eth1 nodad",
+		"ip route add 10.5.3.0/24 via 10.5.2.9 proto bird metric 32",
+		"ip route add 10.5.4.0/24 via 10.5.2.9 proto static",
+		"ip -6 route add fd05:0:0:3::/64 via fd18::9 proto bird metric 32",
+	} {
+		nstest.Run(t, line)
+	}
+	got := map[string]bool{}
+	for _, f := range r.Foreign() {
+		got[f.Dst.String()] = f.Beside
+	}
+	want := map[string]bool{"10.5.2.0/24": false, "10.5.3.0/24": true, "10.5.4.0/24": false, "fd05:0:0:3::/64": false}
+	if !maps.Equal(got, want) {
+		t.Errorf("%v, want %v", got, want)
 	}
 }

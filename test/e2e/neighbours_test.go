@@ -369,6 +369,9 @@ var neighbours = []neighbour{
 	{name: "kube-proxy, ipvs", on: vxlanStreet, needs: "ls /proc/sys/net/ipv4/vs", acts: kubeProxy("ipvs")},
 	{name: "nft flush by cron", quick: true, on: vxlanNFT, acts: cron},
 	{name: "nft flush by cron, iptables", on: vxlanStreet, acts: cron},
+	{name: "BIRD", on: vxlanStreet, acts: bird},
+	{name: "BIRD, routes to pods", on: scenario{backend: `{"Type": "vxlan"}`, devices: vteps, ipv4: true}, acts: birdAll},
+	{name: "FRR", on: vxlanNFT, acts: frr},
 }
 
 // TestNeighbours: each neighbour is started, reloaded and restarted beside flanneld. Pods talk after each act, flanneld

@@ -81,14 +81,38 @@ func (n *Node) StartDebian(ctx context.Context, files map[string]string, units .
 	return s, s.boot(ctx, cmd)
 }
 
-// LaunchDebian starts one program of build/debian on the node, without systemd. What it writes stays in build/debian.
+// LaunchDebian starts one program of build/debian on the node, without systemd. It has a /run of its own; what it writes
+// elsewhere stays in build/debian.
 func (n *Node) LaunchDebian(args ...string) (*Process, error) {
-	root, err := findBuild()
+	program, args, err := inDebian(args)
 	if err != nil {
 		return nil, err
 	}
-	return n.launch("unshare", append([]string{"--mount", "sh", "-c", `mount --rbind /dev "$0"/dev && exec chroot "$0" "$@"`,
-		filepath.Join(root, "debian")}, args...)...)
+	return n.launch(program, args...)
+}
+
+// LaunchRouter is LaunchDebian on the router between the nodes and the outside. The log is router.log.
+func (l *Lab) LaunchRouter(args ...string) (*Process, error) {
+	program, args, err := inDebian(args)
+	if err != nil {
+		return nil, err
+	}
+	log, err := os.Create(filepath.Join(l.Dir, "router.log"))
+	if err != nil {
+		return nil, err
+	}
+	defer log.Close()
+	cmd := exec.Command(program, args...)
+	cmd.Stdout, cmd.Stderr = log, log
+	return l.net.Launch(cmd)
+}
+
+// inDebian returns the command that runs a program of build/debian.
+func inDebian(args []string) (string, []string, error) {
+	root, err := findBuild()
+	return "unshare", append([]string{"--mount", "sh", "-c",
+		`mount --rbind /dev "$0"/dev && mount -t tmpfs tmpfs "$0"/run && exec chroot "$0" "$@"`,
+		filepath.Join(root, "debian")}, args...), err
 }
 
 // mode returns a file's rights. NetworkManager reads a connection that only root can read.

@@ -30,12 +30,21 @@ type Pod struct {
 
 // AddPod attaches a pod to the node, whose daemon must be ready.
 func (n *Node) AddPod(ctx context.Context, name string) (*Pod, error) {
+	text, err := n.CNIConfig()
+	if err != nil {
+		return nil, err
+	}
+	return n.AddPodBy(ctx, name, text)
+}
+
+// AddPodBy attaches a pod with the plugins of a list, as in /etc/cni/net.d, and arguments for them: CNI_ARGS.
+func (n *Node) AddPodBy(ctx context.Context, name string, list []byte, args ...[2]string) (*Pod, error) {
 	env, err := n.SubnetEnv()
 	if err != nil {
 		return nil, err
 	}
 	p := &Pod{node: n, MTU: env.MTU}
-	if p.config, err = n.cniConfig(); err != nil {
+	if p.config, err = libcni.NetworkConfFromBytes(list); err != nil {
 		return nil, err
 	}
 	if p.Namespace, err = n.lab.namespace(ctx, n.Hostname+"-"+name, nil); err != nil {
@@ -43,7 +52,7 @@ func (n *Node) AddPod(ctx context.Context, name string) (*Pod, error) {
 	}
 	p.cni = libcni.NewCNIConfigWithCacheDir([]string{filepath.Join(n.lab.Build, "bin"),
 		filepath.Join(n.lab.Build, "cni")}, n.cniDir(), &plugins{node: n})
-	p.run = &libcni.RuntimeConf{ContainerID: p.Namespace.Name, NetNS: p.path(), IfName: "eth0"}
+	p.run = &libcni.RuntimeConf{ContainerID: p.Namespace.Name, NetNS: p.path(), IfName: "eth0", Args: args}
 	added, err := p.cni.AddNetworkList(ctx, p.config, p.run)
 	if err != nil {
 		return nil, fmt.Errorf("attaching pod %s: %w", p.Name, err)
@@ -89,11 +98,11 @@ func (p *Pod) Delete(ctx context.Context) error {
 
 func (n *Node) cniDir() string { return filepath.Join(n.Dir, "cni") }
 
-// cniConfig is what is in /etc/cni/net.d of a real node, with paths of this
+// CNIConfig is what is in /etc/cni/net.d of a real node, with paths of this
 // node's own. The bridge does not masquerade, since that would hide what the daemon does.
-func (n *Node) cniConfig() (*libcni.NetworkConfigList, error) {
+func (n *Node) CNIConfig() ([]byte, error) {
 	type object = map[string]any
-	text, err := json.Marshal(object{
+	return json.Marshal(object{
 		"cniVersion": "1.0.0",
 		"name":       "cbr0",
 		"plugins": []object{{
@@ -104,10 +113,6 @@ func (n *Node) cniConfig() (*libcni.NetworkConfigList, error) {
 			"delegate":   object{"hairpinMode": true, "isDefaultGateway": true, "ipMasq": false},
 		}},
 	})
-	if err != nil {
-		return nil, err
-	}
-	return libcni.NetworkConfFromBytes(text)
 }
 
 // plugins runs CNI plugins on a node, as the container runtime does there.

@@ -349,7 +349,7 @@ test-long: $(LONG_TEST_NEEDS) $(NEIGHBOURS) ## What else test leaves out of e2e:
 	$(LONG_TEST) '^Test(AnnouncedPods|Cleanup|DoctorTunnels|Egress|Faults|HostileRecords|Matrix|MetalLB|Migrate|Multus|Neighbours|OtherManifests|Reconfigure|Restart|SetImage)$$' ./e2e
 
 test-race: build need-lab $(SERVERS) $(OLD_ETCD) ## What test leaves out of the stores' tests, with the race detector
-	cd test && LONG=rest $(RACE_TEST) $(E2E) ./etcd ./ec2
+	cd test && LONG=rest $(RACE_TEST) $(E2E) ./etcd ./cloud
 	cd test && LONG=rest $(GO_TEST) $(E2E) -run '^TestStores$$' ./stores
 
 # The kernel, and what tests run, from Debian's packages. Some 100 MB, once.

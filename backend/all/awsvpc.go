@@ -1,0 +1,5 @@
+//go:build !no_awsvpc
+
+package all
+
+import _ "github.com/flanneld/flanneld/backend/awsvpc"

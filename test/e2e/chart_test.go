@@ -54,6 +54,9 @@ func TestChart(t *testing.T) {
 		"as it is": {nil, `{"Network": "10.244.0.0/16", "Backend": {"Type": "vxlan"}}`},
 		"dual stack": {[]string{`podCidrv6="fd00:244::/48"`},
 			`{"Network": "10.244.0.0/16", "EnableIPv6": true, "IPv6Network": "fd00:244::/48", "Backend": {"Type": "vxlan"}}`},
+		"several networks": {[]string{`flannel.networks=["10.245.0.0/16"]`, `flannel.nonMasqueradeCIDRs=["172.16.0.0/12"]`},
+			`{"Network": "10.244.0.0/16", "Networks": ["10.245.0.0/16"], "NonMasqueradeCIDRs": ["172.16.0.0/12"],
+			"Backend": {"Type": "vxlan"}}`},
 		"IPv6 alone": {[]string{`podCidr=""`, `podCidrv6="fd00:244::/48"`},
 			`{"EnableIPv4": false, "EnableIPv6": true, "IPv6Network": "fd00:244::/48", "Backend": {"Type": "vxlan"}}`},
 		"all": {[]string{
@@ -89,7 +92,8 @@ func TestChart(t *testing.T) {
 		var gotBackend, wantBackend map[string]any
 		labtest.Do(t, yaml.Unmarshal(got.Backend, &gotBackend))
 		labtest.Do(t, yaml.Unmarshal(want.Backend, &wantBackend))
-		if !got.Networks().Equal(want.Networks()) || got.EnableNFTables != want.EnableNFTables || len(got.Warnings) > 0 ||
+		if !got.Networks().Equal(want.Networks()) || !slices.Equal(got.NonMasqueradeCIDRs, want.NonMasqueradeCIDRs) ||
+			got.EnableNFTables != want.EnableNFTables || len(got.Warnings) > 0 ||
 			!maps.Equal(gotBackend, wantBackend) {
 			t.Errorf("%s: the configuration is %s, want %s", name, netConf(t, text), c.want)
 		}

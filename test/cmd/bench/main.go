@@ -20,6 +20,7 @@ import (
 	"text/tabwriter"
 	"time"
 
+	"github.com/flanneld/flanneld/test/chart"
 	"github.com/flanneld/flanneld/test/lab"
 )
 
@@ -107,13 +108,14 @@ func run(ctx context.Context, s settings) (err error) {
 			return err
 		}
 	}
-	var curves []curve
+	var curves []chart.Curve
 	for _, backend := range []backend{vxlan, hostgw} {
 		times, floors, err := b.fromNothing(ctx, backend)
 		if err != nil {
 			return fmt.Errorf("%s: %w", backend, err)
 		}
-		curves = append(curves, curve{string(backend), times}, curve{string(backend) + ", ip and bridge -batch", floors})
+		curves = append(curves, chart.Curve{Name: string(backend), Points: times},
+			chart.Curve{Name: string(backend) + ", ip and bridge -batch", Points: floors})
 		if err := b.changes(ctx, backend); err != nil {
 			return fmt.Errorf("%s: %w", backend, err)
 		}
@@ -126,12 +128,13 @@ func run(ctx context.Context, s settings) (err error) {
 	}
 	file := filepath.Join(b.out, "peers.svg")
 	fmt.Printf("\nThe times over N are drawn in %s\n", file)
-	return os.WriteFile(file, draw("Time until the kernel holds what N peers call for", curves), 0o644)
+	picture := chart.Draw("Time until the kernel holds what N peers call for", "peers", " s", curves)
+	return os.WriteFile(file, picture, 0o644)
 }
 
 // fromNothing has the daemon start on a node that has just booted, with ever
 // more peers, and returns the median times, its own and the floor's.
-func (b *bench) fromNothing(ctx context.Context, backend backend) (times, floors []point, err error) {
+func (b *bench) fromNothing(ctx context.Context, backend backend) (times, floors []chart.Point, err error) {
 	if err := b.empty(ctx, backend, false); err != nil {
 		return nil, nil, err
 	}
@@ -165,7 +168,8 @@ func (b *bench) fromNothing(ctx context.Context, backend backend) (times, floors
 		}
 		took, batch, cpu := median(runs, func(r result) time.Duration { return r.took }), middle(batches), median(runs,
 			func(r result) time.Duration { return r.cpu })
-		times, floors = append(times, point{n, took}), append(floors, point{n, batch})
+		times = append(times, chart.Point{N: n, Value: took.Seconds()})
+		floors = append(floors, chart.Point{N: n, Value: batch.Seconds()})
 		more := "" // than the smaller cluster took: without what the start itself takes
 		if before.set > 0 && n > before.set {
 			more = fmt.Sprintf("%.1f µs", float64((cpu-before.cpu).Microseconds())/float64(n-before.set))

@@ -1,32 +1,33 @@
-package main
+// Package chart draws what benchmarks measure over the number of nodes.
+package chart
 
 import (
 	"bytes"
 	"fmt"
 	"math"
-	"time"
 )
 
-// A curve is a time over N.
-type curve struct {
-	name   string
-	points []point
+// A Curve is a value over N.
+type Curve struct {
+	Name   string
+	Points []Point
 }
 
-type point struct {
-	n    int
-	took time.Duration
+// A Point is the value for one N. Both are more than zero.
+type Point struct {
+	N     int
+	Value float64
 }
 
-// draw draws curves with both axes logarithmic, as SVG.
-func draw(title string, curves []curve) []byte {
+// Draw draws curves with both axes logarithmic, as SVG. The texts name what the x axis counts, and follow each value.
+func Draw(title, counted, unit string, curves []Curve) []byte {
 	const width, height, left, right, top, bottom = 760.0, 480.0, 70.0, 30.0, 60.0, 50.0
-	colours := []string{"#0b62a4", "#7fb2dd", "#c2571a", "#efb08c"}
+	colours := []string{"#0b62a4", "#7fb2dd", "#c2571a", "#efb08c", "#3a7d34", "#8a4f9e"}
 	// The decades that hold all points.
 	low, high := [2]float64{math.Inf(1), math.Inf(1)}, [2]float64{math.Inf(-1), math.Inf(-1)}
-	at := func(p point) [2]float64 { return [2]float64{math.Log10(float64(p.n)), math.Log10(p.took.Seconds())} }
+	at := func(p Point) [2]float64 { return [2]float64{math.Log10(float64(p.N)), math.Log10(p.Value)} }
 	for _, c := range curves {
-		for _, p := range c.points {
+		for _, p := range c.Points {
 			for i, v := range at(p) {
 				low[i], high[i] = min(low[i], math.Floor(v)), max(high[i], math.Ceil(v))
 			}
@@ -40,7 +41,7 @@ func draw(title string, curves []curve) []byte {
 	fmt.Fprintf(&b, `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %g %g" font-family="sans-serif" font-size="13">`+"\n", width, height)
 	fmt.Fprintf(&b, `<rect width="100%%" height="100%%" fill="white"/><text x="%g" y="24" font-size="16">%s</text>`+"\n",
 		left, title)
-	for i, name := range []string{"%g", "%g s"} {
+	for i, name := range []string{"%g", "%g" + unit} {
 		for decade := low[i]; decade <= high[i]; decade++ {
 			from, to := low, high
 			from[i], to[i] = decade, decade
@@ -55,23 +56,23 @@ func draw(title string, curves []curve) []byte {
 				fmt.Sprintf(name, math.Pow(10, decade)))
 		}
 	}
-	fmt.Fprintf(&b, `<text x="%g" y="%g" text-anchor="middle">peers</text>`+"\n", (width+left-right)/2, height-10)
+	fmt.Fprintf(&b, `<text x="%g" y="%g" text-anchor="middle">%s</text>`+"\n", (width+left-right)/2, height-10, counted)
 	for i, c := range curves {
 		colour := colours[i%len(colours)]
 		fmt.Fprintf(&b, `<path fill="none" stroke-width="2" stroke="%s" d="`, colour)
-		for j, p := range c.points {
+		for j, p := range c.Points {
 			x, y := place(at(p))
 			fmt.Fprintf(&b, "%c%.1f %.1f", "ML"[min(j, 1)], x, y)
 		}
 		b.WriteString(`"/>`)
-		for _, p := range c.points {
+		for _, p := range c.Points {
 			x, y := place(at(p))
-			fmt.Fprintf(&b, `<circle cx="%.1f" cy="%.1f" r="3.5" fill="%s"><title>%s: %d peers, %.3f s</title></circle>`, x, y,
-				colour, c.name, p.n, p.took.Seconds())
+			fmt.Fprintf(&b, `<circle cx="%.1f" cy="%.1f" r="3.5" fill="%s"><title>%s: %d %s, %.3f%s</title></circle>`, x, y,
+				colour, c.Name, p.N, counted, p.Value, unit)
 		}
 		y := top + 18*float64(i+1)
 		fmt.Fprintf(&b, `<path d="M%g %gh24" stroke="%s" stroke-width="2"/><text x="%g" y="%g">%s</text>`+"\n", left+14, y,
-			colour, left+46, y+4, c.name)
+			colour, left+46, y+4, c.Name)
 	}
 	b.WriteString("</svg>\n")
 	return b.Bytes()

@@ -59,8 +59,8 @@ METALLB := $(addprefix build/metallb/,speaker controller crd)
 NEIGHBOURS := build/cni/multus $(METALLB)
 
 .PHONY: help build image image-full manifest docs release release-check tools check check-source vulncheck test unit \
-	fuzz e2e test-all test-stores test-clusters test-long test-race test-vm bench bench-faults bench-kube bench-udp \
-	demo demo-kube demo-down conformance conformance-quick clean FORCE $(NEED) $(INSTALL)
+	fuzz e2e test-all test-stores test-clusters test-long test-race test-vm bench bench-faults bench-fleet bench-kube \
+	bench-udp demo demo-kube demo-down conformance conformance-quick clean FORCE $(NEED) $(INSTALL)
 .NOTPARALLEL: # the go tool uses all processors itself
 
 help: ## List the targets
@@ -369,6 +369,9 @@ bench: build need-lab $(ETCD) ## One node among up to 20000, beside what ip and 
 
 bench-faults: build need-lab $(ETCD) $(CNI) ## How long pods are silent after each kind of fault
 	cd test && go test -run '^$$' -bench '^BenchmarkFaults$$' -benchtime 3x -timeout 60m ./e2e
+
+bench-fleet: need-lab $(ETCD) ## What many nodes do to etcd, at rest and at bad moments: FLEET="-n 100,1000"
+	@cd test && go run ./cmd/bench-fleet $(FLEET)
 
 bench-udp: build need-demo $(ETCD) $(CNI) ## The udp backend beside vxlan, host-gw and wireguard
 	@cd test && go run ./cmd/bench-udp

@@ -1,0 +1,198 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"os/exec"
+	"strings"
+	"sync"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"github.com/flanneld/flanneld/test/lab"
+)
+
+// A moment is something bad that happens to a fleet. Its function returns when the fleet could become right again.
+type moment struct {
+	name, what string
+	happen     func(context.Context, *fleet) (since time.Time, err error)
+}
+
+// joins is how many nodes join at once.
+const joins = 100
+
+// away is how long all of the store, or half of the network, is away.
+const away = time.Minute
+
+var moments = []moment{
+	{"joins", "100 join at once", func(ctx context.Context, f *fleet) (time.Time, error) {
+		since := time.Now()
+		f.start(ctx, joins, 0)
+		return since, nil
+	}},
+	{"restart", "all daemons restart at once", func(ctx context.Context, f *fleet) (time.Time, error) {
+		end(f.nodes)
+		since := time.Now()
+		for _, n := range f.nodes {
+			n.start(ctx)
+		}
+		return since, nil
+	}},
+	{"leader", "the leader is lost", func(ctx context.Context, f *fleet) (time.Time, error) {
+		leader, err := f.store.leader(ctx)
+		if err != nil {
+			return time.Time{}, err
+		}
+		since := time.Now()
+		leader.kill()
+		return since, f.mark(ctx)
+	}},
+	{"member", "another member is lost", func(ctx context.Context, f *fleet) (time.Time, error) {
+		followers, err := f.store.followers(ctx)
+		if err != nil {
+			return time.Time{}, err
+		}
+		since := time.Now()
+		followers[0].kill()
+		return since, f.mark(ctx)
+	}},
+	{"store", "all members are away for 60 s", func(ctx context.Context, f *fleet) (time.Time, error) {
+		for _, m := range f.store.members {
+			m.kill()
+		}
+		if err := pause(ctx, away); err != nil {
+			return time.Time{}, err
+		}
+		if err := f.startMembers(); err != nil {
+			return time.Time{}, err
+		}
+		if err := f.store.awaitAnswer(ctx); err != nil {
+			return time.Time{}, err
+		}
+		return time.Now(), f.mark(ctx)
+	}},
+	{"compaction", "a compaction while half of the nodes are cut off", compact},
+	{"partition", "half of the nodes are cut off for 60 s", func(ctx context.Context, f *fleet) (time.Time, error) {
+		return f.cutHalf(ctx, away, func() error { return nil })
+	}},
+	{"expiry", "every etcd lease ends, 1000 a second", expire},
+	{"rolling", "a rolling upgrade, a twentieth at a time", func(ctx context.Context, f *fleet) (time.Time, error) {
+		since := time.Now()
+		batch := max(1, len(f.nodes)/20)
+		for i := 0; i < len(f.nodes); i += batch {
+			nodes := f.nodes[i:min(i+batch, len(f.nodes))]
+			end(nodes)
+			for _, n := range nodes {
+				n.start(ctx)
+			}
+			if err := f.awaitHeld(ctx, nodes); err != nil {
+				return since, err
+			}
+		}
+		return since, nil
+	}},
+}
+
+func pause(ctx context.Context, d time.Duration) error {
+	select {
+	case <-time.After(d):
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// startMembers starts the members that are down.
+func (f *fleet) startMembers() error {
+	for _, m := range f.store.members {
+		if err := m.start(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// awaitHeld waits until nodes hold leases and know peers.
+func (f *fleet) awaitHeld(ctx context.Context, nodes []*node) error {
+	return lab.Poll(ctx, "nodes to be ready", func() error {
+		for _, n := range nodes {
+			n.mu.Lock()
+			ready := n.held && len(n.slots) > 0
+			n.mu.Unlock()
+			if !ready {
+				return fmt.Errorf("node %d is not ready", n.number)
+			}
+		}
+		return nil
+	})
+}
+
+// cutHalf drops the packets of every other node to the store for a while, and calls meanwhile after something that
+// these nodes miss.
+func (f *fleet) cutHalf(ctx context.Context, d time.Duration, meanwhile func() error) (since time.Time, err error) {
+	nft := func(script string) error {
+		cmd := exec.CommandContext(ctx, "nft", "-f", "-")
+		cmd.Stdin = strings.NewReader(script)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return fmt.Errorf("nft: %w: %s", err, out)
+		}
+		return nil
+	}
+	if err := nft(`table ip cut {
+		chain out { type filter hook output priority 0; ip daddr 127.0.1.0/24 drop; ip saddr 127.0.1.0/24 drop; }
+	}`); err != nil {
+		return since, err
+	}
+	began := time.Now()
+	if err := f.mark(ctx); err != nil {
+		return since, err
+	}
+	if err := meanwhile(); err != nil {
+		return since, err
+	}
+	if err := pause(ctx, time.Until(began.Add(d))); err != nil {
+		return since, err
+	}
+	since = time.Now()
+	return since, nft("delete table ip cut")
+}
+
+// compact removes the history of what half of the nodes miss.
+func compact(ctx context.Context, f *fleet) (time.Time, error) {
+	return f.cutHalf(ctx, 15*time.Second, func() error {
+		now, err := f.store.Get(ctx, lab.Prefix)
+		if err != nil {
+			return err
+		}
+		_, err = f.store.Compact(ctx, now.Header.Revision, clientv3.WithCompactPhysical())
+		return err
+	})
+}
+
+// expire ends all etcd leases, as fast as etcd ends those that nobody renews.
+func expire(ctx context.Context, f *fleet) (since time.Time, err error) {
+	leases, err := f.store.Leases(ctx)
+	if err != nil {
+		return since, err
+	}
+	since = time.Now()
+	const parallel = 8
+	todo := make(chan clientv3.LeaseID)
+	var running sync.WaitGroup
+	for range parallel {
+		running.Go(func() {
+			for id := range todo {
+				f.meter.ours.Add(1)
+				f.store.Revoke(ctx, id) // an error: it has ended
+			}
+		})
+	}
+	for i, l := range leases.Leases {
+		time.Sleep(time.Until(since.Add(time.Duration(i) * time.Millisecond)))
+		todo <- l.ID
+	}
+	close(todo)
+	running.Wait()
+	return since, nil
+}

@@ -78,8 +78,8 @@ func (h *StoreHealth) Succeeded(operation string) {
 	h.over(operation, func(f failure) bool { return !f.refused || f.operation == operation })
 }
 
-// Settled records that a watch has lasted for a while without a word. That is a success for its operation, and tells
-// nothing of what else fails: another watch may be cut with each event that it has.
+// Settled records a success that tells nothing of what else fails: a watch has lasted for a while without a word, while
+// another watch may be cut with each event that it has; or the store has done what it does even for users whom it refuses.
 func (h *StoreHealth) Settled(operation string) {
 	h.over(operation, func(f failure) bool { return f.operation == operation })
 }

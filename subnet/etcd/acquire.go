@@ -24,8 +24,10 @@ func (m *Manager) Acquire(ctx context.Context, cfg *subnet.Config, want subnet.L
 		return subnet.Lease{}, fmt.Errorf("what to publish with the lease: %w", err)
 	}
 	defer m.setWaiting("")
-	pause := subnet.Backoff()
-	full := false
+	defer m.listed.forget()
+	pause := m.pace().backoff()
+	full, enough := false, freeEnough
+	var created subnet.Lease // by this call; zero: none
 	for {
 		if m.held(ips) == nil {
 			if err := m.claimAll(ctx, ips); err != nil {
@@ -36,26 +38,20 @@ func (m *Manager) Acquire(ctx context.Context, cfg *subnet.Config, want subnet.L
 		if err != nil {
 			return subnet.Lease{}, err
 		}
-		c := choose(records, cfg, want, m.wrote, rand.IntN)
+		c := choose(records, cfg, want, m.wrote, enough, rand.IntN)
 		for _, r := range c.unfit {
 			m.records.Error(r.key, r.changed, nil, "The reservation of this node cannot be used", "key", r.key,
 				"reason", unfit(cfg, r))
 		}
 		switch {
 		case len(c.drop) > 0:
-			for _, r := range c.drop {
-				if o, hindered := cfg.Hinders(r.subnets); hindered {
-					m.log.Error(nil, "Giving up a lease that overlaps what this host uses", "subnet", r.subnets, "key", r.key,
-						"overlaps", o.Name)
-				} else {
-					m.log.Info("Deleting a lease with this node's address, or of this node, which does not use it",
-						"subnet", r.subnets, "key", r.key)
-				}
-				if err := m.remove(ctx, r); err != nil {
-					return subnet.Lease{}, err
-				}
+			if err := m.drop(ctx, cfg, c.drop); err != nil {
+				return subnet.Lease{}, err
 			}
 			continue
+		case c.take.exists() && c.take.subnets == created.Subnets && m.isWrote(c.take):
+			m.verified = c.take.created
+			return created, nil
 		case c.take.exists():
 			r, expires, ok, err := m.publish(ctx, c.take, c.take.key, value)
 			if err != nil {
@@ -71,23 +67,20 @@ func (m *Manager) Acquire(ctx context.Context, cfg *subnet.Config, want subnet.L
 				return subnet.Lease{Subnets: r.subnets, Attrs: want.Attrs, Expires: expires}, nil
 			}
 		case len(c.create.Each()) > 0:
-			r, _, ok, err := m.publish(ctx, record{}, m.subnetKey(c.create), value)
+			r, expires, ok, err := m.publish(ctx, record{}, m.subnetKey(c.create), value)
 			if err != nil {
 				return subnet.Lease{}, err
 			}
 			if ok {
 				// The next turn takes it, if no older lease overlaps it.
+				created = subnet.Lease{Subnets: r.subnets, Attrs: want.Attrs, Expires: expires}
 				m.setWrote(r)
 				continue
 			}
 		default:
 			if !full {
 				full = true
-				fix := fmt.Sprintf("delete the leases of nodes that no longer exist (etcdctl get --prefix %s; etcdctl del KEY), "+
-					"or add another network to Networks in %s", m.subnetsPrefix(), m.configKey())
-				m.setWaiting("a subnet, none of which is free: " + fix)
-				m.log.Error(nil, "No subnet is free; waiting until a lease is deleted",
-					"leases", len(records), "subnets", describePools(cfg), "fix", fix)
+				m.logFull(cfg, len(records))
 			}
 			deletions := []clientv3.OpOption{clientv3.WithPrefix(), clientv3.WithFilterPut()}
 			if err := m.awaitChange(ctx, at, []string{m.subnetsPrefix()}, deletions...); err != nil {
@@ -95,11 +88,38 @@ func (m *Manager) Acquire(ctx context.Context, cfg *subnet.Config, want subnet.L
 			}
 			continue
 		}
-		// Another node was faster.
+		// Another node was faster. If many start at once, most of them see this.
+		enough = min(enough*freeMore, freeMost)
 		if err := pause.Sleep(ctx); err != nil {
 			return subnet.Lease{}, err
 		}
 	}
+}
+
+// drop deletes records that keep this node from its lease.
+func (m *Manager) drop(ctx context.Context, cfg *subnet.Config, records []record) error {
+	for _, r := range records {
+		if o, hindered := cfg.Hinders(r.subnets); hindered {
+			m.log.Error(nil, "Giving up a lease that overlaps what this host uses", "subnet", r.subnets, "key", r.key,
+				"overlaps", o.Name)
+		} else {
+			m.log.Info("Deleting a lease with this node's address, or of this node, which does not use it",
+				"subnet", r.subnets, "key", r.key)
+		}
+		if err := m.remove(ctx, r); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// logFull logs that no subnet is free, and what to do about it; State has that, too.
+func (m *Manager) logFull(cfg *subnet.Config, leases int) {
+	fix := fmt.Sprintf("delete the leases of nodes that no longer exist (etcdctl get --prefix %s; etcdctl del KEY), "+
+		"or add another network to Networks in %s", m.subnetsPrefix(), m.configKey())
+	m.setWaiting("a subnet, none of which is free: " + fix)
+	m.log.Error(nil, "No subnet is free; waiting until a lease is deleted",
+		"leases", leases, "subnets", describePools(cfg), "fix", fix)
 }
 
 // unfit returns why a reservation cannot be used.

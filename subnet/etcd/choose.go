@@ -18,17 +18,22 @@ type choice struct {
 	create subnet.Subnets // else free subnets, whose record we create; zero when there are none
 }
 
-// freeEnough is how many free subnets the random pick is made from. The number is upstream's: it is enough that nodes
-// which start together rarely collide.
-const freeEnough = 100
+// freeEnough is how many free subnets the random pick is made from. The number is upstream's: it is enough that a few
+// nodes which start together rarely collide. A node that has collided picks from freeMore times as many, up to freeMost.
+const (
+	freeEnough = 100
+	freeMore   = 8
+	freeMost   = freeEnough * freeMore * freeMore * freeMore
+)
 
 // choose decides which subnets the node takes that wants to publish want, and had want.Subnets before. Wrote is the
 // record that this node wrote last, whatever public address it carries. If that record is as it was, or is known to be
 // gone, the other records with this node's address are other machines', which had the address before and may come for
 // them; only reservations are this node's. The older ones are dropped: peers leave out the younger of two leases with
 // one address, which would be this node's. A machine whose record is gone leases the same subnets again if they are
-// free. Pick returns a number below n.
-func choose(records []record, cfg *subnet.Config, want subnet.Lease, wrote record, pick func(n int) int) choice {
+// free, or else one of enough free ones. Pick returns a number below n.
+func choose(records []record, cfg *subnet.Config, want subnet.Lease, wrote record, enough int,
+	pick func(n int) int) choice {
 	var c choice
 	var own, others, usable []record
 	isWrote := func(r record) bool { return r.key == wrote.key && r.changed == wrote.changed }
@@ -57,7 +62,7 @@ func choose(records []record, cfg *subnet.Config, want subnet.Lease, wrote recor
 	}
 	if len(usable) == 0 {
 		own = slices.DeleteFunc(own, func(r record) bool { return !canHave(cfg, r.subnets) })
-		c.create = freeSubnets(slices.Concat(own, others), cfg, want.Subnets, pick)
+		c.create = freeSubnets(slices.Concat(own, others), cfg, want.Subnets, enough, pick)
 		return c
 	}
 	c.take = preferred(usable, want.Subnets, wrote)
@@ -101,9 +106,10 @@ func preferred(own []record, want subnet.Subnets, wrote record) record {
 	})
 }
 
-// freeSubnets returns the wanted subnets, if they fit and are free, or else free subnets at random. It returns the zero
-// Subnets when there are none.
-func freeSubnets(records []record, cfg *subnet.Config, want subnet.Subnets, pick func(n int) int) subnet.Subnets {
+// freeSubnets returns the wanted subnets, if they fit and are free, or else free subnets, at random from enough of them.
+// It returns the zero Subnets when there are none.
+func freeSubnets(records []record, cfg *subnet.Config, want subnet.Subnets, enough int,
+	pick func(n int) int) subnet.Subnets {
 	overlaps := func(r record) bool { return r.overlaps(want) }
 	if len(want.Each()) > 0 && cfg.Fits(want) && !slices.ContainsFunc(records, overlaps) {
 		return want
@@ -126,7 +132,7 @@ func freeSubnets(records []record, cfg *subnet.Config, want subnet.Subnets, pick
 				taken = append(taken, p)
 			}
 		}
-		free := cfg.Free(family.pool, taken, freeEnough)
+		free := cfg.Free(family.pool, taken, enough)
 		if len(free) == 0 {
 			return subnet.Subnets{}
 		}

@@ -228,7 +228,7 @@ func TestChoose(t *testing.T) {
 			if changed == "gone" {
 				wrote = record{key: "/net/subnets/" + key}
 			}
-			got := choose(all, cfg, want, wrote, func(n int) int { return 0 })
+			got := choose(all, cfg, want, wrote, freeEnough, func(n int) int { return 0 })
 			if got.String() != c.want {
 				t.Errorf("got %s\nwant %s", got, c.want)
 			}
@@ -236,8 +236,9 @@ func TestChoose(t *testing.T) {
 	}
 }
 
-func TestChooseAmongTheFirstHundred(t *testing.T) {
-	cfg, err := subnet.ParseConfig([]byte(`{"Network": "10.5.0.0/16"}`))
+// A node picks among the first hundred free subnets, and among more when other nodes pick, too.
+func TestChooseAmongTheFirst(t *testing.T) {
+	cfg, err := subnet.ParseConfig([]byte(`{"Network": "10.0.0.0/8", "SubnetLen": 24}`))
 	if err == nil {
 		err = cfg.Divide()
 	}
@@ -245,14 +246,18 @@ func TestChooseAmongTheFirstHundred(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := subnet.Lease{Attrs: subnet.Attrs{PublicIP: netip.MustParseAddr("198.18.0.1")}}
-	got := choose(nil, cfg, want, record{}, func(n int) int {
-		if n != 100 {
-			t.Errorf("picked among %d", n)
+	for enough, last := range map[int]string{
+		freeEnough: "create 10.0.100.0-24", freeEnough * freeMore: "create 10.3.32.0-24", freeMost: "create 10.200.0.0-24",
+	} {
+		got := choose(nil, cfg, want, record{}, enough, func(n int) int {
+			if n != enough {
+				t.Errorf("picked among %d, want %d", n, enough)
+			}
+			return n - 1
+		})
+		if got.String() != last {
+			t.Errorf("among %d: got %v, want %s", enough, got, last)
 		}
-		return n - 1
-	})
-	if got.String() != "create 10.5.100.0-24" {
-		t.Errorf("got %v", got)
 	}
 }
 

@@ -40,7 +40,11 @@ func (h holder) isOther(identity string) bool { return h.changed != 0 && h.Ident
 type claim struct {
 	ips   []netip.Addr
 	lease clientv3.LeaseID
+	ttl   time.Duration
 }
+
+// short tells whether the claim ends too soon for the number of nodes.
+func (c *claim) short(p pace) bool { return 2*c.ttl <= p.claimTTL() }
 
 // claimAll claims the node's public addresses, and waits until no other node holds one of them. A holder that does not
 // answer, such as a machine that this one replaces, does not hold them any more.
@@ -116,7 +120,7 @@ const claimGrace = 5 * time.Second
 // node that asked may be dead by now, or may be an earlier run of this daemon: the node that has waited for claimGrace
 // deletes a question without an answer.
 func (m *Manager) silent(ctx context.Context, holders []holder) ([]holder, error) {
-	lease, _, err := m.grant(ctx, claimTTL)
+	lease, _, err := m.grant(ctx, pace{}.claimTTL())
 	if err != nil {
 		return nil, err
 	}
@@ -220,7 +224,7 @@ func (m *Manager) tryClaim(ctx context.Context, ips []netip.Addr) (others []hold
 		if len(others) > 0 {
 			return others, at, nil
 		}
-		lease, _, err := m.grant(ctx, claimTTL)
+		lease, ttl, err := m.grant(ctx, m.pace().claimTTL())
 		if err != nil {
 			return nil, watchPoint{}, err
 		}
@@ -231,7 +235,7 @@ func (m *Manager) tryClaim(ctx context.Context, ips []netip.Addr) (others []hold
 		if won {
 			m.release() // the earlier claim, if there is one
 			m.mu.Lock()
-			m.claim = &claim{ips, lease}
+			m.claim = &claim{ips, lease, ttl}
 			m.mu.Unlock()
 			return nil, at, nil
 		}
@@ -281,17 +285,28 @@ func (m *Manager) release() {
 	}
 }
 
-// renewClaim renews the claim, if there is one.
-func (m *Manager) renewClaim() {
+// renewClaim renews the claim, if there is one, and tells whether etcd's answer leaves nothing to be asked: etcd knows
+// the claim, and its revision has not gone back.
+func (m *Manager) renewClaim() (answered bool) {
 	m.mu.Lock()
 	c := m.claim
 	m.mu.Unlock()
 	if c == nil {
-		return
+		return false
 	}
-	ttl, err := m.renew(m.ctx, "renew the claim on the public address", c.lease)
-	if err != nil || ttl > 0 {
-		return
+	if c.short(m.pace()) {
+		select {
+		case m.regrow <- struct{}{}:
+		default:
+		}
+	}
+	ttl, revision, err := m.renew(m.ctx, "renew the claim on the public address", c.lease)
+	if err != nil {
+		return false
+	}
+	if ttl > 0 {
+		// The revision is that of one server, which may lag.
+		return revision >= m.latestPoint().revision && m.health.State().Connected
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -300,6 +315,7 @@ func (m *Manager) renewClaim() {
 		m.claim = nil
 		m.invalidate()
 	}
+	return false
 }
 
 // held returns the claim on the addresses; nil when there is none, or it has ended.

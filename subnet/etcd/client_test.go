@@ -133,7 +133,7 @@ func TestQueue(t *testing.T) {
 		var waiting sync.WaitGroup
 		for range 8 {
 			waiting.Go(func() {
-				err := q.retry(t.Context(), func() error {
+				err := q.retry(t.Context(), subnet.Backoff(), func() error {
 					attempts.Add(1)
 					if away.Load() {
 						return errors.New("away")
@@ -158,7 +158,7 @@ func TestQueue(t *testing.T) {
 
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()
-		if err := q.retry(ctx, func() error { return nil }); !errors.Is(err, context.Canceled) {
+		if err := q.retry(ctx, subnet.Backoff(), func() error { return nil }); !errors.Is(err, context.Canceled) {
 			t.Errorf("with a context that ended: %v", err)
 		}
 	})

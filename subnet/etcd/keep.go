@@ -77,7 +77,7 @@ func (k *keptLease) checkClaim(ctx context.Context) (repaired bool, err error) {
 		return false, err
 	}
 	claim := k.held(k.ips)
-	unclaimed, asked := claim == nil, false
+	unclaimed, asked, short := claim == nil, false, claim != nil && claim.short(k.pace())
 	for _, h := range holders {
 		switch {
 		case h.changed == 0:
@@ -100,7 +100,7 @@ func (k *keptLease) checkClaim(ctx context.Context) (repaired bool, err error) {
 				"fix", "stop the second flanneld on this machine; a cloned machine needs a /etc/machine-id of its own")
 		}
 	}
-	if !unclaimed && !asked {
+	if !unclaimed && !asked && !short {
 		return false, nil
 	}
 	if claim != nil && unclaimed {
@@ -186,7 +186,7 @@ func (k *keptLease) checkOverlap(ctx context.Context, now record) error {
 }
 
 // wait returns when one of the keys has changed, when the watch point is invalid, as after the claim ended, or when the
-// lease has to be renewed.
+// lease has to be renewed, or the claim has to have a longer time.
 func (k *keptLease) wait(ctx context.Context, at watchPoint, reserved bool) error {
 	keys := []string{k.key}
 	for _, ip := range k.ips {
@@ -204,8 +204,9 @@ func (k *keptLease) wait(ctx context.Context, at watchPoint, reserved bool) erro
 	case <-changed:
 		return ctx.Err()
 	case <-due:
-		return nil
+	case <-k.regrow:
 	}
+	return nil
 }
 
 // A recordState is what became of our record.

@@ -9,9 +9,10 @@
 // gives a node a subnet for good.
 //
 // A key under nodes is the claim of a running daemon on its public address. It ends with the daemon: it hangs on an
-// etcd lease of 30 seconds. Another node that needs the address need not wait for that: it asks whether the daemon is
-// alive, by a change of the key that a live daemon undoes. A daemon writes a lease only while it holds the claims on the
-// lease's addresses. This keeps two nodes that believe in the same public address from sharing one subnet.
+// etcd lease of 30 seconds, or of more in a large network, see pace. Another node that needs the address need not wait
+// for that: it asks whether the daemon is alive, by a change of the key that a live daemon undoes. A daemon writes a
+// lease only while it holds the claims on the lease's addresses. This keeps two nodes that believe in the same public
+// address from sharing one subnet.
 package etcd
 
 import (
@@ -25,6 +26,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -39,13 +41,6 @@ const (
 	// leaseTTL is how long a lease outlives its last renewal: upstream's subnetTTL, which operators count on when they
 	// take nodes down.
 	leaseTTL = 24 * time.Hour
-
-	// claimTTL is how long a node counts as alive after it has died without releasing its claim.
-	claimTTL = 30 * time.Second
-
-	// heartbeatEvery is how soon we notice an outage, or another etcd in the place of the one that we knew, while we have
-	// no requests to make. The claim is renewed as often.
-	heartbeatEvery = claimTTL / 3
 
 	// requestTimeout is long enough for a snapshot of 20000 leases, which is 5 MB, over a poor link.
 	requestTimeout = 10 * time.Second
@@ -92,10 +87,15 @@ type Manager struct {
 	health *subnet.StoreHealth
 	failed queue
 
-	configured []byte // what Config read
+	configured   []byte     // what Config read
+	configuredAt watchPoint // and when
 
 	records    *subnet.RecordLog // what is wrong with records, by key
 	ownRecords *subnet.RecordLog // what other programs do to our records, by key
+
+	nodes  atomic.Int64  // how many leases there were when this was last known
+	regrow chan struct{} // one element: the claim is to have a longer time, see pace
+	listed listed
 
 	mu      sync.Mutex
 	latest  watchPoint
@@ -161,6 +161,8 @@ func New(ctx context.Context, o Options) (*Manager, error) {
 		records:    subnet.NewRecordLog(log),
 		ownRecords: subnet.NewRecordLog(log),
 		failed:     newQueue(),
+		regrow:     make(chan struct{}, 1),
+		listed:     newListed(),
 		health: subnet.NewStoreHealth(log, subnet.State{
 			Kind: "etcd", Store: "etcd at " + strings.Join(o.Endpoints, ","), Endpoints: o.Endpoints, Check: checkCommand(o),
 		}),
@@ -211,7 +213,7 @@ func (m *Manager) Config(ctx context.Context) (*subnet.Config, error) {
 			}
 			continue
 		}
-		m.configured = text
+		m.configured, m.configuredAt = text, at
 		return m.parseConfig(text)
 	}
 }
@@ -219,9 +221,12 @@ func (m *Manager) Config(ctx context.Context) (*subnet.Config, error) {
 // Configs implements subnet.Manager.
 func (m *Manager) Configs(ctx context.Context) <-chan *subnet.Config {
 	out := make(chan *subnet.Config)
-	known := m.configured
+	known, at := m.configured, m.configuredAt
 	go func() {
 		defer close(out)
+		if known != nil && m.awaitChange(ctx, at, []string{m.configKey()}) != nil {
+			return
+		}
 		for {
 			text, at, err := m.readConfig(ctx)
 			if err != nil {

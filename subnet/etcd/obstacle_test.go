@@ -32,7 +32,7 @@ func TestChooseAroundObstacles(t *testing.T) {
 		{"", bridge, "create 10.5.1.0-24"}, // which this node had before
 	} {
 		first := func(int) int { return 0 }
-		got := choose(records(t, c.records), cfg.Around([]subnet.Obstacle{c.on}), want, record{}, first).String()
+		got := choose(records(t, c.records), cfg.Around([]subnet.Obstacle{c.on}), want, record{}, freeEnough, first).String()
 		if got != c.choice {
 			t.Errorf("%q with %s: %s, not %s", c.records, c.on.Name, got, c.choice)
 		}

@@ -4,17 +4,12 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
-	"slices"
 	"strings"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
-	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 
 	"github.com/flanneld/flanneld/pkg/plain"
 	"github.com/flanneld/flanneld/subnet"
@@ -92,85 +87,6 @@ func (m *Manager) parse(kv *mvccpb.KeyValue) (r record, ok bool) {
 	return r, true
 }
 
-// list reads all records as of one revision: in one request, or in several where the answer would be larger than
-// maxAnswer. Others may write any number of records of etcd's largest size.
-func (m *Manager) list(ctx context.Context) ([]record, watchPoint, error) {
-	for {
-		l := listing{Manager: m, next: m.subnetsPrefix()}
-		for !l.done {
-			at, err := m.do(ctx, "read the leases", l.read)
-			if err != nil {
-				return nil, watchPoint{}, err
-			}
-			if l.at.invalid == nil {
-				l.at = at
-			}
-		}
-		if l.lost {
-			continue
-		}
-		m.records.ForgetOthers(slices.Values(l.keys))
-		return l.records, l.at, nil
-	}
-}
-
-// A listing is the state of reading all records.
-type listing struct {
-	*Manager
-	at      watchPoint // of the first answer; zero: there was none
-	next    string     // the key to go on from
-	limit   int64      // of keys per answer; 0: none
-	done    bool
-	lost    bool // etcd no longer has the revision of the first answer
-	keys    []string
-	records []record
-}
-
-// read is a request for the next records.
-func (l *listing) read(ctx context.Context, c *clientv3.Client) (*pb.ResponseHeader, error) {
-	found, err := l.get(ctx, c)
-	switch {
-	case errors.Is(err, rpctypes.ErrCompacted) || errors.Is(err, rpctypes.ErrFutureRev):
-		l.done, l.lost = true, true
-		return nil, nil
-	case tooLarge(err) && l.limit == 1: // this one is larger than any record that is read
-		found, err = l.get(ctx, c, clientv3.WithKeysOnly())
-	case tooLarge(err) && l.limit == 0:
-		l.limit = 1024
-		return nil, nil
-	case tooLarge(err):
-		l.limit = max(1, l.limit/8)
-		return nil, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	for _, kv := range found.Kvs {
-		l.keys = append(l.keys, string(kv.Key))
-		if r, ok := l.parse(kv); ok {
-			l.records = append(l.records, r)
-		}
-	}
-	l.done = !found.More || len(found.Kvs) == 0
-	if !l.done {
-		l.next = string(found.Kvs[len(found.Kvs)-1].Key) + "\x00"
-	}
-	l.limit *= 2
-	return found.Header, nil
-}
-
-func (l *listing) get(ctx context.Context, c *clientv3.Client, options ...clientv3.OpOption) (
-	*clientv3.GetResponse, error,
-) {
-	return c.Get(ctx, l.next, append(options, clientv3.WithRange(clientv3.GetPrefixRangeEnd(l.subnetsPrefix())),
-		clientv3.WithLimit(l.limit), clientv3.WithRev(l.at.revision))...)
-}
-
-// tooLarge tells whether an answer was larger than maxAnswer.
-func tooLarge(err error) bool {
-	return status.Code(err) == codes.ResourceExhausted && strings.Contains(err.Error(), "received message")
-}
-
 // publish gives the node's record the value, and renews its etcd lease, or replaces an etcd lease that has ended; a
 // reservation stays without an etcd lease. The record is written only when it changes, because each write wakes all
 // peers; or where this node has found it by its address alone: it may be another machine's, whose LeaseFile then counts
@@ -185,7 +101,7 @@ func (m *Manager) publish(ctx context.Context, now record, key string, value []b
 	if !now.reserved() {
 		ttl := time.Duration(0)
 		if lease != clientv3.NoLease {
-			if ttl, err = m.renew(ctx, "renew the lease", lease); err != nil {
+			if ttl, _, err = m.renew(ctx, "renew the lease", lease); err != nil {
 				return record{}, time.Time{}, false, err
 			}
 		}
@@ -267,9 +183,11 @@ func (m *Manager) grant(ctx context.Context, ttl time.Duration) (id clientv3.Lea
 	return id, actual, err
 }
 
-// renew renews an etcd lease for its full time, which it returns; zero when the lease is gone. The client's own
-// KeepAlive wakes up four times a second.
-func (m *Manager) renew(ctx context.Context, operation string, id clientv3.LeaseID) (ttl time.Duration, err error) {
+// renew renews an etcd lease for its full time, which it returns; zero when the lease is gone. The revision is the
+// latest of one server. The client's own KeepAlive wakes up four times a second.
+func (m *Manager) renew(ctx context.Context, operation string, id clientv3.LeaseID) (
+	ttl time.Duration, revision int64, err error,
+) {
 	_, err = m.do(ctx, operation, func(ctx context.Context, c *clientv3.Client) (*pb.ResponseHeader, error) {
 		// The client's KeepAliveOnce repeats a failed attempt at once, for as long as ctx lasts: that would take a whole
 		// processor.
@@ -284,10 +202,10 @@ func (m *Manager) renew(ctx context.Context, operation string, id clientv3.Lease
 		if err != nil {
 			return nil, err
 		}
-		ttl = time.Duration(answer.TTL) * time.Second
+		ttl, revision = time.Duration(answer.TTL)*time.Second, answer.GetHeader().GetRevision()
 		return nil, stream.CloseSend()
 	})
-	return ttl, err
+	return ttl, revision, err
 }
 
 // revoke ends an etcd lease that is not needed any more. A lease that cannot be revoked ends by itself.

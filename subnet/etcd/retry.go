@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"slices"
 	"strings"
 	"sync"
@@ -34,7 +35,7 @@ func (m *Manager) do(ctx context.Context, operation string, r request) (watchPoi
 	if err == nil || ctx.Err() != nil {
 		return at, err
 	}
-	err = m.failed.retry(ctx, func() (err error) {
+	err = m.failed.retry(ctx, m.pace().backoff(), func() (err error) {
 		at, err = m.try(ctx, operation, r)
 		return err
 	})
@@ -57,10 +58,11 @@ func (m *Manager) try(ctx context.Context, operation string, r request) (watchPo
 		m.health.Failed(operation, cause, text)
 		return watchPoint{}, err
 	}
-	m.health.Succeeded(operation)
 	if header == nil {
+		m.health.Settled(operation) // etcd does something about its leases even for users that it refuses
 		return watchPoint{}, nil
 	}
+	m.health.Succeeded(operation)
 	return m.observe(before, header.Revision), nil
 }
 
@@ -71,10 +73,10 @@ type queue struct {
 	pause retry.Backoff
 }
 
-func newQueue() queue { return queue{head: make(chan struct{}, 1), pause: subnet.Backoff()} }
+func newQueue() queue { return queue{head: make(chan struct{}, 1)} }
 
-// retry calls f until it succeeds or ctx ends.
-func (q *queue) retry(ctx context.Context, f func() error) error {
+// retry calls f until it succeeds or ctx ends, with the pauses of b between attempts of all callers.
+func (q *queue) retry(ctx context.Context, b retry.Backoff, f func() error) error {
 	turn := func() error {
 		select {
 		case q.head <- struct{}{}:
@@ -82,6 +84,7 @@ func (q *queue) retry(ctx context.Context, f func() error) error {
 		case <-ctx.Done():
 			return ctx.Err()
 		}
+		q.pause.First, q.pause.Most, q.pause.Jitter = b.First, b.Most, b.Jitter
 		if err := q.pause.Sleep(ctx); err != nil {
 			return err
 		}
@@ -138,18 +141,14 @@ func (m *Manager) invalidate() {
 	m.latest = watchPoint{0, make(chan struct{})}
 }
 
-// runHeartbeat renews the claim and reads etcd's revision once per heartbeatEvery. Each of the two happens even if the
-// other fails.
+// runHeartbeat renews the claim once per beat of the pace. It reads etcd's revision if the answer to that leaves a
+// doubt, or where there is no claim. Nodes that start together do not beat together.
 func (m *Manager) runHeartbeat() {
-	tick := time.NewTicker(heartbeatEvery)
-	defer tick.Stop()
-	for {
-		select {
-		case <-m.ctx.Done():
-			return
-		case <-tick.C:
+	pause := rand.N(m.beat())
+	for ; retry.Sleep(m.ctx, pause) == nil; pause = m.beat() - rand.N(m.beat()/8) {
+		if m.renewClaim() {
+			continue
 		}
-		m.renewClaim()
 		m.try(m.ctx, "check that etcd answers", func(ctx context.Context, c *clientv3.Client) (*pb.ResponseHeader, error) {
 			got, err := c.Get(ctx, m.configKey(), clientv3.WithCountOnly())
 			if err != nil {
@@ -158,6 +157,16 @@ func (m *Manager) runHeartbeat() {
 			return got.Header, nil
 		})
 	}
+}
+
+// beat is the time between two beats: that of the pace, unless the claim ends sooner than it would now.
+func (m *Manager) beat() time.Duration {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.claim == nil {
+		return m.pace().beat()
+	}
+	return min(m.pace().beat(), m.claim.ttl/beatsOfClaim)
 }
 
 // awaitChange returns nil when one of the keys has changed after the watch point, or may have changed: the caller reads

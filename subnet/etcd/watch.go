@@ -2,12 +2,16 @@ package etcd
 
 import (
 	"context"
+	"errors"
+	"math/rand/v2"
 	"strings"
 	"time"
 
 	"go.etcd.io/etcd/api/v3/mvccpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 
+	"github.com/flanneld/flanneld/pkg/retry"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -26,7 +30,7 @@ func (m *Manager) Watch(ctx context.Context) <-chan subnet.Update {
 			if time.Since(began) > time.Minute {
 				pause.Reset()
 			}
-			if err := pause.Sleep(ctx); err != nil {
+			if err := retry.Sleep(ctx, pause.Next()+rand.N(m.pace().reread()+1)); err != nil {
 				return
 			}
 		}
@@ -48,11 +52,34 @@ func (m *Manager) watchOnce(ctx context.Context, updates *subnet.Mailbox) error 
 		}
 	}
 	updates.Put(snapshot)
+	pause := m.pace().backoff()
+	for {
+		next, lost, err := m.follow(ctx, at, updates)
+		if err != nil || lost {
+			return err
+		}
+		if next > at.revision {
+			pause.Reset()
+		}
+		at.revision = next
+		if err := pause.Sleep(ctx); err != nil {
+			return err
+		}
+	}
+}
+
+// follow puts the changes after a watch point until the watch ends. It returns the revision after which another watch
+// can go on, if etcd has lost its leader for a while: all nodes see that, and none of them has missed anything.
+// Otherwise lost is set: etcd may no longer have what happened since, or have another history.
+func (m *Manager) follow(ctx context.Context, at watchPoint, updates *subnet.Mailbox) (
+	revision int64, lost bool, err error,
+) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	revision = at.revision
 	client, watch, err := m.connection.open(ctx)
 	if err != nil {
-		return m.ctx.Err()
+		return 0, true, m.ctx.Err()
 	}
 	// Progress notifications let a quiet watch survive compaction: after a broken connection, the watch continues from
 	// the last of them.
@@ -61,21 +88,28 @@ func (m *Manager) watchOnce(ctx context.Context, updates *subnet.Mailbox) error 
 	for {
 		select {
 		case <-at.invalid:
-			return nil
+			return 0, true, nil
 		case answer, ok := <-events:
 			switch {
 			case ctx.Err() != nil:
-				return ctx.Err()
+				return 0, false, ctx.Err()
+			case errors.Is(answer.Err(), rpctypes.ErrNoLeader):
+				m.log.V(1).Info("The watch of the leases ended; going on", "err", answer.Err())
+				return revision, false, nil
 			case !ok || answer.Err() != nil:
 				m.log.V(1).Info("The watch of the leases ended; reading them again", "err", answer.Err())
-				return nil
+				return 0, true, nil
 			}
-			if len(answer.Events) > 0 {
+			if answer.IsProgressNotify() {
+				revision = answer.Header.Revision
+			}
+			if n := len(answer.Events); n > 0 {
+				revision = answer.Events[n-1].Kv.ModRevision // there may be more that the header's revision has
 				m.observe(at, answer.Header.Revision)
 				updates.Put(m.updateOf(answer.Events))
 			}
 		case <-ctx.Done():
-			return ctx.Err()
+			return 0, false, ctx.Err()
 		}
 	}
 }
@@ -84,7 +118,11 @@ func (m *Manager) watchOnce(ctx context.Context, updates *subnet.Mailbox) error 
 func (m *Manager) updateOf(events []*clientv3.Event) subnet.Update {
 	u := subnet.Update{Since: time.Now()}
 	for _, e := range events {
+		if e.IsCreate() {
+			m.nodes.Add(1)
+		}
 		if e.Type == mvccpb.DELETE {
+			m.nodes.Add(-1)
 			m.records.Forget(string(e.Kv.Key))
 			if s, err := subnet.ParseKey(strings.TrimPrefix(string(e.Kv.Key), m.subnetsPrefix())); err == nil {
 				u.Delete(s)

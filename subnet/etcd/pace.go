@@ -1,0 +1,62 @@
+package etcd
+
+import (
+	"time"
+
+	"github.com/flanneld/flanneld/pkg/retry"
+	"github.com/flanneld/flanneld/subnet"
+)
+
+// A pace is how often a node sends requests to an etcd that many nodes share. The more nodes there are, the more seldom
+// each of them beats, so that etcd has no more than restRate requests a second of all nodes at rest. And the longer are
+// the pauses after which requests are retried: what makes one node's requests fail, such as an election, makes those of
+// all nodes fail at the same time.
+type pace struct{ nodes int64 }
+
+const (
+	// leastBeat is how soon a node of a small network notices an outage, or another etcd in the place of the one that it
+	// knew, while it has no requests to make. The claim is renewed as often.
+	leastBeat = 10 * time.Second
+
+	// restRate is how many beats of all nodes there are a second, at most: from 1500 nodes on.
+	restRate = 150
+
+	// retryRate is the same for requests that are retried, and have just failed for all nodes at once.
+	retryRate = 2000
+
+	// beatsOfClaim is how often a claim is renewed before it would end.
+	beatsOfClaim = 3
+)
+
+// beat is how often the node beats, see runHeartbeat.
+func (p pace) beat() time.Duration { return max(leastBeat, p.shared(restRate)) }
+
+// claimTTL is how long a node counts as alive after it has died without releasing its claim, while no other node asks:
+// see silent.
+func (p pace) claimTTL() time.Duration { return beatsOfClaim * p.beat() }
+
+// backoff returns the pauses between attempts to use etcd.
+func (p pace) backoff() retry.Backoff {
+	b := subnet.Backoff()
+	b.First = max(b.First, p.shared(retryRate))
+	b.Most = max(b.Most, 5*b.First)
+	return b
+}
+
+// reread is how long nodes wait, each for a random part of this, before they read all leases again after a gap: what
+// made one node miss something, such as a compaction during a partition, made many miss it. All answers together grow
+// with the square of the nodes.
+func (p pace) reread() time.Duration {
+	thousands := float64(p.nodes) / 1000
+	return min(time.Duration(thousands*thousands*float64(time.Second)), mostReread)
+}
+
+// mostReread bounds for how long a node knows nothing of what changed behind a gap.
+const mostReread = 30 * time.Second
+
+// shared returns the time in which each node does something once, so that all of them do it at a rate.
+func (p pace) shared(perSecond int64) time.Duration {
+	return time.Duration(p.nodes) * time.Second / time.Duration(perSecond)
+}
+
+func (m *Manager) pace() pace { return pace{m.nodes.Load()} }

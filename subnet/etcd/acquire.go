@@ -39,10 +39,7 @@ func (m *Manager) Acquire(ctx context.Context, cfg *subnet.Config, want subnet.L
 			return subnet.Lease{}, err
 		}
 		c := choose(records, cfg, want, m.wrote, enough, rand.IntN)
-		for _, r := range c.unfit {
-			m.records.Error(r.key, r.changed, nil, "The reservation of this node cannot be used", "key", r.key,
-				"reason", unfit(cfg, r))
-		}
+		m.logUnfit(cfg, c.unfit)
 		switch {
 		case len(c.drop) > 0:
 			if err := m.drop(ctx, cfg, c.drop); err != nil {
@@ -122,12 +119,15 @@ func (m *Manager) logFull(cfg *subnet.Config, leases int) {
 		"leases", leases, "subnets", describePools(cfg), "fix", fix)
 }
 
-// unfit returns why a reservation cannot be used.
-func unfit(cfg *subnet.Config, r record) string {
-	if o, hindered := cfg.Hinders(r.subnets); hindered {
-		return "it overlaps " + o.Name + " of this host"
+// logUnfit logs which reservations of this node cannot be used, and why.
+func (m *Manager) logUnfit(cfg *subnet.Config, reservations []record) {
+	for _, r := range reservations {
+		reason := "it does not fit the network's configuration, or overlaps another lease"
+		if o, hindered := cfg.Hinders(r.subnets); hindered {
+			reason = "it overlaps " + o.Name + " of this host"
+		}
+		m.records.Error(r.key, r.changed, nil, "The reservation of this node cannot be used", "key", r.key, "reason", reason)
 	}
-	return "it does not fit the network's configuration, or overlaps another lease"
 }
 
 // describePools returns the subnets that there are, such as "/24 from 10.5.1.0 to 10.5.255.0".

@@ -98,6 +98,7 @@ func (f *fleet) awaitRight(ctx context.Context) error {
 func (f *fleet) checkNodes() error {
 	unheld, away, behind := 0, 0, 0
 	var sum uint64
+	var example string
 	for i, n := range f.nodes {
 		n.mu.Lock()
 		switch {
@@ -106,6 +107,10 @@ func (f *fleet) checkNodes() error {
 			return fmt.Errorf("node %d has failed: %w", i, n.failed)
 		case !n.held:
 			unheld++
+			if n.manager != nil {
+				state := n.manager.State()
+				example = fmt.Sprintf(": node %d waits for %q, %s", i, state.Waiting, state.Problem)
+			}
 		case !n.manager.State().Connected:
 			away++
 		case i > 0 && n.sum != sum:
@@ -115,7 +120,8 @@ func (f *fleet) checkNodes() error {
 		n.mu.Unlock()
 	}
 	if unheld+away+behind > 0 {
-		return fmt.Errorf("%d nodes have no lease, %d have no store, %d differ from others", unheld, away, behind)
+		return fmt.Errorf("%d nodes have no lease, %d have no store, %d differ from others%s", unheld, away, behind,
+			example)
 	}
 	return nil
 }

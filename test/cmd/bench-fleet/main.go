@@ -33,6 +33,7 @@ const maxNodes = 20000
 type settings struct {
 	sizes   []int
 	moments []string // nil: all
+	within  time.Duration
 	rest    time.Duration
 	patient time.Duration
 	out     string
@@ -54,6 +55,7 @@ func main() {
 		s.moments = strings.Split(text, ",")
 		return nil
 	})
+	flag.DurationVar(&s.within, "within", time.Second, "in which time all nodes start")
 	flag.DurationVar(&s.rest, "rest", 30*time.Second, "for how long nothing happens")
 	flag.DurationVar(&s.patient, "patience", 3*time.Minute, "how long a bad moment may take")
 	flag.StringVar(&s.out, "o", "", "`directory` for the picture (default build/bench)")
@@ -178,9 +180,9 @@ func (s settings) measure(ctx context.Context, program string, n int) (r result,
 	if err != nil {
 		return r, err
 	}
-	start := moment{"start", "all start in the same second", func(ctx context.Context, f *fleet) (time.Time, error) {
+	start := moment{"start", fmt.Sprintf("all start within %v", s.within), func(ctx context.Context, f *fleet) (time.Time, error) {
 		since := time.Now()
-		f.start(ctx, n, time.Second)
+		f.start(ctx, n, s.within)
 		return since, nil
 	}}
 	first, err := s.live(ctx, f, start)
@@ -246,12 +248,13 @@ func (s settings) live(ctx context.Context, f *fleet, m moment) (o outcome, err 
 	}
 	limited, cancel := context.WithDeadline(ctx, since.Add(s.patient))
 	defer cancel()
-	fmt.Fprintf(os.Stderr, "%d nodes: %s\n", len(f.nodes), m.what)
 	o.never = f.awaitRight(limited)
 	if ctx.Err() != nil {
 		return o, ctx.Err()
 	}
 	o.took = time.Since(since)
+	fmt.Fprintf(os.Stderr, "%d nodes: %s: right after %v, %v\n", len(f.nodes), m.what, o.took.Round(time.Millisecond),
+		o.never)
 	if err := pause(ctx, 3*time.Second); err != nil { // the meter's next reading
 		return o, err
 	}
@@ -307,7 +310,8 @@ func (f *fleet) load(ctx context.Context, d time.Duration) (l load, err error) {
 func (r result) print() {
 	thousands := float64(r.nodes) / 1000
 	fmt.Printf("\n%d nodes at rest: %.1f requests (%.0f in one second), %.1f messages to watches, %.1f events, "+
-		"%.1f KB in and %.1f KB out a second\n", r.nodes, r.rest.requests, r.peak, r.rest.messages, r.rest.events, r.rest.in/1000, r.rest.out/1000)
+		"%.1f KB in and %.1f KB out a second\n", r.nodes, r.rest.requests, r.peak, r.rest.messages,
+		r.rest.events, r.rest.in/1000, r.rest.out/1000)
 	fmt.Printf("  for a thousand nodes, the store takes %.1f %% of a core and %.0f MiB; the nodes %.1f %%\n\n",
 		100*r.cpu/thousands, r.memory/(1<<20)/thousands, 100*r.own/thousands)
 	w := tabwriter.NewWriter(os.Stdout, 0, 0, 3, ' ', tabwriter.AlignRight)

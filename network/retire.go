@@ -20,7 +20,8 @@ func (n *node) retain(cfg *subnet.Config) *subnet.Config {
 	if len(retired.Each()) > 0 {
 		n.log.Error(nil, "The configuration no longer has a network that nodes have subnets of. They stay where they are",
 			"network", retired, "nodes", n.nodesIn(retired),
-			"fix", "put it back, or reboot these nodes, which then take subnets of the other networks")
+			"fix", "put it back, or reboot these nodes, which then take subnets of the other networks; "+
+				"flannelctl leases shows which nodes")
 	}
 	n.recordRetired(retired)
 	return cfg.Retain(retired)

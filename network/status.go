@@ -24,6 +24,7 @@ type Status struct {
 	Waiting string    `json:"waitingFor,omitempty"` // what flanneld waits for, while it is not ready
 
 	Network []netip.Prefix `json:"network,omitempty"`
+	Retired []netip.Prefix `json:"retired,omitempty"` // those that the configuration no longer has
 	Backend string         `json:"backend,omitempty"`
 	Uplinks []Uplink       `json:"uplinks,omitempty"` // one, or two if each family has an interface of its own
 	Lease   *Lease         `json:"lease,omitempty"`
@@ -177,7 +178,7 @@ func (v view) status() Status {
 	if v.state == nil || v.cfg == nil {
 		return s
 	}
-	s.Network, s.Backend = v.cfg.Networks().Each(), v.cfg.BackendType
+	s.Network, s.Retired, s.Backend = v.cfg.Networks().Each(), v.cfg.Retired().Each(), v.cfg.BackendType
 	s.Rules = Rules{Mode: "iptables", InPlace: v.rulesSet, Masquerade: v.masquerades(), Forward: v.Forward}
 	if v.cfg.EnableNFTables {
 		s.Rules.Mode = "nftables"

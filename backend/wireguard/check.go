@@ -49,7 +49,8 @@ func checkHandshakes(_ context.Context, n backend.Node) []backend.Problem {
 			}
 			found = append(found, backend.Problem{
 				Text: fmt.Sprintf("%s has had no handshake with %s at %v", name, holder, peer.Endpoint),
-				Fix:  []string{"flannelctl doctor    # on that node", "wg show " + plain.Shell(name)},
+				Fix: []string{"flannelctl doctor    # on that node; with NAT, the log of flanneld says what to do",
+					"wg show " + plain.Shell(name)},
 			})
 		}
 	}

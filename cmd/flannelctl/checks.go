@@ -379,14 +379,23 @@ func (d *diagnosis) somePeer(like netip.Addr) netip.Addr {
 }
 
 // peers returns the public addresses of all peers.
-func (d *diagnosis) peers() []netip.Addr {
+func (d *diagnosis) peers() []netip.Addr { return publicIPs(d.leases) }
+
+// publicIPs returns the public addresses of the peers among the leases.
+func publicIPs(leases []network.Lease) []netip.Addr {
 	var ips []netip.Addr
-	for _, l := range d.leases {
+	for _, l := range leases {
 		if !l.Own {
 			ips = append(ips, l.PublicIPs...)
 		}
 	}
 	return ips
+}
+
+// withoutSession returns the leases of peers with which WireGuard or charon has agreed on no keys in the last three
+// minutes. The host of a peer with a session can be reached, and a peer behind NAT is not where its lease says.
+func withoutSession(leases []network.Lease) []network.Lease {
+	return slices.DeleteFunc(slices.Clone(leases), func(l network.Lease) bool { return time.Since(l.Keys) <= 3*time.Minute })
 }
 
 func portTaken(d *diagnosis) []problem {
@@ -598,7 +607,7 @@ func clockSkew(d *diagnosis) []problem {
 
 func peerUnreachable(d *diagnosis) []problem {
 	var found []problem
-	for _, r := range reach(d.ctx, samplePeers(d.peers())) {
+	for _, r := range reach(d.ctx, samplePeers(publicIPs(withoutSession(d.leases)))) {
 		if r.err != nil {
 			found = append(found, problem{fmt.Sprintf("the host of a peer, %s, cannot be reached: %v", r.ip, r.err),
 				[]string{fmt.Sprintf("ip route get %s && ping -c 3 %s", r.ip, r.ip)}})

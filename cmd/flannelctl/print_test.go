@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/flanneld/flanneld/cmd/internal/settings"
 	"github.com/flanneld/flanneld/network"
@@ -50,6 +51,32 @@ var hostileStatus = network.Status{
 	SubnetFile: network.SubnetFile{Path: hostile},
 	Store:      network.Store{Name: hostile, Trouble: hostile},
 	Errors:     map[string]string{hostile: hostile},
+}
+
+// TestPeersWithoutSession: a peer that has agreed on keys lately is not looked for at the address in its lease.
+func TestPeersWithoutSession(t *testing.T) {
+	peer := func(ip string, age time.Duration) network.Lease {
+		l := network.Lease{PublicIPs: []netip.Addr{netip.MustParseAddr(ip)}}
+		if age > 0 {
+			l.Keys = time.Now().Add(-age)
+		}
+		return l
+	}
+	leases := []network.Lease{peer("192.168.4.2", time.Minute), peer("198.18.0.2", time.Hour), peer("198.18.0.3", 0)}
+	if got := join(publicIPs(withoutSession(leases))); got != "198.18.0.2, 198.18.0.3" {
+		t.Errorf("got %s", got)
+	}
+}
+
+// TestStatusRetired: status says which network the configuration no longer has.
+func TestStatusRetired(t *testing.T) {
+	gone := netip.MustParsePrefix("10.6.0.0/16")
+	var out bytes.Buffer
+	(&tool{printer: printer{out: &out}}).status(network.Status{Retired: []netip.Prefix{gone},
+		Network: []netip.Prefix{netip.MustParsePrefix("10.5.0.0/16"), gone}})
+	if !strings.Contains(out.String(), "no longer in the configuration: 10.6.0.0/16; ") {
+		t.Errorf("printed\n%s", &out)
+	}
 }
 
 // TestPrinterOnTerminal: whatever texts status, leases, doctor and diff are given, a terminal obeys none of them.

@@ -89,6 +89,9 @@ func (t *tool) status(s network.Status) {
 		line("waiting for", s.Waiting, t.warn)
 	}
 	line("network", join(s.Network), nil)
+	if len(s.Retired) > 0 {
+		line("", "no longer in the configuration: "+join(s.Retired)+"; reboot the nodes that have subnets there", t.warn)
+	}
 	line("backend", s.Backend, nil)
 	for _, u := range s.Uplinks {
 		text := fmt.Sprintf("%s %s, mtu %d", u.Name, join(u.Addresses), u.MTU)

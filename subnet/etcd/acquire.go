@@ -112,8 +112,8 @@ func (m *Manager) drop(ctx context.Context, cfg *subnet.Config, records []record
 
 // logFull logs that no subnet is free, and what to do about it; State has that, too.
 func (m *Manager) logFull(cfg *subnet.Config, leases int) {
-	fix := fmt.Sprintf("delete the leases of nodes that no longer exist (etcdctl get --prefix %s; etcdctl del KEY), "+
-		"or add another network to Networks in %s", m.subnetsPrefix(), m.configKey())
+	fix := fmt.Sprintf("release the subnets of nodes that no longer exist (flannelctl leases list; flannelctl leases "+
+		"release SUBNET), or add another network to Networks in %s", m.configKey())
 	m.setWaiting("a subnet, none of which is free: " + fix)
 	m.log.Error(nil, "No subnet is free; waiting until a lease is deleted",
 		"leases", leases, "subnets", describePools(cfg), "fix", fix)

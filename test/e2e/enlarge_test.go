@@ -109,6 +109,12 @@ func enlarge(ctx context.Context, t *testing.T, l *lab.Lab, backend string) {
 	for _, n := range nodes {
 		said(ctx, t, n, `"The configuration no longer has a network that nodes have subnets of. They stay where they are" network="10.6.0.0/22" nodes=3`)
 	}
+	labtest.Do(t, lab.Poll(ctx, "the status to say which network is gone", func() error {
+		if got := fmt.Sprint(getStatus(ctx, t, nodes[0]).Retired); got != "[10.6.0.0/22]" {
+			return fmt.Errorf("it says %s", got)
+		}
+		return nil
+	}))
 	labtest.Do(t, inRemoved[0].Restart(ctx))
 	labtest.Do(t, nodes[0].Restart(ctx))
 	for _, n := range []*lab.Node{inRemoved[0], nodes[0]} {

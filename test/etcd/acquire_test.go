@@ -251,7 +251,7 @@ func TestOutOfSubnets(t *testing.T) {
 	s.putLeased("subnets/10.5.1.0-24", record("198.18.0.9"))
 	done := s.acquireLater(s.ctx(), s.manager("a"), cfg, want("198.18.0.1"))
 	said := log.await(t, 1, "No subnet is free", s.prefix)[0]
-	for _, part := range []string{"leases=1", "10.5.1.0 to 10.5.1.0", "etcdctl del", s.prefix + "/config"} {
+	for _, part := range []string{"leases=1", "10.5.1.0 to 10.5.1.0", "flannelctl leases release", s.prefix + "/config"} {
 		if !strings.Contains(said, part) {
 			t.Errorf("%q does not say %q", said, part)
 		}
@@ -273,7 +273,7 @@ func TestAcquireEndsWithItsContext(t *testing.T) {
 	m := s.manager("a")
 	done := s.acquireLater(ctx, m, cfg, want("198.18.0.1"))
 	log.await(t, 1, "No subnet is free", s.prefix)
-	if got := m.State().Waiting; !strings.Contains(got, "etcdctl del") {
+	if got := m.State().Waiting; !strings.Contains(got, "flannelctl leases release") {
 		t.Errorf("it waits for %q", got)
 	}
 	cancel()

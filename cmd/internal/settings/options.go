@@ -553,6 +553,12 @@ func (o *Options) check() error {
 	if err := o.healthz(); err != nil {
 		return err
 	}
+	if s := o.setting("ip-masq-families"); s.from != "" && !o.IPMasq {
+		o.warn("%s is ignored: it has no effect without --ip-masq", s.from)
+	}
+	if s := o.setting("route-rule-priority"); s.from != "" && o.RouteTable == 0 {
+		o.warn("%s is ignored: it has no effect without --route-table", s.from)
+	}
 	if o.Profile && o.HealthzPort == 0 {
 		return fmt.Errorf("%s needs --healthz-port, which is 0 (disabled): set both", o.setting("pprof").from)
 	}

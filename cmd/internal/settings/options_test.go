@@ -309,6 +309,10 @@ func TestParseWhatFlannelAccepts(t *testing.T) {
 				`give one or more URLs such as http://127.0.0.1:2379, separated by commas`},
 		{args: "--net-config-path=", want: func(*Options) {},
 			warning: "--net-config-path is ignored, since leases are in etcd: the value must be the path of a file"},
+		{args: "--ip-masq-families=ipv4", want: func(o *Options) { o.IPMasqFamilies = family.Pair[bool]{IPv4: true} },
+			warning: "--ip-masq-families is ignored: it has no effect without --ip-masq"},
+		{env: "FLANNELD_ROUTE_RULE_PRIORITY=500", want: func(o *Options) { o.RulePriority = 500 },
+			warning: "FLANNELD_ROUTE_RULE_PRIORITY is ignored: it has no effect without --route-table"},
 		{env: "FLANNELD_IP_MASQ=yes", want: func(*Options) {},
 			warning: `environment variable FLANNELD_IP_MASQ is ignored: "yes" is not true or false`},
 		{env: "FLANNELD_HEALTHZ_PORT=abc", want: func(*Options) {}, warning: "environment variable FLANNELD_HEALTHZ_PORT " +

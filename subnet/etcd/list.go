@@ -77,7 +77,7 @@ func (m *Manager) list(ctx context.Context) ([]record, watchPoint, error) {
 	m.listed.set(now)
 	m.nodes.Store(int64(len(now.keys)))
 	m.records.ForgetOthers(maps.Keys(now.keys))
-	return now.records, now.at, nil
+	return slices.Clone(now.records), now.at, nil // the caller may change what it gets
 }
 
 // listAll reads all records in pages.

@@ -289,6 +289,22 @@ func TestRestart(t *testing.T) {
 	})
 }
 
+// Pods' own addresses may be known everywhere: 0.0.0.0/0, which iptables-save leaves out of a rule.
+func TestEverywhereExcepted(t *testing.T) {
+	t.Parallel()
+	eachMode(t, modes, func(t *testing.T, m mode, n *node) {
+		o := Options{Masquerade: true, Except: prefixes("0.0.0.0/0", "::/0")}
+		want := Desired{IPv4: For(networks4, pods4, o), IPv6: For(networks6, pods6, o)}
+		n.apply(n.driver(m), want)
+		d := n.driver(m)
+		started := strings.Join(n.started(func() { n.apply(d, want) }), "\n")
+		if !m.nftables && strings.Contains(started, "-restore") {
+			t.Errorf("to find the rules again, the driver ran\n%s", started)
+		}
+		n.check(d, true)
+	})
+}
+
 // Networks on one host do not touch each other's rules.
 func TestNetworks(t *testing.T) {
 	t.Parallel()

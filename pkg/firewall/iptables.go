@@ -332,7 +332,7 @@ func (c chain) render(r Rule) string {
 		flag string
 		Match
 	}{{"-s", r.Src}, {"-d", r.Dst}} {
-		if !m.Prefix.IsValid() {
+		if !m.Prefix.IsValid() || m.Prefix.Bits() == 0 && !m.Not { // iptables-save does not print what matches everything
 			continue
 		}
 		if m.Not {

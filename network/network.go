@@ -148,10 +148,11 @@ type node struct {
 	before subnet.Subnets // that the subnet file named when the daemon started
 	lost   []netip.Prefix // subnets that this node had, and pods may still hold: see announceSubnets
 
-	rulesSet bool     // the rules of the lease are in place
-	fight    string   // over the rules, see firewall.State
-	rival    string   // that claims what is ours, see recordRival
-	overlaps []string // of the network with what the host uses, as logged
+	retired  subnet.Networks // as noted: see noteRetired
+	rulesSet bool            // the rules of the lease are in place
+	fight    string          // over the rules, see firewall.State
+	rival    string          // that claims what is ours, see recordRival
+	overlaps []string        // of the network with what the host uses, as logged
 
 	unreached       string // peers, as recorded: see recordReachability
 	unreachedLogged string // the same, as logged
@@ -336,8 +337,7 @@ func (n *node) handleEvent(ctx context.Context, compare <-chan time.Time) (runni
 		}
 	case cfg, ok := <-n.events.configs:
 		if running = ok; ok {
-			n.blocked = nil
-			err = n.refreshUplink(ctx, n.retain(cfg))
+			err = n.configure(ctx, cfg)
 		}
 	case sel, ok := <-n.events.selectors:
 		if running = ok; ok {

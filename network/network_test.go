@@ -405,7 +405,7 @@ func TestSubnetThatChangedOverARestart(t *testing.T) {
 // An eventManager is a manager whose store has a place for events.
 type eventManager struct {
 	*manager
-	events chan string // the subject, reason and message of each about the subnet or reachability
+	events chan string // the subject, reason and message of each about the subnet, reachability or retired networks
 }
 
 func (m *eventManager) next(t *testing.T) string {
@@ -420,7 +420,7 @@ func (m *eventManager) next(t *testing.T) string {
 }
 
 func (m *eventManager) RecordEvent(subject, reason, message string) {
-	if subject == "subnet" || subject == "reachability" {
+	if subject == "subnet" || subject == "reachability" || subject == "retired" {
 		m.events <- subject + " " + reason + " " + message
 	}
 }

@@ -14,17 +14,15 @@ import (
 // that: it ran before, or its subnet file has the network. Where a family has none of its networks any more, the networks
 // were replaced: each node takes a subnet of the new ones.
 
-// retain returns a new configuration with the networks that are retired by it.
-func (n *node) retain(cfg *subnet.Config) *subnet.Config {
-	retired := n.inUse(retired(n.target.cfg.Networks(), cfg.Networks()))
-	if len(retired.Each()) > 0 {
-		n.log.Error(nil, "The configuration no longer has a network that nodes have subnets of. They stay where they are",
-			"network", retired, "nodes", n.nodesIn(retired),
-			"fix", "put it back, or reboot these nodes, which then take subnets of the other networks; "+
-				"flannelctl leases shows which nodes")
+// configure has a new configuration take effect, with the networks that are retired by it.
+func (n *node) configure(ctx context.Context, cfg *subnet.Config) error {
+	n.blocked = nil
+	cfg = cfg.Retain(n.inUse(cfg.Removed(n.target.cfg.Networks())))
+	err := n.refreshUplink(ctx, cfg)
+	if n.target.cfg == cfg && n.leases != nil { // else it is refused, or releaseRetired will know the nodes
+		n.noteRetired(cfg.Retired())
 	}
-	n.recordRetired(retired)
-	return cfg.Retain(retired)
+	return err
 }
 
 // retainFromFile returns the configuration of a daemon that starts, with the networks that only the subnet file has.
@@ -33,7 +31,7 @@ func retainFromFile(cfg *subnet.Config, subnetFile string) *subnet.Config {
 	if err != nil {
 		return cfg
 	}
-	return cfg.Retain(retired(env.Networks, cfg.Networks()))
+	return cfg.Retain(cfg.Removed(env.Networks))
 }
 
 // releaseRetired has the configuration in force follow when no node has a subnet of a retired network any more.
@@ -43,7 +41,7 @@ func (n *node) releaseRetired(ctx context.Context) error {
 		return nil
 	}
 	now := n.inUse(before)
-	n.recordRetired(now)
+	n.noteRetired(now)
 	if now.Equal(before) {
 		return nil
 	}
@@ -51,20 +49,11 @@ func (n *node) releaseRetired(ctx context.Context) error {
 	return n.refreshUplink(ctx, n.target.cfg.Retain(now))
 }
 
-// retired returns the networks of before that are not in now, of families that have kept another one.
-func retired(before, now subnet.Networks) subnet.Networks {
-	var all []netip.Prefix
-	for _, f := range [][2][]netip.Prefix{{before.IPv4, now.IPv4}, {before.IPv6, now.IPv6}} {
-		stays := func(p netip.Prefix) bool { return slices.Contains(f[1], p) }
-		if slices.ContainsFunc(f[0], stays) {
-			all = append(all, slices.DeleteFunc(slices.Clone(f[0]), stays)...)
-		}
-	}
-	return subnet.NetworksOf(all...)
-}
-
-// inUse returns those of the networks that a lease, or ours, has a subnet of.
+// inUse returns those of the networks that a lease, or ours, has a subnet of: all, as long as the leases are not known.
 func (n *node) inUse(networks subnet.Networks) subnet.Networks {
+	if n.leases == nil {
+		return networks
+	}
 	var all []netip.Prefix
 	for _, p := range networks.Each() {
 		if n.nodesIn(subnet.NetworksOf(p)) > 0 {
@@ -90,12 +79,19 @@ func (n *node) nodesIn(networks subnet.Networks) (count int) {
 	return count
 }
 
-// recordRetired records the event of networks that are retired, or that there are none.
-func (n *node) recordRetired(networks subnet.Networks) {
+// noteRetired logs networks that are retired, once, and records the event of them, or that there are none.
+func (n *node) noteRetired(networks subnet.Networks) {
+	isNew := slices.ContainsFunc(networks.Each(), func(p netip.Prefix) bool { return !slices.Contains(n.retired.Each(), p) })
+	if n.retired = networks; isNew {
+		n.log.Error(nil, "The configuration no longer has a network that nodes have subnets of. They stay where they are",
+			"network", networks, "nodes", n.nodesIn(networks), "fix", "put it back, or move these nodes to the other networks: "+
+				"drain and reboot each; in Kubernetes, delete its Node before, so that it gets another podCIDR; "+
+				"flannelctl leases shows which nodes")
+	}
 	text := ""
 	if len(networks.Each()) > 0 {
-		text = fmt.Sprintf("The configuration no longer has %s, in which nodes have subnets: put it back, or reboot these nodes",
-			networks)
+		text = fmt.Sprintf("The configuration no longer has %s, in which nodes have subnets: put it back, or drain these nodes, "+
+			"delete their Nodes, and reboot them, so that they get podCIDRs of the other networks", networks)
 	}
 	n.recordEvent("retired", "NetworkRetired", text)
 }

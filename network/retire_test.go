@@ -61,3 +61,59 @@ func TestRetire(t *testing.T) {
 	m.grants <- lease("10.9.1.0-24", "")
 	eventually(t, "another network", networks("10.9.0.0/16"))
 }
+
+// TestRetireBeforePeersAreKnown: a configuration that loses a network before the leases of the peers are known cuts none
+// of them off.
+func TestRetireBeforePeersAreKnown(t *testing.T) {
+	m := newManager(`{"Network": "10.5.0.0/16", "Networks": ["10.6.0.0/16"], "Backend": {"Type": "vxlan"}}`)
+	begin(t, m, nil)
+	<-m.wants
+	m.configure(t, vxlanConfig)
+	<-m.wants
+	m.grants <- lease("10.5.1.0-24", "")
+	other := peer2
+	other.Subnets = lease("10.6.2.0-24", "").Subnets
+	m.updates <- snapshot(other)
+	eventually(t, "a route to the peer in the network that is gone", func() bool { return route("10.6.2.0/24") != "" })
+}
+
+// TestRetiredEvent: neither a network that is part of another one now is told of as gone, nor one of a configuration that
+// is refused.
+func TestRetiredEvent(t *testing.T) {
+	const two = `{"Network": "10.5.0.0/16", "Networks": ["10.6.0.0/16"], "Backend": {"Type": "vxlan"}}`
+	m := &eventManager{newManager(two), make(chan string, 10)}
+	begin(t, m.manager, func(o *Options) { o.Manager = m })
+	<-m.wants
+	m.grants <- lease("10.5.1.0-24", "")
+	other := peer2
+	other.Subnets = lease("10.6.2.0-24", "").Subnets
+	m.updates <- snapshot(other)
+	eventually(t, "ready", ready)
+	for _, step := range []struct{ config, want string }{
+		{`{"Network": "10.4.0.0/15", "Networks": ["10.6.0.0/16"], "Backend": {"Type": "vxlan"}}`, ""},
+		{`{"Network": "10.4.0.0/15", "Backend": {"Type": "vxlan", "VNI": -1}}`, "refused"},
+		{`{"Network": "10.4.0.0/15", "Networks": ["10.7.0.0/16"], "Backend": {"Type": "vxlan"}}`, "longer has 10.6.0.0/16, in"},
+	} {
+		m.configure(t, step.config)
+		if step.want == "refused" {
+			continue
+		}
+		<-m.wants
+		m.grants <- lease("10.5.1.0-24", "")
+		for {
+			event := m.next(t)
+			if !strings.HasPrefix(event, "retired ") {
+				continue
+			}
+			if step.want == "" && event != "retired NetworkRetired " || !strings.Contains(event, step.want) {
+				t.Errorf("with %s: %s", step.config, event)
+			}
+			break
+		}
+	}
+	select {
+	case event := <-m.events:
+		t.Errorf("one more event: %s", event)
+	default:
+	}
+}

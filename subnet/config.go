@@ -290,6 +290,7 @@ func (p *Pool) divide(f familyRules) error {
 			return err
 		}
 	}
+	p.divided = true
 	return nil
 }
 

@@ -20,7 +20,7 @@ func read(text string) (*Config, error) {
 }
 
 func pool(network string, length int, lowest, highest string) Pool {
-	return Pool{SubnetLen: length, Ranges: []Range{{Network: netip.MustParsePrefix(network),
+	return Pool{SubnetLen: length, divided: true, Ranges: []Range{{Network: netip.MustParsePrefix(network),
 		Min: netip.MustParseAddr(lowest), Max: netip.MustParseAddr(highest)}}}
 }
 

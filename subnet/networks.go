@@ -80,6 +80,19 @@ func within(p, network netip.Prefix) bool {
 	return p.IsValid() && network.Bits() <= p.Bits() && network.Contains(p.Addr())
 }
 
+// Removed returns the networks of before that the configuration no longer has, of families that have kept another one.
+func (c *Config) Removed(before Networks) Networks {
+	var all []netip.Prefix
+	now := c.Networks()
+	for _, f := range [][2][]netip.Prefix{{before.IPv4, now.IPv4}, {before.IPv6, now.IPv6}} {
+		stays := func(p netip.Prefix) bool { return slices.Contains(f[1], p) }
+		if slices.ContainsFunc(f[0], stays) {
+			all = append(all, slices.DeleteFunc(slices.Clone(f[0]), stays)...)
+		}
+	}
+	return NetworksOf(all...)
+}
+
 // Retain returns the configuration with networks that it no longer has: these are retired, and no others. Those that
 // overlap what the configuration has are left out, as are networks of a family that is off.
 func (c *Config) Retain(networks Networks) *Config {

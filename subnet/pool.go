@@ -9,6 +9,8 @@ import (
 type Pool struct {
 	Ranges    []Range // in the order in which subnets are taken from them
 	SubnetLen int     // prefix length of a node's subnet
+
+	divided bool // by Config.Divide: otherwise the store assigns subnets, of any size
 }
 
 // A Range is one network of a Pool.
@@ -59,10 +61,7 @@ func (p Pool) Fits(s netip.Prefix) bool {
 // divided (see Config.Divide) holds at least four subnets: a larger one is nobody's, and could keep new nodes out.
 func (p Pool) Admits(s netip.Prefix) bool {
 	r, ok := p.Range(s)
-	if r.Min.IsValid() || r.Retired {
-		return ok && s.Bits() >= r.Network.Bits()+fourSubnets
-	}
-	return ok
+	return ok && (!p.divided || s.Bits() >= r.Network.Bits()+fourSubnets)
 }
 
 // Free returns the first subnets, limit at most, that overlap none of taken: of the first network that has any.

@@ -115,3 +115,18 @@ func TestRetain(t *testing.T) {
 		t.Errorf("handed out: %v", free)
 	}
 }
+
+// TestAdmitsWhatTheStoreAssigns: where the store assigns subnets, a node can have all of a network, also of one that is
+// retired, and whatever SubnetMin is.
+func TestAdmitsWhatTheStoreAssigns(t *testing.T) {
+	cfg, err := ParseConfig([]byte(`{"Network": "10.5.0.0/23", "SubnetMin": "10.5.1.0"}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	pool := cfg.Retain(NetworksOf(prefixes("10.6.0.0/24")...)).IPv4
+	for subnet, want := range map[string]bool{"10.5.0.0/24": true, "10.6.0.0/24": true, "10.6.0.0/23": false} {
+		if got := pool.Admits(netip.MustParsePrefix(subnet)); got != want {
+			t.Errorf("%s is admitted: %t, want %t", subnet, got, want)
+		}
+	}
+}

@@ -9,7 +9,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"slices"
 	"time"
 
 	"github.com/flanneld/flanneld/pkg/filewatch"
@@ -210,21 +209,18 @@ func (f *configFile) wait(ctx context.Context, node <-chan struct{}) error {
 }
 
 // unsuited returns why a configuration cannot work with the podCIDRs of a Node. One that no longer has the network of a
-// podCIDR can work, if the family has kept another network: nodes stay where they are.
+// podCIDR can work, if that network is then retired: nodes stay where they are.
 func (m *Manager) unsuited(own *ownNode, cfg *subnet.Config) error {
 	on, _ := m.networks()
+	retained := cfg.Retain(cfg.Removed(on)).Networks()
 	for f, pool := range cfg.Pools().Each() {
 		have := own.subnets.Of(f)
-		_, inside := pool.Range(have)
-		stays := on.Network(have).IsValid() && slices.ContainsFunc(on.Of(f), func(p netip.Prefix) bool {
-			return slices.Contains(pool.Networks(), p)
-		})
 		switch {
 		case !pool.Enabled():
 		case !have.IsValid():
 			return fmt.Errorf("Node %s has no %s podCIDR, which the Network %s in %s needs: its podCIDRs are %s",
 				m.name, f, subnet.NetworksOf(pool.Networks()...), m.options.ConfigPath, own.subnets)
-		case !inside && !stays:
+		case !retained.Network(have).IsValid():
 			return m.outside(have, pool)
 		}
 	}

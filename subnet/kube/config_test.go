@@ -173,6 +173,8 @@ func TestUnsuited(t *testing.T) {
 		`{"Network": "10.5.0.0/16", "Networks": ["10.6.0.0/16"]}`: "",
 		`{"Network": "10.4.0.0/14"}`:                              "",
 		`{"Network": "10.5.0.0/16"}`:                              "", // the other one is retired
+		`{"Network": "10.5.0.0/16", "Networks": ["10.6.0.0/18"]}`: "",
+		`{"Network": "10.5.0.0/16", "Networks": ["10.6.8.0/21"]}`: "is outside the Network 10.5.0.0/16,10.6.8.0/21",
 		`{"Network": "10.7.0.0/16"}`:                              "is outside the Network 10.7.0.0/16",
 		`{"Network": "10.7.0.0/16", "Networks": ["10.8.0.0/16"]}`: "is outside the Network 10.7.0.0/16,10.8.0.0/16",
 	} {

@@ -491,6 +491,9 @@ func (n *node) refreshHost(ctx context.Context) {
 	now := n.target.obstacles(h)
 	n.keeper.setObstacles(now)
 	n.logOverlaps()
+	if n.own != nil && n.table != 0 { // the rules that lead to it are others now
+		n.kernel.Set(nodeOwner, n.planNode(n.Options).objects)
+	}
 	switch {
 	case n.own == nil && n.target.backend != nil && !slices.Equal(before, now):
 		n.keeper.acquire(ctx, n.target, n.previousSubnets()) // other subnets are free now

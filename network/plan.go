@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"slices"
 
 	"github.com/flanneld/flanneld/backend"
 	"github.com/flanneld/flanneld/pkg/family"
@@ -246,7 +247,7 @@ func (s *state) inTable(objects []kernel.Object) []kernel.Object {
 }
 
 // planTableRules returns the rules that lead to the table for routes to other nodes. Packets to this node's own pods stay
-// with the main table, which has the route of the pods' bridge.
+// with the main table, which has the route of the pods' bridge, and so do packets to what the host uses.
 func (s *state) planTableRules(o Options) (rules []kernel.Object) {
 	if s.table == 0 {
 		return nil
@@ -256,12 +257,32 @@ func (s *state) planTableRules(o Options) (rules []kernel.Object) {
 		if !own.IsValid() {
 			continue
 		}
-		rules = append(rules, kernel.Rule{Dst: own, Table: kernel.MainTable, Priority: o.RulePriority})
+		for _, p := range append(s.hidden(own), own) {
+			rules = append(rules, kernel.Rule{Dst: p, Table: kernel.MainTable, Priority: o.RulePriority})
+		}
 		for _, network := range networks {
 			rules = append(rules, kernel.Rule{Dst: network, Table: s.table, Priority: o.RulePriority + 1})
 		}
 	}
 	return rules
+}
+
+// hidden returns the prefixes of own's family, outside own, that the host uses in the main table, and that a route of the
+// backend to a whole network would hide: in one table, the longer prefix wins.
+func (s *state) hidden(own netip.Prefix) (all []netip.Prefix) {
+	objects := s.backend.Local(s.working())
+	for _, obstacle := range s.setup.obstacles(s.host) {
+		p := obstacle.Prefix
+		isHidden := slices.ContainsFunc(objects, func(o kernel.Object) bool {
+			r, ok := o.(kernel.Route)
+			return ok && r.Dst.Overlaps(p)
+		})
+		ofPods := own.Bits() <= p.Bits() && own.Contains(p.Addr())
+		if isHidden && !ofPods && p.Addr().Is4() == own.Addr().Is4() && !slices.Contains(all, p) {
+			all = append(all, p)
+		}
+	}
+	return all
 }
 
 // isNext tells whether a lease is ours that will be in force soon: it is published as ours is, while the store has no

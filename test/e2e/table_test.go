@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"testing"
@@ -88,5 +89,59 @@ func useTable(ctx context.Context, t *testing.T, l *lab.Lab) {
 		labtest.Must(n.Run(ctx, "ip route show table all proto 70"))(t)
 	if strings.Contains(left, "proto 70") || strings.Contains(left, "10.5.") {
 		t.Errorf("after cleanup, there remain\n%s", left)
+	}
+}
+
+// TestRouteTableBesideLAN: a LAN in a part of the network that is not handed out stays reachable, also where the backend
+// has one route to the whole network, and also a LAN that comes later.
+func TestRouteTableBesideLAN(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		backend string
+		long    bool
+	}{{"udp", false}, {"wireguard", true}, {"vxlan", true}} {
+		if !labtest.Selected(!c.long) {
+			continue
+		}
+		t.Run(c.backend, func(t *testing.T) {
+			t.Parallel()
+			ctx := labtest.Context(t, time.Minute)
+			l := labtest.New(ctx, t, configuration(ipv4Network, fmt.Sprintf(`{"Type": %q}`, c.backend), false), lab.NodeOptions{})
+			n := l.Nodes()[0]
+			addLAN := func(dev, address string) {
+				t.Helper()
+				for _, line := range []string{
+					fmt.Sprintf("ip link add %s type veth peer name %[1]s-far", dev), "ip link set " + dev + "-far up",
+					"ip link set " + dev + " up", "ip addr add " + address + " dev " + dev,
+				} {
+					labtest.Must(n.Run(ctx, line))(t)
+				}
+			}
+			leads := func(to, dev string) {
+				t.Helper()
+				labtest.Do(t, lab.Poll(ctx, to+" to be on "+dev, func() error {
+					out, err := n.Run(ctx, "ip route get "+to)
+					if err == nil && !strings.Contains(out, "dev "+dev+" ") {
+						err = errors.New(out)
+					}
+					return err
+				}))
+			}
+			addLAN("lan", "10.5.0.129/25")
+			labtest.Do(t, n.Start("--route-table=7070"))
+			labtest.Do(t, n.WaitReady(ctx))
+			leads("10.5.0.200", "lan")
+			addLAN("later", "10.5.0.65/26")
+			leads("10.5.0.99", "later")
+			expectNoDiff(ctx, t, n)
+			labtest.Must(n.Run(ctx, "ip link del lan"))(t)
+			labtest.Do(t, lab.Poll(ctx, "no rule for the LAN that is gone", func() error {
+				rules, err := n.Run(ctx, "ip rule")
+				if err == nil && strings.Contains(rules, "10.5.0.128/25") {
+					err = errors.New(rules)
+				}
+				return err
+			}))
+		})
 	}
 }

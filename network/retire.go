@@ -85,7 +85,7 @@ func (n *node) noteRetired(networks subnet.Networks) {
 	if n.retired = networks; isNew {
 		n.log.Error(nil, "The configuration no longer has a network that nodes have subnets of. They stay where they are",
 			"network", networks, "nodes", n.nodesIn(networks), "fix", "put it back, or move these nodes to the other networks: "+
-				"drain and reboot each; in Kubernetes, delete its Node before, so that it gets another podCIDR. "+
+				"drain and reboot each; in Kubernetes, delete its Node before, so that it gets another podCIDR; "+
 				"flannelctl leases shows which nodes")
 	}
 	text := ""

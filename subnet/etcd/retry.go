@@ -144,8 +144,8 @@ func (m *Manager) invalidate() {
 // runHeartbeat renews the claim once per beat of the pace. It reads etcd's revision if the answer to that leaves a
 // doubt, or where there is no claim. Nodes that start together do not beat together.
 func (m *Manager) runHeartbeat() {
-	pause := leastBeat + rand.N(m.beat()) // if etcd is away at the start, what waits for its answer is logged
-	for ; retry.Sleep(m.ctx, pause) == nil; pause = m.beat() - rand.N(m.beat()/8) {
+	next := func() time.Duration { return m.beat() - rand.N(m.beat()/8) }
+	for retry.Sleep(m.ctx, next()) == nil {
 		if m.renewClaim() {
 			continue
 		}

@@ -57,7 +57,7 @@ type HopChecker interface {
 	Gone(ctx context.Context, hops []string) ([]string, error)
 }
 
-// CannotForward is the error of AllowForwarding that only the operator can mend: it is logged once, and not tried again.
+// CannotForward is the error of AllowForwarding that only the operator can correct: it is logged once, and not tried again.
 type CannotForward struct {
 	Err error
 	Fix string // a command

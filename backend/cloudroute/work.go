@@ -34,7 +34,7 @@ type router struct {
 
 	cloud    Cloud   // nil: not connected
 	hop      NextHop // zero: not known
-	forwards string  // the next hop that may forward, or of which we know that we cannot mend it
+	forwards string  // the next hop that may forward, or of which we know that we cannot change it
 
 	waits      bool                     // routes may have to be deleted once the peers are known
 	lastErrors retry.LastErrors[string] // by operation

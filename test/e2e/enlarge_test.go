@@ -96,7 +96,7 @@ func enlarge(ctx context.Context, t *testing.T, l *lab.Lab, backend string) {
 	}
 	checkPaths(ctx, t, l, pods)
 	expectNoDiff(ctx, t, nodes...)
-	// Else the daemon itself moves the packets, and begins anew with another configuration.
+	// Else the daemon itself moves the packets, and starts again with another configuration.
 	inKernel := backend == "vxlan" || backend == "host-gw"
 	if inKernel {
 		lossless()

@@ -202,7 +202,7 @@ func testUplinkForEachFamily(t *testing.T, backend string, onEth1 trace, inKerne
 		checkUplinks(ctx, t, n)
 	}
 
-	// IPv6's interface goes down, and comes back: IPv4 loses nothing. In user space, a backend starts anew with another
+	// IPv6's interface goes down, and comes back: IPv4 loses nothing. In user space, a backend starts again with another
 	// address, and a session of WireGuard that is new loses packets by itself.
 	labtest.Do(t, pods[0].Mirror())
 	probe := pods[2].StartProbe(pods[0].IPv4, 100, netip.Addr{}, 20*time.Millisecond)

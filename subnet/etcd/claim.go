@@ -4,12 +4,12 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
 	"time"
 
-	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/flanneld/flanneld/pkg/plain"
@@ -126,6 +126,9 @@ func (m *Manager) silent(ctx context.Context, holders []holder) ([]holder, error
 	}
 	defer m.revoke(lease) // if ctx ends, the question ends too
 	asked, at, err := m.ask(ctx, holders, lease)
+	if errors.Is(err, errLeaseEnded) {
+		return m.silent(ctx, holders)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -168,17 +171,9 @@ func (m *Manager) ask(ctx context.Context, holders []holder, lease clientv3.Leas
 		if err != nil {
 			return nil, watchPoint{}, err
 		}
-		_, err = m.do(ctx, "ask whether the holder of the public address is alive",
-			func(ctx context.Context, c *clientv3.Client) (*pb.ResponseHeader, error) {
-				answer, err := c.Txn(ctx).
-					If(clientv3.Compare(clientv3.ModRevision(h.key), "=", h.changed)).
-					Then(clientv3.OpPut(h.key, string(value), clientv3.WithLease(lease))).
-					Commit()
-				if err != nil {
-					return nil, err
-				}
-				return answer.Header, nil
-			})
+		_, _, err = m.commit(ctx, "ask whether the holder of the public address is alive",
+			[]clientv3.Cmp{clientv3.Compare(clientv3.ModRevision(h.key), "=", h.changed)},
+			[]clientv3.Op{clientv3.OpPut(h.key, string(value), clientv3.WithLease(lease))}, nil)
 		if err != nil {
 			return nil, watchPoint{}, err
 		}
@@ -246,7 +241,8 @@ func (m *Manager) tryClaim(ctx context.Context, ips []netip.Addr) (others []hold
 	}
 }
 
-// writeClaim writes the keys of all holders, unless one of the keys has changed since it was read.
+// writeClaim writes the keys of all holders, unless one of the keys has changed since it was read, or the etcd lease has
+// ended.
 func (m *Manager) writeClaim(ctx context.Context, holders []holder, value string, lease clientv3.LeaseID) (
 	won bool, err error,
 ) {
@@ -257,21 +253,18 @@ func (m *Manager) writeClaim(ctx context.Context, holders []holder, value string
 		puts = append(puts, clientv3.OpPut(h.key, value, clientv3.WithLease(lease)))
 		gets = append(gets, clientv3.OpGet(h.key))
 	}
-	write := func(ctx context.Context, c *clientv3.Client) (*pb.ResponseHeader, error) {
-		answer, err := c.Txn(ctx).If(unchanged...).Then(puts...).Else(gets...).Commit()
-		if err != nil {
-			return nil, err
-		}
-		won = answer.Succeeded
-		if !won {
-			// We may have changed the key ourselves: the answer to an earlier attempt was lost.
-			kvs := answer.Responses[0].GetResponseRange().Kvs
-			won = len(kvs) == 1 && clientv3.LeaseID(kvs[0].Lease) == lease
-		}
-		return answer.Header, nil
+	answer, _, err := m.commit(ctx, "claim the public address", unchanged, puts, gets)
+	switch {
+	case errors.Is(err, errLeaseEnded):
+		return false, nil
+	case err != nil:
+		return false, err
+	case answer.Succeeded:
+		return true, nil
 	}
-	_, err = m.do(ctx, "claim the public address", write)
-	return won, err
+	// We may have changed the key ourselves: the answer to an earlier attempt was lost.
+	kvs := answer.Responses[0].GetResponseRange().Kvs
+	return len(kvs) == 1 && clientv3.LeaseID(kvs[0].Lease) == lease, nil
 }
 
 // release gives up the claim, if there is one.
@@ -334,14 +327,7 @@ func (m *Manager) holders(ctx context.Context, ips []netip.Addr) ([]holder, watc
 	for _, ip := range ips {
 		gets = append(gets, clientv3.OpGet(m.nodeKey(ip)))
 	}
-	var answer *clientv3.TxnResponse
-	read := func(ctx context.Context, c *clientv3.Client) (h *pb.ResponseHeader, err error) {
-		if answer, err = c.Txn(ctx).Then(gets...).Commit(); err != nil {
-			return nil, err
-		}
-		return answer.Header, nil
-	}
-	at, err := m.do(ctx, "read who holds the public address", read)
+	answer, at, err := m.commit(ctx, "read who holds the public address", nil, gets, nil)
 	if err != nil {
 		return nil, watchPoint{}, err
 	}

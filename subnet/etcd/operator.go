@@ -171,14 +171,8 @@ func (m *Manager) Make(ctx context.Context, c *Change) error {
 		changes = append(changes, clientv3.OpPut(r.key, string(r.value), clientv3.WithLease(lease)))
 		now = append(now, clientv3.OpGet(r.key))
 	}
-	var answer *clientv3.TxnResponse
-	_, err := m.do(ctx, "write the leases", func(ctx context.Context, cl *clientv3.Client) (h *pb.ResponseHeader, err error) {
-		if answer, err = cl.Txn(ctx).If(unchanged...).Then(changes...).Else(now...).Commit(); err != nil {
-			return nil, err
-		}
-		return answer.Header, nil
-	})
-	if err == nil && !answer.Succeeded && !c.isMade(answer, lease) {
+	answer, _, err := m.commit(ctx, "write the leases", unchanged, changes, now)
+	if errors.Is(err, errLeaseEnded) || err == nil && !answer.Succeeded && !c.isMade(answer, lease) {
 		err = errors.New("leases have changed meanwhile, and nothing was done: run the command again")
 	}
 	if err != nil && c.leased {

@@ -4,11 +4,13 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"strings"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/flanneld/flanneld/pkg/plain"
@@ -91,8 +93,8 @@ func (m *Manager) parse(kv *mvccpb.KeyValue) (r record, ok bool) {
 // reservation stays without an etcd lease. The record is written only when it changes, because each write wakes all
 // peers; or where this node has found it by its address alone: it may be another machine's, whose LeaseFile then counts
 // no longer; or where it is a reservation that no node has taken. Now is the record as it was last read; if it is zero,
-// publish creates the record. The results are the record and its end; ok is false when another program was faster, or
-// one of also does not hold, and nothing was done.
+// publish creates the record. The results are the record and its end; ok is false when nothing was done: another program
+// was faster, one of also does not hold, or the etcd lease ended meanwhile.
 func (m *Manager) publish(ctx context.Context, now record, key string, value []byte, also ...clientv3.Cmp) (
 	r record, expires time.Time, ok bool, err error,
 ) {
@@ -120,33 +122,27 @@ func (m *Manager) publish(ctx context.Context, now record, key string, value []b
 	if known {
 		m.keep(value)
 	}
-	var answer *clientv3.TxnResponse
-	write := func(ctx context.Context, c *clientv3.Client) (h *pb.ResponseHeader, err error) {
-		answer, err = c.Txn(ctx).
-			If(append(also, clientv3.Compare(clientv3.ModRevision(key), "=", now.changed))...).
-			Then(clientv3.OpPut(key, string(value), clientv3.WithLease(lease)), clientv3.OpGet(key)).
-			Else(clientv3.OpGet(key)).
-			Commit()
-		if err != nil {
-			return nil, err
-		}
-		return answer.Header, nil
-	}
-	if _, err = m.do(ctx, "write the lease "+key, write); err != nil {
-		return record{}, time.Time{}, false, err
-	}
+	get := clientv3.OpGet(key)
+	answer, _, err := m.commit(ctx, "write the lease "+key,
+		append(also, clientv3.Compare(clientv3.ModRevision(key), "=", now.changed)),
+		[]clientv3.Op{clientv3.OpPut(key, string(value), clientv3.WithLease(lease)), get}, []clientv3.Op{get})
 	// The last operation is the get. If the answer to the first attempt was lost, the second one finds what the first
 	// one wrote.
-	kvs := answer.Responses[len(answer.Responses)-1].GetResponseRange().Kvs
-	if len(kvs) == 1 && clientv3.LeaseID(kvs[0].Lease) == lease && bytes.Equal(kvs[0].Value, value) {
-		if r, ok := m.parse(kvs[0]); ok {
-			return r, expires, true, nil
+	if err == nil {
+		kvs := answer.Responses[len(answer.Responses)-1].GetResponseRange().Kvs
+		if len(kvs) == 1 && clientv3.LeaseID(kvs[0].Lease) == lease && bytes.Equal(kvs[0].Value, value) {
+			if r, ok := m.parse(kvs[0]); ok {
+				return r, expires, true, nil
+			}
 		}
 	}
 	if granted {
 		m.revoke(lease)
 	}
-	return record{}, time.Time{}, false, nil
+	if errors.Is(err, errLeaseEnded) {
+		err = nil
+	}
+	return record{}, time.Time{}, false, err
 }
 
 // remove deletes a record, unless it changed since it was seen.
@@ -156,18 +152,34 @@ func (m *Manager) remove(ctx context.Context, r record) error {
 
 // removeKey deletes a key, unless it changed since the revision.
 func (m *Manager) removeKey(ctx context.Context, operation, key string, changed int64) error {
-	remove := func(ctx context.Context, c *clientv3.Client) (*pb.ResponseHeader, error) {
-		answer, err := c.Txn(ctx).
-			If(clientv3.Compare(clientv3.ModRevision(key), "=", changed)).
-			Then(clientv3.OpDelete(key)).
-			Commit()
+	_, _, err := m.commit(ctx, operation, []clientv3.Cmp{clientv3.Compare(clientv3.ModRevision(key), "=", changed)},
+		[]clientv3.Op{clientv3.OpDelete(key)}, nil)
+	return err
+}
+
+// errLeaseEnded says that nothing was written because the etcd lease has ended that keys were to be put on: during an
+// outage between its grant and the transaction, or with the loss of etcd's data. The caller needs another etcd lease.
+var errLeaseEnded = rpctypes.ErrLeaseNotFound
+
+// commit makes a transaction. The error is errLeaseEnded, or that of ctx.
+func (m *Manager) commit(ctx context.Context, operation string, conditions []clientv3.Cmp, then, otherwise []clientv3.Op) (
+	answer *clientv3.TxnResponse, at watchPoint, err error,
+) {
+	ended := false
+	at, err = m.do(ctx, operation, func(ctx context.Context, c *clientv3.Client) (h *pb.ResponseHeader, err error) {
+		answer, err = c.Txn(ctx).If(conditions...).Then(then...).Else(otherwise...).Commit()
+		if ended = errors.Is(err, errLeaseEnded); ended {
+			return nil, nil // no attempt can succeed
+		}
 		if err != nil {
 			return nil, err
 		}
 		return answer.Header, nil
+	})
+	if err == nil && ended {
+		err = errLeaseEnded
 	}
-	_, err := m.do(ctx, operation, remove)
-	return err
+	return answer, at, err
 }
 
 // grant creates an etcd lease.

@@ -22,8 +22,8 @@ type choice struct {
 // nodes which start together rarely collide. A node that has collided picks from freeMore times as many, up to freeMost.
 const (
 	freeEnough = 100
-	freeMore   = 8
-	freeMost   = freeEnough * freeMore * freeMore * freeMore
+	freeMore   = 64
+	freeMost   = freeEnough * freeMore * freeMore
 )
 
 // choose decides which subnets the node takes that wants to publish want, and had want.Subnets before. Wrote is the

@@ -56,6 +56,10 @@ func newClientConfig(log klog.Logger, o Options, files *tlsFiles, dialer *iface.
 			},
 			MinConnectTimeout: 5 * time.Second,
 		}),
+		// By default the client connects to all members, and etcd has as many connections as nodes times members. One is
+		// enough, to a member picked at random; see connection.avoid.
+		grpc.WithDisableServiceConfig(),
+		grpc.WithDefaultServiceConfig(`{"loadBalancingConfig": [{"pick_first": {"shuffleAddressList": true}}]}`),
 		grpc.WithChainUnaryInterceptor(failFast),
 		grpc.WithContextDialer(dial(dialer)),
 	}
@@ -70,8 +74,7 @@ func newClientConfig(log klog.Logger, o Options, files *tlsFiles, dialer *iface.
 		// more than one ping in 5 s.
 		DialKeepAliveTime:    10 * time.Second,
 		DialKeepAliveTimeout: 5 * time.Second,
-		// Requests are repeated by do, which also logs why. The second attempt here uses the next endpoint after one that
-		// fails.
+		// Requests are repeated by do, which also logs why. The second attempt here is for a connection that broke.
 		MaxUnaryRetries: 2,
 		// The default is no limit. A watch whose events are larger ends, and all leases are read again.
 		MaxCallRecvMsgSize: maxAnswer,

@@ -5,13 +5,20 @@ import (
 	"errors"
 	"slices"
 	"sync"
+	"time"
 
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
 	"k8s.io/klog/v2"
 )
+
+// unablePatience is how long the member that the client uses may answer that it cannot serve: an election takes one
+// second or two, and then all members answer this.
+const unablePatience = 3 * time.Second
 
 // maxUnanswered is how many requests in a row may get no answer before the client is replaced.
 const maxUnanswered = 2
@@ -32,6 +39,9 @@ type connection struct {
 	mu         sync.Mutex
 	client     *clientv3.Client // nil: made when a request needs it
 	unanswered int              // requests in a row
+	unable     time.Time        // since when the member has answered that it cannot serve; zero: it can
+	avoids     bool             // the client does not have all endpoints, see avoid
+	avoided    int              // how often it was given others
 	loggedIn   bool
 	token      string // "" where etcd requires none
 	closed     bool
@@ -55,6 +65,7 @@ func (c *connection) attempt(ctx context.Context, f func(context.Context, *clien
 			err = f(request, client)
 		}
 		current := c.noteAnswer(client, limited.Err() != nil, ctx.Err() != nil)
+		c.noteMember(client, err)
 		switch {
 		case err == nil || again || limited.Err() != nil:
 			return err
@@ -66,8 +77,10 @@ func (c *connection) attempt(ctx context.Context, f func(context.Context, *clien
 	}
 }
 
-// open returns the client, and the context for requests with it: ctx with our token.
+// open returns the client, and the context for requests with it: ctx with our token. A member that has no leader refuses
+// such requests at once.
 func (c *connection) open(ctx context.Context) (*clientv3.Client, context.Context, error) {
+	ctx = clientv3.WithRequireLeader(ctx)
 	client, token, loggedIn, err := c.state()
 	if err == nil && !loggedIn {
 		token, err = c.logIn(ctx)
@@ -177,9 +190,57 @@ func (c *connection) noteAnswer(client *clientv3.Client, unanswered, canceled bo
 	}
 	c.log.V(1).Info("Connections to etcd are open, but requests get no answer; making new connections",
 		"requests", c.unanswered)
-	c.client, c.unanswered = nil, 0
+	c.client, c.unanswered, c.unable, c.avoids = nil, 0, time.Time{}, false
 	c.running.Go(func() { client.Close() }) // this ends the watches, too
 	return true
+}
+
+// noteMember records whether the member that the client uses can serve. Where it cannot, because it is cut off from the
+// others or is a learner, the client leaves it. Watches go on at the next member.
+func (c *connection) noteMember(client *clientv3.Client, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	learner := rpctypes.Error(err) == errLearner
+	switch code := codeOf(err); {
+	case client == nil || client != c.client:
+		return
+	case err == nil:
+		c.unable = time.Time{}
+		return
+	case !learner && code != codes.Unavailable && code != codes.DeadlineExceeded:
+		return
+	case c.unable.IsZero():
+		c.unable = time.Now()
+	}
+	if learner || time.Since(c.unable) >= unablePatience {
+		c.avoid(client)
+	}
+}
+
+var errLearner = rpctypes.Error(rpctypes.ErrGRPCNotSupportedForLearner)
+
+// codeOf returns gRPC's code of an error, also of one that the client has turned into etcd's.
+func codeOf(err error) codes.Code {
+	if known, ok := rpctypes.Error(err).(rpctypes.EtcdError); ok {
+		return known.Code()
+	}
+	return status.Code(err)
+}
+
+// avoid takes one of the endpoints from the client, and gives it the one back that it took before: if the client is
+// connected to that one, it connects to another. If the client is connected to none, it gets all endpoints back.
+func (c *connection) avoid(client *clientv3.Client) {
+	all := c.config.Endpoints
+	switch ready := client.ActiveConnection().GetState() == connectivity.Ready; {
+	case ready && len(all) > 1:
+		i := c.avoided % len(all)
+		c.log.V(1).Info("A member of etcd cannot serve; trying others", "without", all[i])
+		c.avoids, c.avoided = true, c.avoided+1
+		client.SetEndpoints(slices.Concat(all[:i], all[i+1:])...)
+	case !ready && c.avoids:
+		c.avoids = false
+		client.SetEndpoints(all...)
+	}
 }
 
 func (c *connection) close() error {

@@ -203,7 +203,7 @@ func (m *Manager) changes(ctx context.Context, at watchPoint, keys []string, opt
 		options := append([]clientv3.OpOption{clientv3.WithRev(at.revision + 1)}, options...)
 		running.Go(func() {
 			defer cancel()
-			for answer := range client.Watch(clientv3.WithRequireLeader(watch), key, options...) {
+			for answer := range client.Watch(watch, key, options...) {
 				if len(answer.Events) > 0 {
 					return
 				}
@@ -227,7 +227,6 @@ func explain(err error) (cause, text string) {
 		return slices.ContainsFunc(parts, func(part string) bool { return strings.Contains(whole, part) })
 	}
 	text = plain.Text(whole)
-	var known rpctypes.EtcdError
 	switch err := rpctypes.Error(err); {
 	case errors.Is(err, rpctypes.ErrAuthFailed):
 		return "login", text + ": check --etcd-username and --etcd-password"
@@ -250,12 +249,12 @@ func explain(err error) (cause, text string) {
 		return "scheme", text + ": the server does not speak TLS, perhaps --etcd-endpoints should begin with http://"
 	case contains("error reading server preface: EOF"):
 		return "scheme", text + ": the server closes the connection, perhaps --etcd-endpoints should begin with https://"
-	case errors.Is(err, context.DeadlineExceeded), status.Code(err) == codes.DeadlineExceeded,
+	case errors.Is(err, context.DeadlineExceeded), codeOf(err) == codes.DeadlineExceeded,
 		text == context.DeadlineExceeded.Error(): // etcd 3.4 answers this when its leader does not answer
 		return subnet.Unreachable, fmt.Sprintf("no answer within %v", requestTimeout)
-	case status.Code(err) == codes.Canceled: // while the time for the request ran out
+	case codeOf(err) == codes.Canceled: // while the time for the request ran out
 		return subnet.Unreachable, "no answer until the connections were replaced"
-	case status.Code(err) == codes.Unavailable, errors.As(err, &known) && known.Code() == codes.Unavailable:
+	case codeOf(err) == codes.Unavailable:
 		return subnet.Unreachable, text
 	}
 	return "", text

@@ -83,7 +83,7 @@ func (m *Manager) follow(ctx context.Context, at watchPoint, updates *subnet.Mai
 	}
 	// Progress notifications let a quiet watch survive compaction: after a broken connection, the watch continues from
 	// the last of them.
-	events := client.Watch(clientv3.WithRequireLeader(watch), m.subnetsPrefix(), clientv3.WithPrefix(),
+	events := client.Watch(watch, m.subnetsPrefix(), clientv3.WithPrefix(),
 		clientv3.WithRev(at.revision+1), clientv3.WithProgressNotify())
 	for {
 		select {
@@ -95,6 +95,7 @@ func (m *Manager) follow(ctx context.Context, at watchPoint, updates *subnet.Mai
 				return 0, false, ctx.Err()
 			case errors.Is(answer.Err(), rpctypes.ErrNoLeader):
 				m.log.V(1).Info("The watch of the leases ended; going on", "err", answer.Err())
+				m.connection.noteMember(client, answer.Err())
 				return revision, false, nil
 			case !ok || answer.Err() != nil:
 				m.log.V(1).Info("The watch of the leases ended; reading them again", "err", answer.Err())

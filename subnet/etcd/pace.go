@@ -3,6 +3,8 @@ package etcd
 import (
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"github.com/flanneld/flanneld/pkg/retry"
 	"github.com/flanneld/flanneld/subnet"
 )
@@ -23,6 +25,12 @@ const (
 
 	// retryRate is the same for requests that are retried, and have just failed for all nodes at once.
 	retryRate = 2000
+
+	// singleRate is how many messages about single changes etcd sends a second, at most, to all nodes.
+	singleRate = 10000
+
+	// gatherRate is how many watches of all nodes begin a second, at most, while many leases change.
+	gatherRate = 2000
 
 	// beatsOfClaim is how often a claim is renewed before it would end.
 	beatsOfClaim = 3
@@ -50,6 +58,18 @@ func (p pace) reread() time.Duration {
 	thousands := float64(p.nodes) / 1000
 	return min(time.Duration(thousands*thousands*float64(time.Second)), mostReread)
 }
+
+// singles bounds how many changes of leases a node takes one by one. A watch gets a message for each of them: for N nodes
+// that start at once etcd would send N times N, which is most of its work then. A node ends a watch that has got too
+// many, and gets what happens during gather in one message from the next watch.
+func (p pace) singles() (a rate.Limit, burst int) {
+	second := singleRate / max(1, p.nodes)
+	return rate.Limit(second), int(max(1, second/2))
+}
+
+// gather is how long a node waits for more changes, so that etcd has no more than gatherRate watches a second of all
+// nodes.
+func (p pace) gather() time.Duration { return p.shared(gatherRate) }
 
 // mostReread bounds for how long a node knows nothing of what changed behind a gap.
 const mostReread = 30 * time.Second

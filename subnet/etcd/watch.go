@@ -10,6 +10,7 @@ import (
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"golang.org/x/time/rate"
 
 	"github.com/flanneld/flanneld/pkg/retry"
 	"github.com/flanneld/flanneld/subnet"
@@ -52,65 +53,89 @@ func (m *Manager) watchOnce(ctx context.Context, updates *subnet.Mailbox) error 
 		}
 	}
 	updates.Put(snapshot)
+	f := follower{Manager: m, at: at, updates: updates}
 	pause := m.pace().backoff()
 	for {
-		next, lost, err := m.follow(ctx, at, updates)
-		if err != nil || lost {
+		before := f.at.revision
+		end, err := f.follow(ctx)
+		switch {
+		case err != nil || end == lost:
 			return err
+		case end == crowded:
+			err = retry.Sleep(ctx, m.pace().gather())
+		default:
+			if f.at.revision > before {
+				pause.Reset()
+			}
+			err = pause.Sleep(ctx)
 		}
-		if next > at.revision {
-			pause.Reset()
-		}
-		at.revision = next
-		if err := pause.Sleep(ctx); err != nil {
+		if err != nil {
 			return err
 		}
 	}
 }
 
-// follow puts the changes after a watch point until the watch ends. It returns the revision after which another watch
-// can go on, if etcd has lost its leader for a while: all nodes see that, and none of them has missed anything.
-// Otherwise lost is set: etcd may no longer have what happened since, or have another history.
-func (m *Manager) follow(ctx context.Context, at watchPoint, updates *subnet.Mailbox) (
-	revision int64, lost bool, err error,
-) {
+// A follower puts the changes after a watch point.
+type follower struct {
+	*Manager
+	at      watchPoint // its revision grows with what was put
+	updates *subnet.Mailbox
+}
+
+// A watchEnd is why a watch ended.
+type watchEnd int
+
+const (
+	lost     watchEnd = iota // etcd may no longer have what happened since, or have another history
+	noLeader                 // for a while: all nodes see that, and none of them has missed anything
+	crowded                  // too many changes came one by one, see pace.singles
+)
+
+// follow puts the changes until the watch ends. Unless it is lost, another watch can go on.
+func (m *follower) follow(ctx context.Context) (watchEnd, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	revision = at.revision
 	client, watch, err := m.connection.open(ctx)
 	if err != nil {
-		return 0, true, m.ctx.Err()
+		return lost, m.ctx.Err()
 	}
+	singles := rate.NewLimiter(m.pace().singles())
 	// Progress notifications let a quiet watch survive compaction: after a broken connection, the watch continues from
 	// the last of them.
 	events := client.Watch(watch, m.subnetsPrefix(), clientv3.WithPrefix(),
-		clientv3.WithRev(at.revision+1), clientv3.WithProgressNotify())
+		clientv3.WithRev(m.at.revision+1), clientv3.WithProgressNotify())
 	for {
 		select {
-		case <-at.invalid:
-			return 0, true, nil
+		case <-m.at.invalid:
+			return lost, nil
 		case answer, ok := <-events:
 			switch {
 			case ctx.Err() != nil:
-				return 0, false, ctx.Err()
+				return lost, ctx.Err()
 			case errors.Is(answer.Err(), rpctypes.ErrNoLeader):
 				m.log.V(1).Info("The watch of the leases ended; going on", "err", answer.Err())
 				m.connection.noteMember(client, answer.Err())
-				return revision, false, nil
+				return noLeader, nil
 			case !ok || answer.Err() != nil:
 				m.log.V(1).Info("The watch of the leases ended; reading them again", "err", answer.Err())
-				return 0, true, nil
+				return lost, nil
 			}
 			if answer.IsProgressNotify() {
-				revision = answer.Header.Revision
+				m.at.revision = answer.Header.Revision
 			}
 			if n := len(answer.Events); n > 0 {
-				revision = answer.Events[n-1].Kv.ModRevision // there may be more that the header's revision has
-				m.observe(at, answer.Header.Revision)
-				updates.Put(m.updateOf(answer.Events))
+				m.observe(m.at, answer.Header.Revision)
+				m.at.revision = answer.Events[n-1].Kv.ModRevision // there may be more that the header's revision has
+				m.updates.Put(m.updateOf(answer.Events))
+				limit, burst := m.pace().singles()
+				singles.SetLimit(limit)
+				singles.SetBurst(burst)
+				if !singles.Allow() {
+					return crowded, nil
+				}
 			}
 		case <-ctx.Done():
-			return 0, false, ctx.Err()
+			return lost, ctx.Err()
 		}
 	}
 }

@@ -185,6 +185,39 @@ func TestClaimsOfManyNodes(t *testing.T) {
 	}
 }
 
+// Where many leases change at once in a large network, a node takes them in few messages, and misses none.
+func TestManyChangesComeTogether(t *testing.T) {
+	t.Parallel()
+	ofEachVersion(t, func(t *testing.T, path string) {
+		s := newProgramSite(t, path)
+		s.up()
+		const nodes, more = 2500, 200 // of which 2 are taken one by one, and 4 a second later on
+		fill(s.site, nodes, 0)
+		v := newView(t, s.manager("a").Watch(t.Context()))
+		for len(v.leases) != nodes {
+			v.read()
+		}
+		s.put("subnets/10.5.1.0-24", record("198.18.0.1"))
+		for len(v.leases) != nodes+1 { // there is a watch
+			v.read()
+		}
+		const sent = "grpc_server_msg_sent_total"
+		before := s.metric(sent, `"Watch"`)
+		for i := range more {
+			s.put(fmt.Sprintf("subnets/10.200.%d.0-24", i), record(fmt.Sprintf("198.18.9.%d", i)))
+		}
+		for len(v.leases) != nodes+1+more {
+			v.read()
+		}
+		if n := s.metric(sent, `"Watch"`) - before; n > more/2 {
+			t.Errorf("%v messages about %d leases", n, more)
+		}
+		if v.snapshots != 1 {
+			t.Errorf("%d snapshots, though nothing was missed", v.snapshots)
+		}
+	})
+}
+
 // While etcd has no leader, it ends all watches. That is no reason for all nodes to read all leases again.
 func TestWatchGoesOnAfterAnElection(t *testing.T) {
 	t.Parallel()

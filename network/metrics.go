@@ -213,7 +213,7 @@ func (s *metrics) Collect(ch chan<- prometheus.Metric) {
 	gauge(descReady, truth(s.ready.Load() && state.Waiting == ""))
 	gauge(descConnected, truth(state.Connected))
 	if !state.Expires.IsZero() {
-		gauge(descExpiry, float64(state.Expires.Unix()))
+		gauge(descExpiry, float64(byClock(state.Expires).Unix()))
 	}
 	if stats := s.kernel.Load(); stats != nil {
 		gauge(descFights, float64(stats.Fights))
@@ -239,7 +239,7 @@ func (s *metrics) Collect(ch chan<- prometheus.Metric) {
 	gauge(descRulesInPlace, truth(rules.InPlace))
 	checked := 0.0
 	if !rules.Checked.IsZero() {
-		checked = float64(rules.Checked.UnixNano()) / 1e9
+		checked = float64(byClock(rules.Checked).UnixNano()) / 1e9
 	}
 	gauge(descRulesChecked, checked)
 	s.collectProbes(gauge)

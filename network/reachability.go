@@ -105,7 +105,7 @@ func (v view) reachability(l subnet.Lease) []Reachability {
 	}
 	var all []Reachability
 	for _, r := range v.prober.Results(l.Subnets.String()) {
-		all = append(all, Reachability{r.Overlay, r.State, r.Since.Round(time.Second), r.RTT.Seconds(), v.describe(l, r)})
+		all = append(all, Reachability{r.Overlay, r.State, byClock(r.Since).Round(time.Second), r.RTT.Seconds(), v.describe(l, r)})
 	}
 	return all
 }

@@ -174,7 +174,7 @@ func (n *node) view() view {
 
 func (v view) status() Status {
 	s := v.statusOfStore()
-	s.Started, s.Ready, s.Errors = v.started, v.ready, v.errors
+	s.Started, s.Ready, s.Errors = byClock(v.started), v.ready, v.errors
 	if v.state == nil || v.cfg == nil {
 		return s
 	}
@@ -264,7 +264,7 @@ func (v view) leaseStatus(l subnet.Lease) Lease {
 		s.Reachability = v.reachability(l)
 	}
 	if at := v.Manager.State().Expires; s.Own && at.After(s.Expires) {
-		s.Expires = at
+		s.Expires = byClock(at)
 	}
 	return s
 }
@@ -331,4 +331,14 @@ func clockSkew(ctx context.Context, m subnet.Manager) (time.Duration, error) {
 		return 0, err
 	}
 	return time.Since(at), nil
+}
+
+// byClock returns a moment that this process has taken or computed as this host's clock shows it now. The clock may have
+// been set since, as after a boot with a wrong clock: this process has its own count of time then, other programs do not.
+func byClock(at time.Time) time.Time {
+	now := time.Now()
+	if set := now.Round(0).Sub(at.Round(0)) - now.Sub(at); set.Abs() > time.Second {
+		return at.Add(set)
+	}
+	return at
 }

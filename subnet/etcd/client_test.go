@@ -112,6 +112,9 @@ func TestExplain(t *testing.T) {
 		{unavailable("transport: authentication handshake failed: tls: failed to verify certificate: x509: certificate signed by unknown authority"), "certificate", "--etcd-cafile"},
 		{unavailable("error reading server preface: remote error: tls: certificate required"), "certificate",
 			"--etcd-certfile"},
+		{unavailable("transport: authentication handshake failed: tls: failed to verify certificate: x509: certificate has expired or is not yet valid: current time 2026-11-29T23:00:00Z is after 2025-11-29T23:00:00Z"),
+			"certificate", "check this host's clock"},
+		{unavailable("error reading server preface: remote error: tls: expired certificate"), "certificate", "the server's clock"},
 		{unavailable("error reading server preface: EOF"), "scheme", "https://"},
 	} {
 		cause, text := explain(c.err)

@@ -240,9 +240,13 @@ func explain(err error) (cause, text string) {
 	case errors.Is(err, rpctypes.ErrPermissionDenied):
 		return "", text + ": the user must be allowed to read config under --etcd-prefix, and to read and " +
 			"write subnets/ and nodes/ there, see etcdctl role grant-permission --prefix"
+	case contains("certificate has expired or is not yet valid"):
+		return "certificate", text + ": check this host's clock, and until when the server's certificate is valid"
 	case contains("x509:"):
 		return "certificate", text + ": the server's certificate cannot be verified, " +
 			"check --etcd-cafile and the names in --etcd-endpoints"
+	case contains("remote error: tls: expired certificate"):
+		return "certificate", text + ": check until when our certificate is valid (--etcd-certfile), and the server's clock"
 	case contains("remote error: tls:"):
 		return "certificate", text + ": the server does not accept our certificate, check --etcd-certfile and --etcd-keyfile"
 	case contains("first record does not look like a TLS handshake", "handshake failed: EOF"):

@@ -257,6 +257,7 @@ func explain(err error) (cause, text string) {
 		text = cmp.Or(status.Status().Message, text)
 	}
 	certificate := strings.Contains(text, "x509:")
+	untimely := strings.Contains(text, "certificate has expired or is not yet valid")
 	text = plain.Text(strings.Join(strings.Fields(text), " ")) // a proxy may answer with a whole page
 	switch {
 	case code == http.StatusUnauthorized:
@@ -269,6 +270,8 @@ func explain(err error) (cause, text string) {
 			"and whether a proxy requires a login"
 	case code != http.StatusTooManyRequests && code < http.StatusInternalServerError:
 		return "", text
+	case untimely:
+		return "certificate", text + "; check this host's clock, and until when the server's certificate is valid"
 	case certificate:
 		return "certificate", text + "; its certificate cannot be verified, " +
 			"check certificate-authority in --kubeconfig-file, or --kube-api-url"

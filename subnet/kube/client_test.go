@@ -99,6 +99,8 @@ func TestExplain(t *testing.T) {
 		{answered(502, "<html>\n"+strings.Repeat("page ", 1000)), subnet.Unreachable, "<html> page"},
 		{errors.New("tls: failed to verify certificate: x509: certificate signed by unknown authority"), "certificate",
 			"certificate-authority"},
+		{errors.New("tls: failed to verify certificate: x509: certificate has expired or is not yet valid: current time 2026-11-29T23:00:00Z is after 2025-11-29T23:00:00Z"),
+			"certificate", "check this host's clock"},
 		{errors.New("connection refused"), subnet.Unreachable, "refused"},
 	} {
 		if cause, text := explain(fmt.Errorf("asking: %w", c.err)); cause != c.cause || !strings.Contains(text, c.want) ||

@@ -31,6 +31,8 @@ type authority struct {
 	file string
 	cert *x509.Certificate
 	key  *ecdsa.PrivateKey
+
+	ahead time.Duration // of this host's clock is the authority's own
 }
 
 func newAuthority(t *testing.T, name string) *authority {
@@ -65,7 +67,8 @@ func (a *authority) issue(name string, template *x509.Certificate) (certFile, ke
 	check(err)
 	template.SerialNumber = big.NewInt(time.Now().UnixNano())
 	template.Subject = pkix.Name{CommonName: name}
-	template.NotBefore, template.NotAfter = time.Now().Add(-time.Hour), time.Now().Add(time.Hour)
+	now := time.Now().Add(a.ahead)
+	template.NotBefore, template.NotAfter = now.Add(-time.Hour), now.Add(time.Hour)
 	parent, signer := a.cert, a.key
 	if parent == nil {
 		parent, signer = template, key
@@ -140,12 +143,31 @@ func TestTLS(t *testing.T) {
 		o.CAFile = ca.file
 		s.waits(o, o.Endpoints[0], "check --etcd-certfile and --etcd-keyfile")
 	})
+	t.Run("client certificate of another time", func(t *testing.T) {
+		ca := newAuthority(t, "ca")
+		s := secured(t, ca, true)
+		ca.ahead = 25 * time.Hour
+		o := s.https("a")
+		o.CAFile = ca.file
+		o.CertFile, o.KeyFile = ca.sign("client")
+		s.waits(o, o.Endpoints[0], "expired certificate", "the server's clock")
+	})
 	t.Run("another CA", func(t *testing.T) {
 		s := secured(t, newAuthority(t, "ca"), false)
 		o := s.https("a")
 		o.CAFile = newAuthority(t, "another").file
 		s.waits(o, o.Endpoints[0], "x509", "check --etcd-cafile")
 	})
+	for name, ahead := range map[string]time.Duration{"a clock that is behind": 25 * time.Hour, "a clock that is ahead": -25 * time.Hour} {
+		t.Run(name, func(t *testing.T) {
+			ca := newAuthority(t, "ca")
+			ca.ahead = ahead
+			s := secured(t, ca, false)
+			o := s.https("a")
+			o.CAFile = ca.file
+			s.waits(o, o.Endpoints[0], "current time", "check this host's clock")
+		})
+	}
 	t.Run("system roots", func(t *testing.T) {
 		s := secured(t, newAuthority(t, "ca"), false)
 		o := s.https("a")

@@ -1,6 +1,7 @@
 package etcd
 
 import (
+	"math/rand/v2"
 	"time"
 
 	"golang.org/x/time/rate"
@@ -58,6 +59,9 @@ func (p pace) reread() time.Duration {
 	thousands := float64(p.nodes) / 1000
 	return min(time.Duration(thousands*thousands*float64(time.Second)), mostReread)
 }
+
+// untilReread returns how long this node waits before it reads all leases again.
+func (p pace) untilReread() time.Duration { return rand.N(p.reread() + 1) }
 
 // singles bounds how many changes of leases a node takes one by one. A watch gets a message for each of them: for N nodes
 // that start at once etcd would send N times N, which is most of its work then. A node ends a watch that has got too

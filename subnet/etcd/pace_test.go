@@ -1,7 +1,11 @@
 package etcd
 
 import (
+	"context"
+	"errors"
+	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -36,5 +40,74 @@ func TestPace(t *testing.T) {
 	}
 	if p := (pace{100}); p.reread() > 100*time.Millisecond {
 		t.Errorf("100 nodes read all leases again after %v", p.reread())
+	}
+}
+
+// Nodes that start together, or miss something together, do not send requests together.
+func TestHerdIsSpread(t *testing.T) {
+	const herd = 250
+	m := &Manager{}
+	m.nodes.Store(10000)
+	for name, c := range map[string]struct {
+		next        func() time.Duration
+		least, most time.Duration
+	}{
+		"the next beat":                  {m.untilBeat, m.beat() * 7 / 8, m.beat()},
+		"reading all leases after a gap": {m.pace().untilReread, 0, m.pace().reread()},
+	} {
+		first, last := time.Duration(1<<62), time.Duration(0)
+		for range herd {
+			d := c.next()
+			first, last = min(first, d), max(last, d)
+		}
+		// The chance that 250 of them leave a tenth free at either end is below 1 in 10 billion.
+		tenth := (c.most - c.least) / 10
+		if first < c.least || last > c.most || first > c.least+tenth || last < c.most-tenth {
+			t.Errorf("%s: after %v to %v, want %v to %v", name, first, last, c.least, c.most)
+		}
+	}
+}
+
+// What fails for all nodes at the same time is retried at different times, and the later the more nodes there are.
+func TestRetriesAreSpread(t *testing.T) {
+	for _, nodes := range []int64{10, 10000} {
+		synctest.Test(t, func(t *testing.T) {
+			const herd, attempts = 100, 5
+			b := pace{nodes}.backoff()
+			begun := time.Now()
+			var mu sync.Mutex
+			var at [attempts]map[time.Duration]bool // when the nodes made which attempt
+			for i := range at {
+				at[i] = map[time.Duration]bool{}
+			}
+			var all sync.WaitGroup
+			for range herd {
+				all.Go(func() {
+					ctx, cancel := context.WithCancel(t.Context())
+					defer cancel()
+					q, n := newQueue(), 0
+					q.retry(ctx, b, func() error {
+						mu.Lock()
+						defer mu.Unlock()
+						at[n][time.Since(begun)] = true
+						if n++; n == attempts {
+							cancel()
+						}
+						return errors.New("away")
+					})
+				})
+			}
+			all.Wait()
+			for i, times := range at {
+				if len(times) < herd/2 {
+					t.Errorf("of %d nodes, attempt %d of %d comes at %d times", nodes, i, herd, len(times))
+				}
+				for d := range times {
+					if d < b.First/2 {
+						t.Errorf("of %d nodes, one tries again after %v", nodes, d)
+					}
+				}
+			}
+		})
 	}
 }

@@ -144,8 +144,7 @@ func (m *Manager) invalidate() {
 // runHeartbeat renews the claim once per beat of the pace. It reads etcd's revision if the answer to that leaves a
 // doubt, or where there is no claim. Nodes that start together do not beat together.
 func (m *Manager) runHeartbeat() {
-	next := func() time.Duration { return m.beat() - rand.N(m.beat()/8) }
-	for retry.Sleep(m.ctx, next()) == nil {
+	for retry.Sleep(m.ctx, m.untilBeat()) == nil {
 		if m.renewClaim() {
 			continue
 		}
@@ -157,6 +156,12 @@ func (m *Manager) runHeartbeat() {
 			return got.Header, nil
 		})
 	}
+}
+
+// untilBeat returns how long to wait for the next beat: up to an eighth less than beat, at random.
+func (m *Manager) untilBeat() time.Duration {
+	beat := m.beat()
+	return beat - rand.N(beat/8)
 }
 
 // beat is the time between two beats: that of the pace, unless the claim ends sooner than it would now.

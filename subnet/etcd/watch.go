@@ -3,7 +3,6 @@ package etcd
 import (
 	"context"
 	"errors"
-	"math/rand/v2"
 	"strings"
 	"time"
 
@@ -31,7 +30,7 @@ func (m *Manager) Watch(ctx context.Context) <-chan subnet.Update {
 			if time.Since(began) > time.Minute {
 				pause.Reset()
 			}
-			if err := retry.Sleep(ctx, pause.Next()+rand.N(m.pace().reread()+1)); err != nil {
+			if err := retry.Sleep(ctx, pause.Next()+m.pace().untilReread()); err != nil {
 				return
 			}
 		}

@@ -22,6 +22,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/server/v3/embed"
 	"go.uber.org/zap"
+	"google.golang.org/grpc"
 	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/subnet"
@@ -329,7 +330,8 @@ func (s *site) down() {
 
 func (s *site) connect() {
 	s.t.Helper()
-	c, err := clientv3.New(clientv3.Config{Endpoints: []string{s.server.addr()}, Logger: zap.NewNop()})
+	c, err := clientv3.New(clientv3.Config{Endpoints: []string{s.server.addr()}, Logger: zap.NewNop(),
+		DialOptions: []grpc.DialOption{grpc.WithUserAgent(testAgent)}})
 	if err != nil {
 		s.t.Fatal(err)
 	}

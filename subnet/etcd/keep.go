@@ -103,6 +103,11 @@ func (k *keptLease) checkClaim(ctx context.Context) (repaired bool, err error) {
 	if !unclaimed && !asked && !short {
 		return false, nil
 	}
+	if unclaimed {
+		// The claim may have ended while this machine was suspended. Meanwhile its clock for timers stood still: the lease
+		// ends sooner than this daemon believes.
+		k.renewAt = time.Time{}
+	}
 	if claim != nil && unclaimed {
 		// Somebody deleted the key, or etcd lost the key with everything else.
 		k.mu.Lock()

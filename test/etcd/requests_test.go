@@ -217,6 +217,23 @@ func TestNewLeaseIsNotRenewed(t *testing.T) {
 	}
 }
 
+// A machine that was suspended finds its claim gone, and its lease older than it believes: it renews the lease at once.
+func TestLeaseAfterTheClaimHasEnded(t *testing.T) {
+	s, r := newRecordedSite(t)
+	key, _, _ := kept(t, s)
+	awaitRequests(r, 1, watches(s.prefix+"/nodes/198.18.0.1"))
+	r.forget()
+	before := s.get(key)
+	if _, err := s.client.Revoke(s.ctx(), s.get("nodes/198.18.0.1").lease); err != nil {
+		t.Fatal(err)
+	}
+	awaitRequests(r, 1, func(renewal *pb.LeaseKeepAliveRequest) bool { return renewal.ID == int64(before.lease) })
+	awaitRequests(r, 1, watches(s.prefix+"/nodes/198.18.0.1"))
+	if after := s.get(key); after != before {
+		t.Errorf("renewal changed %+v to %+v", before, after)
+	}
+}
+
 // leasesOf matches requests for a part of the leases.
 func leasesOf(s *site) func(*pb.RangeRequest) bool {
 	return func(request *pb.RangeRequest) bool {

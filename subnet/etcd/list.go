@@ -38,21 +38,15 @@ func (l *listed) get() *listing {
 	return l.last
 }
 
-// set keeps a listing for a while.
+// set keeps a listing for keepListed at most.
 func (l *listed) set(now *listing) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.last = now
-	time.AfterFunc(keepListed, func() {
-		l.mu.Lock()
-		defer l.mu.Unlock()
-		if l.last == now {
-			l.last = nil
-		}
-	})
+	time.AfterFunc(keepListed, l.forget)
 }
 
-// forget drops what is kept, once a lease has been acquired.
+// forget drops what is kept, once a lease has been acquired, or after a while.
 func (l *listed) forget() {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -7,6 +7,10 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"k8s.io/klog/v2"
+
+	"github.com/flanneld/flanneld/subnet"
 )
 
 // The more nodes there are, the more seldom each of them sends requests: all of them together never send more than etcd
@@ -110,4 +114,54 @@ func TestRetriesAreSpread(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A claim is renewed in time even when there have come so many nodes that claims last longer now.
+func TestBeatOfAShortClaim(t *testing.T) {
+	m := &Manager{claim: &claim{ttl: pace{}.claimTTL()}}
+	m.nodes.Store(10000)
+	if got := m.beat(); got != leastBeat {
+		t.Errorf("a claim of %v is renewed after %v", m.claim.ttl, got)
+	}
+	m.claim.ttl = m.pace().claimTTL()
+	if got := m.beat(); got != m.pace().beat() {
+		t.Errorf("a claim of %v is renewed after %v", m.claim.ttl, got)
+	}
+}
+
+// Requests of a node among many are retried with the pauses that many nodes need.
+func TestRetriesOfALargeNetwork(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := &Manager{
+			ctx: t.Context(), failed: newQueue(), latest: watchPoint{invalid: make(chan struct{})},
+			connection: newConnection(klog.Logger{}, clientConfig{}, "", ""), health: subnet.NewStoreHealth(klog.Logger{}, subnet.State{}),
+		}
+		m.connection.close() // so that nothing succeeds
+		m.nodes.Store(10000)
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
+		defer cancel()
+		if _, err := m.do(ctx, "read", nil); !errors.Is(err, context.DeadlineExceeded) {
+			t.Error(err)
+		}
+		if got, want := m.failed.pause, m.pace().backoff(); got.First != want.First || got.Most != want.Most {
+			t.Errorf("the pauses are %+v, want %+v", got, want)
+		}
+	})
+}
+
+// What was read is kept while a node starts, and not for longer.
+func TestListingIsDropped(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l, now := newListed(), &listing{}
+		l.set(now)
+		time.Sleep(keepListed - time.Nanosecond)
+		if l.get() != now {
+			t.Error("it is not kept")
+		}
+		time.Sleep(time.Nanosecond)
+		synctest.Wait()
+		if l.get() != nil {
+			t.Error("it is kept")
+		}
+	})
 }

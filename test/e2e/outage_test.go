@@ -194,8 +194,8 @@ func TestFrozenForLong(t *testing.T) {
 	labtest.Do(t, waitDiff(ctx, n, ""))
 }
 
-// TestClockJump: when the clock jumps, as when NTP first sets it, nothing happens to the lease and the network. It needs a
-// machine of its own (LAB_CLOCK=1), whose clock it may set.
+// TestClockJump: when the clock jumps, as when NTP first sets it, nothing happens to the lease and the network, and the
+// status shows times by the new clock. The test needs a machine of its own (LAB_CLOCK=1), whose clock it may set.
 func TestClockJump(t *testing.T) {
 	if os.Getenv("LAB_CLOCK") != "1" {
 		t.Skip("needs a machine whose clock may be set: make test-vm")
@@ -212,6 +212,13 @@ func TestClockJump(t *testing.T) {
 	defer func() { labtest.Do(t, setClock(began.Add(time.Since(began)))) }() // time.Since is of the monotonic clock
 	for _, jump := range []time.Duration{time.Hour, -2 * time.Hour, 25 * time.Hour} {
 		labtest.Do(t, setClock(time.Now().Round(0).Add(jump)))
+		shown := getStatus(ctx, t, n)
+		if left := time.Until(shown.Lease.Expires); left < 23*time.Hour || left > 24*time.Hour {
+			t.Errorf("after a jump of %v, the status shows that the lease ends in %v", jump, left)
+		}
+		if ran := time.Since(shown.Started); ran < 0 || ran > time.Hour {
+			t.Errorf("after a jump of %v, the status shows that flanneld has run for %v", jump, ran)
+		}
 		restored := labtest.Must(l.Etcd.Get(ctx, key))(t)
 		labtest.Do(t, l.Etcd.Delete(ctx, key))
 		labtest.Do(t, lab.Poll(ctx, "the lease to be restored", func() error {

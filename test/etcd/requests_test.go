@@ -350,6 +350,20 @@ func TestWhatChangedSince(t *testing.T) {
 	}
 }
 
+// What is done with one reading of all leases does not change the next one.
+func TestReadingsAreIndependent(t *testing.T) {
+	s := newSite(t)
+	fill(s, 3, 1)
+	m := s.manager("a")
+	for range 2 {
+		if ends, err := m.Expiries(s.ctx(), subnets("10.6.2.0/24")); err != nil || len(ends) > 0 { // they have no end
+			t.Errorf("%v, %v", ends, err)
+		}
+	}
+	v := newView(t, m.Watch(s.ctx()))
+	v.until("10.6.0.0/24=198.19.0.0 10.6.1.0/24=198.19.0.1 10.6.2.0/24=198.19.0.2")
+}
+
 // A node that loses its subnet to another node again and again picks among more free ones each time.
 func TestLostRaces(t *testing.T) {
 	s, r := newRecordedSite(t)

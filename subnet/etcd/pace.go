@@ -66,9 +66,9 @@ func (p pace) untilReread() time.Duration { return rand.N(p.reread() + 1) }
 // singles bounds how many changes of leases a node takes one by one. A watch gets a message for each of them: for N nodes
 // that start at once etcd would send N times N, which is most of its work then. A node ends a watch that has got too
 // many, and gets what happens during gather in one message from the next watch.
-func (p pace) singles() (a rate.Limit, burst int) {
-	second := singleRate / max(1, p.nodes)
-	return rate.Limit(second), int(max(1, second/2))
+func (p pace) singles() (perSecond rate.Limit, burst int) {
+	perSecond = singleRate / rate.Limit(max(1, p.nodes))
+	return perSecond, max(1, int(perSecond/2))
 }
 
 // gather is how long a node waits for more changes, so that etcd has no more than gatherRate watches a second of all

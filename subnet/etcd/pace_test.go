@@ -38,6 +38,14 @@ func TestPace(t *testing.T) {
 		if rate := float64(nodes) / (p.beat() - p.beat()/8).Seconds(); rate > 200 {
 			t.Errorf("%d nodes send %.0f requests a second at rest", nodes, rate)
 		}
+		// At rest, each change is taken as it comes; where they come fast, all nodes together bound their messages.
+		each, burst := p.singles()
+		if all := float64(each) * float64(nodes); each <= 0 || burst < 1 || all > singleRate+1 {
+			t.Errorf("%d nodes take %v changes a second one by one, and %d at once", nodes, each, burst)
+		}
+		if p.gather() > time.Duration(nodes)*time.Millisecond {
+			t.Errorf("%d nodes wait %v for more changes", nodes, p.gather())
+		}
 		if p.reread() > mostReread {
 			t.Errorf("%d nodes read all leases again after %v", nodes, p.reread())
 		}

@@ -334,7 +334,7 @@ fuzz: ## Each fuzz target for FUZZTIME
 # code, and left to test-race: our programs run in processes of their own, without it.
 E2E = -count=1 -p=2 -parallel=4 -timeout=30m $(TESTFLAGS)
 
-SERVERS := $(ETCD) build/stores/etcd-3.4 $(CNI) $(CNITOOL) $(KUBE) $(OTHER_KUBE)
+SERVERS := $(ETCD) build/stores/etcd-3.4 $(CNI) $(CNITOOL) $(KUBE) $(OTHER_KUBE) build/conformance/coredns
 e2e: build need-e2e $(SERVERS) $(NETPOL) build/bin/helm build/debian image ## End-to-end tests in the lab
 	cd test && $(GO_TEST) $(E2E) ./e2e ./stores ./... # the longest first
 

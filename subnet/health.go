@@ -36,6 +36,13 @@ func NewStoreHealth(log klog.Logger, store State) *StoreHealth {
 	return &StoreHealth{log: log, state: store, failing: map[failure]bool{}, refused: map[string]time.Time{}}
 }
 
+// Located records where the store is, once that is known: its name, its endpoints and the command that checks it.
+func (h *StoreHealth) Located(store State) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.state.Store, h.state.Endpoints, h.state.Check = store.Store, store.Endpoints, store.Check
+}
+
 // Failed records that a request has failed. The operation is what the request was for, such as "read the leases"; text
 // says why it failed and what to do about it. Failures with the same cause are one: they are logged once, and over with
 // the first success of any request. A failure without a cause is the operation's own: the store answered, and refused.

@@ -55,7 +55,8 @@ func (t *tool) openStore(ctx context.Context) (context.Context, subnet.Manager, 
 // storeIsKubernetes reports whether a daemon on this host has its leases from Kubernetes: in a pod, the flags of
 // flanneld are not those of flannelctl.
 func (t *tool) storeIsKubernetes(ctx context.Context) bool {
-	if t.direct || t.options.StatusSocket == "" || t.flags.Changed("etcd-endpoints") {
+	if t.direct || t.options.StatusSocket == "" || t.flags.Changed("etcd-endpoints") ||
+		t.flags.Changed("discovery-srv") {
 		return false
 	}
 	ctx, cancel := context.WithTimeout(ctx, daemonTimeout)

@@ -40,8 +40,8 @@ type source interface {
 
 var (
 	// listedFlags are the flags of flanneld that the help lists. flannelctl accepts all others but unusedFlags too.
-	listedFlags = []string{"subnet-file", "status-socket", "etcd-endpoints", "etcd-prefix", "kube-subnet-mgr",
-		"kubeconfig-file"}
+	listedFlags = []string{"subnet-file", "status-socket", "etcd-endpoints", "discovery-srv", "etcd-prefix",
+		"kube-subnet-mgr", "kubeconfig-file"}
 	// unusedFlags are the flags of flanneld that flannelctl has no use for.
 	unusedFlags = []string{"help", "version", "v", "vmodule", "log_backtrace_at", "healthz-ip", "healthz-port"}
 )

@@ -25,8 +25,11 @@ type clientConfig = clientv3.Config
 
 // newClientConfig returns the client's configuration. The client does not know the user: see connection.
 func newClientConfig(log klog.Logger, o Options, files *tlsFiles, dialer *iface.Dialer) (clientConfig, error) {
-	if len(o.Endpoints) == 0 {
+	switch discovers := o.DiscoverySRV != ""; {
+	case !discovers && len(o.Endpoints) == 0:
 		return clientConfig{}, errors.New("--etcd-endpoints is empty: give at least one, such as http://127.0.0.1:2379")
+	case discovers && len(o.Endpoints) != 0:
+		return clientConfig{}, errors.New("--etcd-endpoints and --discovery-srv both set where etcd is: give only one of them")
 	}
 	secure := make([]bool, len(o.Endpoints))
 	for i, e := range o.Endpoints {
@@ -44,7 +47,7 @@ func newClientConfig(log klog.Logger, o Options, files *tlsFiles, dialer *iface.
 	if (o.Username == "") != (o.Password == "") {
 		return clientConfig{}, errors.New("--etcd-username and --etcd-password go together: one of them is missing")
 	}
-	if files != nil && !slices.Contains(secure, true) {
+	if files != nil && !slices.Contains(secure, true) && o.DiscoverySRV == "" {
 		log.Error(nil, "The TLS files are not used", "flags", "--etcd-cafile, --etcd-certfile, --etcd-keyfile",
 			"reason", "no endpoint begins with https://", "endpoints", o.Endpoints)
 	}
@@ -63,7 +66,7 @@ func newClientConfig(log klog.Logger, o Options, files *tlsFiles, dialer *iface.
 		grpc.WithChainUnaryInterceptor(failFast),
 		grpc.WithContextDialer(dial(dialer)),
 	}
-	if files != nil && secure[0] { // the client decides by the first endpoint, too
+	if files != nil && (o.DiscoverySRV != "" || secure[0]) { // the client decides by the first endpoint, too
 		options = append(options, grpc.WithTransportCredentials(newTransport(files)))
 	}
 	return clientConfig{

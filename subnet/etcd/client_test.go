@@ -36,6 +36,8 @@ func TestOptionsThatCannotWork(t *testing.T) {
 		want    string
 	}{
 		{Options{}, "--etcd-endpoints is empty: give at least one, such as http://127.0.0.1:2379"},
+		{Options{Endpoints: https, DiscoverySRV: "example.com"},
+			"--etcd-endpoints and --discovery-srv both set where etcd is: give only one of them"},
 		{Options{Endpoints: []string{"http://127.0.0.1:2379", ""}},
 			`--etcd-endpoints: "" is not an endpoint such as http://127.0.0.1:2379`},
 		{Options{Endpoints: []string{" http://127.0.0.1:2379"}},
@@ -230,8 +232,10 @@ func TestCheckCommand(t *testing.T) {
 		"etcdctl --endpoints=http://192.0.2.1:2379,http://192.0.2.2:2379 --cacert=/ca --cert=/cert --key=/key --user=u endpoint health": {
 			Endpoints: append(one, "http://192.0.2.2:2379"), CAFile: "/ca", CertFile: "/cert", KeyFile: "/key", Username: "u",
 			Password: "p"},
+		"etcdctl --discovery-srv=example.com --discovery-srv-name=blue --cacert=/ca endpoint health": {
+			DiscoverySRV: "example.com", DiscoverySRVName: "blue", CAFile: "/ca"},
 	} {
-		if got := checkCommand(o); got != want {
+		if got := checkCommand(o, o.Endpoints); got != want {
 			t.Errorf("got %s, want %s", got, want)
 		}
 	}

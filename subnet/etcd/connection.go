@@ -32,6 +32,7 @@ const maxUnanswered = 2
 type connection struct {
 	log                klog.Logger
 	config             clientConfig
+	discovery          *discovery // nil: the endpoints are those of config
 	username, password string
 
 	turn chan struct{} // one element: the right to log in
@@ -81,7 +82,7 @@ func (c *connection) attempt(ctx context.Context, f func(context.Context, *clien
 // such requests at once.
 func (c *connection) open(ctx context.Context) (*clientv3.Client, context.Context, error) {
 	ctx = clientv3.WithRequireLeader(ctx)
-	client, token, loggedIn, err := c.state()
+	client, token, loggedIn, err := c.state(ctx)
 	if err == nil && !loggedIn {
 		token, err = c.logIn(ctx)
 	}
@@ -92,9 +93,18 @@ func (c *connection) open(ctx context.Context) (*clientv3.Client, context.Contex
 }
 
 // state returns the client, which it makes if there is none, and the login.
-func (c *connection) state() (client *clientv3.Client, token string, loggedIn bool, err error) {
+func (c *connection) state(ctx context.Context) (client *clientv3.Client, token string, loggedIn bool, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if c.client == nil && c.discovery != nil && !c.closed {
+		c.mu.Unlock()
+		found, err := c.discovery.lookUp(ctx)
+		c.mu.Lock()
+		if err != nil {
+			return nil, "", false, err
+		}
+		c.config.Endpoints = found
+	}
 	if c.closed {
 		return nil, "", false, context.Canceled
 	}
@@ -105,6 +115,9 @@ func (c *connection) state() (client *clientv3.Client, token string, loggedIn bo
 		}
 		c.client = made
 		c.running.Go(func() { shortenPauses(made.Ctx(), made.ActiveConnection()) })
+		if c.discovery != nil {
+			c.running.Go(func() { c.followRecords(made) })
+		}
 	}
 	return c.client, c.token, c.loggedIn, nil
 }
@@ -117,7 +130,7 @@ func (c *connection) logIn(ctx context.Context) (string, error) {
 	case <-ctx.Done():
 		return "", ctx.Err()
 	}
-	client, token, loggedIn, err := c.state()
+	client, token, loggedIn, err := c.state(ctx)
 	if err != nil || loggedIn {
 		return token, err
 	}
@@ -190,9 +203,16 @@ func (c *connection) noteAnswer(client *clientv3.Client, unanswered, canceled bo
 	}
 	c.log.V(1).Info("Connections to etcd are open, but requests get no answer; making new connections",
 		"requests", c.unanswered)
-	c.client, c.unanswered, c.unable, c.avoids = nil, 0, time.Time{}, false
-	c.running.Go(func() { client.Close() }) // this ends the watches, too
+	c.drop(client)
 	return true
+}
+
+// drop has the next request make another client. The caller holds c.mu.
+func (c *connection) drop(client *clientv3.Client) {
+	if client == c.client && !c.closed {
+		c.client, c.unanswered, c.unable, c.avoids = nil, 0, time.Time{}, false
+		c.running.Go(func() { client.Close() }) // this ends the watches, too
+	}
 }
 
 // noteMember records whether the member that the client uses can serve. Where it cannot, because it is cut off from the

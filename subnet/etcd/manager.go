@@ -54,6 +54,10 @@ type Options struct {
 	Endpoints []string // "https://192.0.2.1:2379"; one that answers is enough
 	Prefix    string   // of all keys: "/coreos.com/network"
 
+	// DiscoverySRV, in place of Endpoints, is the domain whose SRV records _etcd-client-ssl._tcp and _etcd-client._tcp
+	// name the endpoints. With DiscoverySRVName, "-" and that name follow _etcd-client-ssl and _etcd-client.
+	DiscoverySRV, DiscoverySRVName string
+
 	CAFile            string // PEM; without it, https uses the system's roots
 	CertFile, KeyFile string // PEM; all three files are read again for each connection, so that they can be replaced
 	Username          string
@@ -163,15 +167,32 @@ func New(ctx context.Context, o Options) (*Manager, error) {
 		failed:     newQueue(),
 		regrow:     make(chan struct{}, 1),
 		listed:     newListed(),
-		health: subnet.NewStoreHealth(log, subnet.State{
-			Kind: "etcd", Store: "etcd at " + strings.Join(o.Endpoints, ","), Endpoints: o.Endpoints, Check: checkCommand(o),
-		}),
+		health:     subnet.NewStoreHealth(log, storeOf(o, o.Endpoints)),
+	}
+	if o.DiscoverySRV != "" {
+		m.connection.discovery = &discovery{
+			log: log, domain: o.DiscoverySRV, name: o.DiscoverySRVName, secure: files != nil,
+			found: func(endpoints []string) { m.health.Located(storeOf(o, endpoints)) },
+		}
 	}
 	if err := m.readKept(); err != nil {
 		log.Error(err, "Cannot tell which lease this node held before")
 	}
 	m.running.Go(m.runHeartbeat)
 	return m, nil
+}
+
+// storeOf returns what is known of etcd before it is used.
+func storeOf(o Options, endpoints []string) subnet.State {
+	at := " at " + strings.Join(endpoints, ",")
+	switch {
+	case o.DiscoverySRV == "":
+	case len(endpoints) == 0:
+		at = ", whose endpoints --discovery-srv=" + o.DiscoverySRV + " is to name"
+	default:
+		at += " (--discovery-srv=" + o.DiscoverySRV + ")"
+	}
+	return subnet.State{Kind: "etcd", Store: "etcd" + at, Endpoints: endpoints, Check: checkCommand(o, endpoints)}
 }
 
 // Close implements subnet.Manager. It gives up the node's claim on its addresses, so that another node can have them at

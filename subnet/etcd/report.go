@@ -81,7 +81,14 @@ func (m *Manager) timeToLive(ctx context.Context, id clientv3.LeaseID) (ttl time
 func (m *Manager) Clock(ctx context.Context) (time.Time, error) {
 	client := &http.Client{Transport: &http.Transport{TLSClientConfig: m.tls.config(), DisableKeepAlives: true}}
 	last := errors.New("no endpoint is reached by HTTP")
-	for _, e := range m.options.Endpoints {
+	endpoints := m.options.Endpoints
+	if d := m.connection.discovery; d != nil {
+		var err error
+		if endpoints, err = d.lookUp(ctx); err != nil {
+			return time.Time{}, err
+		}
+	}
+	for _, e := range endpoints {
 		if !strings.HasPrefix(e, "http") {
 			continue
 		}
@@ -105,13 +112,17 @@ func (m *Manager) Clock(ctx context.Context) (time.Time, error) {
 }
 
 // checkCommand returns the command that asks etcd whether it works, with our options. etcdctl asks for the password.
-func checkCommand(o Options) string {
-	command := "etcdctl " + plain.Shell("--endpoints="+strings.Join(o.Endpoints, ","))
-	for _, f := range []struct{ flag, value string }{
-		{"cacert", o.CAFile}, {"cert", o.CertFile}, {"key", o.KeyFile}, {"user", o.Username},
-	} {
+func checkCommand(o Options, endpoints []string) string {
+	type flag struct{ name, value string }
+	flags := []flag{{"endpoints", strings.Join(endpoints, ",")}}
+	if len(endpoints) == 0 {
+		flags = []flag{{"discovery-srv", o.DiscoverySRV}, {"discovery-srv-name", o.DiscoverySRVName}}
+	}
+	flags = append(flags, flag{"cacert", o.CAFile}, flag{"cert", o.CertFile}, flag{"key", o.KeyFile}, flag{"user", o.Username})
+	command := "etcdctl"
+	for _, f := range flags {
 		if f.value != "" {
-			command += " " + plain.Shell("--"+f.flag+"="+f.value)
+			command += " " + plain.Shell("--"+f.name+"="+f.value)
 		}
 	}
 	return command + " endpoint health"

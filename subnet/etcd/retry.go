@@ -245,19 +245,23 @@ func explain(err error) (cause, text string) {
 	case errors.Is(err, rpctypes.ErrPermissionDenied):
 		return "", text + ": the user must be allowed to read config under --etcd-prefix, and to read and " +
 			"write subnets/ and nodes/ there, see etcdctl role grant-permission --prefix"
+	case errors.As(err, new(*lookupError)):
+		return "discovery", text
 	case contains("certificate has expired or is not yet valid"):
 		return "certificate", text + ": check this host's clock, and until when the server's certificate is valid"
 	case contains("x509:"):
 		return "certificate", text + ": the server's certificate cannot be verified, " +
-			"check --etcd-cafile and the names in --etcd-endpoints"
+			"check --etcd-cafile and the names of the endpoints"
 	case contains("remote error: tls: expired certificate"):
 		return "certificate", text + ": check until when our certificate is valid (--etcd-certfile), and the server's clock"
 	case contains("remote error: tls:"):
 		return "certificate", text + ": the server does not accept our certificate, check --etcd-certfile and --etcd-keyfile"
 	case contains("first record does not look like a TLS handshake", "handshake failed: EOF"):
-		return "scheme", text + ": the server does not speak TLS, perhaps --etcd-endpoints should begin with http://"
+		return "scheme", text + ": the server does not speak TLS, perhaps --etcd-endpoints should begin with http://, " +
+			"or the SRV record should be _etcd-client"
 	case contains("error reading server preface: EOF"):
-		return "scheme", text + ": the server closes the connection, perhaps --etcd-endpoints should begin with https://"
+		return "scheme", text + ": the server closes the connection, perhaps --etcd-endpoints should begin with https://, " +
+			"or the SRV record should be _etcd-client-ssl"
 	case errors.Is(err, context.DeadlineExceeded), codeOf(err) == codes.DeadlineExceeded,
 		text == context.DeadlineExceeded.Error(): // etcd 3.4 answers this when its leader does not answer
 		return subnet.Unreachable, fmt.Sprintf("no answer within %v", requestTimeout)

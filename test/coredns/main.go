@@ -1,12 +1,14 @@
-// Command coredns is CoreDNS with what a Kubernetes cluster's DNS needs of its plugins: with all of them it takes
-// minutes longer to build.
+// Command coredns is CoreDNS with what a Kubernetes cluster's DNS needs of its plugins, and those that serve a zone
+// from a file: with all plugins it takes minutes longer to build.
 package main
 
 import (
 	"github.com/coredns/coredns/core/dnsserver"
 	"github.com/coredns/coredns/coremain"
+	_ "github.com/coredns/coredns/plugin/bind"
 	_ "github.com/coredns/coredns/plugin/cache"
 	_ "github.com/coredns/coredns/plugin/errors"
+	_ "github.com/coredns/coredns/plugin/file"
 	_ "github.com/coredns/coredns/plugin/forward"
 	_ "github.com/coredns/coredns/plugin/health"
 	_ "github.com/coredns/coredns/plugin/hosts"
@@ -18,6 +20,7 @@ import (
 
 func main() {
 	// In the order in which CoreDNS asks them.
-	dnsserver.Directives = []string{"reload", "health", "ready", "errors", "log", "cache", "hosts", "kubernetes", "forward"}
+	dnsserver.Directives = []string{"reload", "bind", "health", "ready", "errors", "log", "cache", "hosts", "kubernetes",
+		"file", "forward"}
 	coremain.Run()
 }

@@ -116,24 +116,30 @@ func (p *program) peers() string { return "http://" + net.JoinHostPort(p.host, "
 // launch starts the program, and does not wait until it answers.
 func (p *program) launch(t *testing.T) {
 	t.Helper()
-	log, err := os.OpenFile(filepath.Join(p.dir, "log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer log.Close()
 	cluster := ""
 	for _, m := range append(p.members, p) {
 		if !strings.Contains(cluster, m.peers()) {
 			cluster += "," + m.host + "=" + m.peers()
 		}
 	}
-	cmd := exec.Command(p.path, append([]string{
+	p.run(t, append([]string{
 		"--data-dir", filepath.Join(p.dir, "data"), "--name", p.host, "--logger=zap", "--bcrypt-cost=4",
 		"--heartbeat-interval=50", "--election-timeout=500",
 		"--listen-peer-urls", p.peers(), "--initial-advertise-peer-urls", p.peers(), "--initial-cluster", cluster[1:],
 		"--listen-client-urls", p.scheme() + p.addr(), "--advertise-client-urls", p.scheme() + p.addr(),
 		"--listen-metrics-urls", "http://" + net.JoinHostPort(p.host, "2381"),
 	}, p.args...)...)
+}
+
+// run starts the program with arguments.
+func (p *program) run(t *testing.T, args ...string) {
+	t.Helper()
+	log, err := os.OpenFile(filepath.Join(p.dir, "log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer log.Close()
+	cmd := exec.Command(p.path, args...)
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	started := make(chan error)

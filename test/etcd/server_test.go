@@ -44,6 +44,7 @@ func TestMain(m *testing.M) {
 	if flag.Lookup("test.parallel").Value.String() == strconv.Itoa(runtime.GOMAXPROCS(0)) {
 		flag.Set("test.parallel", "12") // most of the tests wait for most of the time
 	}
+	net.DefaultResolver = names.resolver()
 	code := m.Run()
 	if shared.server != nil {
 		shared.server.stop()
@@ -301,6 +302,12 @@ func newSite(t *testing.T) *site {
 func newOwnSite(t *testing.T) *site {
 	t.Helper()
 	t.Parallel()
+	return ownSite(t)
+}
+
+// ownSite is newOwnSite for a test that is not parallel to others.
+func ownSite(t *testing.T) *site {
+	t.Helper()
 	s := &site{t: t, prefix: "/coreos.com/network", server: &server{dir: filepath.Join(t.TempDir(), "data")}}
 	var err error
 	if s.relay, err = newRelay("tcp", "127.0.0.1:0"); err != nil {

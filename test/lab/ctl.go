@@ -27,8 +27,7 @@ func (n *Node) CtlBy(ctx context.Context, by []string, args ...string) (out stri
 	full := slices.Concat(by, []string{program, "--env-file=/dev/null"}, args)
 	for _, given := range append(n.args, "--etcd-endpoints="+Endpoint, "--subnet-file="+n.SubnetFile()) {
 		name, _, _ := strings.Cut(given, "=")
-		if !strings.HasPrefix(name, "--healthz") && !slices.ContainsFunc(full,
-			func(arg string) bool { return strings.HasPrefix(arg, name+"=") || arg == name }) {
+		if !strings.HasPrefix(name, "--healthz") && !sets(full, name) {
 			full = append(full, given)
 		}
 	}

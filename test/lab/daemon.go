@@ -50,7 +50,7 @@ func (d *Daemon) Start(args ...string) error {
 		"--healthz-port=" + healthzPort,
 	} {
 		name, _, _ := strings.Cut(given, "=")
-		if !slices.ContainsFunc(args, func(arg string) bool { return strings.HasPrefix(arg, name+"=") }) {
+		if !sets(args, name) {
 			full = append(full, given)
 		}
 	}
@@ -71,6 +71,14 @@ func (d *Daemon) Start(args ...string) error {
 	cmd.Stdout, cmd.Stderr = log, log
 	d.proc, err = d.node.Launch(cmd)
 	return err
+}
+
+// sets tells whether arguments have a flag, or another flag in its place.
+func sets(args []string, flag string) bool {
+	return slices.ContainsFunc(args, func(arg string) bool {
+		name, _, _ := strings.Cut(arg, "=")
+		return name == flag || name == "--discovery-srv" && flag == "--etcd-endpoints"
+	})
 }
 
 // WaitReady waits until the daemon is Ready.

@@ -58,6 +58,7 @@ var managers = map[string]func(context.Context, *Options) (subnet.Manager, error
 	"etcd": func(ctx context.Context, o *Options) (subnet.Manager, error) {
 		return etcd.New(ctx, etcd.Options{
 			Endpoints: o.EtcdEndpoints, Prefix: o.EtcdPrefix,
+			DiscoverySRV: o.DiscoverySRV, DiscoverySRVName: o.DiscoverySRVName,
 			CAFile: o.EtcdCAFile, CertFile: o.EtcdCertFile, KeyFile: o.EtcdKeyFile,
 			Username: o.EtcdUsername, Password: string(o.EtcdPassword),
 			RenewMargin: o.LeaseRenewMargin,

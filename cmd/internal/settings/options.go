@@ -38,8 +38,9 @@ type Options struct {
 	StatusSocket     string // "": off
 	LeaseRenewMargin time.Duration
 
-	EtcdEndpoints                         []string // URLs: http, https or unix
-	EtcdPrefix                            string   // no trailing slash
+	EtcdEndpoints                         []string // URLs: http, https or unix; none with DiscoverySRV
+	DiscoverySRV, DiscoverySRVName        string
+	EtcdPrefix                            string // no trailing slash
 	EtcdCAFile, EtcdCertFile, EtcdKeyFile string
 	EtcdUsername                          string
 	EtcdPassword                          secret
@@ -145,6 +146,11 @@ func leaseFlags(o *Options) []group {
 		{"Leases in etcd", "etcd", []*setting{
 			{name: "etcd-endpoints", arg: "URL[,URL...]", def: "http://127.0.0.1:4001,http://127.0.0.1:2379",
 				set: into(&o.EtcdEndpoints, endpoints), help: "URLs of etcd's endpoints: http://, https:// or unix://"},
+			{name: "discovery-srv", arg: "DOMAIN", set: into(&o.DiscoverySRV, optional(domain)),
+				help: "in place of --etcd-endpoints: domain whose SRV records _etcd-client-ssl._tcp, or else _etcd-client._tcp, name " +
+					"the endpoints"},
+			{name: "discovery-srv-name", arg: "NAME", set: into(&o.DiscoverySRVName, optional(label)),
+				help: "name that the SRV records have in addition: _etcd-client-ssl-NAME, _etcd-client-NAME"},
 			{name: "etcd-prefix", arg: "KEY", def: "/coreos.com/network", set: into(&o.EtcdPrefix, etcdPrefix),
 				help: "key in etcd under which the network configuration and the leases are stored"},
 			{name: "etcd-cafile", arg: "PATH", set: into(&o.EtcdCAFile, anything),
@@ -576,6 +582,9 @@ func (o *Options) check() error {
 	if alone("etcd-username", "etcd-password") {
 		o.EtcdUsername, o.EtcdPassword = "", ""
 	}
+	if err := o.discovery(); err != nil {
+		return err
+	}
 	for i, e := range o.EtcdEndpoints {
 		switch {
 		case strings.Contains(e, "://"):
@@ -586,7 +595,8 @@ func (o *Options) check() error {
 		}
 	}
 	secure := func(e string) bool { return strings.HasPrefix(e, "https://") }
-	if o.EtcdCAFile != "" && o.EtcdCertFile == "" && !slices.ContainsFunc(o.EtcdEndpoints, secure) {
+	if o.DiscoverySRV == "" && o.EtcdCAFile != "" && o.EtcdCertFile == "" &&
+		!slices.ContainsFunc(o.EtcdEndpoints, secure) {
 		o.warn("%s is ignored: no endpoint begins with https://", o.setting("etcd-cafile").from)
 		o.EtcdCAFile = ""
 	}
@@ -595,6 +605,22 @@ func (o *Options) check() error {
 		readable("etcd-certfile", o.EtcdCertFile),
 		readable("etcd-keyfile", o.EtcdKeyFile),
 	)
+}
+
+// discovery checks that only one flag sets where etcd is.
+func (o *Options) discovery() error {
+	given, name := o.setting("etcd-endpoints"), o.setting("discovery-srv-name")
+	switch {
+	case o.DiscoverySRV != "" && given.from != "":
+		return fmt.Errorf("%s and %s both set where etcd is: give only one of them", given.from,
+			o.setting("discovery-srv").from)
+	case o.DiscoverySRV != "":
+		o.EtcdEndpoints = nil
+	case o.DiscoverySRVName != "":
+		o.warn("%s is ignored: it has no effect without --discovery-srv", name.from)
+		o.DiscoverySRVName = ""
+	}
+	return nil
 }
 
 // lookupLimit is how long the lookup of a name may take.
@@ -984,6 +1010,32 @@ func endpoint(part string) (string, error) {
 	}
 	return out, nil
 }
+
+var dnsLabel = regexp.MustCompile(`^[A-Za-z0-9_]([-A-Za-z0-9_]*[A-Za-z0-9_])?$`)
+
+// domain parses the name of a domain, which may end in a dot.
+func domain(text string) (string, error) {
+	for part := range strings.SplitSeq(strings.TrimSuffix(text, "."), ".") {
+		if len(text) > maxDomain || len(part) > maxLabel || !dnsLabel.MatchString(part) {
+			return "", fmt.Errorf("%q is not the name of a domain such as example.com", withoutUser(text))
+		}
+	}
+	return text, nil
+}
+
+// label parses what is appended to the names of SRV records.
+func label(text string) (string, error) {
+	if len("_etcd-client-ssl-"+text) > maxLabel || !dnsLabel.MatchString(text) {
+		return "", fmt.Errorf("%q is not a part of a name in DNS such as blue", text)
+	}
+	return text, nil
+}
+
+// How long the name of a domain and its parts may be in DNS; with maxDomain, the name of an SRV record fits, too.
+const (
+	maxDomain = 180
+	maxLabel  = 63
+)
 
 // apiURL checks the URL of the API server. A URL without a scheme is left to client-go, as in flannel.
 func apiURL(text string) (string, error) {

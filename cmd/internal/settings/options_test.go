@@ -94,6 +94,18 @@ func TestParseOptions(t *testing.T) {
 			o.IPMasq, o.IPMasqNotRandom, o.ForwardRules = true, true, false
 			o.SetNodeNetworkUnavailable, o.BlackholeRoute, o.KubeSubnetMgr = false, true, true
 		}},
+		{name: "endpoints by DNS", args: []string{"--discovery-srv=etcd.example.com.", "--discovery-srv-name=blue",
+			"--etcd-cafile=" + file}, want: func(o *Options) {
+			o.EtcdEndpoints, o.EtcdCAFile = nil, file
+			o.DiscoverySRV, o.DiscoverySRVName = "etcd.example.com.", "blue"
+		}},
+		{name: "endpoints by DNS, in the environment", env: []string{"FLANNELD_DISCOVERY_SRV=example.com"},
+			want: func(o *Options) { o.EtcdEndpoints, o.DiscoverySRV = nil, "example.com" }},
+		{name: "no domain", args: []string{"--discovery-srv=", "--discovery-srv-name=blue", "--etcd-endpoints=http://a:1"},
+			want: func(o *Options) {
+				o.EtcdEndpoints = []string{"http://a:1"}
+				o.Warnings = []string{"--discovery-srv-name is ignored: it has no effect without --discovery-srv"}
+			}},
 		{name: "another table", args: []string{"--route-table=7070", "--route-rule-priority=500"}, want: func(o *Options) {
 			o.RouteTable, o.RulePriority = 7070, 500
 		}},
@@ -430,6 +442,18 @@ func TestParseOptionsError(t *testing.T) {
 		{args: "--etcd-endpoints=http://a:70000", want: `--etcd-endpoints: "http://a:70000" has no valid port: 1 to 65535`},
 		{args: "--etcd-endpoints=http://u:hunter2%zz@a:1",
 			want: `--etcd-endpoints: "...@a:1" is not a URL: http://HOST:PORT, https://HOST:PORT or unix:///PATH`},
+		{args: "--discovery-srv=http://example.com", want: `--discovery-srv: "http://example.com" is not the name of a ` +
+			`domain such as example.com`},
+		{args: "--discovery-srv=a..b", want: `--discovery-srv: "a..b" is not the name of a domain such as example.com`},
+		{args: "--discovery-srv=.", want: `--discovery-srv: "." is not the name of a domain such as example.com`},
+		{args: "--discovery-srv=example.com|--discovery-srv-name=a.b",
+			want: `--discovery-srv-name: "a.b" is not a part of a name in DNS such as blue`},
+		{args: "--discovery-srv=example.com", env: "FLANNELD_ETCD_ENDPOINTS=http://a:1",
+			want: "FLANNELD_ETCD_ENDPOINTS and --discovery-srv both set where etcd is: give only one of them"},
+		{args: "--etcd-endpoints=http://a:1", env: "FLANNELD_DISCOVERY_SRV=example.com",
+			want: "--etcd-endpoints and FLANNELD_DISCOVERY_SRV both set where etcd is: give only one of them"},
+		{args: "--discovery-srv=example.com|--etcd-cafile=/nowhere/ca.pem",
+			want: "--etcd-cafile: cannot read the file: open /nowhere/ca.pem: no such file or directory"},
 		{args: "--etcd-cafile=/nowhere/ca.pem|--etcd-endpoints=https://a:1",
 			want: "--etcd-cafile: cannot read the file: open /nowhere/ca.pem: no such file or directory"},
 		{args: "--etcd-certfile=/nowhere/c.pem|--etcd-keyfile=" + file,
@@ -584,6 +608,8 @@ func TestLogFlags(t *testing.T) {
 // Names and defaults are what units and manifests rely on.
 func TestTable(t *testing.T) {
 	const want = `
+discovery-srv
+discovery-srv-name
 etcd-cafile
 etcd-certfile
 etcd-endpoints http://127.0.0.1:4001,http://127.0.0.1:2379

@@ -100,6 +100,16 @@ func newProgram(t *testing.T, path string, args ...string) *program {
 type programSite struct {
 	*site
 	program *program
+	proxy   *program // which nodes reach the program by; nil: by none
+}
+
+// reach leads managers to the program, or its proxy.
+func (s *programSite) reach() {
+	if s.proxy != nil {
+		s.relay.point(s.proxy.addr())
+	} else {
+		s.relay.point(s.program.addr())
+	}
 }
 
 func (p *program) addr() string { return net.JoinHostPort(p.host, "2379") }
@@ -216,7 +226,7 @@ func (p *program) kill() {
 func (s *programSite) up() {
 	s.t.Helper()
 	s.start()
-	s.relay.point(s.program.addr())
+	s.reach()
 }
 
 // asRoot returns a client that is root, where authentication is on. It logs in

@@ -88,7 +88,7 @@ func life(s *programSite, o etcd.Options, users bool) {
 	if _, err := s.client.Compact(s.ctx(), got.Header.Revision, clientv3.WithCompactPhysical()); err != nil {
 		s.t.Fatal(err)
 	}
-	s.relay.point(s.program.addr())
+	s.reach()
 	s.delete("subnets/10.7.5.0-24")
 	w.works()
 

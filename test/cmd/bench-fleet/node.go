@@ -90,8 +90,9 @@ func (n *node) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	configs, leases := m.Configs(ctx), m.Watch(ctx)
+	configs := m.Configs(ctx)
 	<-m.Select(ctx, iface.Selector{})
+	leases := m.Watch(ctx)
 	running.Go(func() {
 		for range configs {
 		}

@@ -370,7 +370,7 @@ bench: build need-lab $(ETCD) ## One node among up to 20000, beside what ip and 
 bench-faults: build need-lab $(ETCD) $(CNI) ## How long pods are silent after each kind of fault
 	cd test && go test -run '^$$' -bench '^BenchmarkFaults$$' -benchtime 3x -timeout 60m ./e2e
 
-bench-fleet: need-lab $(ETCD) ## What many nodes do to etcd, at rest and at bad moments: FLEET="-n 100,1000"
+bench-fleet: need-lab $(ETCD) $(if $(findstring -store k,$(FLEET)),$(KUBE) $(OTHER_KUBE)) ## What many nodes do to etcd, or to an API server: FLEET="-store kubernetes -n 100,1000"
 	@cd test && go run ./cmd/bench-fleet $(FLEET)
 
 bench-udp: build need-demo $(ETCD) $(CNI) ## The udp backend beside vxlan, host-gw and wireguard

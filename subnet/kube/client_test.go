@@ -27,6 +27,7 @@ import (
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/pkg/plain"
 	"github.com/flanneld/flanneld/subnet"
@@ -81,6 +82,33 @@ func TestStallGuard(t *testing.T) {
 
 func answered(code int32, message string) error {
 	return &apierrors.StatusError{ErrStatus: metav1.Status{Code: code, Message: message}}
+}
+
+// A busy server asks all nodes to wait for the same time. None of them comes back sooner, and they do not come back
+// together.
+func TestRetryAfter(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := klog.Logger{}
+		m := &Manager{client: &client{log: log, loaded: fingerprint(nil)}, health: subnet.NewStoreHealth(log, subnet.State{})}
+		pauses := map[time.Duration]int{}
+		const nodes, asked = 100, 2
+		for range nodes {
+			began, attempts := time.Now(), 0
+			err := m.retry(t.Context(), "write", func(context.Context) error {
+				if attempts++; attempts == 1 {
+					return apierrors.NewTooManyRequests("busy", asked)
+				}
+				return nil
+			})
+			pause := time.Since(began)
+			if pauses[pause]++; err != nil || pause <= asked*time.Second {
+				t.Fatalf("%v after %v, although the server asked for %d s", err, pause, asked)
+			}
+		}
+		if len(pauses) < nodes/2 {
+			t.Errorf("%d nodes come back at %d moments", nodes, len(pauses))
+		}
+	})
 }
 
 // That these are the errors that a real API server gives is shown in the tests

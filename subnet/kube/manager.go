@@ -614,14 +614,17 @@ func (m *Manager) retry(ctx context.Context, operation string, f func(context.Co
 		if ctx.Err() == nil {
 			m.fail(operation, err)
 		}
-		rest := pause.Next()
-		if seconds, ok := apierrors.SuggestsClientDelay(err); ok {
-			rest = max(rest, min(time.Duration(seconds)*time.Second, maxRetryAfter))
-		}
-		if err := retry.Sleep(ctx, rest); err != nil {
+		if err := retry.Sleep(ctx, askedPause(err)+pause.Next()); err != nil {
 			return err
 		}
 	}
+}
+
+// askedPause returns how long a server that refuses a request asks us to wait; 0 if it does not ask. A busy server asks
+// all nodes to wait for the same time: they pause for longer than that, so that they do not come back together.
+func askedPause(err error) time.Duration {
+	seconds, _ := apierrors.SuggestsClientDelay(err)
+	return min(time.Duration(seconds)*time.Second, maxRetryAfter)
 }
 
 // fail records that an attempt has failed.

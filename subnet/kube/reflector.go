@@ -171,9 +171,7 @@ func (w *nodeWatcher) failed(ctx context.Context, err error) {
 		return
 	}
 	w.manager.fail(w.operation, err)
-	if seconds, ok := apierrors.SuggestsClientDelay(err); ok {
-		retry.Sleep(ctx, min(time.Duration(seconds)*time.Second, maxRetryAfter))
-	}
+	retry.Sleep(ctx, askedPause(err))
 }
 
 // gone tells whether the server no longer knows the version that we know. This is no failure: the reflector starts from

@@ -2,25 +2,19 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"hash/maphash"
-	"strings"
 	"sync"
 	"time"
 
-	clientv3 "go.etcd.io/etcd/client/v3"
-
 	"github.com/flanneld/flanneld/subnet"
-	"github.com/flanneld/flanneld/test/lab"
 )
 
 // A fleet is many nodes on one store.
 type fleet struct {
-	store *store
+	store store
 	meter *meter
-	dir   string
 	nodes []*node
 	marks int // records of no node, which are written to see how long it takes until all know of them
 
@@ -29,19 +23,28 @@ type fleet struct {
 	slotOf  map[subnet.Subnets]int
 }
 
-func newFleet(s *store, m *meter, dir string) *fleet {
-	return &fleet{store: s, meter: m, dir: dir, seed: maphash.MakeSeed(), slotOf: map[subnet.Subnets]int{}}
+func newFleet(s store, m *meter) *fleet {
+	return &fleet{store: s, meter: m, seed: maphash.MakeSeed(), slotOf: map[subnet.Subnets]int{}}
 }
 
-// start starts more nodes, all within the given time.
-func (f *fleet) start(ctx context.Context, count int, within time.Duration) {
-	began := time.Now()
+// start starts more nodes, all within the given time, and returns when it began. What happens before that, when the
+// store learns of these nodes, is not measured.
+func (f *fleet) start(ctx context.Context, count int, within time.Duration) (began time.Time, err error) {
+	if err := f.store.register(ctx, len(f.nodes), len(f.nodes)+count); err != nil {
+		return began, err
+	}
+	if err := pause(ctx, 3*time.Second); err != nil { // the meter's next reading
+		return began, err
+	}
+	f.meter.reset()
+	began = time.Now()
 	for i := range count {
 		n := &node{fleet: f, number: len(f.nodes)}
 		f.nodes = append(f.nodes, n)
 		time.Sleep(time.Until(began.Add(within * time.Duration(i) / time.Duration(count))))
 		n.start(ctx)
 	}
+	return began, nil
 }
 
 // end ends nodes, all at a time.
@@ -58,22 +61,13 @@ func (f *fleet) remove(ctx context.Context, from int) error {
 	gone := f.nodes[from:]
 	f.nodes = f.nodes[:from]
 	end(gone)
-	for _, n := range gone {
-		f.meter.ours.Add(1)
-		if _, err := f.store.Delete(ctx, subnetsPrefix+n.lease.Key()); err != nil {
-			return err
-		}
-	}
-	return nil
+	return f.store.remove(ctx, gone)
 }
-
-const subnetsPrefix = lab.Prefix + "/subnets/"
 
 // mark writes the lease of a node that does not exist.
 func (f *fleet) mark(ctx context.Context) error {
 	f.marks++
-	value := fmt.Sprintf(`{"PublicIP":"198.19.255.%d","BackendType":"vxlan","BackendData":{"VNI":1}}`, f.marks)
-	return f.meter.put(ctx, fmt.Sprintf("%s9.0.%d.0-24", subnetsPrefix, f.marks), value)
+	return f.store.mark(ctx, f.marks)
 }
 
 // awaitRight waits until all is right: each node holds a lease and has a store, and knows what the store has.
@@ -130,40 +124,24 @@ func (f *fleet) checkNodes() error {
 func (f *fleet) checkStore(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
-	f.meter.ours.Add(2)
-	claims, err := f.store.Get(ctx, lab.Prefix+"/nodes/", clientv3.WithPrefix(), clientv3.WithCountOnly())
+	there, err := f.store.leases(ctx, len(f.nodes))
 	if err != nil {
 		return err
 	}
-	records, err := f.store.Get(ctx, subnetsPrefix, clientv3.WithPrefix())
-	if err != nil {
-		return err
-	}
-	there := map[subnet.Subnets]bool{}
 	var sum uint64
-	for _, kv := range records.Kvs {
-		s, err := subnet.ParseKey(strings.TrimPrefix(string(kv.Key), subnetsPrefix))
-		if err != nil {
-			return err
-		}
-		var a subnet.Attrs
-		if err := json.Unmarshal(kv.Value, &a); err != nil {
-			return err
-		}
-		there[s] = true
+	for s, a := range there {
 		sum += weigh(f.slot(s), f.checksum(a))
 	}
 	for _, n := range f.nodes {
 		n.mu.Lock()
 		lease, known := n.lease, n.sum
 		n.mu.Unlock()
-		if !there[lease] || known != sum {
+		if _, held := there[lease]; !held || known != sum {
 			return errors.New("nodes know something else than the store has")
 		}
 	}
-	if int(claims.Count) != len(f.nodes) || len(there) != len(f.nodes)+f.marks {
-		return fmt.Errorf("the store has %d claims and %d leases, of %d nodes and %d others", claims.Count, len(there),
-			len(f.nodes), f.marks)
+	if len(there) != len(f.nodes)+f.marks {
+		return fmt.Errorf("the store has %d leases, of %d nodes and %d others", len(there), len(f.nodes), f.marks)
 	}
 	return nil
 }

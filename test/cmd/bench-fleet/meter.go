@@ -3,19 +3,15 @@ package main
 import (
 	"context"
 	"sync"
-	"sync/atomic"
 	"time"
-
-	"github.com/flanneld/flanneld/test/lab"
 )
 
-// A meter reads the store's counters once a second, and probes the store as another client of it does.
+// A meter reads the counters of the store's servers once a second, and probes the store.
 type meter struct {
-	store *store
-	ours  atomic.Int64 // requests of the simulator, which are not counted
+	store store
 
 	mu     sync.Mutex
-	total  traffic
+	total  traffic       // since reset
 	peak   float64       // requests in a second, since reset
 	slow   time.Duration // what the slowest of the probe's requests took, since reset
 	failed int           // the probe's requests without an answer within probePatience, since reset
@@ -28,26 +24,20 @@ func (m *meter) run(ctx context.Context) {
 	var running sync.WaitGroup
 	running.Go(func() { m.probe(ctx) })
 	defer running.Wait()
-	last := make([]traffic, members)
-	at, counted := time.Now(), m.ours.Load()
+	at, counted := time.Now(), m.store.own()
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	for first := true; ctx.Err() == nil; first = false {
 		var more traffic
-		for i, member := range m.store.members {
-			now, err := member.traffic(ctx)
-			if err != nil {
-				continue // it is down
+		for _, s := range m.store.servers() {
+			if now, err := s.more(ctx); err == nil { // otherwise it is down
+				more.add(now)
 			}
-			before := last[i]
-			last[i] = now
-			now.since(before)
-			more.add(now)
 		}
-		ours := m.ours.Load()
-		more.requests -= float64(ours - counted)
+		own := m.store.own()
+		more.requests -= float64(own - counted)
 		elapsed := time.Since(at).Seconds()
-		at, counted = time.Now(), ours
+		at, counted = time.Now(), own
 		m.mu.Lock()
 		if m.total.add(more); !first {
 			m.peak = max(m.peak, more.requests/elapsed)
@@ -60,17 +50,12 @@ func (m *meter) run(ctx context.Context) {
 	}
 }
 
-// probe writes and reads a key ten times a second.
+// probe uses the store as another client does, ten times a second.
 func (m *meter) probe(ctx context.Context) {
 	for ctx.Err() == nil {
 		began := time.Now()
 		limited, cancel := context.WithTimeout(ctx, probePatience)
-		_, err := m.store.Put(limited, "/probe", began.String())
-		if err == nil {
-			_, err = m.store.Get(limited, "/probe")
-			m.ours.Add(1)
-		}
-		m.ours.Add(1)
+		err := m.store.probe(limited)
 		cancel()
 		if ctx.Err() != nil {
 			return
@@ -88,27 +73,16 @@ func (m *meter) probe(ctx context.Context) {
 	}
 }
 
-// reset starts the peak and the probe's figures from nothing, and returns what was counted so far.
-func (m *meter) reset() traffic {
+// reset has all counts begin at nothing.
+func (m *meter) reset() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.peak, m.slow, m.failed = 0, 0, 0
-	return m.total
+	m.total, m.peak, m.slow, m.failed = traffic{}, 0, 0, 0
 }
 
+// read returns what was counted since the last reset.
 func (m *meter) read() (total traffic, peak float64, slow time.Duration, failed int) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.total, m.peak, m.slow, m.failed
-}
-
-// put writes a key for the simulator, until that succeeds.
-func (m *meter) put(ctx context.Context, key, value string) error {
-	return lab.Poll(ctx, "writing "+key, func() error {
-		ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
-		defer cancel()
-		m.ours.Add(1)
-		_, err := m.store.Put(ctx, key, value)
-		return err
-	})
 }

@@ -5,10 +5,7 @@ import (
 	"fmt"
 	"os/exec"
 	"strings"
-	"sync"
 	"time"
-
-	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/flanneld/flanneld/test/lab"
 )
@@ -25,73 +22,45 @@ const joins = 100
 // away is how long all of the store, or half of the network, is away.
 const away = time.Minute
 
-var moments = []moment{
-	{"joins", "100 join at once", func(ctx context.Context, f *fleet) (time.Time, error) {
-		since := time.Now()
-		f.start(ctx, joins, 0)
-		return since, nil
-	}},
-	{"restart", "all daemons restart at once", func(ctx context.Context, f *fleet) (time.Time, error) {
-		end(f.nodes)
-		since := time.Now()
-		for _, n := range f.nodes {
-			n.start(ctx)
-		}
-		return since, nil
-	}},
-	{"leader", "the leader is lost", func(ctx context.Context, f *fleet) (time.Time, error) {
-		leader, err := f.store.leader(ctx)
-		if err != nil {
-			return time.Time{}, err
-		}
-		since := time.Now()
-		leader.kill()
-		return since, f.mark(ctx)
-	}},
-	{"member", "another member is lost", func(ctx context.Context, f *fleet) (time.Time, error) {
-		followers, err := f.store.followers(ctx)
-		if err != nil {
-			return time.Time{}, err
-		}
-		since := time.Now()
-		followers[0].kill()
-		return since, f.mark(ctx)
-	}},
-	{"store", "all members are away for 60 s", func(ctx context.Context, f *fleet) (time.Time, error) {
-		for _, m := range f.store.members {
-			m.kill()
-		}
-		if err := pause(ctx, away); err != nil {
-			return time.Time{}, err
-		}
-		if err := f.startMembers(); err != nil {
-			return time.Time{}, err
-		}
-		if err := f.store.awaitAnswer(ctx); err != nil {
-			return time.Time{}, err
-		}
-		return time.Now(), f.mark(ctx)
-	}},
-	{"compaction", "a compaction while half of the nodes are cut off", compact},
-	{"partition", "half of the nodes are cut off for 60 s", func(ctx context.Context, f *fleet) (time.Time, error) {
-		return f.cutHalf(ctx, away, func() error { return nil })
-	}},
-	{"expiry", "every etcd lease ends, 1000 a second", expire},
-	{"rolling", "a rolling upgrade, a twentieth at a time", func(ctx context.Context, f *fleet) (time.Time, error) {
-		since := time.Now()
-		batch := max(1, len(f.nodes)/20)
-		for i := 0; i < len(f.nodes); i += batch {
-			nodes := f.nodes[i:min(i+batch, len(f.nodes))]
-			end(nodes)
-			for _, n := range nodes {
+// moments returns all bad moments of a store.
+func moments(s store) []moment {
+	all := append([]moment{
+		{"joins", "100 join at once", func(ctx context.Context, f *fleet) (time.Time, error) {
+			return f.start(ctx, joins, 0)
+		}},
+		{"restart", "all daemons restart at once", func(ctx context.Context, f *fleet) (time.Time, error) {
+			end(f.nodes)
+			since := time.Now()
+			for _, n := range f.nodes {
 				n.start(ctx)
 			}
-			if err := f.awaitHeld(ctx, nodes); err != nil {
-				return since, err
-			}
+			return since, nil
+		}},
+	}, s.moments()...)
+	return append(all,
+		moment{"partition", "half of the nodes are cut off for 60 s", func(ctx context.Context, f *fleet) (time.Time, error) {
+			return f.cutHalf(ctx, away, func() error { return nil })
+		}},
+		moment{"rolling", "a rolling upgrade, a twentieth at a time", func(ctx context.Context, f *fleet) (time.Time, error) {
+			return f.upgrade(ctx)
+		}},
+	)
+}
+
+func (f *fleet) upgrade(ctx context.Context) (since time.Time, err error) {
+	since = time.Now()
+	batch := max(1, len(f.nodes)/20)
+	for i := 0; i < len(f.nodes); i += batch {
+		nodes := f.nodes[i:min(i+batch, len(f.nodes))]
+		end(nodes)
+		for _, n := range nodes {
+			n.start(ctx)
 		}
-		return since, nil
-	}},
+		if err := f.awaitHeld(ctx, nodes); err != nil {
+			return since, err
+		}
+	}
+	return since, nil
 }
 
 func pause(ctx context.Context, d time.Duration) error {
@@ -101,16 +70,6 @@ func pause(ctx context.Context, d time.Duration) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-}
-
-// startMembers starts the members that are down.
-func (f *fleet) startMembers() error {
-	for _, m := range f.store.members {
-		if err := m.start(); err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 // awaitHeld waits until nodes hold leases and know peers.
@@ -156,43 +115,4 @@ func (f *fleet) cutHalf(ctx context.Context, d time.Duration, meanwhile func() e
 	}
 	since = time.Now()
 	return since, nft("delete table ip cut")
-}
-
-// compact removes the history of what half of the nodes miss.
-func compact(ctx context.Context, f *fleet) (time.Time, error) {
-	return f.cutHalf(ctx, 15*time.Second, func() error {
-		now, err := f.store.Get(ctx, lab.Prefix)
-		if err != nil {
-			return err
-		}
-		_, err = f.store.Compact(ctx, now.Header.Revision, clientv3.WithCompactPhysical())
-		return err
-	})
-}
-
-// expire ends all etcd leases, as fast as etcd ends those that nobody renews.
-func expire(ctx context.Context, f *fleet) (since time.Time, err error) {
-	leases, err := f.store.Leases(ctx)
-	if err != nil {
-		return since, err
-	}
-	since = time.Now()
-	const parallel = 8
-	todo := make(chan clientv3.LeaseID)
-	var running sync.WaitGroup
-	for range parallel {
-		running.Go(func() {
-			for id := range todo {
-				f.meter.ours.Add(1)
-				f.store.Revoke(ctx, id) // an error: it has ended
-			}
-		})
-	}
-	for i, l := range leases.Leases {
-		time.Sleep(time.Until(since.Add(time.Duration(i) * time.Millisecond)))
-		todo <- l.ID
-	}
-	close(todo)
-	running.Wait()
-	return since, nil
 }

@@ -6,15 +6,12 @@ import (
 	"fmt"
 	"hash/maphash"
 	"net/netip"
-	"path/filepath"
 	"sync"
 
 	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/pkg/iface"
 	"github.com/flanneld/flanneld/subnet"
-	"github.com/flanneld/flanneld/subnet/etcd"
-	"github.com/flanneld/flanneld/test/lab"
 )
 
 // A node runs the daemon's manager of leases, and calls it as the daemon's main loop does. It has no kernel: what it
@@ -27,7 +24,7 @@ type node struct {
 	done chan struct{}
 
 	mu      sync.Mutex
-	manager *etcd.Manager
+	manager subnet.Manager
 	lease   subnet.Subnets // the last one
 	held    bool
 	lost    int      // leases
@@ -49,7 +46,10 @@ func publicIP(number int) netip.Addr {
 	return netip.AddrFrom4([4]byte{198, 18 + byte(number>>16), byte(number >> 8), byte(number)})
 }
 
-// start starts the node; the endpoints are those of its half of the network.
+// half is the half of the network that the node is in: it reaches the store at 127.0.half.x, see fleet.cutHalf.
+func (n *node) half() int { return 1 + n.number%2 }
+
+// start starts the node.
 func (n *node) start(ctx context.Context) {
 	ctx, n.stop = context.WithCancel(klog.NewContext(ctx, klog.Logger{}))
 	n.done = make(chan struct{})
@@ -76,14 +76,7 @@ func (n *node) end() {
 }
 
 func (n *node) run(ctx context.Context) error {
-	var endpoints []string
-	for i := range members {
-		endpoints = append(endpoints, fmt.Sprintf("http://127.0.%d.%d:%d", 1+n.number%2, 1+i, clientPort(i)))
-	}
-	m, err := etcd.New(ctx, etcd.Options{
-		Endpoints: endpoints, Prefix: lab.Prefix, Identity: fmt.Sprint("node ", n.number),
-		LeaseFile: filepath.Join(n.dir, fmt.Sprintf("node%d.lease", n.number)),
-	})
+	m, err := n.store.manager(ctx, n)
 	if err != nil {
 		return err
 	}
@@ -97,8 +90,9 @@ func (n *node) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	configs, leases := m.Configs(ctx), m.Watch(ctx)
+	configs := m.Configs(ctx)
 	<-m.Select(ctx, iface.Selector{})
+	leases := m.Watch(ctx)
 	running.Go(func() {
 		for range configs {
 		}
@@ -118,6 +112,7 @@ func (n *node) run(ctx context.Context) error {
 			return err
 		}
 		n.setLease(lease.Subnets, true)
+		m.Ready()
 		if err := m.Keep(ctx, lease); !errors.Is(err, subnet.ErrLost) {
 			return err
 		}

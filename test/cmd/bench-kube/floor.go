@@ -9,6 +9,8 @@ import (
 	"io"
 	"net"
 	"net/http"
+
+	"github.com/flanneld/flanneld/test/kubelet"
 )
 
 // floorArg has the program be the floor, see floor.
@@ -17,11 +19,12 @@ const floorArg = "-floor"
 // floor follows all Nodes as the daemon does, with nothing but net/http, and
 // decodes none of them. It prints their number once it has been sent all.
 func floor(ctx context.Context, kubeconfig string) error {
-	a, err := newAPI(kubeconfig, (&net.Dialer{}).DialContext)
+	c, err := kubelet.New(kubeconfig, (&net.Dialer{}).DialContext)
 	if err != nil {
 		return err
 	}
-	resp, err := a.do(ctx, http.MethodGet, "/api/v1/nodes?watch=1&allowWatchBookmarks=1&sendInitialEvents=1&resourceVersionMatch=NotOlderThan",
+	resp, err := c.Do(ctx, http.MethodGet, "/api/v1/nodes?watch=1&allowWatchBookmarks=1"+
+		"&sendInitialEvents=1&resourceVersionMatch=NotOlderThan",
 		http.Header{"Accept": {"application/vnd.kubernetes.protobuf;stream=watch"}}, nil)
 	if err != nil {
 		return err

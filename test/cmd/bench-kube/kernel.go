@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/flanneld/flanneld/pkg/rtnl"
+	"github.com/flanneld/flanneld/test/kubelet"
 	"github.com/flanneld/flanneld/test/lab"
 )
 
@@ -35,17 +36,17 @@ type object struct {
 }
 
 // objects are what the kernel must hold for a peer.
-func (n node) objects() []object {
-	base := string(n.subnet.Addr().AsSlice())
-	return []object{{"route", base}, {"neighbour", base}, {"FDB entry", string(n.mac)}}
+func objects(n kubelet.Node) []object {
+	base := string(n.Subnet.Addr().AsSlice())
+	return []object{{"route", base}, {"neighbour", base}, {"FDB entry", string(n.MAC)}}
 }
 
 // programmed waits until the kernel has told of all that peers call for, and
 // returns when that was.
-func (w *watch) programmed(ctx context.Context, peers ...node) (time.Time, error) {
+func (w *watch) programmed(ctx context.Context, peers ...kubelet.Node) (time.Time, error) {
 	missing := map[object]bool{}
 	for _, p := range peers {
-		for _, o := range p.objects() {
+		for _, o := range objects(p) {
 			missing[o] = true
 		}
 	}

@@ -24,6 +24,7 @@ import (
 	"text/tabwriter"
 	"time"
 
+	"github.com/flanneld/flanneld/test/kubelet"
 	"github.com/flanneld/flanneld/test/lab"
 )
 
@@ -67,7 +68,7 @@ type bench struct {
 	*lab.Lab
 	kube *lab.Kube
 	node *lab.Node
-	api  *api
+	api  *kubelet.Client
 	args []string // the daemon's
 
 	daemons, floors []result
@@ -115,7 +116,7 @@ func (b *bench) prepare(ctx context.Context) (err error) {
 	if b.node, err = b.AddNode(ctx, lab.NodeOptions{}); err != nil {
 		return err
 	}
-	if b.api, err = newAPI(b.kube.Kubeconfig("admin"), b.Outside.Dial); err != nil {
+	if b.api, err = kubelet.New(b.kube.Kubeconfig("admin"), b.Outside.Dial); err != nil {
 		return err
 	}
 	if b.args, err = b.kube.DaemonArgs(`{"Network": "10.0.0.0/8", "Backend": {"Type": "vxlan"}}`); err != nil {
@@ -124,16 +125,15 @@ func (b *bench) prepare(ctx context.Context) (err error) {
 	b.args = append(b.args, "--subnet-file="+b.node.SubnetFile())
 
 	started := time.Now()
-	if err := b.api.create(ctx, ownNode(b.node)); err != nil {
+	if err := b.api.Create(ctx, ownNode(b.node)); err != nil {
 		return err
 	}
-	if err := b.api.each(ctx, b.nodes, func(ctx context.Context, i int) error {
-		return b.api.register(ctx,
-			peer(i))
+	if err := kubelet.Each(ctx, b.nodes, func(ctx context.Context, i int) error {
+		return b.api.Register(ctx, peer(i))
 	}); err != nil {
 		return err
 	}
-	size, err := b.api.size(ctx, peer(0).name)
+	size, err := b.api.Size(ctx, peer(0).Name)
 	if err != nil {
 		return err
 	}
@@ -235,7 +235,7 @@ func (b *bench) startFloor(ctx context.Context, floor *result, log *os.File) (*l
 
 // heartbeats measures what one heartbeat of each Node takes. The last Node is registered after the heartbeats: the
 // watch keeps the order, so that a program that knows the last Node has seen all of them.
-func (b *bench) heartbeats(ctx context.Context, w *watch, last node, programs ...*result) error {
+func (b *bench) heartbeats(ctx context.Context, w *watch, last kubelet.Node, programs ...*result) error {
 	for _, p := range programs {
 		cpu, err := lab.CPU(p.pid)
 		if err != nil {
@@ -243,13 +243,12 @@ func (b *bench) heartbeats(ctx context.Context, w *watch, last node, programs ..
 		}
 		p.heartbeats = -cpu
 	}
-	if err := b.api.each(ctx, b.nodes, func(ctx context.Context, i int) error {
-		return b.api.heartbeat(ctx,
-			peer(i))
+	if err := kubelet.Each(ctx, b.nodes, func(ctx context.Context, i int) error {
+		return b.api.Heartbeat(ctx, peer(i))
 	}); err != nil {
 		return err
 	}
-	if err := b.api.register(ctx, last); err != nil {
+	if err := b.api.Register(ctx, last); err != nil {
 		return err
 	}
 	if _, err := w.programmed(ctx, last); err != nil {
@@ -265,7 +264,7 @@ func (b *bench) heartbeats(ctx context.Context, w *watch, last node, programs ..
 			return err
 		}
 	}
-	return b.kube.DeleteNode(ctx, last.name)
+	return b.kube.DeleteNode(ctx, last.Name)
 }
 
 // started records what a program has taken once it is at rest.

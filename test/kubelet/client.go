@@ -1,4 +1,5 @@
-package main
+// Package kubelet writes Nodes as the components of a real cluster do: as large as those, and as often.
+package kubelet
 
 import (
 	"bytes"
@@ -25,15 +26,16 @@ const (
 	requestTimeout = 30 * time.Second
 )
 
-// api is a user of the API server.
-type api struct {
-	http          *http.Client
-	server, token string
+// A Client is a user of the API server.
+type Client struct {
+	HTTP   *http.Client
+	Server string // URL
+	Token  string // "": the HTTP client has a certificate
 }
 
-// newAPI takes what it needs from a kubeconfig of the lab's, which is JSON.
-func newAPI(kubeconfig string, dial func(ctx context.Context, network, address string) (net.Conn,
-	error)) (*api, error) {
+// New returns the user of a kubeconfig of the lab's, which is JSON.
+func New(kubeconfig string, dial func(ctx context.Context, network, address string) (net.Conn,
+	error)) (*Client, error) {
 	text, err := os.ReadFile(kubeconfig)
 	if err != nil {
 		return nil, err
@@ -61,7 +63,7 @@ func newAPI(kubeconfig string, dial func(ctx context.Context, network, address s
 		return nil, fmt.Errorf("%s is not one of the lab's", kubeconfig)
 	}
 	cluster, user := config.Clusters[0].Cluster, config.Users[0].User
-	a := &api{server: cluster.Server}
+	c := &Client{Server: cluster.Server}
 	trust := &tls.Config{RootCAs: x509.NewCertPool()}
 	if cluster.CAFile != "" {
 		if cluster.CA, err = os.ReadFile(cluster.CAFile); err != nil {
@@ -73,7 +75,7 @@ func newAPI(kubeconfig string, dial func(ctx context.Context, network, address s
 		if text, err = os.ReadFile(user.TokenFile); err != nil {
 			return nil, err
 		}
-		a.token = string(text)
+		c.Token = string(text)
 	} else {
 		certificate, err := tls.X509KeyPair(user.Certificate, user.Key)
 		if err != nil {
@@ -81,22 +83,23 @@ func newAPI(kubeconfig string, dial func(ctx context.Context, network, address s
 		}
 		trust.Certificates = []tls.Certificate{certificate}
 	}
-	a.http = &http.Client{Transport: &http.Transport{DialContext: dial, TLSClientConfig: trust,
-		MaxIdleConnsPerHost: writers}}
-	return a, nil
+	c.HTTP = &http.Client{Transport: &http.Transport{
+		DialContext: dial, TLSClientConfig: trust, MaxIdleConnsPerHost: writers,
+	}}
+	return c, nil
 }
 
-// do sends a request. What is not answered as wished is an error.
-func (a *api) do(ctx context.Context, method, path string, header http.Header, body []byte) (*http.Response, error) {
-	req, err := http.NewRequestWithContext(ctx, method, a.server+path, bytes.NewReader(body))
+// Do sends a request. An answer that is not a success is an error.
+func (c *Client) Do(ctx context.Context, method, path string, header http.Header, body []byte) (*http.Response, error) {
+	req, err := http.NewRequestWithContext(ctx, method, c.Server+path, bytes.NewReader(body))
 	if err != nil {
 		return nil, err
 	}
 	req.Header = header
-	if a.token != "" {
-		req.Header.Set("Authorization", "Bearer "+a.token)
+	if c.Token != "" {
+		req.Header.Set("Authorization", "Bearer "+c.Token)
 	}
-	resp, err := a.http.Do(req)
+	resp, err := c.HTTP.Do(req)
 	if err != nil {
 		return nil, err
 	}
@@ -108,9 +111,8 @@ func (a *api) do(ctx context.Context, method, path string, header http.Header, b
 	return resp, nil
 }
 
-// write sends an object, or a patch of one, as a component that the API server
-// knows the fields of.
-func (a *api) write(ctx context.Context, method, path, manager string, object any) error {
+// Write sends an object, or a patch of an object, as a component whose fields the API server knows.
+func (c *Client) Write(ctx context.Context, method, path, manager string, object any) error {
 	body, err := json.Marshal(object)
 	if err != nil {
 		return err
@@ -121,7 +123,7 @@ func (a *api) write(ctx context.Context, method, path, manager string, object an
 	if method == http.MethodPatch {
 		header.Set("Content-Type", "application/strategic-merge-patch+json")
 	}
-	resp, err := a.do(ctx, method, path+"?fieldManager="+url.QueryEscape(manager), header, body)
+	resp, err := c.Do(ctx, method, path+"?fieldManager="+url.QueryEscape(manager), header, body)
 	if err != nil {
 		return err
 	}
@@ -130,9 +132,9 @@ func (a *api) write(ctx context.Context, method, path, manager string, object an
 	return err
 }
 
-// size returns how long a Node is in protobuf.
-func (a *api) size(ctx context.Context, name string) (int64, error) {
-	resp, err := a.do(ctx, http.MethodGet, "/api/v1/nodes/"+name,
+// Size returns how long a Node is in protobuf.
+func (c *Client) Size(ctx context.Context, name string) (int64, error) {
+	resp, err := c.Do(ctx, http.MethodGet, "/api/v1/nodes/"+name,
 		http.Header{"Accept": {"application/vnd.kubernetes.protobuf"}}, nil)
 	if err != nil {
 		return 0, err
@@ -141,8 +143,8 @@ func (a *api) size(ctx context.Context, name string) (int64, error) {
 	return io.Copy(io.Discard, resp.Body)
 }
 
-// each calls f for 0 to n-1, several at once, until one fails.
-func (a *api) each(ctx context.Context, n int, f func(ctx context.Context, i int) error) error {
+// Each calls f for 0 to n-1, several at once, until a call fails.
+func Each(ctx context.Context, n int, f func(ctx context.Context, i int) error) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var next atomic.Int64

@@ -24,7 +24,7 @@ import (
 // of the indexes: no decision about a lease takes a look at all of its rivals.
 type claims struct {
 	networks   subnet.Networks
-	leases     map[subnet.Subnets]*claimant
+	leases     multimap.Keyed[subnet.Subnets, *claimant]
 	subnets    prefixes.Index[*claimant]
 	publics    prefixes.Index[*claimant]       // as prefixes of full length
 	identities multimap.Map[uint64, *claimant] // by hash: the texts would take more memory than all else
@@ -40,7 +40,10 @@ type claimant struct {
 }
 
 func newClaims(networks subnet.Networks) *claims {
-	c := &claims{networks: networks, leases: map[subnet.Subnets]*claimant{}, seed: maphash.MakeSeed()}
+	c := &claims{
+		networks: networks, seed: maphash.MakeSeed(),
+		leases: multimap.NewKeyed(func(n *claimant) subnet.Subnets { return n.Subnets }),
+	}
 	c.subnets.SetOrder(compareAge)
 	c.publics.SetOrder(compareAge)
 	c.identities.Compare = compareAge
@@ -60,7 +63,7 @@ func (c *claims) put(b backend.Backend, l subnet.Lease) {
 			n.publics = append(n.publics, netip.PrefixFrom(ip, ip.BitLen()))
 		}
 	}
-	c.leases[l.Subnets] = n
+	c.leases.Add(n.Subnets, n)
 	for _, id := range n.identities {
 		c.identities.Add(id, n)
 	}
@@ -74,11 +77,11 @@ func (c *claims) put(b backend.Backend, l subnet.Lease) {
 
 // remove forgets what the lease with these subnets claims.
 func (c *claims) remove(s subnet.Subnets) {
-	n := c.leases[s]
+	n := c.leases.Get(s)
 	if n == nil {
 		return
 	}
-	delete(c.leases, s)
+	c.leases.Remove(s, n)
 	for _, id := range n.identities {
 		c.identities.Remove(id, n)
 	}
@@ -207,7 +210,7 @@ func (c *claims) describe(b backend.Backend, l subnet.Lease, what claim) string 
 // checkClaims returns why a lease is left out that claims what belongs to another lease. What is ours stays ours,
 // whichever lease is older.
 func (s *state) checkClaims(l subnet.Lease) error {
-	n, own := s.claims.leases[l.Subnets], s.claims.leases[s.own.Subnets]
+	n, own := s.claims.leases.Get(l.Subnets), s.claims.leases.Get(s.own.Subnets)
 	if what, ok := n.common(own); ok {
 		text := fmt.Sprintf("left out, since its %s is this node's own", s.claims.describe(s.backend, l, what))
 		if n.olderThan(own) {

@@ -66,7 +66,7 @@ func TestManyRivals(t *testing.T) {
 				t.Errorf("%d leases are left out, want all but the oldest of %d", len(p.problems), many)
 			}
 			looked := 0
-			for _, n := range s.claims.leases {
+			for n := range s.claims.leases.All() {
 				for range s.claims.rivals(n, oldest) {
 					looked++
 				}

@@ -42,7 +42,7 @@ func (n *node) recordRival() {
 	}
 	var first *claimant // always the same one of several
 	var what claim
-	for rival, common := range n.claims.rivals(n.claims.leases[n.own.Subnets], all) {
+	for rival, common := range n.claims.rivals(n.claims.leases.Get(n.own.Subnets), all) {
 		if first == nil || rival.olderThan(first) {
 			first, what = rival, common
 		}

@@ -173,7 +173,7 @@ func (s *state) updateClaims(u subnet.Update, gone []subnet.Subnets) map[subnet.
 	leases := make(map[subnet.Subnets]subnet.Lease, len(u.Leases))
 	maps.Copy(leases, u.Leases)
 	addRivals := func(of subnet.Subnets) {
-		n := s.claims.leases[of]
+		n := s.claims.leases.Get(of)
 		if n == nil {
 			return
 		}

@@ -96,7 +96,7 @@ func (r *Reconciler) tryKind(k Kind, todo []*entry, add bool, log *changes) (unk
 		}
 		switch {
 		case !add && !d.ours(r, e.have):
-			delete(r.entries, e.key())
+			r.entries.Remove(e.key(), e)
 			e.have = nil
 			continue
 		case d.apply != nil:
@@ -262,7 +262,7 @@ func (r *Reconciler) done(e *entry, err error, log *changes) {
 		delete(r.foreign, f)
 	}
 	if e.want == nil {
-		delete(r.entries, e.key())
+		r.entries.Remove(e.key(), e)
 	}
 	e.have, e.drift, e.held = e.want, false, true
 }

@@ -21,18 +21,18 @@ func (r *Reconciler) Diff() ([]string, error) {
 		return nil, fmt.Errorf("reading the kernel's tables: %w", errors.New("they change all the time: try again"))
 	}
 	var adds, removes [kinds][]string
-	for k, e := range r.entries {
-		d := &kindTable[k.Kind]
+	for e := range r.entries.All() {
+		k, d := e.kind, &kindTable[e.kind]
 		switch {
 		case e.want == e.have:
 		case e.want == nil && !d.ours(r, e.have):
 		case e.want == nil:
-			removes[k.Kind] = append(removes[k.Kind], e.have.Undo())
+			removes[k] = append(removes[k], e.have.Undo())
 		case d.bestEffort:
 		case d.change != nil:
-			adds[k.Kind] = append(adds[k.Kind], d.change(e.have, e.want))
+			adds[k] = append(adds[k], d.change(e.have, e.want))
 		default:
-			adds[k.Kind] = append(adds[k.Kind], e.want.String())
+			adds[k] = append(adds[k], e.want.String())
 		}
 	}
 	var first, last [][]string

@@ -31,7 +31,7 @@ func logged(t *testing.T) func() string {
 
 // hear handles what the kernel tells, until the entry of that route is such.
 func hear(r *Reconciler, such func(have Object) bool) {
-	for k := peerDirect()[0].Key(); !such(r.entries[k].have); {
+	for k := peerDirect()[0].Key(); !such(r.entries.Get(k).have); {
 		<-r.Wake() // without news, the test's deadline ends this
 		r.receive()
 	}
@@ -172,7 +172,7 @@ func TestFightOverRemoval(t *testing.T) {
 	add := func() {
 		t.Helper()
 		nstest.Run(t, "ip route add 198.51.100.0/24 dev flannel.1")
-		for r.entries[k] == nil || r.entries[k].have == nil {
+		for r.entries.Get(k) == nil || r.entries.Get(k).have == nil {
 			<-r.Wake()
 			r.receive()
 		}

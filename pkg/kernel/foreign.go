@@ -128,7 +128,7 @@ func (r *Reconciler) Foreign() []ForeignRoute {
 
 // precedes tells whether a foreign route has precedence over ours: see Foreign.
 func (r *Reconciler) precedes(f foreign) bool {
-	held := func(k Key) bool { e := r.entries[k]; return e != nil && e.held }
+	held := func(k Key) bool { e := r.entries.Get(k); return e != nil && e.held }
 	switch {
 	case f.protocol == unix.RTPROT_KERNEL:
 		return true

@@ -129,7 +129,7 @@ func TestNotMissedIsNoError(t *testing.T) {
 	host(t)
 	r := start(t)
 	r.forgetObjectsOn("eth0")
-	for _, e := range r.entries {
+	for e := range r.entries.All() {
 		if e.want != nil && e.have == nil {
 			r.queue(e)
 		}

@@ -153,7 +153,7 @@ func (r *Reconciler) ownDevices() iter.Seq[int] {
 
 // ownsDevice tells whether a device is one that we are to hold.
 func (r *Reconciler) ownsDevice(dev string) bool {
-	e := r.entries[Key{Kind: KindLink, Dev: dev}]
+	e := r.entries.Get(Key{Kind: KindLink, Dev: dev})
 	return e != nil && e.want != nil
 }
 
@@ -292,7 +292,7 @@ func (r *Reconciler) readLink(l netlink.Link) Link {
 	attrs := l.Attrs()
 	have := Link{Name: attrs.Name, MTU: attrs.MTU, down: attrs.Flags&net.FlagUp == 0}
 	copy(have.MAC[:], attrs.HardwareAddr)
-	if e := r.entries[have.Key()]; e != nil {
+	if e := r.entries.Get(have.Key()); e != nil {
 		want, _ := e.want.(Link)
 		if want.MAC == (MAC{}) {
 			have.MAC = MAC{}

@@ -106,7 +106,7 @@ func decodeNexthop(body []byte, devices devices) decoded {
 // an earlier process left stays: another network may use it, and without routes it does nothing.
 func (r *Reconciler) ownsNexthop(o Object) bool {
 	n := o.(nexthop)
-	e := r.entries[n.Key()]
+	e := r.entries.Get(n.Key())
 	return !n.foreign && (r.within == nil || r.ownsDevice(n.dev) || e != nil && e.claimed)
 }
 
@@ -150,7 +150,7 @@ func (r *Reconciler) skipNexthop(e *entry) bool {
 // nexthop returns the entry of the nexthop that an entry's route could go through, nil if there is none.
 func (r *Reconciler) nexthop(e *entry) *entry {
 	if n, ok := nexthopOf(e.want); ok {
-		return r.entries[n.Key()]
+		return r.entries.Get(n.Key())
 	}
 	return nil
 }

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -88,8 +89,8 @@ func TestRoutesThroughNexthops(t *testing.T) {
 	if tables(t) != alone || nexthops(t) != "" {
 		t.Errorf("without peers: want\n%s\ngot\n%s\n%s", alone, tables(t), nexthops(t))
 	}
-	if len(r.entries) != len(node()) || r.wanted[KindNexthop] != 0 {
-		t.Errorf("%d entries are remembered, and %d gateways", len(r.entries), r.wanted[KindNexthop])
+	if entries := slices.Collect(r.entries.All()); len(entries) != len(node()) || r.wanted[KindNexthop] != 0 {
+		t.Errorf("%d entries are remembered, and %d gateways", len(entries), r.wanted[KindNexthop])
 	}
 }
 

@@ -91,13 +91,13 @@ func (r *Reconciler) observe(d decoded, gone bool) {
 	case KindNexthop: // routes go with it without a notification
 		r.mustCompare = r.mustCompare || gone && len(r.foreign) > 0
 	}
-	e := r.entries[k]
+	e := r.entries.Get(k)
 	if e == nil {
 		if gone || !kind.ours(r, d.Object) {
 			return
 		}
 		e = &entry{kind: k.Kind} // left over: to be removed
-		r.entries[k] = e
+		r.entries.Add(k, e)
 	}
 	if k.Kind == KindRoute {
 		_, theirs := d.Object.(foreign)
@@ -143,16 +143,17 @@ func (r *Reconciler) drifted(e *entry, before Object) {
 // forgetObjectsOn makes the next apply set all objects on a device again: they may be gone, or may now be possible.
 func (r *Reconciler) forgetObjectsOn(dev string) {
 	on := func(o Object) bool { return o != nil && o.device() == dev }
-	for k, e := range r.entries {
-		if k.Kind == KindLink || !on(e.have) && !on(e.want) {
+	for e := range r.entries.All() {
+		if e.kind == KindLink || !on(e.have) && !on(e.want) {
 			continue
 		}
+		k := e.key()
 		e.drift = e.drift || e.have != nil
 		e.have, r.changed = nil, true
 		switch {
 		case e.want == nil:
 			r.drop(k, e)
-		case !kindTable[k.Kind].bestEffort:
+		case !kindTable[e.kind].bestEffort:
 			r.queue(e)
 		}
 	}
@@ -173,14 +174,14 @@ func (r *Reconciler) compare() error {
 		}
 		// What was read is true, and what was missed is only set again.
 	}
-	for k, e := range r.entries {
+	for e := range r.entries.All() {
 		if e.have != nil && e.round != r.round {
-			before := e.have
+			k, before := e.key(), e.have
 			e.have = nil
 			switch {
 			case e.want == nil:
 				r.drop(k, e)
-			case !kindTable[k.Kind].bestEffort:
+			case !kindTable[e.kind].bestEffort:
 				r.drifted(e, before)
 			}
 		}
@@ -212,7 +213,7 @@ func (r *Reconciler) hasSeen(d decoded) bool {
 	if d.Object == nil {
 		return false
 	}
-	e := r.entries[d.Key()]
+	e := r.entries.Get(d.Key())
 	return e != nil && e.have != nil && e.round == r.round
 }
 

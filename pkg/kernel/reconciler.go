@@ -14,6 +14,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/pkg/fight"
+	"github.com/flanneld/flanneld/pkg/multimap"
 	"github.com/flanneld/flanneld/pkg/retry"
 	"github.com/flanneld/flanneld/pkg/rtnl"
 )
@@ -61,8 +62,9 @@ type Reconciler struct {
 	overlays []netip.Prefix       // see SetOverlays
 	foreign  map[foreign]struct{} // that concern the overlays
 
-	entries map[Key]*entry
+	entries multimap.Keyed[Key, *entry]
 	owners  map[string][]*entry // what an owner claims
+	others  map[*entry][]claim  // of other owners than the first: the first of these is next when the claim is dropped
 	dirty   []*entry            // may differ from the kernel
 	failed  []refusal           // to be retried
 	paced   []*entry            // fought over: to be set again by the next retry
@@ -75,7 +77,7 @@ type Reconciler struct {
 
 	devices     devices
 	uses        map[string]int // how many desired objects need the device of this name
-	round       uint           // of comparisons
+	round       uint32         // of comparisons
 	mustCompare bool           // the kernel's tables must be read before anything is changed
 	applied     bool           // all was as desired once
 
@@ -91,11 +93,10 @@ type Reconciler struct {
 // An entry is the desired and the actual object under one key. An entry with neither is not in Reconciler.entries.
 type entry struct {
 	claim
-	others []claim // of other owners; the first of them is next when the claim is dropped
-	have   Object  // nil: nothing
-	via    uint32  // the nexthop that have, a route, goes through; 0: none
+	have Object // nil: nothing
+	via  uint32 // the nexthop that have, a route, goes through; 0: none
 
-	round uint // the comparison that saw have
+	round uint32 // the comparison that saw have
 	kind  Kind
 	state state
 	drift bool // the kernel changed, not what is desired
@@ -152,7 +153,7 @@ func New(log klog.Logger) (*Reconciler, error) {
 		log: log, links: links, sockets: map[int]*socket{},
 		closed: make(chan struct{}), buf: make([]byte, 1<<16), wake: make(chan struct{}, 1),
 		foreign: map[foreign]struct{}{},
-		entries: map[Key]*entry{}, owners: map[string][]*entry{},
+		entries: multimap.NewKeyed((*entry).key), owners: map[string][]*entry{}, others: map[*entry][]claim{},
 		fights:  newFights(log),
 		devices: newDevices(), uses: map[string]int{}, fewGateways: fewGateways,
 	}
@@ -366,13 +367,13 @@ func (r *Reconciler) Set(owner string, objects []Object) {
 
 // claim puts, changes or (with a nil want) drops one owner's claim to a key, and returns the entry.
 func (r *Reconciler) claim(k Key, c claim) *entry {
-	e := r.entries[k]
+	e := r.entries.Get(k)
 	if e == nil {
 		if c.want == nil {
 			return nil
 		}
 		e = &entry{kind: k.Kind}
-		r.entries[k] = e
+		r.entries.Add(k, e)
 	}
 	e.claimed = e.claimed || c.want != nil
 	before := e.want
@@ -381,8 +382,9 @@ func (r *Reconciler) claim(k Key, c claim) *entry {
 	} else {
 		r.claimLater(e, c)
 	}
-	if e.want == nil && len(e.others) > 0 {
-		e.claim, e.others = e.others[0], e.others[1:]
+	if others := r.others[e]; e.want == nil && len(others) > 0 {
+		e.claim = others[0]
+		r.setOthers(e, others[1:])
 	}
 	if e.want == before {
 		return e
@@ -408,18 +410,27 @@ func (r *Reconciler) claim(k Key, c claim) *entry {
 
 // claimLater puts, changes or drops the claim of an owner that is not the first.
 func (r *Reconciler) claimLater(e *entry, c claim) {
-	i := slices.IndexFunc(e.others, func(o claim) bool { return o.owner == c.owner })
+	others := r.others[e]
+	i := slices.IndexFunc(others, func(o claim) bool { return o.owner == c.owner })
 	switch {
 	case i >= 0 && c.want == nil:
-		e.others = slices.Delete(e.others, i, i+1)
+		r.setOthers(e, slices.Delete(others, i, i+1))
 	case i >= 0:
-		e.others[i] = c
+		others[i] = c
 	case c.want != nil:
-		e.others = append(e.others, c)
+		r.setOthers(e, append(others, c))
 		if c.want != e.want && !kindTable[e.kind].bestEffort {
 			r.log.Error(nil, "Two owners desire different objects with one key; the first owner's object stays",
 				"owner", e.owner, "command", e.want.String(), "otherOwner", c.owner, "otherCommand", c.want.String())
 		}
+	}
+}
+
+func (r *Reconciler) setOthers(e *entry, others []claim) {
+	if len(others) == 0 {
+		delete(r.others, e)
+	} else {
+		r.others[e] = others
 	}
 }
 
@@ -453,7 +464,7 @@ func (r *Reconciler) queue(e *entry) {
 
 // drop removes an entry that has neither a desired nor an actual object.
 func (r *Reconciler) drop(k Key, e *entry) {
-	delete(r.entries, k)
+	r.entries.Remove(k, e)
 	if e.state == failed {
 		r.queue(e) // so that the failure is forgotten
 	}
@@ -466,7 +477,7 @@ func (r *Reconciler) Has(owner string) bool {
 			continue
 		}
 		decides := e.owner == owner ||
-			slices.ContainsFunc(e.others, func(c claim) bool { return c == claim{owner, e.want} })
+			slices.ContainsFunc(r.others[e], func(c claim) bool { return c == claim{owner, e.want} })
 		if !decides || e.want != e.have {
 			return false
 		}

@@ -224,8 +224,8 @@ func TestAdoptsWhatFits(t *testing.T) {
 	if err := again.compare(); err != nil {
 		t.Fatal(err)
 	}
-	for k, e := range again.entries {
-		if k.Kind != KindNexthop && e.want != e.have {
+	for e := range again.entries.All() {
+		if e.kind != KindNexthop && e.want != e.have {
 			t.Errorf("a restart would touch %v", e.want)
 		}
 	}
@@ -314,8 +314,8 @@ func TestPeersComeAndGo(t *testing.T) {
 	if got := tables(t); got != alone {
 		t.Errorf("without peers: want\n%s\ngot\n%s", alone, got)
 	}
-	if len(r.entries) != len(node()) || len(r.owners) != 1 {
-		t.Errorf("%d entries, %d owners are remembered", len(r.entries), len(r.owners))
+	if entries := slices.Collect(r.entries.All()); len(entries) != len(node()) || len(r.owners) != 1 {
+		t.Errorf("%d entries, %d owners are remembered", len(entries), len(r.owners))
 	}
 }
 

@@ -109,7 +109,7 @@ func TestRuleIsThere(t *testing.T) {
 	nstest.Run(t, rule.String())
 	r.Set("all", []Object{rule})
 	apply(t, r)
-	e := r.entries[rule.Key()]
+	e := r.entries.Get(rule.Key())
 	e.have = nil // as if the notification were still to come
 	r.queue(e)
 	apply(t, r)

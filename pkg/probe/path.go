@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"time"
+	"unique"
 
 	"golang.org/x/sys/unix"
 )
@@ -85,53 +86,73 @@ type pace struct {
 	recent   time.Duration // in which each peer has asked at least once, if its interval is not longer than usual
 }
 
-// A path asks in rounds: through the overlay, and where nothing replies, underneath. It is for one goroutine.
+// A moment is a time. A time.Time takes three times as much memory, and there are many. 0: never, which is before all that
+// is known of.
+type moment time.Duration
+
+// created is the moment in which a Prober is made. What peers have received before that counts, too.
+const created = moment(1000 * time.Hour)
+
+// sub returns the time from another moment to this one.
+func (m moment) sub(from moment) time.Duration { return time.Duration(m - from) }
+
+// A side is what all paths of a family that have the same Optional have in common.
+type side struct {
+	source, local netip.Addr // Path.Source and Path.Local
+	optional      bool
+}
+
+// A path asks in rounds: through the overlay, and where nothing replies, underneath. It is for one goroutine. There are
+// tens of thousands of paths.
 type path struct {
-	Path
-	peer string
-	pace *pace
+	overlay, public netip.Addr // of the peer, as in Path
+	side            unique.Handle[side]
+	pace            *pace
 
-	due   time.Time // of the next request, or of the end of the round
-	index int       // in its queue
+	due   moment // of the next request, or of the end of the round
+	nonce uint64
+	index int32 // in its queue
+	seq   uint16
 
-	nonce   uint64
-	seq     uint16
-	sent    [history]request
-	scope   scope     // that is asked
-	attempt int       // how many requests of this round went to scope; 0: no round is in progress
-	began   time.Time // the round
+	scope   scope           // that is asked
+	attempt uint8           // how many requests of this round went to scope; 0: no round is in progress
+	sent    [history]moment // the latest requests, each at its seq modulo history; 0: it has been replied to
+	sentTo  [history]scope
+	began   moment // the round
 
 	state      State
-	since      time.Time
+	since      moment
 	reported   State         // HostOnly or Silent, once it has lasted for AlarmAfter; "" otherwise
 	rtt        time.Duration // of the latest reply through the overlay
-	replied    time.Time     // the latest reply through the overlay came
-	ever       bool          // anything has replied
-	unanswered time.Time     // when the first request through the overlay was sent that has no reply; zero: all have
+	replied    moment        // the latest reply through the overlay came
+	unanswered moment        // when the first request through the overlay was sent that has no reply; 0: all have
 
 	err error // of sending the latest request through the overlay
 
-	asked     time.Time // the latest request of the peer came
-	lacking   bool      // the latest request of the peer was sourceless
-	heard     time.Time // the latest request of the peer through the overlay came
-	peerHeard time.Time // the peer had received a packet of ours through the overlay
+	asked     moment // the latest request of the peer came
+	heard     moment // the latest request of the peer through the overlay came
+	peerHeard moment // the peer had received a packet of ours through the overlay
+	lacking   bool   // the latest request of the peer was sourceless
+	ever      bool   // anything has replied
 
-	sample, lost int // requests through the overlay since the last sample of losses, and how many had no reply
+	sample, lost uint8 // requests through the overlay since the last sample of losses, and how many had no reply
 }
 
-// A request is one that a path has sent.
-type request struct {
-	at    time.Time // zero: it has been replied to
-	scope scope
-	seq   uint16
+func newPath(p Path, pace *pace, now moment) *path {
+	return &path{
+		overlay: p.Overlay, public: p.Public, side: unique.Make(side{p.Source, p.Local, p.Optional}), pace: pace,
+		nonce: rand.Uint64(), seq: uint16(rand.Uint32()), state: Unknown, since: now,
+	}
 }
 
-func newPath(peer string, p Path, pace *pace, now time.Time) *path {
-	return &path{Path: p, peer: peer, pace: pace, nonce: rand.Uint64(), seq: uint16(rand.Uint32()), state: Unknown, since: now}
+// ends returns where the path leads, as the caller has given it.
+func (p *path) ends() Path {
+	s := p.side.Value()
+	return Path{Overlay: p.overlay, Optional: s.optional, Source: s.source, Public: p.public, Local: s.local}
 }
 
 // step goes on with the round, or begins one. It returns whether there is a request to send, or else the round has ended.
-func (p *path) step(now time.Time) (send bool) {
+func (p *path) step(now moment) (send bool) {
 	if p.attempt > 0 && p.scope == overlay {
 		p.lost++
 	}
@@ -146,11 +167,11 @@ func (p *path) step(now time.Time) (send bool) {
 	}
 	p.attempt++
 	p.seq++
-	p.sent[p.seq%history] = request{now, p.scope, p.seq}
+	p.sent[p.seq%history], p.sentTo[p.seq%history] = now, p.scope
 	if p.scope == overlay {
 		p.err = nil
 		p.sample++
-		if p.unanswered.IsZero() {
+		if p.unanswered == 0 {
 			p.unanswered = now
 		}
 	}
@@ -159,7 +180,7 @@ func (p *path) step(now time.Time) (send bool) {
 
 // patience returns how many requests the scope gets in this round. What is known to be silent gets one. Before a path is
 // reported as blocked, it gets more than usual, so that a network which loses some packets does not count as blocked.
-func (p *path) patience() int {
+func (p *path) patience() uint8 {
 	switch {
 	case p.scope == overlay && p.state == HostOnly && p.reported == "":
 		return 2 * attempts
@@ -170,19 +191,15 @@ func (p *path) patience() int {
 }
 
 // data returns the data of the request that step has asked for.
-func (p *path) data(now time.Time) []byte {
+func (p *path) data(now moment) []byte {
 	b := make([]byte, dataLen)
 	b[scopeAt] = byte(p.scope)
 	if p.scope == underlay && p.lacksSource() {
 		b[scopeAt] = byte(sourceless)
 	}
-	latest := p.heard
-	if p.replied.After(latest) {
-		latest = p.replied
-	}
 	age := time.Duration(neverHeard)
-	if !latest.IsZero() {
-		age = min(age, now.Sub(latest)/time.Second)
+	if latest := max(p.heard, p.replied); latest != 0 {
+		age = min(age, now.sub(latest)/time.Second)
 	}
 	binary.BigEndian.PutUint32(b[ageAt:], uint32(age))
 	binary.BigEndian.PutUint64(b[nonceAt:], p.nonce)
@@ -193,17 +210,17 @@ func nonceOf(data []byte) uint64 { return binary.BigEndian.Uint64(data[nonceAt:]
 
 // reply takes a reply with the path's nonce. It returns how long the reply took through the overlay, and 0 if the reply is
 // none to one of the latest requests, or did not come through the overlay.
-func (p *path) reply(now time.Time, seq uint16) time.Duration {
-	r := &p.sent[seq%history]
-	if r.seq != seq || r.at.IsZero() {
+func (p *path) reply(now moment, seq uint16) time.Duration {
+	sent := &p.sent[seq%history]
+	if p.seq-seq >= history || *sent == 0 {
 		return 0
 	}
-	took := max(now.Sub(r.at), 1)
-	r.at = time.Time{}
+	took := max(now.sub(*sent), 1)
+	*sent = 0
 	p.ever = true
 	switch {
-	case r.scope == overlay:
-		p.rtt, p.replied, p.unanswered = took, now, time.Time{}
+	case p.sentTo[seq%history] == overlay:
+		p.rtt, p.replied, p.unanswered = took, now, 0
 		p.decide(now, true, true)
 		return took
 	case p.attempt > 0 && p.scope == underlay:
@@ -213,19 +230,19 @@ func (p *path) reply(now time.Time, seq uint16) time.Duration {
 }
 
 // hear takes a request of the peer. It returns whether this is a reason to ask the peer now.
-func (p *path) hear(now time.Time, data []byte) bool {
+func (p *path) hear(now moment, data []byte) bool {
 	p.asked, p.lacking = now, scope(data[scopeAt]) == sourceless
 	if scope(data[scopeAt]) == overlay {
 		p.heard = now
 	}
 	if age := binary.BigEndian.Uint32(data[ageAt:]); age != neverHeard {
-		p.peerHeard = now.Add(-time.Duration(age+1) * time.Second)
+		p.peerHeard = now - moment(time.Duration(age+1)*time.Second)
 	}
-	return p.heard == now && p.attempt == 0 && p.state != Reachable && now.Sub(p.began) > 5*timeout
+	return p.heard == now && p.attempt == 0 && p.state != Reachable && now.sub(p.began) > 5*timeout
 }
 
 // decide ends the round.
-func (p *path) decide(now time.Time, overlayReplied, hostReplied bool) {
+func (p *path) decide(now moment, overlayReplied, hostReplied bool) {
 	p.attempt = 0
 	if p.isRecent(now, p.asked) && !p.isRecent(now, p.heard) {
 		hostReplied = true // it could: its requests arrive underneath alone, and a firewall drops ours
@@ -234,7 +251,7 @@ func (p *path) decide(now time.Time, overlayReplied, hostReplied bool) {
 	switch {
 	case overlayReplied, p.isConfirmed(now):
 		state = Reachable
-	case hostReplied && p.Optional && (p.replied.IsZero() || p.lacksSource() || p.lacking):
+	case hostReplied && p.side.Value().optional && (p.replied == 0 || p.lacksSource() || p.lacking):
 		state = NoAddress
 	case hostReplied:
 		state = HostOnly
@@ -252,18 +269,18 @@ func (p *path) decide(now time.Time, overlayReplied, hostReplied bool) {
 
 // lacksSource tells whether the latest request through the overlay was not sent since this host lacks its address there.
 func (p *path) lacksSource() bool {
-	return p.Optional && (errors.Is(p.err, unix.ENETUNREACH) || errors.Is(p.err, unix.EINVAL)) // see echo.Conn.Send
+	return p.side.Value().optional && (errors.Is(p.err, unix.ENETUNREACH) || errors.Is(p.err, unix.EINVAL)) // see echo.Conn.Send
 }
 
 // isConfirmed tells whether packets arrive both ways although there are no replies, since the peer's firewall drops
 // requests: requests of the peer arrive, and say that it receives the replies to them.
-func (p *path) isConfirmed(now time.Time) bool {
+func (p *path) isConfirmed(now moment) bool {
 	return p.isRecent(now, p.heard) && p.isRecent(now, p.peerHeard)
 }
 
 // isRecent tells whether something happened recently, and since requests through the overlay have no reply.
-func (p *path) isRecent(now, at time.Time) bool {
-	return !at.IsZero() && now.Sub(at) < p.pace.recent && at.After(p.unanswered)
+func (p *path) isRecent(now, at moment) bool {
+	return at != 0 && now.sub(at) < p.pace.recent && at > p.unanswered
 }
 
 // losses returns the share of requests through the overlay that had no reply, once enough have been sent. A path through
@@ -272,7 +289,7 @@ func (p *path) losses() (share float64, ok bool) {
 	if p.sample < sampleSize {
 		return 0, false
 	}
-	share, ok = float64(p.lost)/float64(p.sample), !p.replied.IsZero()
+	share, ok = float64(p.lost)/float64(p.sample), p.replied != 0
 	p.sample, p.lost = 0, 0
 	return share, ok
 }
@@ -281,9 +298,9 @@ func (p *path) losses() (share float64, ok bool) {
 func (p *path) isBad() bool { return p.state == HostOnly || p.state == Silent }
 
 // result returns what is known.
-func (p *path) result(now time.Time) Result {
+func (p *path) result(now moment) Result {
 	return Result{
-		Path: p.Path, State: p.state, Since: p.since, RTT: p.rtt, Err: p.err,
+		Path: p.ends(), State: p.state, Since: time.Now().Add(p.since.sub(now)), RTT: p.rtt, Err: p.err,
 		Asks: p.isRecent(now, p.asked), Arrives: p.isRecent(now, p.heard), Heard: p.isRecent(now, p.peerHeard),
 	}
 }

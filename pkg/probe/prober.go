@@ -44,6 +44,7 @@ type Observers struct {
 // A Prober asks the peers of a host. Its methods may be called at any time.
 type Prober struct {
 	interval  time.Duration
+	created   time.Time // which is the moment of that name
 	observers Observers
 	open      func(family.Family) (conn, error)
 	wake      chan struct{} // Run has to look at the queues again
@@ -54,12 +55,12 @@ type Prober struct {
 	peers  map[string][]*path
 	from   map[netip.Addr]*path // by the peer's addresses; several peers may share the public one
 	nonces map[uint64]*path
-	waits  queue     // between two rounds
-	asks   queue     // in a round
-	alarms int       // paths whose state is reported
-	ticked time.Time // the latest batch began
-	left   int       // requests of that batch that may still be sent
-	err    error     // of Run
+	waits  queue  // between two rounds
+	asks   queue  // in a round
+	alarms int    // paths whose state is reported
+	ticked moment // the latest batch began
+	left   int    // requests of that batch that may still be sent
+	err    error  // of Run
 }
 
 // New returns a Prober, which has no peers yet. interval 0 is DefaultInterval.
@@ -68,13 +69,16 @@ func New(interval time.Duration, o Observers) *Prober {
 		interval = DefaultInterval
 	}
 	p := &Prober{
-		interval: interval, observers: o, wake: make(chan struct{}, 1), reports: make(chan struct{}, 1),
+		interval: interval, created: time.Now(), observers: o, wake: make(chan struct{}, 1), reports: make(chan struct{}, 1),
 		open:  func(f family.Family) (conn, error) { return echo.Open(f) },
 		peers: map[string][]*path{}, from: map[netip.Addr]*path{}, nonces: map[uint64]*path{},
 	}
 	p.setPace()
 	return p
 }
+
+// now returns the present moment.
+func (p *Prober) now() moment { return created + moment(time.Since(p.created)) }
 
 // Reports receives when a Path has been HostOnly or Silent for AlarmAfter, and when such a Path has recovered or is gone.
 func (p *Prober) Reports() <-chan struct{} { return p.reports }
@@ -88,7 +92,7 @@ func (p *Prober) Set(peer string, paths ...Path) {
 	for _, want := range paths {
 		i := -1
 		for j, have := range old {
-			if have.Path == want {
+			if have.ends() == want {
 				i = j
 			}
 		}
@@ -97,13 +101,13 @@ func (p *Prober) Set(peer string, paths ...Path) {
 			old = append(old[:i:i], old[i+1:]...)
 			continue
 		}
-		kept = append(kept, newPath(peer, want, &p.pace, time.Now()))
+		kept = append(kept, newPath(want, &p.pace, p.now()))
 	}
 	for _, gone := range old {
 		p.remove(gone)
 	}
 	for _, path := range kept {
-		if path.due.IsZero() {
+		if path.due == 0 {
 			p.add(path)
 		}
 	}
@@ -116,15 +120,15 @@ func (p *Prober) Set(peer string, paths ...Path) {
 
 // add begins to ask on a path: soon, and not at the same time as on all others.
 func (p *Prober) add(path *path) {
-	path.due = time.Now().Add(rand.N(min(p.interval, 5*time.Second)))
+	path.due = p.now() + moment(rand.N(min(p.interval, 5*time.Second)))
 	heap.Push(&p.waits, path)
-	p.from[path.Overlay], p.from[path.Public], p.nonces[path.nonce] = path, path, path
+	p.from[path.overlay], p.from[path.public], p.nonces[path.nonce] = path, path, path
 	signal(p.wake)
 }
 
 func (p *Prober) remove(path *path) {
-	heap.Remove(p.queueOf(path), path.index)
-	for _, ip := range []netip.Addr{path.Overlay, path.Public} {
+	heap.Remove(p.queueOf(path), int(path.index))
+	for _, ip := range []netip.Addr{path.overlay, path.public} {
 		if p.from[ip] == path {
 			delete(p.from, ip)
 		}
@@ -220,22 +224,22 @@ func (p *Prober) next() (*outgoing, time.Duration) {
 	const idle = time.Hour
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for now := time.Now(); ; {
+	for now := p.now(); ; {
 		path := p.asks.first()
-		if w := p.waits.first(); path == nil || path.due.After(now) && w != nil && w.due.Before(path.due) {
+		if w := p.waits.first(); path == nil || path.due > now && w != nil && w.due < path.due {
 			path = w
 		}
 		if path == nil {
 			return nil, idle
 		}
-		next := p.ticked.Add(tick)
-		if path.due.After(now) || p.left == 0 && next.After(now) {
-			return nil, max(path.due.Sub(now), next.Sub(now))
+		next := p.ticked + moment(tick)
+		if path.due > now || p.left == 0 && next > now {
+			return nil, max(path.due, next).sub(now)
 		}
-		if !next.After(now) {
+		if next <= now {
 			p.ticked, p.left = now, batch
 		}
-		heap.Remove(p.queueOf(path), path.index)
+		heap.Remove(p.queueOf(path), int(path.index))
 		send := path.step(now)
 		p.observeLosses(path)
 		if !send {
@@ -243,11 +247,12 @@ func (p *Prober) next() (*outgoing, time.Duration) {
 			continue
 		}
 		p.left--
-		path.due = now.Add(timeout)
+		path.due = now + moment(timeout)
 		heap.Push(&p.asks, path)
-		r := &outgoing{path: path, scope: path.scope, from: path.Source, to: path.Overlay, seq: path.seq, data: path.data(now)}
+		own := path.side.Value()
+		r := &outgoing{path: path, scope: path.scope, from: own.source, to: path.overlay, seq: path.seq, data: path.data(now)}
 		if path.scope == underlay {
-			r.from, r.to = path.Local, path.Public
+			r.from, r.to = own.local, path.public
 		}
 		return r, 0
 	}
@@ -269,10 +274,10 @@ func (p *Prober) observeLosses(path *path) {
 }
 
 // endRound puts a path, which is in no queue, in the queue for its next round, and has its state reported.
-func (p *Prober) endRound(path *path, now time.Time) {
+func (p *Prober) endRound(path *path, now moment) {
 	interval := p.pace.interval
-	path.due = path.began.Add(interval - rand.N(interval/10+1))
-	if at := path.since.Add(AlarmAfter); path.isBad() && at.After(now) && at.Before(path.due) {
+	path.due = path.began + moment(interval-rand.N(interval/10+1))
+	if at := path.since + moment(AlarmAfter); path.isBad() && at > now && at < path.due {
 		path.due = at
 	}
 	heap.Push(&p.waits, path)
@@ -280,9 +285,9 @@ func (p *Prober) endRound(path *path, now time.Time) {
 }
 
 // report has the state of a path reported if it has to be, or if it was and is another one now.
-func (p *Prober) report(path *path, now time.Time) {
+func (p *Prober) report(path *path, now moment) {
 	state := State("")
-	if path.isBad() && now.Sub(path.since) >= AlarmAfter {
+	if path.isBad() && now.sub(path.since) >= AlarmAfter {
 		state = path.state
 	}
 	p.setReported(path, state)
@@ -322,7 +327,7 @@ func (p *Prober) take(m echo.Message) (earlier bool) {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	now := time.Now()
+	now := p.now()
 	if m.Reply {
 		if path := p.nonces[nonceOf(m.Data)]; path != nil {
 			p.takeReply(path, m.Seq, now)
@@ -334,17 +339,17 @@ func (p *Prober) take(m echo.Message) (earlier bool) {
 		return false
 	}
 	path.due = now
-	heap.Fix(p.queueOf(path), path.index)
+	heap.Fix(p.queueOf(path), int(path.index))
 	return true
 }
 
-func (p *Prober) takeReply(path *path, seq uint16, now time.Time) {
+func (p *Prober) takeReply(path *path, seq uint16, now moment) {
 	queue, asking := p.queueOf(path), path.attempt > 0
 	if rtt := path.reply(now, seq); rtt > 0 && p.observers.RTT != nil {
 		p.observers.RTT(rtt)
 	}
 	if ended := asking && path.attempt == 0; ended {
-		heap.Remove(queue, path.index)
+		heap.Remove(queue, int(path.index))
 		p.endRound(path, now)
 	} else {
 		p.report(path, now) // a late reply
@@ -364,7 +369,7 @@ func (p *Prober) Results(peer string) []Result {
 	defer p.mu.Unlock()
 	var results []Result
 	for _, path := range p.peers[peer] {
-		results = append(results, path.result(time.Now()))
+		results = append(results, path.result(p.now()))
 	}
 	return results
 }
@@ -375,7 +380,7 @@ func (p *Prober) All() map[string][]Result {
 	defer p.mu.Unlock()
 	all := make(map[string][]Result, len(p.peers))
 	for peer, path := range p.paths() {
-		all[peer] = append(all[peer], path.result(time.Now()))
+		all[peer] = append(all[peer], path.result(p.now()))
 	}
 	return all
 }
@@ -401,7 +406,7 @@ func (p *Prober) Alarms() map[string][]Result {
 	}
 	for peer, path := range p.paths() {
 		if path.reported != "" {
-			alarms[peer] = append(alarms[peer], path.result(time.Now()))
+			alarms[peer] = append(alarms[peer], path.result(p.now()))
 		}
 	}
 	return alarms
@@ -432,15 +437,15 @@ func (q queue) first() *path {
 
 // Len, Less, Swap, Push and Pop implement heap.Interface.
 func (q queue) Len() int           { return len(q) }
-func (q queue) Less(i, j int) bool { return q[i].due.Before(q[j].due) }
+func (q queue) Less(i, j int) bool { return q[i].due < q[j].due }
 func (q queue) Swap(i, j int) {
 	q[i], q[j] = q[j], q[i]
-	q[i].index, q[j].index = i, j
+	q[i].index, q[j].index = int32(i), int32(j)
 }
 
 func (q *queue) Push(x any) {
 	path := x.(*path)
-	path.index = len(*q)
+	path.index = int32(len(*q))
 	*q = append(*q, path)
 }
 

@@ -409,7 +409,7 @@ func TestAsksWhoAsks(t *testing.T) {
 		next := func() time.Duration {
 			one.prober.mu.Lock()
 			defer one.prober.mu.Unlock()
-			return time.Until(one.prober.from[two.overlay].due)
+			return one.prober.from[two.overlay].due.sub(one.prober.now())
 		}
 		for next() < DefaultInterval/2 {
 			time.Sleep(time.Second)

@@ -79,8 +79,7 @@ func (p *peers) setNetworks(on subnet.Networks) {
 // A peer is what is kept of a Node.
 type peer struct {
 	name     string
-	created  int64        // seconds since 1970
-	lease    subnet.Lease // zero: the node has none
+	lease    subnet.Lease // without subnets: the node has none; Created is the node's in any case, in seconds since 1970
 	accepted bool         // the reader knows the lease
 
 	conflicts []conflict // with older nodes
@@ -88,7 +87,7 @@ type peer struct {
 
 // older tells which of two nodes wins a conflict. Their ages are known to the second only: then the names decide.
 func (n *peer) older(than *peer) bool {
-	return cmp.Or(cmp.Compare(n.created, than.created), strings.Compare(n.name, than.name)) < 0
+	return cmp.Or(cmp.Compare(n.lease.Created, than.lease.Created), strings.Compare(n.name, than.name)) < 0
 }
 
 var _ cache.ReflectorStore = (*peers)(nil)
@@ -146,17 +145,15 @@ func (p *peers) Resync() error { return nil }
 func (p *peers) put(n *Node) {
 	prefix := p.manager.options.AnnotationPrefix
 	annotation := func(name string) string { return n.Annotations[prefix+name] }
-	now := &peer{name: n.Name, created: n.CreationTimestamp.Unix()}
+	now := &peer{name: n.Name, lease: subnet.Lease{Created: n.CreationTimestamp.Unix()}}
 	if annotation(managed) == "true" {
-		now.lease = subnet.Lease{
-			Subnets: subnetsOf(n.podCIDRs, p.on), Attrs: attrsOf(annotation), Created: now.created,
-		}
-		if len(now.lease.Each()) == 0 || len(now.lease.Attrs.PublicIPs()) == 0 {
-			now.lease = subnet.Lease{} // the node is not ready to have one
+		subnets, attrs := subnetsOf(n.podCIDRs, p.on), attrsOf(annotation)
+		if len(subnets.Each()) > 0 && len(attrs.PublicIPs()) > 0 { // else the node is not ready to have one
+			now.lease.Subnets, now.lease.Attrs = subnets, attrs
 		}
 	}
 	old := p.byName[n.Name]
-	if old != nil && old.created == now.created &&
+	if old != nil && old.lease.Created == now.lease.Created &&
 		old.lease.Subnets == now.lease.Subnets && old.lease.Attrs.Equal(now.lease.Attrs) {
 		return
 	}

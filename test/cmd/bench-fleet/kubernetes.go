@@ -26,8 +26,8 @@ import (
 )
 
 const (
-	apiPort = "6443"
-	nodes   = "/api/v1/nodes"
+	apiPort   = "6443"
+	nodesPath = "/api/v1/nodes"
 )
 
 // Users of the API server. The daemons are the service account of the published manifest, with its rights and its share
@@ -137,7 +137,7 @@ type countNodes struct {
 }
 
 func (c countNodes) RoundTrip(r *http.Request) (*http.Response, error) {
-	if strings.HasPrefix(r.URL.Path, nodes) {
+	if strings.HasPrefix(r.URL.Path, nodesPath) {
 		c.count.Add(1)
 	}
 	return c.next.RoundTrip(r)
@@ -262,7 +262,7 @@ func (s *kubeStore) heartbeats(ctx context.Context, count int) error {
 }
 
 func (s *kubeStore) leases(ctx context.Context, count int) (map[subnet.Subnets]subnet.Attrs, error) {
-	answer, err := s.kubelets.Do(ctx, http.MethodGet, nodes, http.Header{
+	answer, err := s.kubelets.Do(ctx, http.MethodGet, nodesPath, http.Header{
 		"Accept": {"application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"}}, nil)
 	if err != nil {
 		return nil, err

@@ -11,7 +11,6 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
-	"runtime/debug"
 	"syscall"
 
 	"k8s.io/klog/v2"
@@ -29,9 +28,7 @@ var version = "unknown"
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(50) // less memory, which is for pods; collecting costs little because little changes
-	}
+	setGCPercent(gcAtStart)
 	o, err := settings.Parse(os.Args[1:], os.Environ())
 	switch {
 	case errors.Is(err, settings.ErrHelp):
@@ -45,6 +42,9 @@ func main() {
 		os.Exit(2)
 	}
 	settings.ClearEnvironment()
+	if !o.Profile {
+		runtime.MemProfileRate = 0 // the records of where memory is allocated take a megabyte
+	}
 	log := plain.Logger(klog.Background()) // the one of all packages
 	err = run(klog.NewContext(ctx, log), o)
 	if ctx.Err() != nil {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"net/http"
 	"net/http/pprof"
+	"os"
 	"runtime/debug"
 	"time"
 
@@ -44,6 +45,23 @@ func handler(metrics prometheus.Gatherer, profile bool) http.Handler {
 	return mux
 }
 
+// settled is how long after the start the daemon keeps nothing that only the start needs.
+const settled = 10 * time.Second
+
+// How much garbage there may be until it is collected, in percent of the memory in use: little, since the memory of a
+// node is for pods. When all peers are known, little changes, and collecting costs nearly nothing.
+const (
+	gcAtStart = 25
+	gcAtRest  = 10
+)
+
+// setGCPercent sets the percentage, unless the operator has.
+func setGCPercent(percent int) {
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(percent)
+	}
+}
+
 // waiting returns a function that takes what the node waits for.
 func waiting(log klog.Logger) func(what string) {
 	ready := false // the node has been
@@ -56,7 +74,10 @@ func waiting(log klog.Logger) func(what string) {
 		default:
 			ready = true
 			notify(log, "READY=1\nSTATUS=Ready")
-			debug.FreeOSMemory() // the memory that reading everything took is not needed again
+			// The memory that reading everything took is not needed again. Some of it is kept for seconds: see etcd's listings.
+			setGCPercent(gcAtRest)
+			debug.FreeOSMemory()
+			time.AfterFunc(settled, debug.FreeOSMemory)
 		}
 	}
 }

@@ -286,9 +286,9 @@ func (b *bench) print() error {
 		{"start to all programmed, s", "1.5", func(r result) float64 { return float64(r.start) / second }},
 		{"CPU of that, s", "", func(r result) float64 { return float64(r.startCPU) / second }},
 		{"CPU for one heartbeat of each, s", "2 x floor", func(r result) float64 { return float64(r.heartbeats) / second }},
-		{"resident, MiB", "50", func(r result) float64 { return float64(r.resident) / mib }},
+		{"resident, MiB", "45", func(r result) float64 { return float64(r.resident) / mib }},
 		{"of that not files, MiB", "", func(r result) float64 { return float64(r.anonymous) / mib }},
-		{"peak, MiB", "70", func(r result) float64 { return float64(r.peak) / mib }},
+		{"peak, MiB", "60", func(r result) float64 { return float64(r.peak) / mib }},
 	} {
 		all, floor := values(b.daemons, row.of), values(b.floors, row.of)
 		median, least := middle(all), middle(floor)

@@ -48,10 +48,10 @@ func handler(metrics prometheus.Gatherer, profile bool) http.Handler {
 // settled is how long after the start the daemon keeps nothing that only the start needs.
 const settled = 10 * time.Second
 
-// How much garbage there may be until it is collected, in percent of the memory in use: little, since the memory of a
-// node is for pods. When all peers are known, little changes, and collecting costs nearly nothing.
+// How much garbage there may be until it is collected, in percent of the memory in use. The start is to be fast. When all
+// peers are known, little changes, and collecting costs nearly nothing: the memory of a node is for pods.
 const (
-	gcAtStart = 25
+	gcAtStart = 50
 	gcAtRest  = 10
 )
 

@@ -248,16 +248,23 @@ func codeOf(err error) codes.Code {
 }
 
 // avoid takes one of the endpoints from the client, and gives it the one back that it took before: if the client is
-// connected to that one, it connects to another. If the client is connected to none, it gets all endpoints back.
+// connected to that one, it connects to another. If the client is connected to none, it gets all endpoints back. Where
+// there is only one endpoint, the client gets a new connection to it: a load balancer, or a name with several addresses,
+// may lead to another member then.
 func (c *connection) avoid(client *clientv3.Client) {
 	all := c.config.Endpoints
 	switch ready := client.ActiveConnection().GetState() == connectivity.Ready; {
-	case ready && len(all) > 1:
-		i := c.avoided % len(all)
-		c.log.V(1).Info("A member of etcd cannot serve; trying others", "without", all[i])
+	case ready:
+		without := all[c.avoided%len(all)]
+		others := slices.DeleteFunc(slices.Clone(all), func(e string) bool { return e == without })
+		c.log.V(1).Info("A member of etcd cannot serve; trying others", "without", without)
 		c.avoids, c.avoided = true, c.avoided+1
-		client.SetEndpoints(slices.Concat(all[:i], all[i+1:])...)
-	case !ready && c.avoids:
+		client.SetEndpoints(others...)
+		if len(others) == 0 { // which has closed the connection
+			c.avoids = false
+			client.SetEndpoints(all...)
+		}
+	case c.avoids:
 		c.avoids = false
 		client.SetEndpoints(all...)
 	}

@@ -25,22 +25,50 @@ func TestLearnerAmongTheEndpoints(t *testing.T) {
 	})
 }
 
-// Of two endpoints, one is a member that is cut off from the others. It seems so to a node as well where that member is
-// one of another cluster, of two, of which the other one is gone.
+// Of two endpoints, one is a member that is cut off from the others.
 func TestMemberThatIsCutOff(t *testing.T) {
 	t.Parallel()
 	ofEachVersion(t, func(t *testing.T, path string) {
 		s := newProgramSite(t, path)
 		s.up()
 		s.configure(small)
-		alone, gone := newProgram(t, path), newProgram(t, path)
-		alone.members = []*program{alone, gone}
-		gone.members = alone.members
-		other := &programSite{site: &site{t: t, prefix: s.prefix}, program: alone}
-		other.start()
-		gone.kill()
-		s.servesBeside(alone)
+		s.servesBeside(s.cutOff())
 	})
+}
+
+// Behind the only endpoint, or behind one that is given twice, new connections lead to another member, and the old ones
+// stay with one that is cut off from the others.
+func TestMemberThatIsCutOffBehindABalancer(t *testing.T) {
+	t.Parallel()
+	ofEachVersion(t, func(t *testing.T, path string) {
+		s := newProgramSite(t, path)
+		s.up()
+		s.configure(small)
+		s.relay.point(s.cutOff().addr())
+		once, twice := s.options("a"), s.options("b")
+		twice.Endpoints = append(twice.Endpoints, twice.Endpoints...)
+		views := []*view{
+			newView(t, s.managerWith(once).Watch(t.Context())), newView(t, s.managerWith(twice).Watch(t.Context())),
+		}
+		log.await(t, 2, "cannot be used", "etcd at "+once.Endpoints[0])
+		s.relay.divert(s.program.addr())
+		for _, v := range views {
+			v.until("")
+		}
+	})
+}
+
+// cutOff returns a member that is cut off from the others. It seems so to a node as well where that member is one of
+// another cluster, of two, of which the other one is gone.
+func (s *programSite) cutOff() *program {
+	s.t.Helper()
+	alone, gone := newProgram(s.t, s.program.path), newProgram(s.t, s.program.path)
+	alone.members = []*program{alone, gone}
+	gone.members = alone.members
+	other := &programSite{site: &site{t: s.t, prefix: s.prefix}, program: alone}
+	other.start()
+	gone.kill()
+	return alone
 }
 
 // servesBeside checks that nodes find the server beside one that cannot serve. Each node connects to one of the two at

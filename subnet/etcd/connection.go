@@ -152,10 +152,12 @@ func (c *connection) logIn(ctx context.Context) (string, error) {
 }
 
 // tokenRefused tells whether a request failed because of the token: it expired, or etcd was restarted, or users
-// changed, or authentication was switched on.
+// changed, or authentication was switched on. Where that ends a watch, the error has the text alone.
 func tokenRefused(err error) bool {
-	token := []error{rpctypes.ErrInvalidAuthToken, rpctypes.ErrUserEmpty, rpctypes.ErrAuthOldRevision}
-	return slices.Contains(token, rpctypes.Error(err))
+	token := []error{rpctypes.ErrGRPCInvalidAuthToken, rpctypes.ErrGRPCUserEmpty, rpctypes.ErrGRPCAuthOldRevision}
+	return err != nil && slices.ContainsFunc(token, func(e error) bool {
+		return rpctypes.Error(err) == rpctypes.Error(e) || err.Error() == e.Error()
+	})
 }
 
 // tokenMissing tells whether a request may have failed because it had no token: authentication was switched on since,

@@ -85,9 +85,9 @@ type follower struct {
 type watchEnd int
 
 const (
-	lost     watchEnd = iota // etcd may no longer have what happened since, or have another history
-	noLeader                 // for a while: all nodes see that, and none of them has missed anything
-	crowded                  // too many changes came one by one, see pace.singles
+	lost    watchEnd = iota // etcd may no longer have what happened since, or have another history
+	refused                 // by a member without a leader, or that does not know our token: nothing was missed
+	crowded                 // too many changes came one by one, see pace.singles
 )
 
 // follow puts the changes until the watch ends. Unless it is lost, another watch can go on.
@@ -111,10 +111,10 @@ func (m *follower) follow(ctx context.Context) (watchEnd, error) {
 			switch {
 			case ctx.Err() != nil:
 				return lost, ctx.Err()
-			case errors.Is(answer.Err(), rpctypes.ErrNoLeader):
+			case errors.Is(answer.Err(), rpctypes.ErrNoLeader), tokenRefused(answer.Err()) && m.connection.logOut(watch):
 				m.log.V(1).Info("The watch of the leases ended; going on", "err", answer.Err())
 				m.connection.noteMember(client, answer.Err())
-				return noLeader, nil
+				return refused, nil
 			case !ok || answer.Err() != nil:
 				m.log.V(1).Info("The watch of the leases ended; reading them again", "err", answer.Err())
 				return lost, nil

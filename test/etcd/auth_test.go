@@ -4,6 +4,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -165,6 +166,23 @@ func TestServerKilled(t *testing.T) {
 		s.few(working, nil, began)
 		if lines, _ := log.lines("cannot be used", w.store); len(lines) != 1 {
 			s.t.Errorf("the log has %q, want one line", lines)
+		}
+	})
+}
+
+// A member knows its tokens no more after its restart, and other members may have forgotten them long before.
+func TestWatchGoesOnWithAnotherToken(t *testing.T) {
+	withTokens(t, "300", func(s *programSite) {
+		s.put("subnets/10.5.1.0-24", record("198.18.0.1"))
+		v := newView(s.t, s.managerWith(s.user("http://"+s.program.addr())).Watch(s.t.Context()))
+		v.until("10.5.1.0/24=198.18.0.1")
+		s.program.signal(s.t, syscall.SIGTERM) // a member that is killed may read its tokens again
+		<-s.program.exited
+		s.start()
+		s.put("subnets/10.5.2.0-24", record("198.18.0.2"))
+		v.until("10.5.1.0/24=198.18.0.1 10.5.2.0/24=198.18.0.2")
+		if v.snapshots != 1 {
+			s.t.Errorf("%d snapshots, though nothing was missed", v.snapshots)
 		}
 	})
 }

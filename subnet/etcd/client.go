@@ -121,8 +121,7 @@ func (toKlog) Sync() error { return nil }
 // resetPausesEvery bounds how long gRPC's pauses grow while no server can be reached: from half a second to about four.
 const resetPausesEvery = 10 * time.Second
 
-// shortenPauses resets gRPC's pauses again and again while no server can be reached. While one server can be reached,
-// the pauses before attempts at the others keep growing: mostly, only one of the two default endpoints exists.
+// shortenPauses resets gRPC's pauses again and again while no server can be reached.
 func shortenPauses(ctx context.Context, c channel) {
 	pause := retry.Backoff{First: resetPausesEvery, Most: resetPausesEvery, Jitter: true} // not all nodes at once
 	for ctx.Err() == nil {

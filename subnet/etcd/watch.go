@@ -120,7 +120,7 @@ func (m *follower) follow(ctx context.Context) (watchEnd, error) {
 				return lost, nil
 			}
 			if answer.IsProgressNotify() {
-				m.at.revision = answer.Header.Revision
+				m.at.revision = max(m.at.revision, answer.Header.Revision) // another member may lag
 			}
 			if n := len(answer.Events); n > 0 {
 				m.observe(m.at, answer.Header.Revision)

@@ -14,6 +14,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -43,8 +44,15 @@ type settings struct {
 }
 
 func main() {
-	var s settings
-	flag.StringVar(&s.store, "store", "etcd", "what the nodes share: etcd, kubernetes, or kine (Kubernetes on kine)")
+	s := settings{store: "etcd"}
+	flag.Func("store", "which `store` the nodes share: etcd, kubernetes, or kine (Kubernetes on kine) (default etcd)",
+		func(text string) error {
+			if !slices.Contains([]string{"etcd", "kubernetes", "kine"}, text) {
+				return errors.New("it is etcd, kubernetes or kine")
+			}
+			s.store = text
+			return nil
+		})
 	flag.StringVar(&s.api, "apiserver", "kube/kube-apiserver", "`program` of the API server, in build")
 	flag.Func("n", "how many nodes, `N[,N...]` (default 100,300,1000)", func(text string) error {
 		for _, word := range strings.Split(text, ",") {
@@ -56,7 +64,8 @@ func main() {
 		}
 		return nil
 	})
-	flag.Func("moments", "which bad moments, `name[,name...]` (default all; none: -)", func(text string) error {
+	flag.Func("moments", "which bad moments, `name[,name...]`, such as joins,restart (default all; - is none; a wrong name "+
+		"lists those of the store)", func(text string) error {
 		s.moments = strings.Split(text, ",")
 		return nil
 	})
@@ -65,6 +74,11 @@ func main() {
 	flag.DurationVar(&s.patient, "patience", 3*time.Minute, "how long a bad moment may take")
 	flag.StringVar(&s.out, "o", "", "`directory` for the picture (default build/bench)")
 	flag.Parse()
+	if flag.NArg() > 0 {
+		fmt.Fprintf(flag.CommandLine.Output(), "bench-fleet takes flags alone, but got %q\n", flag.Args())
+		flag.Usage()
+		os.Exit(2)
+	}
 	if s.sizes == nil {
 		s.sizes = []int{100, 300, 1000}
 	}
@@ -90,7 +104,14 @@ func isolate(ctx context.Context, f func(context.Context) error) error {
 		cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 		cmd.Cancel = func() error { return cmd.Process.Signal(unix.SIGTERM) }
 		cmd.SysProcAttr = &unix.SysProcAttr{Cloneflags: unix.CLONE_NEWNET, Pdeathsig: unix.SIGTERM}
-		return cmd.Run()
+		err = cmd.Run()
+		if code := cmd.ProcessState.ExitCode(); code > 0 {
+			os.Exit(code) // the process inside has said why
+		}
+		if errors.Is(err, os.ErrPermission) {
+			return fmt.Errorf("only root can make a network namespace: %w", err)
+		}
+		return err
 	}
 	if out, err := exec.CommandContext(ctx, "ip", "link", "set", "lo", "up").CombinedOutput(); err != nil {
 		return fmt.Errorf("ip link set lo up: %w: %s", err, out)
@@ -117,7 +138,9 @@ func (s settings) run(ctx context.Context) error {
 	for _, n := range s.sizes {
 		r, err := s.measure(ctx, n)
 		results = append(results, r)
-		r.print()
+		if len(r.outcomes) > 0 {
+			r.print()
+		}
 		if err != nil {
 			return fmt.Errorf("%d nodes: %w", n, err)
 		}
@@ -147,9 +170,9 @@ func (s settings) open(ctx context.Context, dir string) (store, error) {
 	if err != nil {
 		return nil, err
 	}
-	start := map[string]func(program, dir string) (*cluster, error){"kubernetes": startEtcd, "kine": startKine}[s.store]
-	if start == nil {
-		return nil, fmt.Errorf("-store %s: it is etcd, kubernetes or kine", s.store)
+	start := startEtcd
+	if s.store == "kine" {
+		start = startKine
 	}
 	behind, err := start(program, dir)
 	if err != nil {

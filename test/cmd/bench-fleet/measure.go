@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"slices"
 	"time"
 )
 
@@ -40,6 +39,10 @@ func (s settings) measure(ctx context.Context, n int) (r result, err error) {
 	if store != nil {
 		defer store.close()
 	}
+	if err != nil {
+		return r, err
+	}
+	chosen, err := choose(moments(store), s.moments)
 	if err != nil {
 		return r, err
 	}
@@ -78,10 +81,7 @@ func (s settings) measure(ctx context.Context, n int) (r result, err error) {
 		}
 		r.rests = append(r.rests, l)
 	}
-	for _, moment := range moments(store) {
-		if s.moments != nil && !slices.Contains(s.moments, moment.name) {
-			continue
-		}
+	for _, moment := range chosen {
 		o, err := s.live(ctx, f, moment)
 		r.outcomes = append(r.outcomes, o)
 		if err != nil {
@@ -126,8 +126,11 @@ func (s settings) live(ctx context.Context, f *fleet, m moment) (o outcome, err 
 		return o, ctx.Err()
 	}
 	o.took = time.Since(since)
-	fmt.Fprintf(os.Stderr, "%d nodes: %s: right after %v, %v\n", len(f.nodes), m.what, o.took.Round(time.Millisecond),
-		o.never)
+	text := "all right after " + o.took.Round(time.Millisecond).String()
+	if o.never != nil {
+		text = "not " + text + ": " + o.never.Error()
+	}
+	fmt.Fprintf(os.Stderr, "%d nodes: %s: %s\n", len(f.nodes), m.what, text)
 	if err := pause(ctx, 3*time.Second); err != nil { // the meter's next reading
 		return o, err
 	}

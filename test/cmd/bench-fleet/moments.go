@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os/exec"
+	"slices"
 	"strings"
 	"time"
 
@@ -45,6 +46,30 @@ func moments(s store) []moment {
 			return f.upgrade(ctx)
 		}},
 	)
+}
+
+// choose returns the moments with these names: all where names is nil, none where the only name is "-".
+func choose(all []moment, names []string) (chosen []moment, err error) {
+	if names == nil {
+		return all, nil
+	}
+	if slices.Equal(names, []string{"-"}) {
+		return nil, nil
+	}
+	var known []string
+	for _, m := range all {
+		known = append(known, m.name)
+		if slices.Contains(names, m.name) {
+			chosen = append(chosen, m)
+		}
+	}
+	for _, name := range names {
+		if !slices.Contains(known, name) {
+			return nil, fmt.Errorf("-moments has %q, which this store does not have: it has %s", name,
+				strings.Join(known, ", "))
+		}
+	}
+	return chosen, nil
 }
 
 func (f *fleet) upgrade(ctx context.Context) (since time.Time, err error) {

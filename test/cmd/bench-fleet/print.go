@@ -11,15 +11,14 @@ import (
 )
 
 func (r result) print() {
-	thousands := float64(r.nodes) / 1000
 	for _, l := range r.rests {
 		fmt.Printf("\n%d nodes %s: %.1f requests (%.0f in one second), %.1f messages to watches, %.1f events, "+
 			"%.1f KB in and %.1f KB out a second\n", r.nodes, l.what, l.requests, l.peak, l.messages, l.events, l.in/1000,
 			l.out/1000)
 		for _, kind := range slices.Sorted(maps.Keys(l.uses)) {
 			u := l.uses[kind]
-			fmt.Printf("  for a thousand nodes, %s: %.1f %% of a core, %.0f MiB\n", kind, 100*u.cpu/thousands,
-				u.memory/(1<<20)/thousands)
+			fmt.Printf("  %s, beside what is taken without nodes: %.1f %% of a core, %.0f MiB\n", kind, 100*u.cpu,
+				u.memory/(1<<20))
 		}
 	}
 	fmt.Println()

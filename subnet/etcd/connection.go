@@ -43,6 +43,7 @@ type connection struct {
 	unable     time.Time        // since when the member has answered that it cannot serve; zero: it can
 	avoids     bool             // the client does not have all endpoints, see avoid
 	avoided    int              // how often it was given others
+	watches    *stream          // of watches that begin now; nil: there was none
 	loggedIn   bool
 	token      string // "" where etcd requires none
 	closed     bool
@@ -213,7 +214,7 @@ func (c *connection) noteAnswer(client *clientv3.Client, unanswered, canceled bo
 func (c *connection) drop(client *clientv3.Client) {
 	if client == c.client && !c.closed {
 		c.client, c.unanswered, c.unable, c.avoids = nil, 0, time.Time{}, false
-		c.running.Go(func() { client.Close() }) // this ends the watches, too
+		c.running.Go(func() { closeClient(client) }) // this ends the watches, too
 	}
 }
 
@@ -279,7 +280,7 @@ func (c *connection) close() error {
 	c.mu.Unlock()
 	var err error
 	if client != nil {
-		err = client.Close()
+		err = closeClient(client)
 	}
 	c.running.Wait()
 	return err

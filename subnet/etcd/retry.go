@@ -190,31 +190,16 @@ func (m *Manager) changes(ctx context.Context, at watchPoint, keys []string, opt
 ) {
 	ctx, cancel := context.WithCancel(ctx)
 	var running sync.WaitGroup
-	stop = func() { cancel(); running.Wait() }
-	client, watch, err := m.connection.open(ctx)
-	if err != nil {
-		cancel() // the caller's next request logs why
-		return ctx.Done(), stop
-	}
-	running.Go(func() {
-		select {
-		case <-ctx.Done():
-		case <-m.ctx.Done():
-		case <-at.invalid:
-		}
-		cancel()
-	})
+	forget := context.AfterFunc(m.ctx, cancel)
+	stop = func() { forget(); cancel(); running.Wait() }
 	for _, key := range keys {
-		options := append([]clientv3.OpOption{clientv3.WithRev(at.revision + 1)}, options...)
 		running.Go(func() {
 			defer cancel()
-			for answer := range client.Watch(watch, key, options...) {
-				if len(answer.Events) > 0 {
-					return
-				}
+			err := m.watch(ctx, at, key, options, func(answer *clientv3.WatchResponse) bool { return len(answer.Events) == 0 })
+			if err != nil && !errors.Is(err, errWatchPoint) {
+				// If this repeats while requests succeed, one read a second is enough.
+				retry.Sleep(ctx, time.Second)
 			}
-			// The watch broke, or could not begin. If this repeats while requests succeed, one read a second is enough.
-			retry.Sleep(ctx, time.Second)
 		})
 	}
 	return ctx.Done(), stop

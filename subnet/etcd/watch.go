@@ -92,51 +92,39 @@ const (
 
 // follow puts the changes until the watch ends. Unless it is lost, another watch can go on.
 func (m *follower) follow(ctx context.Context) (watchEnd, error) {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	client, watch, err := m.connection.open(ctx)
-	if err != nil {
-		return lost, m.ctx.Err()
-	}
 	singles := rate.NewLimiter(m.pace().singles())
 	// Progress notifications let a quiet watch survive compaction: after a broken connection, the watch continues from
 	// the last of them.
-	events := client.Watch(watch, m.subnetsPrefix(), clientv3.WithPrefix(),
-		clientv3.WithRev(m.at.revision+1), clientv3.WithProgressNotify())
-	for {
-		select {
-		case <-m.at.invalid:
-			return lost, nil
-		case answer, ok := <-events:
-			switch {
-			case ctx.Err() != nil:
-				return lost, ctx.Err()
-			case errors.Is(answer.Err(), rpctypes.ErrNoLeader), tokenRefused(answer.Err()) && m.connection.logOut(watch):
-				m.log.V(1).Info("The watch of the leases ended; going on", "err", answer.Err())
-				m.connection.noteMember(client, answer.Err())
-				return refused, nil
-			case !ok || answer.Err() != nil:
-				m.log.V(1).Info("The watch of the leases ended; reading them again", "err", answer.Err())
-				return lost, nil
-			}
-			if answer.IsProgressNotify() {
-				m.at.revision = max(m.at.revision, answer.Header.Revision) // another member may lag
-			}
-			if n := len(answer.Events); n > 0 {
-				m.observe(m.at, answer.Header.Revision)
-				m.at.revision = answer.Events[n-1].Kv.ModRevision // there may be more that the header's revision has
-				m.updates.Put(m.updateOf(answer.Events))
-				limit, burst := m.pace().singles()
-				singles.SetLimit(limit)
-				singles.SetBurst(burst)
-				if !singles.Allow() {
-					return crowded, nil
-				}
-			}
-		case <-ctx.Done():
-			return lost, ctx.Err()
+	options := []clientv3.OpOption{clientv3.WithPrefix(), clientv3.WithProgressNotify()}
+	err := m.watch(ctx, m.at, m.subnetsPrefix(), options, func(answer *clientv3.WatchResponse) bool {
+		if answer.IsProgressNotify() {
+			m.at.revision = max(m.at.revision, answer.Header.Revision) // another member may lag
 		}
+		n := len(answer.Events)
+		if n == 0 {
+			return true
+		}
+		m.observe(m.at, answer.Header.Revision)
+		m.at.revision = answer.Events[n-1].Kv.ModRevision // there may be more that the header's revision has
+		m.updates.Put(m.updateOf(answer.Events))
+		limit, burst := m.pace().singles()
+		singles.SetLimit(limit)
+		singles.SetBurst(burst)
+		return singles.Allow()
+	})
+	switch {
+	case err == nil:
+		return crowded, nil
+	case ctx.Err() != nil:
+		return lost, ctx.Err()
+	case m.ctx.Err() != nil:
+		return lost, m.ctx.Err()
+	case errors.Is(err, rpctypes.ErrNoLeader), errors.Is(err, errStream), tokenRefused(err):
+		m.log.V(1).Info("The watch of the leases ended; going on", "err", err)
+		return refused, nil
 	}
+	m.log.V(1).Info("The watch of the leases ended; reading them again", "err", err)
+	return lost, nil
 }
 
 // updateOf returns what events change. A record that cannot be read is no lease.

@@ -1,0 +1,112 @@
+package etcd
+
+import (
+	"context"
+	"errors"
+	"strconv"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc/metadata"
+)
+
+// A stream carries watches: all those of a node that began since the last failure of one.
+//
+// The client has one stream of gRPC for each kind of context. When two watches on it fail at the same time, such as for
+// a token that has ended, the client can wait for ever for the second one. Then no watch on the stream gets an answer or
+// an error any more, and none can begin. So all watches of a stream end when one of them fails, and the next ones have
+// another stream.
+type stream struct {
+	context.Context // ends when a watch has failed
+	fail            context.CancelFunc
+	number          int
+}
+
+// streamKey is what distinguishes the contexts of streams, in the metadata of requests.
+const streamKey = "flannel-stream"
+
+var (
+	errWatchPoint = errors.New("etcd has another history")
+	errStream     = errors.New("another watch has failed")
+)
+
+// stream returns the stream for watches that begin now.
+func (c *connection) stream() *stream {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if s := c.watches; s != nil && s.Err() == nil {
+		return s
+	}
+	s := &stream{}
+	if c.watches != nil {
+		s.number = c.watches.number + 1
+	}
+	s.Context, s.fail = context.WithCancel(context.Background())
+	c.watches = s
+	return s
+}
+
+// watch calls each with the answers of a watch that begins after a watch point, for as long as each returns true. The
+// error is why the watch ended otherwise: errWatchPoint, errStream, that of ctx, or etcd's.
+func (m *Manager) watch(ctx context.Context, at watchPoint, key string, options []clientv3.OpOption,
+	each func(*clientv3.WatchResponse) bool) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	client, request, err := m.connection.open(ctx)
+	if err != nil {
+		return err // the next request logs why
+	}
+	s := m.connection.stream()
+	request, end := context.WithCancel(metadata.AppendToOutgoingContext(request, streamKey, strconv.Itoa(s.number)))
+	defer end()
+	defer context.AfterFunc(s, end)()
+	answers := client.Watch(request, key, append([]clientv3.OpOption{clientv3.WithRev(at.revision + 1)}, options...)...)
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-at.invalid:
+			return errWatchPoint
+		case <-s.Done():
+			return errStream
+		case answer, ok := <-answers:
+			switch {
+			case ctx.Err() != nil:
+				return ctx.Err()
+			case s.Err() != nil:
+				return errStream
+			case !ok:
+				err = errors.New("the watch ended")
+			default:
+				err = answer.Err()
+			}
+			if err != nil {
+				s.fail()
+				m.connection.noteMember(client, err)
+				if tokenRefused(err) {
+					m.connection.logOut(request)
+				}
+				return err
+			}
+			if !each(&answer) {
+				return nil
+			}
+		}
+	}
+}
+
+// closePatience is how long a client may take to close.
+const closePatience = 2 * time.Second
+
+// closeClient closes a client, and ends its watches. A client that waits for ever for a watch, see stream, keeps some
+// memory, but does not keep the daemon from its end.
+func closeClient(client *clientv3.Client) error {
+	closed := make(chan error, 1)
+	go func() { closed <- client.Close() }()
+	select {
+	case err := <-closed:
+		return err
+	case <-time.After(closePatience):
+		return client.ActiveConnection().Close()
+	}
+}

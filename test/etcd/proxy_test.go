@@ -41,7 +41,7 @@ func TestProxy(t *testing.T) {
 	})
 }
 
-// The proxy begins anew, and all that nodes have under way with it ends.
+// The proxy starts again, and all that nodes have under way with it ends.
 func TestProxyRestarts(t *testing.T) {
 	t.Parallel()
 	ofEachVersion(t, func(t *testing.T, path string) {

@@ -50,8 +50,6 @@ func (c *connection) stream() *stream {
 // error is why the watch ended otherwise: errWatchPoint, errStream, that of ctx, or etcd's.
 func (m *Manager) watch(ctx context.Context, at watchPoint, key string, options []clientv3.OpOption,
 	each func(*clientv3.WatchResponse) bool) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
 	client, request, err := m.connection.open(ctx)
 	if err != nil {
 		return err // the next request logs why

@@ -222,11 +222,7 @@ func TestManyChangesComeTogether(t *testing.T) {
 func TestWatchGoesOnAfterAnElection(t *testing.T) {
 	t.Parallel()
 	ofEachVersion(t, func(t *testing.T, path string) {
-		s := newProgramSite(t, path)
-		members := []*program{newProgram(t, path), newProgram(t, path), s.program}
-		for _, p := range members {
-			p.members = members
-		}
+		s, members := newClusterSite(t, path)
 		s.start()
 		s.put("subnets/10.5.1.0-24", record("198.18.0.1"))
 		o := s.options("a")

@@ -89,6 +89,17 @@ func newProgramSite(t *testing.T, path string, args ...string) *programSite {
 	return s
 }
 
+// newClusterSite returns a site whose server is one of three members, the last, which are not running yet.
+func newClusterSite(t *testing.T, path string) (*programSite, []*program) {
+	t.Helper()
+	s := newProgramSite(t, path)
+	members := []*program{newProgram(t, path), newProgram(t, path), s.program}
+	for _, p := range members {
+		p.members = members
+	}
+	return s, members
+}
+
 func newProgram(t *testing.T, path string, args ...string) *program {
 	pid, n := os.Getpid(), programs.Add(1)
 	p := &program{path: path, dir: t.TempDir(), host: fmt.Sprintf("127.%d.%d.%d", 1+pid>>8%250, pid&255, n), args: args}

@@ -63,11 +63,7 @@ func TestProxyRestarts(t *testing.T) {
 func TestProxyOfMembers(t *testing.T) {
 	t.Parallel()
 	ofEachVersion(t, func(t *testing.T, path string) {
-		s := newProgramSite(t, path)
-		members := []*program{newProgram(t, path), newProgram(t, path), s.program}
-		for _, p := range members {
-			p.members = members
-		}
+		s, members := newClusterSite(t, path)
 		s.start()
 		s.startProxy()
 		w := s.worker(s.options("a"))

@@ -423,7 +423,7 @@ func TestWatchGoesOnWithoutReading(t *testing.T) {
 	}
 }
 
-// The time of a claim shrinks with the network, and whoever asks about a claim need not wait for its end.
+// The time of a claim shrinks with the network, and a node that asks about a claim need not wait for its end.
 func TestClaimOfAShrunkenNetwork(t *testing.T) {
 	s, r := newRecordedSite(t)
 	const nodes = 4500

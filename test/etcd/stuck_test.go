@@ -78,12 +78,10 @@ func TestEndpointsThatSayNothing(t *testing.T) {
 func TestMembersThatHang(t *testing.T) {
 	t.Parallel()
 	ofEachVersion(t, func(t *testing.T, path string) {
-		s := newProgramSite(t, path)
-		members := []*program{newProgram(t, path), newProgram(t, path), s.program}
+		s, members := newClusterSite(t, path)
 		o := s.options("a")
 		o.Endpoints = nil
 		for _, p := range members {
-			p.members = members
 			o.Endpoints = append(o.Endpoints, "http://"+p.addr())
 		}
 		s.start()

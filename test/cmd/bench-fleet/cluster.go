@@ -136,9 +136,7 @@ func (c *cluster) loseLeader(ctx context.Context, f *fleet) (time.Time, error) {
 	if err != nil {
 		return time.Time{}, err
 	}
-	since := time.Now()
-	leader.kill()
-	return since, f.mark(ctx)
+	return lose(ctx, f, leader)
 }
 
 // loseFollower is a bad moment.
@@ -147,9 +145,7 @@ func (c *cluster) loseFollower(ctx context.Context, f *fleet) (time.Time, error)
 	if err != nil {
 		return time.Time{}, err
 	}
-	since := time.Now()
-	followers[0].kill()
-	return since, f.mark(ctx)
+	return lose(ctx, f, followers[0])
 }
 
 // loseAll is a bad moment.

@@ -3,9 +3,11 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -19,16 +21,20 @@ import (
 
 const subnetsPrefix = lab.Prefix + "/subnets/"
 
+// maxProxies is how many proxies there are addresses for.
+const maxProxies = 100
+
 // An etcdStore is an etcd that holds the leases itself.
 type etcdStore struct {
 	*cluster
-	dir string
+	proxies []*server // between nodes and members; none: nodes reach the members directly
+	dir     string
 }
 
-// newEtcdStore starts etcd in an empty directory.
-func newEtcdStore(ctx context.Context, program, dir string) (*etcdStore, error) {
+// newEtcdStore starts etcd, and proxies of it, in an empty directory.
+func newEtcdStore(ctx context.Context, program, dir string, proxies int) (*etcdStore, error) {
 	c, err := startEtcd(program, dir)
-	s := &etcdStore{c, dir}
+	s := &etcdStore{cluster: c, dir: dir}
 	if err != nil {
 		return s, err
 	}
@@ -41,31 +47,91 @@ func newEtcdStore(ctx context.Context, program, dir string) (*etcdStore, error) 
 	if err := awaitAnswer(ctx, s); err != nil {
 		return s, err
 	}
+	if err := s.startProxies(ctx, program, proxies); err != nil {
+		return s, err
+	}
 	return s, s.put(ctx, lab.Prefix+"/config", network)
 }
 
-func (s *etcdStore) servers() []*server { return s.members }
+func proxyPort(proxy int) int { return 23790 + proxy }
+
+// startProxies starts proxies, and waits until they answer. What they do for nodes is not counted: the members count
+// what is left of that.
+func (s *etcdStore) startProxies(ctx context.Context, program string, count int) error {
+	for i := range count {
+		file := filepath.Join(s.dir, fmt.Sprintf("proxy%d", i))
+		url := fmt.Sprintf("127.0.0.1:%d", proxyPort(i))
+		p := &server{kind: "etcd grpc-proxy", log: file + ".log", args: []string{
+			program, "grpc-proxy", "start", "--endpoints", strings.Join(s.endpoints, ","), "--data-dir", file,
+			"--listen-addr", fmt.Sprintf("0.0.0.0:%d", proxyPort(i)), "--advertise-client-url", url,
+		}}
+		s.proxies = append(s.proxies, p)
+		if err := p.start(); err != nil {
+			return err
+		}
+		if err := lab.Poll(ctx, "etcd grpc-proxy to answer", func() error {
+			request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+url+"/health", nil)
+			if err != nil {
+				return err
+			}
+			answer, err := http.DefaultClient.Do(request)
+			if err != nil {
+				return err
+			}
+			answer.Body.Close()
+			if answer.StatusCode != http.StatusOK {
+				return errors.New(answer.Status)
+			}
+			return nil
+		}); err != nil {
+			return fmt.Errorf("%w; see %s", err, p.log)
+		}
+	}
+	return nil
+}
+
+func (s *etcdStore) close() {
+	for _, p := range s.proxies {
+		p.kill()
+	}
+	s.cluster.close()
+}
+
+func (s *etcdStore) servers() []*server { return append(slices.Clone(s.members), s.proxies...) }
 func (s *etcdStore) own() int64         { return s.requests.Load() }
 func (s *etcdStore) rests() []rest      { return []rest{{what: "at rest"}} }
 
 func (s *etcdStore) moments() []moment {
-	return []moment{
+	all := []moment{
 		{"leader", "the leader is lost", s.loseLeader},
 		{"member", "another member is lost", s.loseFollower},
 		{"store", "all members are away for 60 s", s.loseAll},
 		{"compaction", "a compaction while half of the nodes are cut off", s.loseHistory},
 		{"expiry", "every etcd lease ends, 1000 a second", s.expire},
 	}
+	if len(s.proxies) > 1 {
+		all = append(all, moment{"proxy", "a proxy is lost", func(ctx context.Context, f *fleet) (time.Time, error) {
+			return lose(ctx, f, s.proxies[0])
+		}})
+	}
+	return all
 }
 
 // etcdField is the field of a server of etcd.
 func etcdField(t *traffic, line string) *float64 {
-	switch watch := strings.Contains(line, `grpc_method="Watch"`); {
-	case strings.HasPrefix(line, "grpc_server_started_total{") && !watch,
-		strings.HasPrefix(line, "grpc_server_msg_received_total{") && watch:
-		return &t.requests // each renewal of an etcd lease is one
-	case strings.HasPrefix(line, "grpc_server_msg_sent_total{") && watch:
+	is := func(metric, method string) bool {
+		return strings.HasPrefix(line, metric+"{") && strings.Contains(line, `grpc_method="`+method+`"`)
+	}
+	switch {
+	case is("grpc_server_msg_received_total", "Watch"),
+		is("grpc_server_msg_sent_total", "LeaseKeepAlive"): // as many as received, which counts the ends of streams, too
+		return &t.requests
+	case is("grpc_server_msg_sent_total", "Watch"):
 		return &t.messages
+	case is("grpc_server_started_total", "Watch"), is("grpc_server_started_total", "LeaseKeepAlive"):
+		// a proxy keeps one stream open for many requests
+	case strings.HasPrefix(line, "grpc_server_started_total{"):
+		return &t.requests
 	case strings.HasPrefix(line, "etcd_debugging_mvcc_events_total "):
 		return &t.events
 	case strings.HasPrefix(line, "etcd_network_client_grpc_received_bytes_total "):
@@ -77,9 +143,13 @@ func etcdField(t *traffic, line string) *float64 {
 }
 
 func (s *etcdStore) manager(ctx context.Context, n *node) (subnet.Manager, error) {
+	port, count := clientPort, len(s.members)
+	if len(s.proxies) > 0 {
+		port, count = proxyPort, len(s.proxies)
+	}
 	var endpoints []string
-	for i := range s.members {
-		endpoints = append(endpoints, fmt.Sprintf("http://127.0.%d.%d:%d", n.half(), 1+i, clientPort(i)))
+	for i := range count {
+		endpoints = append(endpoints, fmt.Sprintf("http://127.0.%d.%d:%d", n.half(), 1+i, port(i)))
 	}
 	return etcd.New(ctx, etcd.Options{
 		Endpoints: endpoints, Prefix: lab.Prefix, Identity: fmt.Sprint("node ", n.number),

@@ -1,8 +1,8 @@
 // Command bench-fleet measures what many nodes do to their store, at rest and at bad moments. The store is an etcd of
-// three members, or an API server of Kubernetes, which keeps its state in such an etcd or in kine. One process runs the
-// managers of leases of all nodes, the same code as the daemon, as the daemon's main loop calls it; the nodes have no
-// kernels. All of that, the store too, is in a network namespace of its own, on loopback addresses, and ends with the
-// process. It prints tables, and draws the figures over N.
+// three members, which nodes may reach by way of proxies, or an API server of Kubernetes, which keeps its state in
+// such an etcd or in kine. One process runs the managers of leases of all nodes, the same code as the daemon, as the
+// daemon's main loop calls it; the nodes have no kernels. All of that, the store too, is in a network namespace of
+// its own, on loopback addresses, and ends with the process. It prints tables, and draws the figures over N.
 package main
 
 import (
@@ -34,6 +34,7 @@ const network = `{"Network": "10.0.0.0/8", "SubnetLen": 24, "Backend": {"Type": 
 // settings are from the command line.
 type settings struct {
 	store   string
+	proxies int    // between nodes and etcd
 	api     string // the program
 	sizes   []int
 	moments []string // nil: all
@@ -53,6 +54,8 @@ func main() {
 			s.store = text
 			return nil
 		})
+	flag.IntVar(&s.proxies, "proxies", 0, "how many `processes` of etcd grpc-proxy are between the nodes and etcd; "+
+		"0: the nodes reach its members directly")
 	flag.StringVar(&s.api, "apiserver", "kube/kube-apiserver", "`program` of the API server, in build")
 	flag.Func("n", "how many nodes, `N[,N...]` (default 100,300,1000)", func(text string) error {
 		for _, word := range strings.Split(text, ",") {
@@ -74,10 +77,13 @@ func main() {
 	flag.DurationVar(&s.patient, "patience", 3*time.Minute, "how long a bad moment may take")
 	flag.StringVar(&s.out, "o", "", "`directory` for the picture (default build/bench)")
 	flag.Parse()
-	if flag.NArg() > 0 {
-		fmt.Fprintf(flag.CommandLine.Output(), "bench-fleet takes flags alone, but got %q\n", flag.Args())
-		flag.Usage()
-		os.Exit(2)
+	switch {
+	case flag.NArg() > 0:
+		misused("bench-fleet takes flags alone, but got %q", flag.Args())
+	case s.proxies < 0 || s.proxies > maxProxies:
+		misused("-proxies is a number from 0 to %d, but got %d", maxProxies, s.proxies)
+	case s.proxies > 0 && s.store != "etcd":
+		misused("-proxies is for -store etcd, but got -store %s", s.store)
 	}
 	if s.sizes == nil {
 		s.sizes = []int{100, 300, 1000}
@@ -89,6 +95,13 @@ func main() {
 		fmt.Fprintf(os.Stderr, "bench-fleet: %v\n", err)
 		os.Exit(1)
 	}
+}
+
+// misused ends the program, since its flags make no sense.
+func misused(format string, a ...any) {
+	fmt.Fprintf(flag.CommandLine.Output(), format+"\n", a...)
+	flag.Usage()
+	os.Exit(2)
 }
 
 // isolate runs f in a process that has a network namespace of its own.
@@ -164,7 +177,7 @@ func (s settings) open(ctx context.Context, dir string) (store, error) {
 		return nil, err
 	}
 	if s.store == "etcd" {
-		return newEtcdStore(ctx, program, dir)
+		return newEtcdStore(ctx, program, dir, s.proxies)
 	}
 	api, err := lab.Program(s.api)
 	if err != nil {

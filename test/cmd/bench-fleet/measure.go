@@ -22,7 +22,8 @@ type outcome struct {
 	never  error // why all was not right in time
 	peak   float64
 	total  traffic
-	moved  int // nodes that have another subnet
+	cpu    map[string]time.Duration // of servers, by kind, and of the nodes
+	moved  int                      // nodes that have another subnet
 	slow   time.Duration
 	failed int
 }
@@ -114,6 +115,10 @@ func (f *fleet) recover(ctx context.Context, n int) error {
 func (s settings) live(ctx context.Context, f *fleet, m moment) (o outcome, err error) {
 	o.what = m.what
 	before, lost := f.holdings()
+	used, err := f.usages()
+	if err != nil {
+		return o, err
+	}
 	f.meter.reset()
 	since, err := m.happen(ctx, f)
 	if err != nil {
@@ -135,6 +140,14 @@ func (s settings) live(ctx context.Context, f *fleet, m moment) (o outcome, err 
 		return o, err
 	}
 	o.total, o.peak, o.slow, o.failed = f.meter.read()
+	now, err := f.usages()
+	if err != nil {
+		return o, err
+	}
+	o.cpu = map[string]time.Duration{}
+	for kind, u := range now {
+		o.cpu[kind] = u.cpu - used[kind].cpu
+	}
 	after, lostNow := f.holdings()
 	o.moved = lostNow - lost
 	for i, s := range before {
@@ -153,8 +166,14 @@ type load struct {
 	uses    map[string]use // by the kind of server; the nodes'
 }
 
-// nodesUse is where load.uses has what all nodes take.
+// nodesUse is where load.uses and outcome.cpu have what all nodes take.
 const nodesUse = "the nodes"
+
+// usages returns what servers take, by kind, and what all nodes take.
+func (f *fleet) usages() (map[string]usage, error) {
+	nodes := &server{kind: nodesUse, cmd: &exec.Cmd{Process: &os.Process{Pid: os.Getpid()}}}
+	return usages(append(f.store.servers(), nodes))
+}
 
 // A use is what processes take.
 type use struct {
@@ -173,17 +192,16 @@ func (f *fleet) load(ctx context.Context, r rest, d time.Duration) (l load, err 
 	} else {
 		go func() { others <- r.others(ctx, len(f.nodes)) }()
 	}
-	servers := append(f.store.servers(), &server{kind: nodesUse, cmd: &exec.Cmd{Process: &os.Process{Pid: os.Getpid()}}})
 	f.meter.reset()
 	began := time.Now()
-	before, err := usages(servers)
+	before, err := f.usages()
 	if err != nil {
 		return l, err
 	}
 	if err := pause(ctx, d); err != nil {
 		return l, err
 	}
-	after, err := usages(servers)
+	after, err := f.usages()
 	if err != nil {
 		return l, err
 	}

@@ -5,6 +5,7 @@ import (
 	"maps"
 	"os"
 	"slices"
+	"strings"
 	"text/tabwriter"
 
 	"github.com/flanneld/flanneld/test/chart"
@@ -23,15 +24,26 @@ func (r result) print() {
 	}
 	fmt.Println()
 	w := tabwriter.NewWriter(os.Stdout, 0, 0, 3, ' ', tabwriter.AlignRight)
-	fmt.Fprintln(w, "bad moment\tall right after\tpeak requests/s\trequests\trefused\tevents\tMB out\tother subnet\t"+
-		"probe's slowest\tfailed\t")
+	fmt.Fprintln(w, "bad moment\tall right after\tpeak requests/s\trequests\trefused\tevents\tmessages\tMB out\t"+
+		"other subnet\tprobe's slowest\tfailed\t")
 	for _, o := range r.outcomes {
 		took := fmt.Sprintf("%.1f s", o.took.Seconds())
 		if o.never != nil {
 			took = "not in " + took
 		}
-		fmt.Fprintf(w, "%s\t%s\t%.0f\t%.0f\t%.0f\t%.0f\t%.1f\t%d\t%.2f s\t%d\t\n", o.what, took, o.peak, o.total.requests,
-			o.total.refused, o.total.events, o.total.out/1e6, o.moved, o.slow.Seconds(), o.failed)
+		fmt.Fprintf(w, "%s\t%s\t%.0f\t%.0f\t%.0f\t%.0f\t%.0f\t%.1f\t%d\t%.2f s\t%d\t\n", o.what, took, o.peak,
+			o.total.requests, o.total.refused, o.total.events, o.total.messages, o.total.out/1e6, o.moved, o.slow.Seconds(),
+			o.failed)
+	}
+	fmt.Fprintln(w)
+	kinds := slices.Sorted(maps.Keys(r.outcomes[0].cpu))
+	fmt.Fprintf(w, "CPU seconds of\t%s\t\n", strings.Join(kinds, "\t"))
+	for _, o := range r.outcomes {
+		fmt.Fprintf(w, "%s\t", o.what)
+		for _, kind := range kinds {
+			fmt.Fprintf(w, "%.1f\t", o.cpu[kind].Seconds())
+		}
+		fmt.Fprintln(w)
 	}
 	w.Flush()
 	for _, o := range r.outcomes {

@@ -93,6 +93,13 @@ func startServers(ctx context.Context, s store) error {
 	return awaitAnswer(ctx, s)
 }
 
+// lose ends a server as a crash would.
+func lose(ctx context.Context, f *fleet, s *server) (since time.Time, err error) {
+	since = time.Now()
+	s.kill()
+	return since, f.mark(ctx)
+}
+
 // outage ends servers as a crash would, and starts them again after a while.
 func outage(ctx context.Context, f *fleet, servers ...*server) (since time.Time, err error) {
 	for _, s := range servers {

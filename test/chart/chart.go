@@ -26,7 +26,7 @@ func Draw(title, counted, unit string, curves []Curve) []byte {
 	const plot, bottom = 370.0, 50.0
 	top := 50 + line*float64(len(curves)) // the names of the curves are above the plot
 	height := top + plot + bottom
-	colours := []string{"#0b62a4", "#7fb2dd", "#c2571a", "#efb08c", "#3a7d34", "#8a4f9e"}
+	colours := []string{"#0b62a4", "#7fb2dd", "#c2571a", "#efb08c", "#3a7d34", "#8a4f9e", "#777777"}
 	// The decades that hold all points.
 	low, high := [2]float64{math.Inf(1), math.Inf(1)}, [2]float64{math.Inf(-1), math.Inf(-1)}
 	at := func(p Point) [2]float64 { return [2]float64{math.Log10(float64(p.N)), math.Log10(p.Value)} }

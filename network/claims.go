@@ -33,8 +33,7 @@ type claims struct {
 
 // A claimant is a lease that could be a peer's, or our own.
 type claimant struct {
-	subnet.Subnets
-	created    int64
+	*subnet.Lease
 	publics    []netip.Prefix // inside the network: there are none, as a rule
 	identities []uint64
 }
@@ -53,9 +52,9 @@ func newClaims(networks subnet.Networks) *claims {
 func (c *claims) hash(identity string) uint64 { return maphash.String(c.seed, identity) }
 
 // put records what a lease claims.
-func (c *claims) put(b backend.Backend, l subnet.Lease) {
-	n := &claimant{Subnets: l.Subnets, created: l.Created}
-	for _, id := range backend.Identities(b, l) {
+func (c *claims) put(b backend.Backend, l *subnet.Lease) {
+	n := &claimant{Lease: l}
+	for _, id := range backend.Identities(b, *l) {
 		n.identities = append(n.identities, c.hash(id))
 	}
 	for _, f := range family.All {
@@ -231,12 +230,12 @@ func (s *state) checkClaims(l subnet.Lease) error {
 	}
 	return fmt.Errorf("left out, since its %s belongs to the node at %v, whose lease of %s is older. "+
 		"Delete the older lease if no node holds it",
-		s.claims.describe(s.backend, l, what), firstAddress(s.leases[owner.Subnets]), owner.Subnets)
+		s.claims.describe(s.backend, l, what), firstAddress(owner.Attrs), owner.Subnets)
 }
 
 // firstAddress returns the public address that names a node in texts.
-func firstAddress(l subnet.Lease) any {
-	for _, ip := range l.Attrs.PublicIPs() {
+func firstAddress(a subnet.Attrs) any {
+	for _, ip := range a.PublicIPs() {
 		return ip
 	}
 	return "an unknown address"
@@ -248,5 +247,5 @@ func (n *claimant) olderThan(other *claimant) bool { return compareAge(n, other)
 // compareAge sorts by age, the oldest first. Where the store cannot tell the ages apart, the smaller subnet counts as
 // older, so that all nodes decide alike.
 func compareAge(n, other *claimant) int {
-	return cmp.Or(cmp.Compare(n.created, other.created), n.IPv4.Compare(other.IPv4), n.IPv6.Compare(other.IPv6))
+	return cmp.Or(cmp.Compare(n.Created, other.Created), n.IPv4.Compare(other.IPv4), n.IPv6.Compare(other.IPv6))
 }

@@ -60,7 +60,7 @@ func TestManyRivals(t *testing.T) {
 			for i := range many {
 				l := lease(record(i))
 				l.Created = int64(i + 1)
-				u.Put(l)
+				u.Put(&l)
 			}
 			if p := s.applyUpdate(u); len(p.problems) != many-1 {
 				t.Errorf("%d leases are left out, want all but the oldest of %d", len(p.problems), many)
@@ -75,15 +75,14 @@ func TestManyRivals(t *testing.T) {
 				t.Errorf("%d decisions take a look at %d rivals", many, looked)
 			}
 			var change subnet.Update
-			l := lease(record(many - 1))
-			l.Created = many
-			change.Put(l)
+			youngest := lease(record(many - 1))
+			youngest.Created = many
+			change.Put(&youngest)
 			if p := s.applyUpdate(change); len(p.objects) > 2 { // with the one that it is a part of
 				t.Errorf("a change of the youngest has %d leases planned again", len(p.objects))
 			}
-			l = lease(record(0))
 			change = subnet.Update{}
-			change.Delete(l.Subnets)
+			change.Delete(lease(record(0)).Subnets)
 			if p := s.applyUpdate(change); len(p.objects) != many {
 				t.Errorf("the end of the oldest has %d leases planned again, want %d", len(p.objects), many)
 			}

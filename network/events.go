@@ -51,7 +51,7 @@ func (n *node) recordRival() {
 	if first != nil {
 		message = fmt.Sprintf("The node at %v, with the lease of %s, claims this node's %s, and is left out here. "+
 			"If it is the older one, the other nodes leave this node out. Find out which node published the copy, "+
-			"and delete its lease", firstAddress(n.leases[first.Subnets]), first.Subnets, n.claims.describe(n.backend, *n.own, what))
+			"and delete its lease", firstAddress(first.Attrs), first.Subnets, n.claims.describe(n.backend, *n.own, what))
 	}
 	if message != n.rival {
 		n.rival = message

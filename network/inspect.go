@@ -118,15 +118,16 @@ func (i *Inspection) inspect(ctx context.Context) (err error) {
 		return fmt.Errorf("the leases: %w", ctx.Err())
 	}
 	env, envErr := subnet.ReadEnv(i.SubnetFile)
-	own := i.ownLease(env.Subnets)
-	if own == nil {
+	stored := i.ownLease(env.Subnets)
+	if stored == nil {
 		ips := strings.Trim(fmt.Sprint(family.Valid(i.uplink.PublicIPs())), "[]")
 		return fmt.Errorf("a lease: none is this node's, which has %s", ips)
 	}
+	own := *stored
 	if ends, err := i.Manager.Expiries(ctx, own.Subnets); err == nil { // else the end is not known
 		own.Expires = ends[own.Subnets]
 	}
-	i.own = own
+	i.own = &own
 	p := i.planNode(i.Options)
 	i.kernel.Network, i.kernel.Table = i.Name, i.RouteTable
 	i.kernel.SetNetworks(p.networks, slices.Concat(i.cfg.Networks().Each(), env.Networks.Each()))

@@ -95,7 +95,7 @@ func TestMetrics(t *testing.T) {
 
 	// News of leases, and how long it took.
 	var u subnet.Update
-	u.Put(lease("10.5.3.0-24", `{"PublicIP":"198.18.0.3","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"0e:00:00:00:00:03"}}`))
+	u.Put(new(lease("10.5.3.0-24", `{"PublicIP":"198.18.0.3","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"0e:00:00:00:00:03"}}`)))
 	u.Delete(lease("10.9.5.0-24", "").Subnets)
 	u.Since = time.Now()
 	m.updates <- u
@@ -153,7 +153,7 @@ func TestScrapesAtAnyTime(t *testing.T) {
 	for i := range 50 {
 		u := subnet.Update{Since: time.Now()}
 		l := lease("10.5.2.0-24", fmt.Sprintf(`{"PublicIP":"198.18.0.2","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"0e:00:00:00:00:%02x"}}`, i+2))
-		if u.Put(l); i%5 == 4 {
+		if u.Put(&l); i%5 == 4 {
 			u.Delete(l.Subnets)
 		}
 		m.updates <- u

@@ -525,7 +525,7 @@ func (n *node) watchLeases(ctx context.Context) {
 	case !n.backend.Info().NoPeers:
 		n.events.leases, n.leases = n.Manager.Watch(ctx), nil
 	case n.leases == nil:
-		n.leases = map[subnet.Subnets]subnet.Lease{}
+		n.leases = map[subnet.Subnets]*subnet.Lease{}
 	}
 }
 
@@ -562,7 +562,7 @@ func (n *node) applyLease(ctx context.Context, a acquired) {
 		n.announceSubnets(n.before, l.Subnets)
 	} else if former := n.own.Subnets; former != l.Subnets {
 		n.announceSubnets(former, l.Subnets)
-		if n.leases[former].Attrs.Equal(n.own.Attrs) { // else it is another node's by now
+		if l := n.leases[former]; l != nil && l.Attrs.Equal(n.own.Attrs) { // else it is another node's by now
 			delete(n.leases, former)
 		}
 	}

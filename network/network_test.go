@@ -113,7 +113,7 @@ func lease(key, value string) subnet.Lease {
 func snapshot(leases ...subnet.Lease) subnet.Update {
 	u := subnet.Update{Snapshot: true}
 	for _, l := range leases {
-		u.Put(l)
+		u.Put(&l)
 	}
 	return u
 }
@@ -442,7 +442,7 @@ func TestLostLease(t *testing.T) {
 	m.grants <- lease("10.5.7.0-24", "")
 	taken := lease("10.5.1.0-24", `{"PublicIP":"198.18.0.3","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"0e:00:00:00:00:03"}}`)
 	var u subnet.Update
-	u.Put(taken)
+	u.Put(&taken)
 	m.updates <- u
 	eventually(t, "the device has the new address, the file the new subnet, and the peer who took the old one its route",
 		func() bool {

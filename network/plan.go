@@ -33,7 +33,7 @@ type state struct {
 	setup
 	table    uint32                           // that routes to other nodes are in; 0: the main table
 	own      *subnet.Lease                    // nil: none yet
-	leases   map[subnet.Subnets]subnet.Lease  // of all nodes, our own too; nil: not known yet
+	leases   map[subnet.Subnets]*subnet.Lease // of all nodes, our own too; nil: not known yet
 	claims   *claims                          // of those leases that could be a peer's, and of our own
 	host     host                             // what the network may not take from the host
 	problems retry.LastErrors[subnet.Subnets] // what is wrong with leases of peers
@@ -103,7 +103,7 @@ type problem struct {
 // Without a lease of our own nothing is decided yet: planAllPeers does that later.
 func (s *state) applyUpdate(u subnet.Update) peersPlan {
 	if s.leases == nil {
-		s.leases, s.claims = map[subnet.Subnets]subnet.Lease{}, nil
+		s.leases, s.claims = map[subnet.Subnets]*subnet.Lease{}, nil
 	}
 	p := peersPlan{
 		objects: make(map[string][]kernel.Object, len(u.Leases)+len(u.Gone)), paths: map[string][]probe.Path{},
@@ -144,7 +144,7 @@ func (s *state) planAllPeers() peersPlan {
 func (s *state) claimAll() {
 	s.updateObstacles()
 	s.claims = newClaims(s.cfg.Networks())
-	s.claim(*s.own)
+	s.claim(s.own)
 	for subnets, l := range s.leases {
 		if subnets != s.own.Subnets {
 			s.claim(l)
@@ -154,13 +154,16 @@ func (s *state) claimAll() {
 
 // claim records what a lease claims now. A lease that cannot be a peer's claims
 // nothing. Our own lease claims what we publish, whatever the store has.
-func (s *state) claim(l subnet.Lease) {
+func (s *state) claim(l *subnet.Lease) {
 	s.claims.remove(l.Subnets)
 	switch {
 	case l.Subnets == s.own.Subnets:
-		l = *s.own
-		l.Created = s.leases[l.Subnets].Created
-	case s.checkLease(l) != nil:
+		own := *s.own
+		if stored := s.leases[own.Subnets]; stored != nil {
+			own.Created = stored.Created
+		}
+		l = &own
+	case s.checkLease(*l) != nil:
 		return
 	}
 	s.claims.put(s.backend, l)
@@ -169,8 +172,8 @@ func (s *state) claim(l subnet.Lease) {
 // updateClaims records what leases claim after an update. It returns the leases to
 // plan for: the new and the changed ones, and those that may be left out because of
 // one of these or because of a lease that is gone.
-func (s *state) updateClaims(u subnet.Update, gone []subnet.Subnets) map[subnet.Subnets]subnet.Lease {
-	leases := make(map[subnet.Subnets]subnet.Lease, len(u.Leases))
+func (s *state) updateClaims(u subnet.Update, gone []subnet.Subnets) map[subnet.Subnets]*subnet.Lease {
+	leases := make(map[subnet.Subnets]*subnet.Lease, len(u.Leases))
 	maps.Copy(leases, u.Leases)
 	addRivals := func(of subnet.Subnets) {
 		n := s.claims.leases.Get(of)
@@ -202,14 +205,14 @@ func (s *state) updateClaims(u subnet.Update, gone []subnet.Subnets) map[subnet.
 }
 
 // planPeers plans for leases whose claims, and those of all others, are recorded.
-func (s *state) planPeers(p *peersPlan, leases map[subnet.Subnets]subnet.Lease) {
+func (s *state) planPeers(p *peersPlan, leases map[subnet.Subnets]*subnet.Lease) {
 	own, devices := s.working(), s.overlayAddrs()
 	for subnets, l := range leases {
-		objects, isPeer, err := s.planPeer(l)
+		objects, isPeer, err := s.planPeer(*l)
 		p.objects[subnets.String()] = objects
 		if isPeer {
 			p.update.Put(l)
-			p.paths[subnets.String()] = s.pathsTo(own, l, devices)
+			p.paths[subnets.String()] = s.pathsTo(own, *l, devices)
 		} else {
 			p.update.Delete(subnets)
 		}
@@ -217,7 +220,7 @@ func (s *state) planPeers(p *peersPlan, leases map[subnet.Subnets]subnet.Lease) 
 			s.problems = retry.LastErrors[subnet.Subnets]{}
 		}
 		if s.problems.Changed(subnets, err) && err != nil {
-			p.problems = append(p.problems, problem{l, err.Error()})
+			p.problems = append(p.problems, problem{*l, err.Error()})
 		}
 	}
 }
@@ -288,8 +291,8 @@ func (s *state) hidden(own netip.Prefix) (all []netip.Prefix) {
 // isNext tells whether a lease is ours that will be in force soon: it is published as ours is, while the store has no
 // longer ours, since it was lost or exchanged for this one.
 func (s *state) isNext(l subnet.Lease) bool {
-	_, held := s.leases[s.own.Subnets]
-	return (!held || !s.leases[s.own.Subnets].Attrs.Equal(s.own.Attrs)) && l.Attrs.Equal(s.own.Attrs)
+	stored := s.leases[s.own.Subnets]
+	return (stored == nil || !stored.Attrs.Equal(s.own.Attrs)) && l.Attrs.Equal(s.own.Attrs)
 }
 
 // checkPeer returns why a lease is not a peer's.
@@ -344,8 +347,8 @@ func (s *state) checkLease(l subnet.Lease) error {
 func (s *state) peers() []subnet.Lease {
 	var all []subnet.Lease
 	for subnets, l := range s.leases {
-		if subnets != s.own.Subnets && s.checkPeer(l) == nil {
-			all = append(all, l)
+		if subnets != s.own.Subnets && s.checkPeer(*l) == nil {
+			all = append(all, *l)
 		}
 	}
 	return all
@@ -365,14 +368,14 @@ func (s *state) others() int {
 // ownLease finds this node's lease among all: that of the subnets, or else one that
 // is published with the uplink's addresses.
 func (s *state) ownLease(subnets subnet.Subnets) *subnet.Lease {
-	if l, ok := s.leases[subnets]; ok {
-		return &l
+	if l := s.leases[subnets]; l != nil {
+		return l
 	}
 	for l := range maps.Values(s.leases) {
 		for _, f := range family.All {
 			if ip := l.Attrs.PublicIPOf(f); ip.IsValid() {
 				if ip == s.uplink.PublicIPs().Of(f) {
-					return &l
+					return l
 				}
 				break
 			}

@@ -114,11 +114,13 @@ func (s *scenario) step(input string) (string, error) {
 		case "lease":
 			var l subnet.Lease
 			l, err = backendtest.ParseLease(rest)
-			if l.Created = s.leases[l.Subnets].Created; l.Created == 0 {
+			if stored := s.leases[l.Subnets]; stored != nil {
+				l.Created = stored.Created
+			} else {
 				s.youngest++
 				l.Created = s.youngest
 			}
-			u.Put(l)
+			u.Put(&l)
 			updated = true
 		case "gone":
 			var gone subnet.Subnets
@@ -200,13 +202,13 @@ func (s *scenario) describeResult(text string) (string, error) {
 	words := strings.Fields(text)
 	is := func(word string) bool { return slices.Contains(words[2:], word) }
 	for _, l := range s.leases {
-		for _, p := range s.pathsTo(s.working(), l, s.overlayAddrs()) {
+		for _, p := range s.pathsTo(s.working(), *l, s.overlayAddrs()) {
 			if p.Overlay.String() == words[0] {
 				r := probe.Result{Path: p, State: probe.State(words[1]), Asks: is("asks"), Arrives: is("arrives"), Heard: is("heard")}
 				if is("denied") {
 					r.Err = unix.EPERM
 				}
-				return fmt.Sprintf("%s: %q", text, s.describe(l, r)), nil
+				return fmt.Sprintf("%s: %q", text, s.describe(*l, r)), nil
 			}
 		}
 	}

@@ -193,7 +193,7 @@ func (n *node) recordReachability(alarms map[string][]probe.Result) {
 	var blocked, silent []string
 	for subnets, l := range n.leases { // whose texts are sorted below
 		for _, r := range alarms[subnets.String()] {
-			text := fmt.Sprintf("%s: %s", subnets, n.describe(l, r))
+			text := fmt.Sprintf("%s: %s", subnets, n.describe(*l, r))
 			if r.State == probe.HostOnly {
 				blocked = append(blocked, text)
 			} else {

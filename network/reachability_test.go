@@ -24,12 +24,12 @@ func TestReachabilityIsRecorded(t *testing.T) {
 	m := &eventManager{manager: newManager(vxlanConfig), events: make(chan string, 10)}
 	n := &node{Options: Options{Manager: m}, log: textlogger.NewLogger(textlogger.NewConfig(textlogger.Output(&log)))}
 	own := lease("10.5.1.0-24", `{"PublicIP":"198.18.0.1","PublicIPv6":null,"BackendType":"vxlan"}`)
-	n.setup, n.own, n.leases = vxlanSetup(t), &own, map[subnet.Subnets]subnet.Lease{}
+	n.setup, n.own, n.leases = vxlanSetup(t), &own, map[subnet.Subnets]*subnet.Lease{}
 	alarms := func(state probe.State, count int) map[string][]probe.Result {
 		all := map[string][]probe.Result{}
 		for i := range count {
 			l := lease(fmt.Sprintf("10.5.%d.0-24", i+2), fmt.Sprintf(`{"PublicIP":"198.18.0.%d","PublicIPv6":null,"BackendType":"vxlan"}`, i+2))
-			n.leases[l.Subnets] = l
+			n.leases[l.Subnets] = &l
 			all[l.Subnets.String()] = []probe.Result{{State: state, Path: probe.Path{Public: l.Attrs.PublicIP}}}
 		}
 		return all

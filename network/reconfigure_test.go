@@ -171,9 +171,9 @@ func TestWorker(t *testing.T) {
 
 	// What it has not read yet is merged.
 	var join, leave, other subnet.Update
-	join.Put(peer("10.5.4.0-24", "198.18.0.4"))
+	join.Put(new(peer("10.5.4.0-24", "198.18.0.4")))
 	leave.Delete(peer2.Subnets)
-	other.Put(lease("10.5.5.0-24", `{"PublicIP":"198.18.0.5","PublicIPv6":null,"BackendType":"vxlan"}`))
+	other.Put(new(lease("10.5.5.0-24", `{"PublicIP":"198.18.0.5","PublicIPv6":null,"BackendType":"vxlan"}`)))
 	for _, u := range []subnet.Update{join, leave, other} {
 		m.updates <- u
 	}

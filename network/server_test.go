@@ -89,7 +89,7 @@ func TestStatusServer(t *testing.T) {
 	asking.Wait()
 
 	// What cannot be written as JSON is an error, not an answer that ends before it has begun.
-	n.state = state{setup: setup{cfg: &subnet.Config{}}, leases: map[subnet.Subnets]subnet.Lease{
+	n.state = state{setup: setup{cfg: &subnet.Config{}}, leases: map[subnet.Subnets]*subnet.Lease{
 		peer2.Subnets: {Subnets: peer2.Subnets, Attrs: subnet.Attrs{BackendData: []byte("\n\x1b[2J")}},
 	}}
 	asking.Go(func() {
@@ -146,8 +146,8 @@ func TestLoggedProblems(t *testing.T) {
 			text.Reset()
 		}
 		wrong := func(i int) (u subnet.Update) {
-			u.Put(lease("10.5.2.0-24", fmt.Sprintf(`{"PublicIP":"198.18.0.2","BackendType":"vxlan","BackendData":{"VNI":%d,"VtepMAC":"\n\u001b[2J%s"}}`,
-				i, strings.Repeat("x", 3000))))
+			u.Put(new(lease("10.5.2.0-24", fmt.Sprintf(`{"PublicIP":"198.18.0.2","BackendType":"vxlan","BackendData":{"VNI":%d,"VtepMAC":"\n\u001b[2J%s"}}`,
+				i, strings.Repeat("x", 3000)))))
 			return u
 		}
 		right, gone := snapshot(peer2), subnet.Update{}

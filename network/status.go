@@ -276,7 +276,7 @@ func (v view) leaseList() []Lease {
 	}
 	list := make([]Lease, 0, len(v.leases))
 	for _, l := range v.leases {
-		list = append(list, v.leaseStatus(l))
+		list = append(list, v.leaseStatus(*l))
 	}
 	slices.SortFunc(list, func(a, b Lease) int { return slices.CompareFunc(a.Subnets, b.Subnets, netip.Prefix.Compare) })
 	return list

@@ -9,7 +9,7 @@ import (
 )
 
 // updateOf makes an update of leases, and of subnets that are gone.
-func updateOf(put []Lease, gone ...Lease) Update {
+func updateOf(put []*Lease, gone ...*Lease) Update {
 	var u Update
 	for _, l := range gone {
 		u.Delete(l.Subnets)
@@ -23,7 +23,7 @@ func updateOf(put []Lease, gone ...Lease) Update {
 func TestMailboxMerges(t *testing.T) {
 	one, two, three := lease(1, 1), lease(2, 2), lease(3, 3)
 	early, late := time.Unix(1, 0), time.Unix(2, 0)
-	snapshot := func(leases ...Lease) Update {
+	snapshot := func(leases ...*Lease) Update {
 		u := updateOf(leases)
 		u.Snapshot = true
 		return u
@@ -37,18 +37,18 @@ func TestMailboxMerges(t *testing.T) {
 		puts []Update
 		want Update
 	}{
-		{"one", []Update{updateOf([]Lease{one}, two)}, updateOf([]Lease{one}, two)},
-		{"changes", []Update{updateOf([]Lease{one, two}), updateOf([]Lease{lease(1, 9)}, two)},
-			updateOf([]Lease{lease(1, 9)}, two)},
-		{"a subnet that moves to another node", []Update{updateOf(nil, one), updateOf([]Lease{lease(1, 9)})},
-			Update{Leases: map[Subnets]Lease{one.Subnets: lease(1, 9)}, Gone: map[Subnets]bool{}}},
-		{"a change of a snapshot", []Update{snapshot(one, two), updateOf([]Lease{three}, one)}, snapshot(two, three)},
-		{"a snapshot after changes", []Update{updateOf([]Lease{one}, two), snapshot(three)}, snapshot(three)},
-		{"nothing", []Update{updateOf([]Lease{one}), since(Update{}, early)}, updateOf([]Lease{one})},
+		{"one", []Update{updateOf([]*Lease{one}, two)}, updateOf([]*Lease{one}, two)},
+		{"changes", []Update{updateOf([]*Lease{one, two}), updateOf([]*Lease{lease(1, 9)}, two)},
+			updateOf([]*Lease{lease(1, 9)}, two)},
+		{"a subnet that moves to another node", []Update{updateOf(nil, one), updateOf([]*Lease{lease(1, 9)})},
+			Update{Leases: map[Subnets]*Lease{one.Subnets: lease(1, 9)}, Gone: map[Subnets]bool{}}},
+		{"a change of a snapshot", []Update{snapshot(one, two), updateOf([]*Lease{three}, one)}, snapshot(two, three)},
+		{"a snapshot after changes", []Update{updateOf([]*Lease{one}, two), snapshot(three)}, snapshot(three)},
+		{"nothing", []Update{updateOf([]*Lease{one}), since(Update{}, early)}, updateOf([]*Lease{one})},
 		{"an empty snapshot", []Update{snapshot()}, snapshot()},
-		{"the first time counts", []Update{since(updateOf([]Lease{one}), early), since(updateOf([]Lease{two}), late)},
-			since(updateOf([]Lease{one, two}), early)},
-		{"a time after none", []Update{snapshot(one), since(updateOf([]Lease{two}), late)}, since(snapshot(one, two), late)},
+		{"the first time counts", []Update{since(updateOf([]*Lease{one}), early), since(updateOf([]*Lease{two}), late)},
+			since(updateOf([]*Lease{one, two}), early)},
+		{"a time after none", []Update{snapshot(one), since(updateOf([]*Lease{two}), late)}, since(snapshot(one, two), late)},
 	} {
 		m := NewMailbox()
 		for _, u := range c.puts {
@@ -67,10 +67,10 @@ func TestMailboxMerges(t *testing.T) {
 
 func TestMailboxClose(t *testing.T) {
 	m := NewMailbox()
-	m.Put(updateOf([]Lease{lease(1, 1)}))
+	m.Put(updateOf([]*Lease{lease(1, 1)}))
 	m.Close()
 	m.Close()
-	m.Put(updateOf([]Lease{lease(2, 2)}))
+	m.Put(updateOf([]*Lease{lease(2, 2)}))
 	if u, open := <-m.C(); open {
 		t.Errorf("after Close, the reader receives %+v", u)
 	}
@@ -83,7 +83,7 @@ func TestMailboxCloseWhilePutting(t *testing.T) {
 	for i := range byte(4) {
 		writers.Go(func() {
 			for n := range byte(100) {
-				m.Put(updateOf([]Lease{lease(i, n)}))
+				m.Put(updateOf([]*Lease{lease(i, n)}))
 			}
 		})
 	}
@@ -101,14 +101,14 @@ func TestMailboxWithManyWriters(t *testing.T) {
 	for i := range byte(8) {
 		writers.Go(func() {
 			for n := range byte(200) {
-				m.Put(updateOf([]Lease{lease(i, n)}, lease(i+100, 0)))
-				m.Put(updateOf([]Lease{lease(i+100, n)}, lease(i, 0)))
+				m.Put(updateOf([]*Lease{lease(i, n)}, lease(i+100, 0)))
+				m.Put(updateOf([]*Lease{lease(i+100, n)}, lease(i, 0)))
 			}
 		})
 	}
 	written := make(chan struct{})
 	go func() { writers.Wait(); close(written) }()
-	leases := map[Subnets]Lease{}
+	leases := map[Subnets]*Lease{}
 	for reading := true; reading; {
 		select {
 		case u := <-m.C():
@@ -122,12 +122,12 @@ func TestMailboxWithManyWriters(t *testing.T) {
 		u.Apply(leases)
 	default:
 	}
-	want := map[Subnets]Lease{}
+	want := map[Subnets]*Lease{}
 	for i := range byte(8) {
 		l := lease(i+100, 199)
 		want[l.Subnets] = l
 	}
-	if !maps.EqualFunc(leases, want, func(a, b Lease) bool { return a.Attrs.Equal(b.Attrs) }) {
+	if !maps.EqualFunc(leases, want, func(a, b *Lease) bool { return a.Attrs.Equal(b.Attrs) }) {
 		t.Errorf("the reader has %v\nwant %v", leases, want)
 	}
 }

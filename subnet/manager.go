@@ -113,18 +113,19 @@ var (
 )
 
 // An Update is a change of the leases that there are. If Snapshot is set, Leases are all leases; otherwise Leases are
-// the new and the changed ones, and Gone are the subnets whose leases are gone.
+// the new and the changed ones, and Gone are the subnets whose leases are gone. Nobody changes a lease of an Update: all
+// who know the lease share it.
 type Update struct {
 	Snapshot bool
-	Leases   map[Subnets]Lease
+	Leases   map[Subnets]*Lease
 	Gone     map[Subnets]bool // nil in a snapshot
 	Since    time.Time        // when the first of the changes became known; zero: not known
 }
 
 // Put records a new or changed lease.
-func (u *Update) Put(l Lease) {
+func (u *Update) Put(l *Lease) {
 	if u.Leases == nil {
-		u.Leases = map[Subnets]Lease{}
+		u.Leases = map[Subnets]*Lease{}
 	}
 	u.Leases[l.Subnets] = l
 	delete(u.Gone, l.Subnets)
@@ -143,7 +144,7 @@ func (u *Update) Delete(s Subnets) {
 }
 
 // Apply updates a map of all leases, and returns the subnets whose leases it removed.
-func (u Update) Apply(all map[Subnets]Lease) (gone []Subnets) {
+func (u Update) Apply(all map[Subnets]*Lease) (gone []Subnets) {
 	drop := func(s Subnets) {
 		if _, known := all[s]; known {
 			delete(all, s)

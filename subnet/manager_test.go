@@ -8,8 +8,8 @@ import (
 )
 
 // lease makes one of 10.5.third.0/24, for 192.0.2.host.
-func lease(third, host byte) Lease {
-	return Lease{
+func lease(third, host byte) *Lease {
+	return &Lease{
 		Subnets: Subnets{IPv4: netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 5, third, 0}), 24)},
 		Attrs:   Attrs{PublicIP: netip.AddrFrom4([4]byte{192, 0, 2, host})},
 	}
@@ -23,18 +23,18 @@ func TestUpdate(t *testing.T) {
 		do    func(*Update)
 		want  Update
 	}{
-		{"put", Update{}, func(u *Update) { u.Put(one) }, Update{Leases: map[Subnets]Lease{one.Subnets: one}}},
+		{"put", Update{}, func(u *Update) { u.Put(one) }, Update{Leases: map[Subnets]*Lease{one.Subnets: one}}},
 		{"put again", Update{}, func(u *Update) { u.Put(one); u.Put(lease(1, 9)) },
-			Update{Leases: map[Subnets]Lease{one.Subnets: lease(1, 9)}}},
+			Update{Leases: map[Subnets]*Lease{one.Subnets: lease(1, 9)}}},
 		{"delete", Update{}, func(u *Update) { u.Delete(one.Subnets) }, Update{Gone: map[Subnets]bool{one.Subnets: true}}},
 		{"put, delete", Update{}, func(u *Update) { u.Put(one); u.Put(two); u.Delete(one.Subnets) },
-			Update{Leases: map[Subnets]Lease{two.Subnets: two}, Gone: map[Subnets]bool{one.Subnets: true}}},
+			Update{Leases: map[Subnets]*Lease{two.Subnets: two}, Gone: map[Subnets]bool{one.Subnets: true}}},
 		{"delete, put", Update{}, func(u *Update) { u.Delete(one.Subnets); u.Put(one) },
-			Update{Leases: map[Subnets]Lease{one.Subnets: one}, Gone: map[Subnets]bool{}}},
+			Update{Leases: map[Subnets]*Lease{one.Subnets: one}, Gone: map[Subnets]bool{}}},
 		{"put in a snapshot", Update{Snapshot: true}, func(u *Update) { u.Put(one) },
-			Update{Snapshot: true, Leases: map[Subnets]Lease{one.Subnets: one}}},
+			Update{Snapshot: true, Leases: map[Subnets]*Lease{one.Subnets: one}}},
 		{"delete in a snapshot", Update{Snapshot: true}, func(u *Update) { u.Put(one); u.Put(two); u.Delete(one.Subnets) },
-			Update{Snapshot: true, Leases: map[Subnets]Lease{two.Subnets: two}}},
+			Update{Snapshot: true, Leases: map[Subnets]*Lease{two.Subnets: two}}},
 	} {
 		got := c.start
 		c.do(&got)
@@ -45,8 +45,8 @@ func TestUpdate(t *testing.T) {
 }
 
 func TestApply(t *testing.T) {
-	record := func(leases ...Lease) map[Subnets]Lease {
-		all := map[Subnets]Lease{}
+	record := func(leases ...*Lease) map[Subnets]*Lease {
+		all := map[Subnets]*Lease{}
 		for _, l := range leases {
 			all[l.Subnets] = l
 		}
@@ -56,7 +56,7 @@ func TestApply(t *testing.T) {
 	for _, c := range []struct {
 		name      string
 		update    Update
-		all, want map[Subnets]Lease
+		all, want map[Subnets]*Lease
 		gone      []Subnets
 	}{
 		{"nothing", Update{}, record(one), record(one), nil},

@@ -30,7 +30,7 @@ const (
 type router struct {
 	*Backend
 	own   []netip.Prefix
-	peers map[subnet.Subnets]subnet.Lease // nil: not known yet
+	peers map[subnet.Subnets]*subnet.Lease // nil: not known yet
 
 	cloud    Cloud   // nil: not connected
 	hop      NextHop // zero: not known
@@ -70,7 +70,7 @@ func (b *Backend) Work(ctx context.Context, own subnet.Lease, peers <-chan subne
 // its instance is gone as well.
 func (r *router) update(u subnet.Update) {
 	if r.peers == nil {
-		r.peers = map[subnet.Subnets]subnet.Lease{}
+		r.peers = map[subnet.Subnets]*subnet.Lease{}
 	}
 	u.Apply(r.peers)
 }
@@ -229,9 +229,9 @@ func (r *router) logOnce(ctx context.Context, operation string, err error) {
 // that are gone are no difference: any node removes them, within some minutes.
 func (b *Backend) Diff(ctx context.Context, own subnet.Lease, peers []subnet.Lease) ([]string, error) {
 	r := b.router(own)
-	r.peers = map[subnet.Subnets]subnet.Lease{}
+	r.peers = map[subnet.Subnets]*subnet.Lease{}
 	for _, p := range peers {
-		r.peers[p.Subnets] = p
+		r.peers[p.Subnets] = &p
 	}
 	tables, err := r.look(ctx)
 	if err != nil {

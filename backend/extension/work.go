@@ -139,12 +139,12 @@ func (w *worker) update(u subnet.Update) {
 			p = &peer{subnets: s}
 			w.peers[s] = p
 		}
-		data, err := dataOf(l)
+		data, err := dataOf(*l)
 		if err != nil {
 			w.setDesired(p, nil, now) // Peer returns the reason
 			continue
 		}
-		w.setDesired(p, &call{variables(l), data, w.SubnetAddCommand, w.SubnetRemoveCommand}, now)
+		w.setDesired(p, &call{variables(*l), data, w.SubnetAddCommand, w.SubnetRemoveCommand}, now)
 	}
 }
 

@@ -142,12 +142,12 @@ func peerLease(number int, data string) subnet.Lease {
 func snapshot(leases ...subnet.Lease) subnet.Update {
 	u := subnet.Update{Snapshot: true}
 	for _, l := range leases {
-		u.Put(l)
+		u.Put(&l)
 	}
 	return u
 }
 
-func change(l subnet.Lease) (u subnet.Update) { u.Put(l); return u }
+func change(l subnet.Lease) (u subnet.Update) { u.Put(&l); return u }
 
 func removal(l subnet.Lease) (u subnet.Update) { u.Delete(l.Subnets); return u }
 

@@ -38,7 +38,7 @@ type charonSync struct {
 	*ipsec
 	log       klog.Logger
 	own       subnet.Lease
-	peers     map[subnet.Subnets]subnet.Lease
+	peers     map[subnet.Subnets]*subnet.Lease
 	keys      map[netip.Addr]bool // the keys that were loaded into the running charon
 	client    client              // zero: not connected
 	charon    *command.Process    // the charon that we have started, if any
@@ -48,7 +48,7 @@ type charonSync struct {
 
 // Work implements backend.Worker.
 func (b *ipsec) Work(ctx context.Context, own subnet.Lease, peers <-chan subnet.Update) error {
-	c := &charonSync{ipsec: b, log: klog.FromContext(ctx), own: own, peers: map[subnet.Subnets]subnet.Lease{}}
+	c := &charonSync{ipsec: b, log: klog.FromContext(ctx), own: own, peers: map[subnet.Subnets]*subnet.Lease{}}
 	defer c.close(ctx)
 	select { // charon keeps what it holds until the peers are known
 	case <-ctx.Done():
@@ -161,7 +161,7 @@ func (c *charonSync) load(ctx context.Context) error {
 	tunnels := map[string]tunnel{}
 	keys := map[netip.Addr]bool{}
 	for _, l := range c.peers {
-		for _, t := range c.tunnels(c.own, l) {
+		for _, t := range c.tunnels(c.own, *l) {
 			tunnels[t.name()] = t
 			keys[t.from], keys[t.to] = true, true
 		}

@@ -81,7 +81,7 @@ func testTable(t testing.TB, out bool) *table {
 		near, far = far, near
 	}
 	own, peer := lease(t, near, ownRecord), lease(t, far, peerRecord)
-	return newTable(own, map[subnet.Subnets]subnet.Lease{peer.Subnets: peer}, defaults.Port)
+	return newTable(own, map[subnet.Subnets]*subnet.Lease{peer.Subnets: &peer}, defaults.Port)
 }
 
 // newTestSender returns a sender whose batches are read by the test instead of being sent.

@@ -29,10 +29,10 @@ type endpoint struct {
 }
 
 // newTable returns the table of the peers of a node.
-func newTable(own subnet.Lease, peers map[subnet.Subnets]subnet.Lease, port int) *table {
+func newTable(own subnet.Lease, peers map[subnet.Subnets]*subnet.Lease, port int) *table {
 	t := &table{own: [2]netip.Prefix{own.IPv4, own.IPv6}, known: map[netip.AddrPort]struct{}{}}
 	for _, l := range peers {
-		for _, s := range backend.Sides(own, l).Each() {
+		for _, s := range backend.Sides(own, *l).Each() {
 			if s.On {
 				e := newEndpoint(netip.AddrPortFrom(s.PublicIP, uint16(port)))
 				t.peers.Insert(s.Peer, e)

@@ -27,7 +27,7 @@ type proxy struct {
 	*udp
 	log   klog.Logger
 	own   subnet.Lease
-	peers map[subnet.Subnets]subnet.Lease
+	peers map[subnet.Subnets]*subnet.Lease
 	table atomic.Pointer[table]
 
 	sockets  [2]*socket          // for IPv4 and IPv6; nil: the family is off, or the proxy does not listen yet
@@ -51,7 +51,7 @@ func (u *udp) Work(ctx context.Context, own subnet.Lease, peers <-chan subnet.Up
 		return fmt.Errorf("listening for %s: %w", device, err)
 	}
 	p := &proxy{
-		udp: u, log: klog.FromContext(ctx), own: own, peers: map[subnet.Subnets]subnet.Lease{}, detached: make(chan error, 1),
+		udp: u, log: klog.FromContext(ctx), own: own, peers: map[subnet.Subnets]*subnet.Lease{}, detached: make(chan error, 1),
 	}
 	p.table.Store(newTable(own, nil, u.Port))
 	u.running.Store(p)

@@ -148,7 +148,7 @@ func (n *node) tell(leases ...subnet.Lease) {
 	n.t.Helper()
 	u := subnet.Update{Snapshot: true}
 	for _, l := range leases {
-		u.Put(l)
+		u.Put(&l)
 	}
 	n.peers <- u
 	n.wait("the peers to be known", func() bool {
@@ -362,7 +362,7 @@ func TestDrops(t *testing.T) {
 func TestPeers(t *testing.T) {
 	n := start(t, allOffloads)
 	third := lease(t, "10.5.3.0-24&fd05:0:0:3::-64", `{"PublicIP":"198.18.0.3","PublicIPv6":"fd18::3"}`)
-	n.peers <- subnet.Update{Leases: map[subnet.Subnets]subnet.Lease{third.Subnets: third}}
+	n.peers <- subnet.Update{Leases: map[subnet.Subnets]*subnet.Lease{third.Subnets: &third}}
 	table := func() *table { return n.udp.running.Load().table.Load() }
 	n.wait("the third", func() bool { return table().isPeer(stranger[0]) && table().isPeer(stranger[1]) })
 	c := n.listen(stranger[0])

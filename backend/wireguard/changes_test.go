@@ -309,11 +309,11 @@ func TestKeepalives(t *testing.T) {
 		uplink.IPv4.PublicIP = netip.MustParseAddr(cmp.Or(c.public, c.own))
 		w := newTest(t, c.config, uplink)
 		own := lease(t, "10.5.1.0-24", `{"PublicIP":"198.18.0.1"}`)
-		leases := map[subnet.Subnets]subnet.Lease{}
+		leases := map[subnet.Subnets]*subnet.Lease{}
 		for i, ip := range c.peers {
 			l := lease(t, fmt.Sprintf("10.5.%d.0-24", i+2),
 				fmt.Sprintf(`{"PublicIP":%q,"BackendData":{"PublicKey":%q}}`, ip, key(byte('b'+i))))
-			leases[l.Subnets] = l
+			leases[l.Subnets] = &l
 		}
 		config := w.config(w.tunnels[0], secret{}, own, leases)
 		var got []string

@@ -94,9 +94,9 @@ func (w *wireguard) Diff(_ context.Context, own subnet.Lease, peers []subnet.Lea
 		return nil, fmt.Errorf("generic netlink: %w", err)
 	}
 	defer c.Close()
-	leases := map[subnet.Subnets]subnet.Lease{}
+	leases := map[subnet.Subnets]*subnet.Lease{}
 	for _, p := range peers {
-		leases[p.Subnets] = p
+		leases[p.Subnets] = &p
 	}
 	known, err := readLearned(w.host.endpointFile())
 	if err != nil {

@@ -58,7 +58,7 @@ func (w *wireguard) natTo(endpoint netip.Addr, mixed bool) nat {
 }
 
 // hasPublic reports whether a device has a peer with a public endpoint.
-func (w *wireguard) hasPublic(t tunnel, leases map[subnet.Subnets]subnet.Lease) bool {
+func (w *wireguard) hasPublic(t tunnel, leases map[subnet.Subnets]*subnet.Lease) bool {
 	for _, l := range leases {
 		if isPublic(w.publicIP(t, l.Attrs)) {
 			return true

@@ -36,7 +36,7 @@ type peer struct {
 
 // config returns the desired configuration of a device for this node and its peers. Invalid leases are left out; Peer
 // returns their errors.
-func (w *wireguard) config(t tunnel, private secret, own subnet.Lease, leases map[subnet.Subnets]subnet.Lease) config {
+func (w *wireguard) config(t tunnel, private secret, own subnet.Lease, leases map[subnet.Subnets]*subnet.Lease) config {
 	c := config{
 		Private: private, keyFile: w.host.KeyFile, port: t.port, PSK: w.PSK,
 		automatic: w.PersistentKeepaliveInterval == nil, peers: map[wgtypes.Key]peer{},
@@ -49,7 +49,7 @@ func (w *wireguard) config(t tunnel, private secret, own subnet.Lease, leases ma
 	for _, s := range slices.SortedFunc(maps.Keys(leases), func(a, b subnet.Subnets) int {
 		return cmp.Or(a.IPv4.Compare(b.IPv4), a.IPv6.Compare(b.IPv6))
 	}) {
-		key, p, err := w.peerOf(t, own, leases[s], ours)
+		key, p, err := w.peerOf(t, own, *leases[s], ours)
 		if err != nil || !p.endpoint.IsValid() {
 			continue
 		}

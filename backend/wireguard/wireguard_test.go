@@ -150,7 +150,7 @@ func TestModes(t *testing.T) {
 		l := lease(t, c.key, c.attrs)
 		var got []string
 		for _, tunnel := range w.tunnels {
-			got = append(got, w.config(tunnel, secret(key('a')), own, map[subnet.Subnets]subnet.Lease{l.Subnets: l}).text())
+			got = append(got, w.config(tunnel, secret(key('a')), own, map[subnet.Subnets]*subnet.Lease{l.Subnets: &l}).text())
 		}
 		if text := strings.Join(got, " | "); text != c.want {
 			t.Errorf("%s: %s, want %s", c.name, text, c.want)
@@ -170,13 +170,13 @@ func TestGenerations(t *testing.T) {
 		{'c', "b 198.18.0.2:51820 ; c 198.18.0.3:51820 10.5.2.0/24,fd05:0:0:2::/64"},
 		{'b', "b 198.18.0.3:51820 10.5.2.0/24,fd05:0:0:2::/64"},
 	} {
-		leases := map[subnet.Subnets]subnet.Lease{}
+		leases := map[subnet.Subnets]*subnet.Lease{}
 		for _, l := range []subnet.Lease{
 			lease(t, "10.5.2.0-24", `{"PublicIP":"198.18.0.2","BackendData":{"PublicKey":"`+key('b').String()+`"}}`),
 			lease(t, "10.5.2.0-24&fd05:0:0:2::-64",
 				`{"PublicIP":"198.18.0.3","BackendData":{"PublicKey":"`+key(c.second).String()+`"}}`),
 		} {
-			leases[l.Subnets] = l
+			leases[l.Subnets] = &l
 		}
 		for range 20 {
 			if got := w.config(w.tunnels[0], secret{}, own, leases).text(); got != c.want {

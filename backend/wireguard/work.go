@@ -79,7 +79,7 @@ func (w *wireguard) Work(ctx context.Context, own subnet.Lease, peers <-chan sub
 			do(d)
 		}
 	}
-	leases := map[subnet.Subnets]subnet.Lease{}
+	leases := map[subnet.Subnets]*subnet.Lease{}
 	known := false // a device keeps its peers until the peers are known
 	var key secret
 	next := time.NewTimer(0)

@@ -33,7 +33,7 @@ func (m *Manager) Holdings(ctx context.Context) ([]subnet.Holding, error) {
 	}
 	var all []subnet.Holding
 	for _, r := range records {
-		h := subnet.Holding{Lease: r.asLease(), Reserved: r.reserved()}
+		h := subnet.Holding{Lease: *r.asLease(), Reserved: r.reserved()}
 		h.Expires = ends[r.subnets]
 		if holder := alive.of(r); holder != nil {
 			h.Node = holder.Hostname

@@ -55,8 +55,8 @@ func (r record) unused() bool {
 }
 
 // asLease returns the record as the lease that it is, without the time of its end.
-func (r record) asLease() subnet.Lease {
-	return subnet.Lease{Subnets: r.subnets, Attrs: r.attrs, Created: r.created}
+func (r record) asLease() *subnet.Lease {
+	return &subnet.Lease{Subnets: r.subnets, Attrs: r.attrs, Created: r.created}
 }
 
 // overlaps tells whether the record shares an address with the subnets.

@@ -45,7 +45,7 @@ func (m *Manager) watchOnce(ctx context.Context, updates *subnet.Mailbox) error 
 	if err != nil {
 		return err
 	}
-	snapshot := subnet.Update{Snapshot: true, Leases: make(map[subnet.Subnets]subnet.Lease, len(records))}
+	snapshot := subnet.Update{Snapshot: true, Leases: make(map[subnet.Subnets]*subnet.Lease, len(records))}
 	for _, r := range records {
 		if r.valid && !r.unused() {
 			snapshot.Put(r.asLease())

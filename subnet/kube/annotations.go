@@ -92,15 +92,13 @@ func namesOf(nodes []any) iter.Seq[string] {
 
 // check logs why the annotations of a Node are refused.
 func (c checkedNodes) check(n *Node) {
-	prefix := c.options.AnnotationPrefix
-	annotation := func(name string) string { return n.Annotations[prefix+name] }
-	if annotation(managed) != "true" {
+	if n.annotation(managed) != "true" {
 		return
 	}
-	attrs, err := readAttrs(annotation)
+	attrs, err := readAttrs(n.annotation)
 	for _, name := range []string{publicIP, publicIPv6} {
 		if err == nil && len(attrs.PublicIPs()) == 0 {
-			_, err = parseAddress(annotation(name), name)
+			_, err = parseAddress(n.annotation(name), name)
 		}
 	}
 	if err != nil {

@@ -43,11 +43,11 @@ func logged(t *testing.T) func() string {
 type cluster struct {
 	*testing.T
 	*peers
-	leases map[subnet.Subnets]subnet.Lease // as the reader knows them
+	leases map[subnet.Subnets]*subnet.Lease // as the reader knows them
 }
 
 func newCluster(t *testing.T, on subnet.Networks) *cluster {
-	return &cluster{T: t, peers: newPeers(testManager(on)), leases: map[subnet.Subnets]subnet.Lease{}}
+	return &cluster{T: t, peers: newPeers(testManager(on)), leases: map[subnet.Subnets]*subnet.Lease{}}
 }
 
 func (c *cluster) add(nodes ...testNode) {

@@ -49,6 +49,7 @@ const (
 type client struct {
 	log        klog.Logger
 	server     string // URL
+	prefix     string // of the annotations of Nodes that are kept
 	load       func() (*rest.Config, error)
 	kubeconfig string
 	dialer     *iface.Dialer
@@ -59,7 +60,7 @@ type client struct {
 	loaded [sha256.Size]byte // of the files
 }
 
-func newClient(ctx context.Context, apiURL, kubeconfig string) (*client, error) {
+func newClient(ctx context.Context, o Options) (*client, error) {
 	dialer, err := iface.NewDialer(ctx)
 	if err != nil {
 		return nil, err
@@ -71,8 +72,8 @@ func newClient(ctx context.Context, apiURL, kubeconfig string) (*client, error) 
 		},
 		Control: limitWait,
 	}
-	c := &client{log: klog.FromContext(ctx), dialer: dialer, load: func() (*rest.Config, error) {
-		config, err := readConfig(apiURL, kubeconfig)
+	c := &client{log: klog.FromContext(ctx), prefix: o.AnnotationPrefix, dialer: dialer, load: func() (*rest.Config, error) {
+		config, err := readConfig(o.APIURL, o.Kubeconfig)
 		if err == nil {
 			config.Dial = dialer.DialContext
 		}
@@ -82,10 +83,10 @@ func newClient(ctx context.Context, apiURL, kubeconfig string) (*client, error) 
 	if err != nil {
 		return nil, err
 	}
-	c.kubeconfig = kubeconfig
+	c.kubeconfig = o.Kubeconfig
 	c.files = c.filesOf(config)
 	c.loaded = fingerprint(c.files)
-	if c.rest, err = newRESTClient(config); err != nil {
+	if c.rest, err = newRESTClient(config, o.AnnotationPrefix); err != nil {
 		return nil, err
 	}
 	server, _, err := rest.DefaultServerUrlFor(config)
@@ -112,10 +113,10 @@ func readConfig(apiURL, kubeconfig string) (*rest.Config, error) {
 	return config, nil
 }
 
-// newRESTClient returns a client of the API server.
-func newRESTClient(config *rest.Config) (*rest.RESTClient, error) {
+// newRESTClient returns a client of the API server that keeps the annotations of Nodes under a prefix.
+func newRESTClient(config *rest.Config, prefix string) (*rest.RESTClient, error) {
 	config.APIPath, config.GroupVersion = "/api", &nodeKinds
-	config.NegotiatedSerializer = nodeCodecs
+	config.NegotiatedSerializer = newCodecs(prefix)
 	config.AcceptContentTypes = runtime.ContentTypeProtobuf
 	config.ContentType = runtime.ContentTypeJSON // of what we send
 	config.DisableCompression = true             // CPU costs more than bandwidth
@@ -187,7 +188,7 @@ func (c *client) refresh() {
 	config, err := c.load()
 	if err == nil {
 		var fresh *rest.RESTClient
-		if fresh, err = newRESTClient(config); err == nil {
+		if fresh, err = newRESTClient(config, c.prefix); err == nil {
 			if files := c.filesOf(config); !slices.Equal(files, c.files) {
 				c.files, now = files, fingerprint(files)
 			}
@@ -206,7 +207,7 @@ func (c *client) patchStatus(ctx context.Context, node string, patch any) (*Node
 	if err != nil {
 		return nil, err
 	}
-	var now Node
+	now := Node{prefix: c.prefix}
 	err = c.current().Patch(types.StrategicMergePatchType).Resource("nodes").Name(node).SubResource("status").
 		Param("fieldManager", "flanneld").Body(body).MaxRetries(0).Do(ctx).Into(&now)
 	if err == nil && now.Name != node { // a proxy may answer anything

@@ -159,7 +159,7 @@ func TestRefresh(t *testing.T) {
 	}
 	write(bundle, authority(before))
 	write(kubeconfig, named(before.URL, "certificate-authority: "+bundle))
-	c, err := newClient(t.Context(), "", kubeconfig)
+	c, err := newClient(t.Context(), Options{Kubeconfig: kubeconfig})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -244,7 +244,7 @@ func TestRedirect(t *testing.T) {
 	defer elsewhere.Close()
 	server := httptest.NewServer(http.RedirectHandler(elsewhere.URL, http.StatusFound))
 	defer server.Close()
-	c, err := newClient(t.Context(), server.URL, "")
+	c, err := newClient(t.Context(), Options{APIURL: server.URL})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -259,7 +259,7 @@ func TestRedirect(t *testing.T) {
 
 // TestServerWithoutScheme: --kube-api-url may be HOST:PORT, as in flannel.
 func TestServerWithoutScheme(t *testing.T) {
-	c, err := newClient(t.Context(), "192.0.2.1:8080", "")
+	c, err := newClient(t.Context(), Options{APIURL: "192.0.2.1:8080"})
 	if err != nil {
 		t.Fatal(err)
 	}

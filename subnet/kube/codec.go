@@ -21,25 +21,31 @@ type codecs struct {
 // nodeKinds is the API group version that Nodes belong to.
 var nodeKinds = schema.GroupVersion{Version: "v1"}
 
-var nodeCodecs, nodeParams = newCodecs()
+// nodeParams is the codec for the options of a list or watch.
+var nodeParams = runtime.NewParameterCodec(newScheme())
 
-// newCodecs returns the codecs for Nodes, and for the statuses that the API server may answer instead, and the codec
-// for the options of a list or watch.
-func newCodecs() (codecs, runtime.ParameterCodec) {
+func newScheme() *runtime.Scheme {
 	scheme := runtime.NewScheme()
 	scheme.AddKnownTypes(nodeKinds, &Node{}, &NodeList{})
 	metav1.AddToGroupVersion(scheme, nodeKinds) // Status, WatchEvent, ListOptions
+	return scheme
+}
+
+// newCodecs returns the codecs for Nodes with the annotations under a prefix, and for the statuses that the API server
+// may answer instead.
+func newCodecs(prefix string) codecs {
+	scheme := newScheme()
 	c := codecs{NegotiatedSerializer: serializer.NewCodecFactory(scheme).WithoutConversion()}
 	for _, media := range c.NegotiatedSerializer.SupportedMediaTypes() {
 		if media.MediaType == runtime.ContentTypeProtobuf {
-			media.Serializer = nodeDecoder{media.Serializer}
+			media.Serializer = nodeDecoder{media.Serializer, prefix}
 			stream := *media.StreamSerializer
 			stream.Serializer = eventDecoder{stream.Serializer}
 			media.StreamSerializer = &stream
 		}
 		c.media = append(c.media, media)
 	}
-	return c, runtime.NewParameterCodec(scheme)
+	return c
 }
 
 // SupportedMediaTypes implements runtime.NegotiatedSerializer.
@@ -78,7 +84,10 @@ func (d eventDecoder) Decode(data []byte, gvk *schema.GroupVersionKind, into run
 var envelope = []byte("k8s\x00")
 
 // A nodeDecoder decodes a Node without copying it first.
-type nodeDecoder struct{ runtime.Serializer }
+type nodeDecoder struct {
+	runtime.Serializer
+	prefix string // of the annotations that are kept
+}
 
 // Decode implements runtime.Decoder.
 func (d nodeDecoder) Decode(data []byte, gvk *schema.GroupVersionKind, into runtime.Object) (
@@ -101,7 +110,7 @@ func (d nodeDecoder) Decode(data []byte, gvk *schema.GroupVersionKind, into runt
 	if err != nil || string(kind) != "Node" {
 		return d.Serializer.Decode(data, gvk, into)
 	}
-	n := &Node{}
+	n := &Node{prefix: d.prefix}
 	if err := n.Unmarshal(raw); err != nil {
 		return nil, nil, fmt.Errorf("a Node: %w", err)
 	}

@@ -211,7 +211,7 @@ func TestFamilyTurnedOn(t *testing.T) {
 		t.Fatal(err)
 	}
 	updates := m.Watch(ctx)
-	leases := map[subnet.Subnets]subnet.Lease{}
+	leases := map[subnet.Subnets]*subnet.Lease{}
 	until := func(want ...string) {
 		t.Helper()
 		for {

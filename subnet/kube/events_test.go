@@ -60,7 +60,7 @@ func (s *eventServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 func testClient(t *testing.T, url string) *client {
-	c, err := newClient(t.Context(), url, "")
+	c, err := newClient(t.Context(), Options{APIURL: url, AnnotationPrefix: DefaultAnnotationPrefix})
 	if err != nil {
 		t.Fatal(err)
 	}

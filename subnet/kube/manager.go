@@ -59,6 +59,11 @@ const (
 	nodePublicIPv6      = "node-public-ipv6"
 )
 
+var annotationNames = []string{
+	backendType, backendData, backendV6Data, publicIP, publicIPv6, managed,
+	publicIPOverwrite, publicIPv6Overwrite, nodePublicIP, nodePublicIPv6,
+}
+
 // Manager is a subnet.Manager.
 type Manager struct {
 	log     klog.Logger
@@ -103,7 +108,7 @@ func New(ctx context.Context, o Options) (*Manager, error) {
 	}
 	o.AnnotationPrefix = cmp.Or(o.AnnotationPrefix, DefaultAnnotationPrefix)
 	ctx, cancel := context.WithCancel(ctx)
-	c, err := newClient(ctx, o.APIURL, o.Kubeconfig)
+	c, err := newClient(ctx, o)
 	if err != nil {
 		cancel()
 		return nil, err

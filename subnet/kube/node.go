@@ -1,8 +1,8 @@
 package kube
 
 import (
+	"bytes"
 	"slices"
-	"strings"
 	"time"
 
 	"google.golang.org/protobuf/encoding/protowire"
@@ -11,23 +11,30 @@ import (
 )
 
 // Node is a Kubernetes Node with the fields that flanneld uses. A Node of a real cluster has about 10 KB, most of it
-// images and conditions, which change with each heartbeat: Unmarshal skips them, whereas client-go's own Node would
-// decode and keep them. The field numbers are those of k8s.io/api/core/v1/generated.proto and
+// images, conditions, which change with each heartbeat, and annotations of others: Unmarshal skips them, whereas
+// client-go's own Node would decode and keep them. The field numbers are those of k8s.io/api/core/v1/generated.proto and
 // k8s.io/apimachinery/pkg/apis/meta/v1/generated.proto.
 type Node struct {
 	metav1.TypeMeta
-	metav1.ObjectMeta // name, resourceVersion, creationTimestamp, annotations
+	metav1.ObjectMeta // name, resourceVersion, creationTimestamp
 
+	prefix      string       // of the annotations that Unmarshal keeps
+	annotations []annotation // without the prefix
 	podCIDRs    []string
 	internalIPs []string
 	networkUp   bool // the condition NetworkUnavailable is False
 }
+
+// An annotation is one of flanneld's.
+type annotation struct{ name, value string }
 
 // NodeList is a list of Nodes as the API server sends it.
 type NodeList struct {
 	metav1.TypeMeta
 	metav1.ListMeta
 	Items []Node
+
+	prefix string // as in Node
 }
 
 // DeepCopyObject implements runtime.Object.
@@ -39,13 +46,16 @@ func (n *Node) DeepCopyObject() runtime.Object {
 func (n *Node) deepCopy() Node {
 	return Node{
 		TypeMeta: n.TypeMeta, ObjectMeta: *n.ObjectMeta.DeepCopy(),
+		prefix: n.prefix, annotations: slices.Clone(n.annotations),
 		podCIDRs: slices.Clone(n.podCIDRs), internalIPs: slices.Clone(n.internalIPs), networkUp: n.networkUp,
 	}
 }
 
 // DeepCopyObject implements runtime.Object.
 func (l *NodeList) DeepCopyObject() runtime.Object {
-	c := &NodeList{TypeMeta: l.TypeMeta, ListMeta: *l.ListMeta.DeepCopy(), Items: make([]Node, len(l.Items))}
+	c := &NodeList{
+		TypeMeta: l.TypeMeta, ListMeta: *l.ListMeta.DeepCopy(), Items: make([]Node, len(l.Items)), prefix: l.prefix,
+	}
 	for i := range l.Items {
 		c.Items[i] = l.Items[i].deepCopy()
 	}
@@ -53,10 +63,10 @@ func (l *NodeList) DeepCopyObject() runtime.Object {
 }
 
 // Reset is called before Unmarshal.
-func (n *Node) Reset() { *n = Node{} }
+func (n *Node) Reset() { *n = Node{prefix: n.prefix} }
 
 // Reset is called before Unmarshal.
-func (l *NodeList) Reset() { *l = NodeList{} }
+func (l *NodeList) Reset() { *l = NodeList{prefix: l.prefix} }
 
 // Unmarshal reads a Node from protobuf, or a bookmark, which has the form of a Node. It does not keep parts of b.
 func (n *Node) Unmarshal(b []byte) error {
@@ -97,10 +107,12 @@ func (n *Node) unmarshalMeta(b []byte) error {
 			if err != nil {
 				return err
 			}
-			if n.Annotations == nil {
-				n.Annotations = map[string]string{}
+			if string(key) == metav1.InitialEventsAnnotationKey { // a bookmark's, which a reflector waits for
+				n.Annotations = map[string]string{metav1.InitialEventsAnnotationKey: string(value)}
 			}
-			n.Annotations[string(key)] = string(value)
+			if name, ours := bytes.CutPrefix(key, []byte(n.prefix)); ours {
+				n.annotations = append(n.annotations, annotation{annotationName(name), string(value)})
+			}
 		}
 		return nil
 	})
@@ -145,7 +157,7 @@ func (l *NodeList) Unmarshal(b []byte) error {
 				return nil
 			})
 		case 2:
-			l.Items = append(l.Items, Node{})
+			l.Items = append(l.Items, Node{prefix: l.prefix})
 			return l.Items[len(l.Items)-1].Unmarshal(v)
 		}
 		return nil
@@ -196,13 +208,22 @@ func firstTwo(b []byte) (first, second []byte, err error) {
 	return first, second, err
 }
 
-// annotations returns the Node's annotations that begin with flanneld's prefix, without the prefix.
-func (n *Node) annotations(prefix string) map[string]string {
-	ours := map[string]string{}
-	for key, value := range n.Annotations {
-		if name, ok := strings.CutPrefix(key, prefix); ok {
-			ours[name] = value
+// annotationName returns the name as a text: one that is known already, if possible, since all Nodes have the same names.
+func annotationName(name []byte) string {
+	for _, known := range annotationNames {
+		if string(name) == known {
+			return known
 		}
 	}
-	return ours
+	return string(name)
+}
+
+// annotation returns the value of an annotation; "" if there is none.
+func (n *Node) annotation(name string) string {
+	for _, a := range slices.Backward(n.annotations) { // of two with one name, the last counts
+		if a.name == name {
+			return a.value
+		}
+	}
+	return ""
 }

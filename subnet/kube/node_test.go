@@ -93,7 +93,7 @@ func status(code uint64, reason, message string) []byte {
 
 // object is the Node as our store is given it.
 func (n testNode) object() *Node {
-	var o Node
+	o := Node{prefix: DefaultAnnotationPrefix}
 	if err := o.Unmarshal(n.marshal()); err != nil {
 		panic(err)
 	}
@@ -125,11 +125,11 @@ func TestUnmarshal(t *testing.T) {
 	n := peerNode(3).object()
 	if n.Name != "n3" || n.ResourceVersion != "7" || n.CreationTimestamp.Unix() != 3 ||
 		!slices.Equal(n.podCIDRs, []string{"10.5.3.0/24"}) ||
-		len(n.Annotations) != 5 || len(n.internalIPs) != 1 || n.networkUp {
+		len(n.annotations) != 4 || len(n.internalIPs) != 1 || n.networkUp {
 		t.Errorf("got %+v", n)
 	}
-	if ours := n.annotations("flannel.alpha.coreos.com/"); len(ours) != 4 || ours["public-ip"] != "198.18.0.3" {
-		t.Errorf("our annotations are %v", ours)
+	if got := n.annotation(publicIP); got != "198.18.0.3" {
+		t.Errorf("the public address is %q", got)
 	}
 	n.Reset()
 	if err := n.Unmarshal(text(nil, 3, string(text(nil, 4,
@@ -173,7 +173,7 @@ func testManager(on subnet.Networks) *Manager {
 	health := subnet.NewStoreHealth(klog.Background(), subnet.State{Store: "the server"})
 	return &Manager{log: klog.Background(), client: &client{}, health: health,
 		records: subnet.NewRecordLog(klog.Background()), ownRecords: subnet.NewRecordLog(klog.Background()),
-		options: Options{AnnotationPrefix: "flannel.alpha.coreos.com/"}, on: on}
+		options: Options{AnnotationPrefix: DefaultAnnotationPrefix}, on: on}
 }
 
 func TestPeers(t *testing.T) {
@@ -258,7 +258,7 @@ func TestAddressesOfTheWrongFamily(t *testing.T) {
 
 // protobufMedia is how Nodes in protobuf are decoded.
 func protobufMedia() runtime.SerializerInfo {
-	all := nodeCodecs.SupportedMediaTypes()
+	all := newCodecs(DefaultAnnotationPrefix).SupportedMediaTypes()
 	return all[slices.IndexFunc(all, func(i runtime.SerializerInfo) bool { return i.MediaType == runtime.ContentTypeProtobuf })]
 }
 

@@ -56,8 +56,11 @@ func (s ownStore) Update(v any) error {
 
 func (s ownStore) ownNode(n *Node) *ownNode {
 	own := &ownNode{
-		subnets: subnetsOf(n.podCIDRs, bothFamilies), annotations: n.annotations(s.options.AnnotationPrefix),
+		subnets: subnetsOf(n.podCIDRs, bothFamilies), annotations: map[string]string{},
 		conditioned: n.networkUp,
+	}
+	for _, a := range n.annotations {
+		own.annotations[a.name] = a.value
 	}
 	own.version, _ = strconv.ParseUint(n.ResourceVersion, 10, 64)
 	for _, text := range n.internalIPs {

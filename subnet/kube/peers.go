@@ -79,8 +79,8 @@ func (p *peers) setNetworks(on subnet.Networks) {
 // A peer is what is kept of a Node.
 type peer struct {
 	name     string
-	lease    subnet.Lease // without subnets: the node has none; Created is the node's in any case, in seconds since 1970
-	accepted bool         // the reader knows the lease
+	lease    *subnet.Lease // without subnets: the node has none; Created is the node's in any case, in seconds since 1970
+	accepted bool          // the reader knows the lease
 
 	conflicts []conflict // with older nodes
 }
@@ -128,7 +128,7 @@ func (p *peers) Replace(nodes []any, _ string) error {
 		return nil
 	}
 	p.synced = true
-	snapshot := subnet.Update{Snapshot: true, Leases: make(map[subnet.Subnets]subnet.Lease, len(p.byName))}
+	snapshot := subnet.Update{Snapshot: true, Leases: make(map[subnet.Subnets]*subnet.Lease, len(p.byName))}
 	for _, n := range p.byName {
 		if n.accepted {
 			snapshot.Put(n.lease)
@@ -143,21 +143,19 @@ func (p *peers) Resync() error { return nil }
 
 // put takes a Node as it is now. It ignores heartbeats of kubelet, which do not change the lease.
 func (p *peers) put(n *Node) {
-	prefix := p.manager.options.AnnotationPrefix
-	annotation := func(name string) string { return n.Annotations[prefix+name] }
-	now := &peer{name: n.Name, lease: subnet.Lease{Created: n.CreationTimestamp.Unix()}}
-	if annotation(managed) == "true" {
-		subnets, attrs := subnetsOf(n.podCIDRs, p.on), attrsOf(annotation)
+	now := &subnet.Lease{Created: n.CreationTimestamp.Unix()}
+	if n.annotation(managed) == "true" {
+		subnets, attrs := subnetsOf(n.podCIDRs, p.on), attrsOf(n.annotation)
 		if len(subnets.Each()) > 0 && len(attrs.PublicIPs()) > 0 { // else the node is not ready to have one
-			now.lease.Subnets, now.lease.Attrs = subnets, attrs
+			now.Subnets, now.Attrs = subnets, attrs
 		}
 	}
 	old := p.byName[n.Name]
-	if old != nil && old.lease.Created == now.lease.Created &&
-		old.lease.Subnets == now.lease.Subnets && old.lease.Attrs.Equal(now.lease.Attrs) {
+	if old != nil && old.lease.Created == now.Created &&
+		old.lease.Subnets == now.Subnets && old.lease.Attrs.Equal(now.Attrs) {
 		return
 	}
-	p.replace(old, now)
+	p.replace(old, &peer{name: strings.Clone(n.Name), lease: now})
 }
 
 // replace replaces a node by its present state. Either may be nil.

@@ -80,7 +80,7 @@ func (w *nodeWatcher) list(ctx context.Context, o metav1.ListOptions) (runtime.O
 		o.ResourceVersion = ""
 	}
 	o.FieldSelector = w.selector
-	var nodes NodeList
+	nodes := NodeList{prefix: w.manager.options.AnnotationPrefix}
 	request := w.manager.client.current().Get().Resource("nodes").VersionedParams(&o, nodeParams)
 	err := request.MaxRetries(0).Do(ctx).Into(&nodes)
 	if err == nil && nodes.ResourceVersion == "" { // a proxy may answer anything, which must not count as an empty list

@@ -95,7 +95,7 @@ func followUntil(t *testing.T, s *scripted, peers int) *Manager {
 	running.Go(func() { m.reflectNodes(ctx, "", "watch the Nodes", p) })
 	defer running.Wait()
 	defer cancel()
-	leases := map[subnet.Subnets]subnet.Lease{}
+	leases := map[subnet.Subnets]*subnet.Lease{}
 	for late := time.After(time.Minute); len(leases) != peers; {
 		select {
 		case u := <-p.updates.C():

@@ -38,7 +38,7 @@ func (m *Manager) Holdings(ctx context.Context) ([]subnet.Holding, error) {
 	err := m.retry(ctx, "read the Nodes", func(ctx context.Context) error {
 		all = nil
 		for page := (metav1.ListOptions{Limit: 500}); ; {
-			var nodes NodeList
+			nodes := NodeList{prefix: m.options.AnnotationPrefix}
 			request := m.client.current().Get().Resource("nodes").VersionedParams(&page, nodeParams)
 			if err := request.MaxRetries(0).Do(ctx).Into(&nodes); err != nil {
 				return err
@@ -58,15 +58,14 @@ func (m *Manager) Holdings(ctx context.Context) ([]subnet.Holding, error) {
 }
 
 func (m *Manager) holding(n *Node) subnet.Holding {
-	annotation := func(name string) string { return n.Annotations[m.options.AnnotationPrefix+name] }
 	h := subnet.Holding{Node: n.Name, Lease: subnet.Lease{Subnets: subnetsOf(n.podCIDRs, bothFamilies)}}
 	switch {
 	case len(h.Each()) == 0:
 		h.Note = "has no podCIDR"
-	case annotation(managed) != "true":
+	case n.annotation(managed) != "true":
 		h.Note = "flanneld has not run there"
 	default:
-		h.Attrs = attrsOf(annotation)
+		h.Attrs = attrsOf(n.annotation)
 	}
 	return h
 }

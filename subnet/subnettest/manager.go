@@ -270,7 +270,7 @@ func (m *Manager) Watch(ctx context.Context) <-chan subnet.Update {
 			}
 			for s, l := range m.store.leases {
 				if before, ok := known[s]; !ok || !before.Attrs.Equal(l.Attrs) {
-					u.Put(l.Lease)
+					u.Put(&l.Lease)
 				}
 			}
 			known = maps.Clone(m.store.leases)

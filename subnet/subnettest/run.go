@@ -231,13 +231,13 @@ func (s *suite) keeping(m subnet.Manager, l subnet.Lease) (kept <-chan outcome[b
 type view struct {
 	*suite
 	updates   <-chan subnet.Update
-	leases    map[subnet.Subnets]subnet.Lease
+	leases    map[subnet.Subnets]*subnet.Lease
 	count     int // of updates
 	snapshots int
 }
 
 func (s *suite) view(m subnet.Manager) *view {
-	return &view{suite: s, updates: m.Watch(s.Context()), leases: map[subnet.Subnets]subnet.Lease{}}
+	return &view{suite: s, updates: m.Watch(s.Context()), leases: map[subnet.Subnets]*subnet.Lease{}}
 }
 
 // read reads an update.
@@ -270,14 +270,14 @@ func (v *view) until(want ...subnet.Lease) {
 }
 
 func describeAll(leases []subnet.Lease) string {
-	all := map[subnet.Subnets]subnet.Lease{}
+	all := map[subnet.Subnets]*subnet.Lease{}
 	for _, l := range leases {
-		all[l.Subnets] = l
+		all[l.Subnets] = &l
 	}
 	return describe(all)
 }
 
-func describe(leases map[subnet.Subnets]subnet.Lease) string {
+func describe(leases map[subnet.Subnets]*subnet.Lease) string {
 	var lines []string
 	for s, l := range leases {
 		lines = append(lines, fmt.Sprintf("%v: %v %s %s", s, l.Attrs.PublicIPs(), l.Attrs.BackendType, l.Attrs.BackendData))
@@ -565,7 +565,7 @@ func (s *suite) watch() {
 	m, cfg := s.manager(1)
 	ctx, cancel := context.WithCancel(s.Context())
 	defer cancel()
-	v := &view{suite: s, updates: m.Watch(ctx), leases: map[subnet.Subnets]subnet.Lease{}}
+	v := &view{suite: s, updates: m.Watch(ctx), leases: map[subnet.Subnets]*subnet.Lease{}}
 	v.until() // an empty store has a snapshot, too
 	own := s.acquired(m, cfg, want(1, 0))
 	v.until(own)

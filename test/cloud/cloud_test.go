@@ -284,7 +284,7 @@ func (n *node) stop() {
 func (n *node) know(keys ...string) {
 	u := subnet.Update{Snapshot: true}
 	for _, key := range keys {
-		u.Put(subnet.Lease{Subnets: parse(key)})
+		u.Put(&subnet.Lease{Subnets: parse(key)})
 	}
 	n.peers <- u
 }
@@ -355,7 +355,7 @@ func TestManyNodes(t *testing.T) {
 			n := work(t, r.config(""), mine)
 			u := subnet.Update{Snapshot: true}
 			for i := range 5000 {
-				u.Put(subnet.Lease{Subnets: parse(fmt.Sprintf("10.%d.%d.0-24", 6+i/256, i%256))})
+				u.Put(&subnet.Lease{Subnets: parse(fmt.Sprintf("10.%d.%d.0-24", 6+i/256, i%256))})
 			}
 			n.peers <- u
 			pass(2 * time.Minute)

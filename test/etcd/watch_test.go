@@ -19,13 +19,13 @@ import (
 type view struct {
 	t         *testing.T
 	updates   <-chan subnet.Update
-	leases    map[subnet.Subnets]subnet.Lease
+	leases    map[subnet.Subnets]*subnet.Lease
 	count     int // of updates
 	snapshots int
 }
 
 func newView(t *testing.T, updates <-chan subnet.Update) *view {
-	return &view{t: t, updates: updates, leases: map[subnet.Subnets]subnet.Lease{}}
+	return &view{t: t, updates: updates, leases: map[subnet.Subnets]*subnet.Lease{}}
 }
 
 func (v *view) read() {
@@ -34,7 +34,7 @@ func (v *view) read() {
 	v.count++
 	if u.Snapshot {
 		v.snapshots++
-		v.leases = map[subnet.Subnets]subnet.Lease{}
+		v.leases = map[subnet.Subnets]*subnet.Lease{}
 		if u.Gone != nil {
 			v.t.Errorf("a snapshot with Gone %v", u.Gone)
 		}

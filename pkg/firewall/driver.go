@@ -14,12 +14,15 @@ import (
 // A tool reads and writes one family's rules where one program keeps them: the
 // tables of either variant of iptables, or a table of nftables.
 type tool interface {
-	// read returns all rules that are ours, nothing when there are none.
-	read(context.Context) (found, error)
+	// list returns what the program prints of the tables that may hold our rules, "" when there are no such tables.
+	list(context.Context) (string, error)
 
-	// write replaces our rules, atomically in each table, and returns how many
-	// rules read must find now. It does not touch rules that are right already.
-	write(context.Context, Ruleset) (rules int, err error)
+	// find returns all rules in a listing that are ours, nothing when there are none.
+	find(ctx context.Context, listing string) found
+
+	// write replaces our rules, atomically in each table, where the listing differs from the desired rules. It returns
+	// how many rules find must find now, and whether the program was run, so that the listing is out of date.
+	write(ctx context.Context, listing string, want Ruleset) (rules int, wrote bool, err error)
 
 	// plan returns the command that write would run, "" when all rules are
 	// right already.
@@ -166,23 +169,27 @@ func (s *familyRules) apply(ctx context.Context, want Ruleset) error {
 
 // update has the tool write want; was is whether the last Apply did so.
 func (s *familyRules) update(ctx context.Context, want Ruleset, was bool) error {
-	now, err := s.tool.read(ctx)
+	generation := s.nftGeneration(ctx)
+	listing, err := s.tool.list(ctx)
 	if err != nil {
 		return err
 	}
+	now := s.tool.find(ctx, listing)
 	if was && now == s.now {
 		return nil
 	}
-	rules, err := s.tool.write(ctx, want)
+	rules, wrote, err := s.tool.write(ctx, listing, want)
 	if err != nil {
 		return err
 	}
 	// Programs print rules in ways that differ by version. Later checks compare
 	// with what this program prints now, provided that all rules are there.
-	generation := s.nftGeneration(ctx)
-	now, err = s.tool.read(ctx)
-	if err != nil {
-		return err
+	if wrote {
+		generation = s.nftGeneration(ctx)
+		if listing, err = s.tool.list(ctx); err != nil {
+			return err
+		}
+		now = s.tool.find(ctx, listing)
 	}
 	if now.rules != rules {
 		return fmt.Errorf("%d rules were written, but %s now shows %d: another program on the node rewrites them, "+
@@ -201,9 +208,9 @@ func (s *familyRules) update(ctx context.Context, want Ruleset, was bool) error 
 func (s *familyRules) removeOthers(ctx context.Context) {
 	var left []tool
 	for _, o := range s.others {
-		now, err := o.read(ctx)
-		if err == nil && now.text != "" {
-			_, err = o.write(ctx, Ruleset{})
+		listing, err := o.list(ctx)
+		if err == nil && o.find(ctx, listing).text != "" {
+			_, _, err = o.write(ctx, listing, Ruleset{})
 		}
 		if err == nil {
 			continue
@@ -228,8 +235,8 @@ func (s *familyRules) check(ctx context.Context) (bool, error) {
 	if generation != 0 && generation == s.generation {
 		return true, nil
 	}
-	now, err := s.tool.read(ctx)
-	if err != nil || now != s.now {
+	listing, err := s.tool.list(ctx)
+	if err != nil || s.tool.find(ctx, listing) != s.now {
 		return false, err
 	}
 	s.generation = generation

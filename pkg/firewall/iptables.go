@@ -62,12 +62,13 @@ func tag(network string) string {
 // iptables is the tool of one variant of iptables, legacy or nft.
 type iptables struct {
 	programs      *command.Runner
-	library       *library // nil if the program's version cannot be read
 	protocol      protocol
 	network       string // whose rules these are
 	name          string // "iptables", "ip6tables-legacy"
+	path          string // of that program
 	save, restore string // paths
 	nft           bool
+	known         bool // the program's version could be read
 	recent        bool // knows iptables-restore --wait, and MASQUERADE --random-fully
 	logged        bool // that the kernel refuses --random-fully
 
@@ -81,12 +82,16 @@ type iptables struct {
 // variant.
 func findIPTables(ctx context.Context, programs *command.Runner, network string, p protocol) (found []tool, missing error) {
 	var have []*iptables
+	has := func(nft bool) bool { return slices.ContainsFunc(have, func(o *iptables) bool { return o.nft == nft }) }
 	for _, variant := range []string{"", "-nft", "-legacy"} {
+		if variant != "" && has(variant == "-nft") {
+			continue
+		}
 		ipt, err := newIPTables(ctx, programs, network, p, p.iptables+variant)
 		switch {
 		case err != nil && variant == "":
 			missing = err
-		case err == nil && !slices.ContainsFunc(have, func(o *iptables) bool { return o.nft == ipt.nft }):
+		case err == nil && !has(ipt.nft):
 			have = append(have, ipt)
 		}
 	}
@@ -104,16 +109,14 @@ func findIPTables(ctx context.Context, programs *command.Runner, network string,
 // (KEP-3178; before 1.24, a chain by which kubelet notices flushes).
 func (ipt *iptables) marked(ctx context.Context) bool {
 	const table = "mangle"
-	if ipt.library == nil || !ipt.nft && !ipt.protocol.hasLegacyTable(table) { // iptables-legacy would make the table
+	if !ipt.protocol.hasTable(ipt.nft, table) { // iptables-legacy would make the table
 		return false
 	}
-	for _, chain := range []string{"KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY"} {
-		if there, err := ipt.library.hasChain(ctx, table, chain); err != nil || there {
-			return there
-		}
-	}
-	return false
+	out, err := ipt.programs.Run(ctx, command.Command{Path: ipt.save, Args: []string{"-t", table}})
+	return err == nil && kubeletsChain.Match(out.Stdout)
 }
+
+var kubeletsChain = regexp.MustCompile(`(?m)^:(KUBE-IPTABLES-HINT|KUBE-KUBELET-CANARY) `)
 
 func newIPTables(ctx context.Context, programs *command.Runner, network string, p protocol, name string) (*iptables, error) {
 	var paths []string
@@ -130,16 +133,11 @@ func newIPTables(ctx context.Context, programs *command.Runner, network string, 
 		return nil, fmt.Errorf("%s --version: %w%s", paths[0], err, printed(out.Stderr))
 	}
 	ipt := &iptables{
-		protocol: p, programs: programs, network: network, name: name, save: paths[1], restore: paths[2],
-		nft: strings.Contains(string(out.Stdout), "(nf_tables)"), // the library does not export this
+		protocol: p, programs: programs, network: network, name: name, path: paths[0], save: paths[1], restore: paths[2],
+		nft: strings.Contains(string(out.Stdout), "(nf_tables)"),
 	}
-	if _, known := version(string(out.Stdout)); known {
-		if ipt.library, err = openLibrary(ctx, programs, paths[0]); err != nil {
-			return nil, err
-		}
-		// Release 1.6.2 brought both abilities.
-		ipt.recent = ipt.library.ipt.HasRandomFully()
-	}
+	v, known := version(string(out.Stdout))
+	ipt.known, ipt.recent = known, slices.Compare(v[:], []int{1, 6, 2}) >= 0
 	return ipt, nil
 }
 
@@ -352,11 +350,7 @@ func (c chain) render(r Rule) string {
 	return strings.Join(words, " ")
 }
 
-func (ipt *iptables) read(ctx context.Context) (found, error) {
-	save, err := ipt.dump(ctx)
-	if err != nil {
-		return found{}, err
-	}
+func (ipt *iptables) find(ctx context.Context, save string) found {
 	var b strings.Builder
 	var now found
 	for _, c := range []chain{postrouting.of(ipt.network), forward.of(ipt.network)} {
@@ -374,7 +368,7 @@ func (ipt *iptables) read(ctx context.Context) (found, error) {
 		now.rules += len(f.jumps) + len(f.rules)
 	}
 	now.text = b.String()
-	return now, nil
+	return now
 }
 
 // logBlocked logs once that a rule drops everything before the jump to c. The rule stays: the one who put it before
@@ -392,44 +386,47 @@ func (ipt *iptables) logBlocked(ctx context.Context, c chain, rule string) {
 		"fix", fmt.Sprintf("%s -D%s && %s %s", ipt.name, strings.TrimPrefix(rule, "-A"), ipt.name, rule))
 }
 
-func (ipt *iptables) write(ctx context.Context, want Ruleset) (rules int, err error) {
-	save, err := ipt.dump(ctx)
-	if err != nil {
-		return 0, err
-	}
+func (ipt *iptables) write(ctx context.Context, save string, want Ruleset) (rules int, wrote bool, err error) {
 	script, rules := ipt.script(save, want, ipt.recent)
-	if want.IsZero() && script != "" && ipt.library != nil {
-		return 0, ipt.remove(ctx, save, script)
+	switch {
+	case script == "":
+		return rules, false, nil
+	case want.IsZero() && ipt.known:
+		return 0, true, ipt.remove(ctx, save, script)
 	}
 	err = ipt.run(ctx, script)
 	if err == nil || !strings.Contains(script, "--random-fully") {
-		return rules, err
+		return rules, true, err
 	}
 	// The program is recent enough for --random-fully; the kernel may not be.
 	script, rules = ipt.script(save, want, false)
-	if ipt.run(ctx, script) != nil {
-		return 0, err // it was something else
+	if script != "" && ipt.run(ctx, script) != nil {
+		return 0, true, err // it was something else
 	}
 	if !ipt.logged {
 		klog.FromContext(ctx).Error(err, "Masquerading without --random-fully, which the kernel refuses", "tool", ipt.name)
 		ipt.logged = true
 	}
-	return rules, nil
+	return rules, true, nil
 }
 
 // remove removes all our rules with the library, as script would in one step. No packet needs the rules any more: it does
 // not matter that they go one by one.
 func (ipt *iptables) remove(ctx context.Context, save, script string) error {
 	heredoc := ipt.heredoc(ipt.args(), script)
+	library, err := openLibrary(ctx, ipt.programs, ipt.path)
+	if err != nil {
+		return &commandError{err, heredoc}
+	}
 	for _, c := range []chain{postrouting.of(ipt.network), forward.of(ipt.network)} {
 		f := c.parse(save)
 		for _, rule := range f.jumps {
-			if err := ipt.library.deleteRule(ctx, c, rule); err != nil {
+			if err := library.deleteRule(ctx, c, rule); err != nil {
 				return &commandError{err, heredoc}
 			}
 		}
 		if f.exists {
-			if err := ipt.library.deleteChain(ctx, c, f.users > 0); err != nil {
+			if err := library.deleteChain(ctx, c, f.users > 0); err != nil {
 				return &commandError{err, heredoc}
 			}
 		}
@@ -463,8 +460,11 @@ func (ipt *iptables) script(save string, want Ruleset, randomFully bool) (script
 	return b.String(), rules
 }
 
-// dump returns what iptables-save prints, of all tables at once.
-func (ipt *iptables) dump(ctx context.Context) (string, error) {
+// list returns what iptables-save prints, of all tables at once.
+func (ipt *iptables) list(ctx context.Context) (string, error) {
+	if !ipt.protocol.hasTable(ipt.nft, postrouting.table) && !ipt.protocol.hasTable(ipt.nft, forward.table) {
+		return "", nil
+	}
 	out, err := ipt.programs.Run(ctx, command.Command{Path: ipt.save})
 	if err != nil {
 		return "", fmt.Errorf("%s: %w%s", ipt.save, err, printed(out.Stderr))
@@ -483,12 +483,8 @@ func (ipt *iptables) dump(ctx context.Context) (string, error) {
 // the lock of iptables, which kube-proxy does for seconds on large clusters.
 const lockSeconds = 10
 
-// run gives script, unless it is empty, to iptables-restore. All lines of a
-// table take effect together.
+// run gives script to iptables-restore. All lines of a table take effect together.
 func (ipt *iptables) run(ctx context.Context, script string) error {
-	if script == "" {
-		return nil
-	}
 	args := ipt.args()
 	out, err := ipt.programs.Run(ctx, command.Command{Path: ipt.restore, Args: args, Stdin: script})
 	heredoc := ipt.heredoc(args, script)

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"regexp"
 	"strings"
 
@@ -14,15 +13,16 @@ import (
 	"github.com/flanneld/flanneld/pkg/plain"
 )
 
-// A library is coreos/go-iptables for one program. It knows what the program's version can do, reads single chains, and
-// removes rules and chains. The library starts the program by itself, so that all calls are here, through command.Call.
+// A library is coreos/go-iptables for one program. It removes rules and chains, which the start of a node seldom needs:
+// to open the library starts the program. The library starts programs by itself, so that all calls are here, through
+// command.Call.
 type library struct {
 	programs *command.Runner
 	path     string
 	ipt      *goiptables.IPTables
 }
 
-// openLibrary finds out what a program can do, by its version.
+// openLibrary has the library find out what a program can do, by its version.
 func openLibrary(ctx context.Context, programs *command.Runner, path string) (*library, error) {
 	l := &library{programs: programs, path: path}
 	var err error
@@ -42,13 +42,6 @@ func call[T any](ctx context.Context, l *library, args string, f func() (T, erro
 		err = fmt.Errorf("%s: %w", name, err)
 	}
 	return result, err
-}
-
-// hasChain returns whether a chain exists. iptables-legacy makes the table that it is asked for, if there is none.
-func (l *library) hasChain(ctx context.Context, table, name string) (bool, error) {
-	return call(ctx, l, fmt.Sprintf("-t %s -S %s 1", table, name), func() (bool, error) {
-		return l.ipt.ChainExists(table, name)
-	})
 }
 
 // deleteRule deletes a rule, as iptables-save prints it, of the chain of c that jumps to ours. The rule may be gone.
@@ -86,10 +79,4 @@ func words(rule string) (all []string) {
 		all = append(all, word)
 	}
 	return all
-}
-
-// hasLegacyTable returns whether a table of iptables-legacy exists in the calling thread's network namespace.
-func (p protocol) hasLegacyTable(table string) bool {
-	names, err := os.ReadFile("/proc/thread-self/net/" + p.nft + "_tables_names")
-	return err == nil && strings.Contains("\n"+string(names), "\n"+table+"\n")
 }

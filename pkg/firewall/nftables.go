@@ -105,30 +105,39 @@ func (n *nftables) String() string { return "nft" }
 
 func (n *nftables) inNFTables() bool { return true }
 
-func (n *nftables) read(ctx context.Context) (found, error) {
+func (n *nftables) list(ctx context.Context) (string, error) {
+	if !n.hasTable(true, n.table) {
+		return "", nil
+	}
 	out, err := n.run(ctx, "", "--stateless", "list", "table", n.nft, n.table)
 	if err != nil {
 		if strings.Contains(string(out.Stderr), "No such file or directory") {
-			return found{}, nil // there is no such table
+			return "", nil // the table was deleted just now
 		}
-		return found{}, err
+		return "", err
 	}
-	// Each rule ends in its comment. Comments of the table and chains have a
-	// line of their own.
-	text := string(out.Stdout)
-	return found{text: text, rules: strings.Count(text, ` comment "`)}, nil
+	return string(out.Stdout), nil
 }
 
-func (n *nftables) write(ctx context.Context, want Ruleset) (rules int, err error) {
+func (n *nftables) find(_ context.Context, listing string) found {
+	// Each rule ends in its comment. Comments of the table and chains have a
+	// line of their own.
+	return found{text: listing, rules: strings.Count(listing, ` comment "`)}
+}
+
+func (n *nftables) write(ctx context.Context, listing string, want Ruleset) (rules int, wrote bool, err error) {
+	if listing == "" && want.IsZero() {
+		return 0, false, nil
+	}
 	if err := n.open(ctx); err != nil {
-		return 0, err
+		return 0, false, err
 	}
 	script := n.script(want)
 	if _, err := n.run(ctx, script, "-f", "-"); err != nil {
-		return 0, &commandError{err, heredoc(script)}
+		return 0, false, &commandError{err, heredoc(script)}
 	}
 	klog.FromContext(ctx).Info("Applied", "command", plain.Block(heredoc(script)))
-	return len(want.Postrouting) + len(want.Forward), nil
+	return len(want.Postrouting) + len(want.Forward), true, nil
 }
 
 // script returns the commands of nft that replace the whole table.

@@ -42,7 +42,7 @@ func (d *Driver) Plan(ctx context.Context, want Desired) ([]string, error) {
 }
 
 func (ipt *iptables) plan(ctx context.Context, want Ruleset) (string, error) {
-	save, err := ipt.dump(ctx)
+	save, err := ipt.list(ctx)
 	if err != nil {
 		return "", err
 	}
@@ -54,8 +54,8 @@ func (ipt *iptables) plan(ctx context.Context, want Ruleset) (string, error) {
 }
 
 func (n *nftables) plan(ctx context.Context, want Ruleset) (string, error) {
-	now, err := n.read(ctx)
-	if err != nil || now.text == "" && want.IsZero() {
+	listing, err := n.list(ctx)
+	if err != nil || listing == "" && want.IsZero() {
 		return "", err
 	}
 	if want.IsZero() {
@@ -65,7 +65,7 @@ func (n *nftables) plan(ctx context.Context, want Ruleset) (string, error) {
 	for _, r := range slices.Concat(want.Postrouting, want.Forward) {
 		rules = append(rules, fmt.Sprintf("%s comment %q", n.render(r), r.Why))
 	}
-	if slices.Equal(rules, listed(now.text)) {
+	if slices.Equal(rules, listed(listing)) {
 		return "", nil
 	}
 	if err := n.open(ctx); err != nil {

@@ -9,6 +9,8 @@ import (
 	"net/netip"
 	"slices"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/flanneld/flanneld/pkg/family"
 )
 
@@ -136,11 +138,12 @@ type protocol struct {
 	family    family.Family
 	iptables  string // how the iptables programs' names begin
 	nft       string // nft's word for it, in tables and in rules
+	nfproto   uint8  // the kernel's number for it
 	table     string // our own table in nftables
 	multicast netip.Prefix
 }
 
 var protocols = family.Pair[protocol]{
-	IPv4: protocol{family.IPv4, "iptables", "ip", "flannel-ipv4", netip.MustParsePrefix("224.0.0.0/4")},
-	IPv6: protocol{family.IPv6, "ip6tables", "ip6", "flannel-ipv6", netip.MustParsePrefix("ff00::/8")},
+	IPv4: protocol{family.IPv4, "iptables", "ip", unix.NFPROTO_IPV4, "flannel-ipv4", netip.MustParsePrefix("224.0.0.0/4")},
+	IPv6: protocol{family.IPv6, "ip6tables", "ip6", unix.NFPROTO_IPV6, "flannel-ipv6", netip.MustParsePrefix("ff00::/8")},
 }

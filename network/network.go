@@ -287,7 +287,8 @@ func (n *node) start(ctx context.Context) (err error) {
 	}
 	n.rules = firewall.NewReconciler(n.Name, n.RulesResync)
 	n.metrics.rules.Store(n.rules)
-	n.group.Go(netspace.FromContext(ctx).In(func() { n.rules.Run(ctx) }))
+	nftables := n.cfg.EnableNFTables
+	n.group.Go(netspace.FromContext(ctx).In(func() { n.rules.Run(ctx, nftables) }))
 	n.keeper = newLeaseKeeper(n.Manager, n.metrics)
 	n.worker = newWorker()
 	n.startProber(ctx)

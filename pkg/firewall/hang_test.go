@@ -147,7 +147,7 @@ func TestReconcilerEndsWhileProgramHangs(t *testing.T) {
 			runner := &command.Runner{Path: n.bin, Waits: command.Waits{Notice: 100 * time.Millisecond}}
 			r.open = func(ctx context.Context, nftables bool) (driver, error) { return newDriver(ctx, runner, "", nftables) }
 			r.Set(both, p.nftables)
-			r.Run(ctx) // in this thread's namespace
+			r.Run(ctx, p.nftables) // in this thread's namespace
 			close(ended)
 			if late.Load() {
 				t.Error("it ends when the child of the program does")

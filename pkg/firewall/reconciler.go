@@ -124,18 +124,24 @@ func (r *Reconciler) count(f func(*Stats)) {
 }
 
 // Run keeps the rules in the calling thread's network namespace until ctx ends.
-// The rules stay.
-func (r *Reconciler) Run(ctx context.Context) {
+// The rules stay. Run finds the programs of the expected mode, nftables or iptables,
+// before the first Set.
+func (r *Reconciler) Run(ctx context.Context, nftables bool) {
 	log := klog.FromContext(ctx)
 	r.fights = newFights(log)
-	var want target
+	want := target{nftables: nftables}
+	_ = r.openDriver(ctx, want) // the first Set tries again, and logs the error
+	defer r.close()
 	select {
-	case want = <-r.desired:
+	case latest := <-r.desired:
+		if latest.nftables != want.nftables {
+			r.close()
+		}
+		want = latest
 		checkBridge(log, want)
 	case <-ctx.Done():
 		return
 	}
-	defer r.close()
 	var sent State
 	var lastError retry.LastError
 	var backoff retry.Backoff

@@ -119,8 +119,9 @@ func run(t *testing.T, test func(t *testing.T, r *Reconciler, f *fake, log *byte
 		}()
 		go func() {
 			defer close(done)
-			r.Run(ctx)
+			r.Run(ctx, false)
 		}()
+		synctest.Wait() // Run has opened the driver
 		test(t, r, f, &log, &states)
 		cancel()
 		<-done
@@ -144,7 +145,7 @@ func TestStateOfTheLatestTarget(t *testing.T) {
 		done := make(chan struct{})
 		go func() {
 			defer close(done)
-			r.Run(ctx)
+			r.Run(ctx, false)
 		}()
 		r.Set(both, false)
 		pass(0) // the State waits
@@ -174,12 +175,13 @@ func expectStates(t *testing.T, states *[]State, want ...State) {
 	order()
 }
 
-// The latest rules alone are set, and each Set is answered with a State.
+// The latest rules alone are set, and each Set is answered with a State. The driver of the expected mode, iptables, is
+// opened before the first Set, and another one when the mode is another one.
 func TestSet(t *testing.T) {
 	run(t, func(t *testing.T, r *Reconciler, f *fake, _ *bytes.Buffer, states *[]State) {
 		expectStates(t, states)
-		if r.Stats() != (Stats{}) {
-			t.Errorf("before anything is desired, the counts are %+v", r.Stats())
+		if r.Stats() != (Stats{}) || !slices.Equal(f.opened, []bool{false}) {
+			t.Errorf("before anything is desired, the counts are %+v; opened %v", r.Stats(), f.opened)
 		}
 		f.applies = time.Second
 		r.Set(ipv4Alone, true)
@@ -189,12 +191,12 @@ func TestSet(t *testing.T) {
 		pass(2 * time.Second)
 		expectStates(t, states, State{InPlace: true})
 		f.applies = 0
-		if len(f.wrote) != 2 || !f.desired.IPv6.Equal(both.IPv6) || len(f.opened) != 1 {
+		if len(f.wrote) != 2 || !f.desired.IPv6.Equal(both.IPv6) || !slices.Equal(f.opened, []bool{false, true}) {
 			t.Errorf("set %d times: %v; opened %v", len(f.wrote), f.desired, f.opened)
 		}
 		r.Set(both, false)
 		expectStates(t, states, State{InPlace: true})
-		if len(f.opened) != 2 || f.opened[1] || len(f.wrote) != 3 {
+		if !slices.Equal(f.opened, []bool{false, true, false}) || len(f.wrote) != 3 {
 			t.Errorf("in another mode: opened %v, set %d times", f.opened, len(f.wrote))
 		}
 		pass(3*resync + time.Second)
@@ -385,7 +387,7 @@ func TestReconciler(t *testing.T) {
 			if err := netns.Set(home); err != nil {
 				t.Error(err)
 			}
-			r.Run(ctx)
+			r.Run(ctx, m.nftables)
 		}()
 		r.Set(both, m.nftables)
 		if s := <-r.States(); s != (State{InPlace: true}) {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"regexp"
 	"strings"
+	"sync"
 
 	tcerr "github.com/tencentcloud/tencentcloud-sdk-go/tencentcloud/common/errors"
 
@@ -14,7 +15,9 @@ import (
 )
 
 // requestID matches the numbers that Tencent Cloud gives to requests, in messages.
-var requestID = regexp.MustCompile(`(?i)\[request ?id:[^\]]*\]|\b[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\b`)
+var requestID = sync.OnceValue(func() *regexp.Regexp { // each daemon would need 60 kB for it
+	return regexp.MustCompile(`(?i)\[request ?id:[^\]]*\]|\b[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\b`)
+})
 
 // explain returns the code of an error of the API, and an error that says what it means and what to do. Its text is the
 // same while the cause is the same.
@@ -27,7 +30,7 @@ func (c *cloud) explain(action string, err error) (code string, explained error)
 		return "", c.noAnswer(action, err, refusal)
 	}
 	code = refusal.Code
-	said := plain.Text(strings.TrimSpace(requestID.ReplaceAllString(refusal.Message, "")))
+	said := plain.Text(strings.TrimSpace(requestID().ReplaceAllString(refusal.Message, "")))
 	class, _, _ := strings.Cut(code, ".")
 	switch {
 	case class == "UnauthorizedOperation", code == "AuthFailure.UnauthorizedOperation":

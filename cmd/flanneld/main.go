@@ -28,7 +28,7 @@ var version = "unknown"
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
-	setGCPercent(gcAtStart)
+	started := collectLater()
 	o, err := settings.Parse(os.Args[1:], os.Environ())
 	switch {
 	case errors.Is(err, settings.ErrHelp):
@@ -46,7 +46,7 @@ func main() {
 		runtime.MemProfileRate = 0 // the records of where memory is allocated take a megabyte
 	}
 	log := plain.Logger(klog.Background()) // the one of all packages
-	err = run(klog.NewContext(ctx, log), o)
+	err = run(klog.NewContext(ctx, log), o, started)
 	if ctx.Err() != nil {
 		err = nil // the error follows from the signal
 	}
@@ -61,7 +61,7 @@ func main() {
 	}
 }
 
-func run(ctx context.Context, o *settings.Options) error {
+func run(ctx context.Context, o *settings.Options, started func()) error {
 	log := klog.FromContext(ctx)
 	log.Info("flanneld starts", "version", version, "go", runtime.Version(), "settings", o.String())
 	for _, w := range o.Warnings {
@@ -73,5 +73,5 @@ func run(ctx context.Context, o *settings.Options) error {
 		return err
 	}
 	defer manager.Close()
-	return network.Run(ctx, options(ctx, o, manager))
+	return network.Run(ctx, options(ctx, o, manager, started))
 }

@@ -5,7 +5,9 @@ import (
 	"net/http"
 	"net/http/pprof"
 	"os"
+	"runtime"
 	"runtime/debug"
+	"sync"
 	"time"
 
 	systemd "github.com/coreos/go-systemd/v22/daemon"
@@ -19,15 +21,15 @@ import (
 )
 
 // options returns the options of network.Run with what belongs to this process: its metrics, its profiles, its memory,
-// and systemd, which may be its parent.
-func options(ctx context.Context, o *settings.Options, manager subnet.Manager) network.Options {
+// and systemd, which may be its parent. Started is what collectLater has returned.
+func options(ctx context.Context, o *settings.Options, manager subnet.Manager, started func()) network.Options {
 	log := klog.FromContext(ctx)
 	all := prometheus.NewRegistry()
 	all.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	n := o.Network(manager)
 	n.Version = version
 	n.Metrics, n.Handler = all, handler(all, o.Profile)
-	n.Waiting = waiting(log)
+	n.Waiting = waiting(log, started)
 	n.Heartbeat, n.HeartbeatEvery = func() { notify(log, "WATCHDOG=1") }, watchdog(log)
 	return n
 }
@@ -48,12 +50,24 @@ func handler(metrics prometheus.Gatherer, profile bool) http.Handler {
 // settled is how long after the start the daemon keeps nothing that only the start needs.
 const settled = 10 * time.Second
 
-// How much garbage there may be until it is collected, in percent of the memory in use. The start is to be fast. When all
-// peers are known, little changes, and collecting costs nearly nothing: the memory of a node is for pods.
+// How much garbage there may be until it is collected, in percent of the memory in use. The start is to be fast: with
+// gcAtFirst, nothing is collected before the heap has 16 MB, four times what Go has by default, and a node with few peers
+// is ready before that. When all peers are known, little changes, and collecting costs nearly nothing: the memory of a
+// node is for pods.
 const (
+	gcAtFirst = 400
 	gcAtStart = 50
 	gcAtRest  = 10
 )
+
+// collectLater has garbage collected for the first time as gcAtFirst says, and as gcAtStart says from then on, or from
+// when started is called.
+func collectLater() (started func()) {
+	started = sync.OnceFunc(func() { setGCPercent(gcAtStart) })
+	setGCPercent(gcAtFirst)
+	runtime.AddCleanup(new(struct{ *int }), func(started func()) { started() }, started) // the first garbage
+	return started
+}
 
 // setGCPercent sets the percentage, unless the operator has.
 func setGCPercent(percent int) {
@@ -62,8 +76,8 @@ func setGCPercent(percent int) {
 	}
 }
 
-// waiting returns a function that takes what the node waits for.
-func waiting(log klog.Logger) func(what string) {
+// waiting returns a function that takes what the node waits for. It calls started when the node is ready.
+func waiting(log klog.Logger, started func()) func(what string) {
 	ready := false // the node has been
 	return func(what string) {
 		switch {
@@ -75,6 +89,7 @@ func waiting(log klog.Logger) func(what string) {
 			ready = true
 			notify(log, "READY=1\nSTATUS=Ready")
 			// The memory that reading everything took is not needed again. Some of it is kept for seconds: see etcd's listings.
+			started()
 			setGCPercent(gcAtRest)
 			debug.FreeOSMemory()
 			time.AfterFunc(settled, debug.FreeOSMemory)

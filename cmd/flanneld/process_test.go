@@ -6,6 +6,9 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"runtime"
+	"runtime/debug"
+	"runtime/metrics"
 	"strconv"
 	"strings"
 	"testing"
@@ -44,7 +47,7 @@ func TestSystemd(t *testing.T) {
 	next := notifySocket(t)
 	t.Setenv("WATCHDOG_USEC", "20000")
 	t.Setenv("WATCHDOG_PID", strconv.Itoa(os.Getpid()))
-	o := options(t.Context(), &settings.Options{}, nil)
+	o := options(t.Context(), &settings.Options{}, nil, func() {})
 	for _, c := range [][2]string{
 		{"a lease", "STATUS=Waiting for a lease"}, {"", "READY=1\nSTATUS=Ready"},
 		{"another lease", "STATUS=Waiting for another lease"}, {"", "STATUS=Ready"},
@@ -78,7 +81,7 @@ func TestNoWatchdog(t *testing.T) {
 // the process.
 func TestHandler(t *testing.T) {
 	for _, profile := range []bool{false, true} {
-		handler := options(t.Context(), &settings.Options{Profile: profile}, nil).Handler
+		handler := options(t.Context(), &settings.Options{Profile: profile}, nil, func() {}).Handler
 		answer := func(method, path string) (int, string) {
 			w := httptest.NewRecorder()
 			handler.ServeHTTP(w, httptest.NewRequest(method, path, nil))
@@ -106,4 +109,43 @@ func TestHandler(t *testing.T) {
 			t.Errorf("metrics of the process are missing in\n%s", text)
 		}
 	}
+}
+
+// TestCollectLater: the first garbage collection ends the time in which nothing is collected, and so does the node that
+// is ready. What the node is given then stays.
+func TestCollectLater(t *testing.T) {
+	t.Setenv("GOGC", "")
+	defer debug.SetGCPercent(debug.SetGCPercent(100))
+	percent := func() uint64 {
+		s := []metrics.Sample{{Name: "/gc/gogc:percent"}}
+		metrics.Read(s)
+		return s[0].Value.Uint64()
+	}
+	expect := func(want uint64) {
+		t.Helper()
+		if got := percent(); got != want {
+			t.Errorf("garbage may be %d percent, want %d", got, want)
+		}
+	}
+	started := collectLater()
+	expect(gcAtFirst)
+	runtime.GC()
+	for deadline := time.Now().Add(20 * time.Second); percent() != gcAtStart; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("after a collection, garbage may be %d percent", percent())
+		}
+	}
+	runtime.KeepAlive(started)
+
+	started = collectLater()
+	ready := options(t.Context(), &settings.Options{}, nil, started).Waiting
+	ready("")
+	expect(gcAtRest)
+	started() // as the first collection does, which may end later
+	expect(gcAtRest)
+
+	t.Setenv("GOGC", "100")
+	debug.SetGCPercent(100)
+	collectLater()()
+	expect(100)
 }

@@ -84,7 +84,7 @@ func newDriver(ctx context.Context, programs *command.Runner, network string, nf
 	for f, p := range protocols.Each() {
 		ipt, iptErr := findIPTables(ctx, programs, network, p)
 		nft, nftErr := findNFT(programs, network, p)
-		if nftables && nftErr == nil {
+		if nftables && nftErr == nil && f == family.IPv4 { // IPv6 when rules are written: most nodes have none
 			nftErr = nft.open(ctx)
 		}
 		s := &familyRules{protocol: p}

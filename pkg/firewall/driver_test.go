@@ -706,6 +706,19 @@ func TestMissingPrograms(t *testing.T) {
 		n.apply(d, both)
 		n.check(d, true)
 	})
+	t.Run("nft does not work for IPv6", func(t *testing.T) {
+		n := newNode(t, "nft")
+		n.install("nft", "nft", fmt.Sprintf(`PATH=%s
+case "$*" in *"-f -") in=$(cat)
+	case $in in *ip6*) echo "no such family" >&2; exit 1;; esac
+	printf '%%s\n' "$in" | exec %s "$@"; exit;;
+esac`, os.Getenv("PATH"), "$(which nft)"))
+		d := n.driver(tablesMode)
+		n.apply(d, ipv4Alone)
+		n.check(d, true)
+		mentions(t, d.Apply(ctx, both), "IPv6 rules", "nftables mode needs", "no such family")
+		n.check(d, false)
+	})
 	t.Run("ip6tables does not work", func(t *testing.T) {
 		n := newNode(t, "legacy")
 		n.install("ip6tables-save", "ip6tables-legacy-save", `echo "no such family" >&2; exit 1`)
@@ -750,7 +763,7 @@ func TestFirstApplyStartsLittle(t *testing.T) {
 		nftMode: {"iptables --version", "iptables-legacy --version", "ip6tables --version", "ip6tables-legacy --version",
 			restore, "iptables-save", "iptables-legacy-save"},
 		tablesMode: {"iptables --version", "iptables-legacy --version", "nft --version", "nft --check -f -",
-			"ip6tables --version", "ip6tables-legacy --version", "nft --version", "nft --check -f -",
+			"ip6tables --version", "ip6tables-legacy --version",
 			"nft -f -", "nft --stateless list table ip flannel-ipv4", "iptables-legacy-save"},
 	}
 	eachMode(t, modes, func(t *testing.T, m mode, n *node) {

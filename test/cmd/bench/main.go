@@ -2,7 +2,8 @@
 // takes until the kernel holds what N peers call for, and what that costs; next
 // to it, in the same run, the floor: the same objects loaded by `ip -batch` and
 // `bridge -batch`. Then a burst of nodes that join and leave, a restart, and a
-// minute of idling. It prints tables and draws the times over N.
+// minute of idling. First of all, it measures how soon a node without peers is
+// ready. It prints tables and draws the times over N.
 package main
 
 import (
@@ -28,6 +29,7 @@ func main() {
 	s := settings{sizes: sizes{100, 1000, 5000, 20000}}
 	flag.Var(&s.sizes, "n", "how many peers, `N[,N...]`")
 	flag.IntVar(&s.runs, "runs", 3, "how often each size is measured: the median counts")
+	flag.IntVar(&s.starts, "starts", 15, "how often a daemon starts without peers; with -runs 0, there is no more")
 	flag.IntVar(&s.base, "base", 5000, "how many peers there are when others join, and at the restart")
 	flag.IntVar(&s.burst, "burst", 500, "how many join and leave")
 	flag.IntVar(&s.idlers, "idle-peers", 100, "how many peers there are when nothing happens")
@@ -47,7 +49,7 @@ func main() {
 // settings are from the command line.
 type settings struct {
 	sizes               sizes
-	runs                int
+	runs, starts        int
 	base, burst, idlers int
 	idle                time.Duration
 	out                 string
@@ -74,8 +76,8 @@ func (s *sizes) Set(text string) error {
 }
 
 func (s settings) check() error {
-	if s.runs < 1 || s.burst < 1 || s.base < 1 || s.base+s.burst > maxPeers || s.idlers > maxPeers {
-		return fmt.Errorf("-runs, -base and -burst take 1 and more, and all together no more than %d peers", maxPeers)
+	if s.runs < 0 || s.starts < 0 || s.burst < 1 || s.base < 1 || s.base+s.burst > maxPeers || s.idlers > maxPeers {
+		return fmt.Errorf("-runs and -starts take 0 and more, -base and -burst 1 and more, and all together no more than %d peers", maxPeers)
 	}
 	return nil
 }
@@ -107,6 +109,14 @@ func run(ctx context.Context, s settings) (err error) {
 		if b.program, err = b.Program("bin/flanneld"); err != nil {
 			return err
 		}
+	}
+	if b.starts > 0 {
+		if err := b.ready(ctx); err != nil {
+			return err
+		}
+	}
+	if b.runs == 0 {
+		return nil
 	}
 	var curves []chart.Curve
 	for _, backend := range []backend{vxlan, hostgw} {
@@ -257,7 +267,7 @@ func newTable(heads ...string) *tabwriter.Writer {
 func show(d time.Duration) string { return fmt.Sprintf("%.3f s", d.Seconds()) }
 func mib(kib int) string          { return fmt.Sprintf("%.1f MiB", float64(kib)/1024) }
 
-func median[T int | time.Duration](runs []result, of func(result) T) T {
+func median[R any, T int | time.Duration](runs []R, of func(R) T) T {
 	var all []T
 	for _, r := range runs {
 		all = append(all, of(r))

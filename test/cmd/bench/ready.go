@@ -23,7 +23,7 @@ var steps = [...]struct{ message, part string }{
 type readiness struct {
 	took, cpu time.Duration
 	parts     [len(steps)]time.Duration
-	forks     int
+	forks     int // the programs that the daemon has run, and one by which Go finds out what the kernel can do
 	memory
 }
 
@@ -34,7 +34,7 @@ func (b *bench) ready(ctx context.Context) error {
 	for _, s := range steps {
 		heads = append(heads, s.part)
 	}
-	w := newTable(append(heads, "CPU", "programs run", "RSS", "no file's")...)
+	w := newTable(append(heads, "CPU", "processes", "RSS", "no file's")...)
 	for _, nftables := range []bool{false, true} {
 		var runs []readiness
 		for range b.starts {

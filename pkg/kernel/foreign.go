@@ -95,13 +95,14 @@ func (r *Reconciler) SetOverlays(overlays []netip.Prefix) {
 func (r *Reconciler) Foreign() []ForeignRoute {
 	pending := r.pending()
 	r.receive()
-	if !pending && r.pending() {
-		r.signal()
-	}
 	if r.mustCompare {
 		if err := r.compare(); err != nil {
 			r.log.V(1).Info("Cannot read the routes of other programs; trying again", "err", err)
 		}
+	}
+	// What was heard or read is left to Reconcile. Where the tables cannot be read, Reconcile has a pause.
+	if !pending && r.pending() || len(r.dirty) > 0 && !r.mustCompare {
+		r.signal()
 	}
 	var all []ForeignRoute
 	for f := range r.foreign {

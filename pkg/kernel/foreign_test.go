@@ -124,6 +124,23 @@ func TestNeverReplacesWhatIsNewsLater(t *testing.T) {
 	}
 }
 
+// TestForeignWakes: what Foreign hears while it reads all routes, as new overlays call for, is left to Reconcile, which
+// is woken.
+func TestForeignWakes(t *testing.T) {
+	host(t)
+	r := start(t)
+	settle(t, r, "nothing is left to do", func() bool { return !r.pending() && !r.waiting() })
+	nstest.Run(t, "ip link del flannel.1")
+	<-r.Wake() // the notification has come
+	r.SetOverlays([]netip.Prefix{prefix("10.9.0.0/16")})
+	r.Foreign()
+	select {
+	case <-r.Wake():
+	default:
+		t.Errorf("the removal of a device is left alone: %d to do", len(r.dirty))
+	}
+}
+
 // TestNotMissedIsNoError: what we take for gone is still there.
 func TestNotMissedIsNoError(t *testing.T) {
 	host(t)

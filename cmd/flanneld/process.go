@@ -51,9 +51,9 @@ func handler(metrics prometheus.Gatherer, profile bool) http.Handler {
 const settled = 10 * time.Second
 
 // How much garbage there may be until it is collected, in percent of the memory in use. The start is to be fast: with
-// gcAtFirst, nothing is collected before the heap has 16 MB, four times what Go has by default, and a node with few peers
-// is ready before that. When all peers are known, little changes, and collecting costs nearly nothing: the memory of a
-// node is for pods.
+// gcAtFirst, nothing is collected before the heap has 16 MB, four times what Go has by default, and a node with few
+// peers is ready before that. When all peers are known, little changes, and collecting costs nearly nothing: the memory
+// of a node is for pods.
 const (
 	gcAtFirst = 400
 	gcAtStart = 50

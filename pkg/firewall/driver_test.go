@@ -752,8 +752,8 @@ func TestKubeletsVariant(t *testing.T) {
 	}
 }
 
-// On a node without rules, only these programs are started: those that say what they are, the one that writes the rules,
-// and the one that shows what was written. newNode has made a table of iptables-legacy, which is looked at, too.
+// On a node without rules, only these programs are started: those that say what they are, the one that writes the
+// rules, and the one that shows what was written. newNode has made a table of iptables-legacy, which is looked at, too.
 func TestFirstApplyStartsLittle(t *testing.T) {
 	t.Parallel()
 	const restore = "iptables-restore --noflush --wait=10"

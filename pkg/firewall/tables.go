@@ -11,8 +11,9 @@ import (
 )
 
 // hasTable returns whether a table exists in the calling thread's network namespace: a table of nftables, where
-// iptables-nft has its tables, too, or else one of iptables-legacy. Asking the kernel takes a hundredth of what a program
-// takes to say that there are no rules. hasTable returns true where the kernel does not answer: the program knows why.
+// iptables-nft has its tables, too, or else one of iptables-legacy. Asking the kernel takes a hundredth of what a
+// program takes to say that there are no rules. hasTable returns true where the kernel does not answer: the program
+// knows why.
 func (p protocol) hasTable(nft bool, name string) bool {
 	if !nft {
 		names, err := os.ReadFile("/proc/thread-self/net/" + p.nft + "_tables_names")

@@ -224,7 +224,7 @@ func TestSetImage(t *testing.T) {
 	const images = "-n kube-flannel get pods -l app=flannel -o jsonpath={.items[*].spec['initContainers','containers'][*].image}"
 	check := func(want string) {
 		t.Helper()
-		waitRollout(ctx, t, c, flannelDaemonSet)
+		waitFlannel(ctx, t, c, "kube-flannel")
 		// Three containers on each of two nodes.
 		if got := kubectl(ctx, t, c, images); got != strings.TrimSpace(strings.Repeat(want+" ", 6)) {
 			t.Errorf("the containers run %s, want %s", got, want)
@@ -270,7 +270,7 @@ func TestMigrate(t *testing.T) {
 
 	kubectl(ctx, t, c, "-n kube-system delete daemonset kube-flannel --cascade=foreground")
 	labtest.Must(c.KubectlApply(ctx, ours))(t)
-	waitRollout(ctx, t, c, flannelDaemonSet)
+	waitFlannel(ctx, t, c, "kube-flannel")
 	kubectl(ctx, t, c, "-n kube-system delete configmap/kube-flannel-cfg serviceaccount/flannel")
 	checkEcho(ctx, t, c, pods)
 

@@ -209,10 +209,11 @@ func (s *state) planPeers(p *peersPlan, leases map[subnet.Subnets]*subnet.Lease)
 	own, devices := s.working(), s.overlayAddrs()
 	for subnets, l := range leases {
 		objects, isPeer, err := s.planPeer(*l)
-		p.objects[subnets.String()] = objects
+		owner := subnets.String()
+		p.objects[owner] = objects
 		if isPeer {
 			p.update.Put(l)
-			p.paths[subnets.String()] = s.pathsTo(own, *l, devices)
+			p.paths[owner] = s.pathsTo(own, *l, devices)
 		} else {
 			p.update.Delete(subnets)
 		}

@@ -28,6 +28,9 @@ import (
 // maxNodes is how many nodes there are addresses for.
 const maxNodes = 20000
 
+// newestAPI is the program of the API server that -apiserver replaces.
+const newestAPI = "kube/kube-apiserver"
+
 // network is its configuration.
 const network = `{"Network": "10.0.0.0/8", "SubnetLen": 24, "Backend": {"Type": "vxlan"}}`
 
@@ -56,7 +59,7 @@ func main() {
 		})
 	flag.IntVar(&s.proxies, "proxies", 0, "how many `processes` of etcd grpc-proxy are between the nodes and etcd; "+
 		"0: the nodes reach its members directly")
-	flag.StringVar(&s.api, "apiserver", "kube/kube-apiserver", "`program` of the API server, in build")
+	flag.StringVar(&s.api, "apiserver", newestAPI, "`program` of the API server, in build")
 	flag.Func("n", "how many nodes, `N[,N...]` (default 100,300,1000)", func(text string) error {
 		for _, word := range strings.Split(text, ",") {
 			n, err := strconv.Atoi(word)
@@ -77,19 +80,18 @@ func main() {
 	flag.DurationVar(&s.patient, "patience", 3*time.Minute, "how long a bad moment may take")
 	flag.StringVar(&s.out, "o", "", "`directory` for the picture (default build/bench)")
 	flag.Parse()
-	switch {
-	case flag.NArg() > 0:
-		misused("bench-fleet takes flags alone, but got %q", flag.Args())
-	case s.proxies < 0 || s.proxies > maxProxies:
-		misused("-proxies is a number from 0 to %d, but got %d", maxProxies, s.proxies)
-	case s.proxies > 0 && s.store != "etcd":
-		misused("-proxies is for -store etcd, but got -store %s", s.store)
+	if err := s.check(flag.Args()); err != nil {
+		fmt.Fprintf(os.Stderr, "bench-fleet: %v; -h lists the flags\n", err)
+		os.Exit(2)
 	}
 	if s.sizes == nil {
 		s.sizes = []int{100, 300, 1000}
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	err := isolate(ctx, s.run)
+	if err != nil && ctx.Err() != nil {
+		err = fmt.Errorf("interrupted: %w", err)
+	}
 	stop()
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "bench-fleet: %v\n", err)
@@ -97,11 +99,25 @@ func main() {
 	}
 }
 
-// misused ends the program, since its flags make no sense.
-func misused(format string, a ...any) {
-	fmt.Fprintf(flag.CommandLine.Output(), format+"\n", a...)
-	flag.Usage()
-	os.Exit(2)
+// check returns what makes no sense in the command line. Arguments are what follows the flags.
+func (s settings) check(arguments []string) error {
+	switch {
+	case len(arguments) > 0:
+		return fmt.Errorf("unexpected arguments %q", arguments)
+	case s.proxies < 0 || s.proxies > maxProxies:
+		return fmt.Errorf("-proxies is a number from 0 to %d, but got %d", maxProxies, s.proxies)
+	case s.proxies > 0 && s.store != "etcd":
+		return fmt.Errorf("-proxies is for -store etcd, but got -store %s", s.store)
+	case s.api != newestAPI && s.store == "etcd":
+		return errors.New("-apiserver is for -store kubernetes and -store kine, but got -store etcd")
+	case s.within < 0:
+		return fmt.Errorf("-within is 0 or more, but got %v", s.within)
+	case s.rest < time.Second: // the meter reads the counters once a second
+		return fmt.Errorf("-rest is 1s or more, but got %v", s.rest)
+	case s.patient < time.Second:
+		return fmt.Errorf("-patience is 1s or more, but got %v", s.patient)
+	}
+	return nil
 }
 
 // isolate runs f in a process that has a network namespace of its own.
@@ -147,6 +163,9 @@ func (s settings) run(ctx context.Context) error {
 	if s.out == "" {
 		s.out = filepath.Join(filepath.Dir(filepath.Dir(program)), "bench")
 	}
+	if err := os.MkdirAll(s.out, 0o755); err != nil {
+		return fmt.Errorf("-o: %w", err)
+	}
 	var results []result
 	for _, n := range s.sizes {
 		r, err := s.measure(ctx, n)
@@ -157,9 +176,6 @@ func (s settings) run(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("%d nodes: %w", n, err)
 		}
-	}
-	if err := os.MkdirAll(s.out, 0o755); err != nil {
-		return err
 	}
 	file := filepath.Join(s.out, "fleet-"+s.store+".svg")
 	fmt.Printf("\nThe figures over N are drawn in %s\n", file)

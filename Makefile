@@ -364,8 +364,8 @@ test-vm: build need-vm $(ETCD) $(CNI) $(NETPOL) build/vm/root.cpio ## Some of th
 demo: build install-demo $(ETCD) $(CNI) ## A cluster to look at: NODES=3 BACKEND=vxlan IPV6=1 NFTABLES=1 KEEP=1
 	@cd test && go run ./cmd/demo
 
-bench: build need-lab $(ETCD) ## One node among up to 20000, beside what ip and bridge need
-	@cd test && go run ./cmd/bench
+bench: build need-lab $(ETCD) ## One node among up to 20000, beside what ip and bridge need: BENCH="-runs 0" is how soon it is ready
+	@cd test && go run ./cmd/bench $(BENCH)
 
 bench-faults: build need-lab $(ETCD) $(CNI) ## How long pods are silent after each kind of fault
 	cd test && go test -run '^$$' -bench '^BenchmarkFaults$$' -benchtime 3x -timeout 60m ./e2e

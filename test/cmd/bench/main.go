@@ -37,8 +37,15 @@ func main() {
 	flag.StringVar(&s.program, "flanneld", "", "another `program` than build/bin/flanneld")
 	flag.StringVar(&s.out, "o", "", "`directory` for the picture (default build/bench)")
 	flag.Parse()
+	if err := s.check(flag.Args()); err != nil {
+		fmt.Fprintf(os.Stderr, "bench: %v; -h lists the flags\n", err)
+		os.Exit(2)
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	err := run(ctx, s)
+	if err != nil && ctx.Err() != nil {
+		err = fmt.Errorf("interrupted: %w", err)
+	}
 	stop()
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "bench: %v\n", err)
@@ -75,9 +82,19 @@ func (s *sizes) Set(text string) error {
 	return nil
 }
 
-func (s settings) check() error {
-	if s.runs < 0 || s.starts < 0 || s.burst < 1 || s.base < 1 || s.base+s.burst > maxPeers || s.idlers > maxPeers {
-		return fmt.Errorf("-runs and -starts take 0 and more, -base and -burst 1 and more, and all together no more than %d peers", maxPeers)
+// check returns what makes no sense in the command line. Arguments are what follows the flags.
+func (s settings) check(arguments []string) error {
+	switch {
+	case len(arguments) > 0:
+		return fmt.Errorf("unexpected arguments %q", arguments)
+	case s.runs < 0 || s.starts < 0:
+		return errors.New("-runs and -starts are 0 or more")
+	case s.base < 1 || s.burst < 1 || s.base+s.burst > maxPeers:
+		return fmt.Errorf("-base and -burst are 1 or more, together %d at most", maxPeers)
+	case s.idlers < 0 || s.idlers > maxPeers:
+		return fmt.Errorf("-idle-peers is a number from 0 to %d, but got %d", maxPeers, s.idlers)
+	case s.idle < time.Second:
+		return fmt.Errorf("-idle is 1s or more, but got %v", s.idle)
 	}
 	return nil
 }
@@ -90,9 +107,6 @@ type bench struct {
 }
 
 func run(ctx context.Context, s settings) (err error) {
-	if err := s.check(); err != nil {
-		return err
-	}
 	l, err := lab.New(ctx, lab.Options{})
 	if err != nil {
 		return err

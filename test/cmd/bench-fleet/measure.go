@@ -64,10 +64,10 @@ func (s settings) measure(ctx context.Context, n int) (r result, err error) {
 	begin := func(ctx context.Context, f *fleet) (time.Time, error) { return f.start(ctx, n, s.within) }
 	start := moment{"start", fmt.Sprintf("all start within %v", s.within), begin}
 	first, err := s.live(ctx, f, start)
-	r.outcomes = append(r.outcomes, first)
 	if err != nil {
 		return r, err
 	}
+	r.outcomes = append(r.outcomes, first)
 	if err := pause(ctx, 2*time.Second); err != nil {
 		return r, err
 	}
@@ -84,10 +84,10 @@ func (s settings) measure(ctx context.Context, n int) (r result, err error) {
 	}
 	for _, moment := range chosen {
 		o, err := s.live(ctx, f, moment)
-		r.outcomes = append(r.outcomes, o)
 		if err != nil {
 			return r, err
 		}
+		r.outcomes = append(r.outcomes, o)
 		if err := f.recover(ctx, n); err != nil {
 			return r, err
 		}

@@ -731,7 +731,8 @@ esac`, os.Getenv("PATH"), "$(which nft)"))
 }
 
 // Rules go where kubelet has its own, whatever plain iptables is: in an image,
-// that is not the node's.
+// that is not the node's. Rules of others that iptables-nft cannot show do not
+// hide kubelet's chain.
 func TestKubeletsVariant(t *testing.T) {
 	t.Parallel()
 	for _, variants := range [][2]string{{"nft", "legacy"}, {"legacy", "nft"}, {"nft", "nft"}, {"legacy", "legacy"}} {
@@ -740,6 +741,7 @@ func TestKubeletsVariant(t *testing.T) {
 			for _, program := range []string{"iptables-", "ip6tables-"} {
 				n.sh(program + variants[1] + " -t mangle -N KUBE-IPTABLES-HINT")
 			}
+			n.sh("for f in ip ip6; do nft \"table $f mangle { chain OTHER { ct mark set numgen inc mod 3; }; }\"; done")
 			d := n.driver(legacyMode)
 			n.apply(d, both)
 			n.check(d, true)

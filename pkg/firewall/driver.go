@@ -114,6 +114,20 @@ func newDriver(ctx context.Context, programs *command.Runner, network string, nf
 // String names the mode: "iptables" or "nftables".
 func (d *Driver) String() string { return d.mode }
 
+// Outdated returns whether New would choose the other variant of iptables by now, since kubelet has made its chain
+// there. Ask before the first Apply.
+func (d *Driver) Outdated(ctx context.Context) bool {
+	for _, s := range d.families.Each() {
+		used, isIPTables := s.tool.(*iptables)
+		for _, o := range s.others {
+			if other, ok := o.(*iptables); ok && isIPTables && used.yieldsTo(ctx, other) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
 // Apply makes the kernel hold exactly the desired rules, in place of all our
 // rules: of an earlier network, of an earlier daemon, of the other mode. Rules
 // that stay are in force all the while. When the rules are in place already,

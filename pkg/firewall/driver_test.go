@@ -732,17 +732,22 @@ esac`, os.Getenv("PATH"), "$(which nft)"))
 
 // Rules go where kubelet has its own, whatever plain iptables is: in an image,
 // that is not the node's. Rules of others that iptables-nft cannot show do not
-// hide kubelet's chain.
+// hide kubelet's chain. A driver that is older than the chain notices the chain.
 func TestKubeletsVariant(t *testing.T) {
 	t.Parallel()
 	for _, variants := range [][2]string{{"nft", "legacy"}, {"legacy", "nft"}, {"nft", "nft"}, {"legacy", "legacy"}} {
 		t.Run("plain "+variants[0]+", kubelet's "+variants[1], func(t *testing.T) {
 			n := newNode(t, variants[0])
+			before := n.driver(legacyMode)
 			for _, program := range []string{"iptables-", "ip6tables-"} {
 				n.sh(program + variants[1] + " -t mangle -N KUBE-IPTABLES-HINT")
 			}
 			n.sh("for f in ip ip6; do nft \"table $f mangle { chain OTHER { ct mark set numgen inc mod 3; }; }\"; done")
 			d := n.driver(legacyMode)
+			ctx, differ := context.Background(), variants[0] != variants[1]
+			if was, is := before.Outdated(ctx), d.Outdated(ctx); was != differ || is {
+				t.Errorf("outdated: before %v, want %v; then %v", was, differ, is)
+			}
 			n.apply(d, both)
 			n.check(d, true)
 			for _, program := range []string{"iptables-", "ip6tables-"} {

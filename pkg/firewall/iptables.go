@@ -95,13 +95,18 @@ func findIPTables(ctx context.Context, programs *command.Runner, network string,
 			have = append(have, ipt)
 		}
 	}
-	if len(have) == 2 && !have[0].marked(ctx) && have[1].marked(ctx) {
+	if len(have) == 2 && have[0].yieldsTo(ctx, have[1]) {
 		slices.Reverse(have)
 	}
 	for _, ipt := range have {
 		found, missing = append(found, ipt), nil
 	}
 	return found, missing
+}
+
+// yieldsTo returns whether the node uses the other variant, and not this one: kubelet does.
+func (ipt *iptables) yieldsTo(ctx context.Context, other *iptables) bool {
+	return !ipt.marked(ctx) && other.marked(ctx)
 }
 
 // marked returns whether kubelet uses this variant: kubelet keeps a chain there

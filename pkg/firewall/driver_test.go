@@ -84,15 +84,7 @@ func (n *node) install(name, realName, before string) {
 		n.t.Fatal(err)
 	}
 	script := fmt.Sprintf("#!/bin/sh\necho \"%s $*\" >>%s\n%s\nexec %s \"$@\"\n", name, n.log(), before, target)
-	// Renamed into place: a file that is open for writing cannot be executed,
-	// and a child of another test may hold it open for a moment.
-	file := filepath.Join(n.bin, name)
-	if err := os.WriteFile(file+".new", []byte(script), 0o755); err != nil {
-		n.t.Fatal(err)
-	}
-	if err := os.Rename(file+".new", file); err != nil {
-		n.t.Fatal(err)
-	}
+	nstest.WriteProgram(n.t, filepath.Join(n.bin, name), script)
 }
 
 // remove takes programs off PATH.

@@ -688,6 +688,21 @@ func TestMissingPrograms(t *testing.T) {
 		if !strings.Contains(n.sh("iptables-save"), "FLANNEL-FWD") {
 			t.Error("without ip6tables there are no IPv4 rules either")
 		}
+
+		for _, action := range []string{"", "-save", "-restore"} { // in the meantime, somebody installs them
+			n.install("ip6tables"+action, "ip6tables-legacy"+action, "")
+		}
+		n.apply(d, both)
+		n.check(d, true)
+	})
+	t.Run("ip6tables is missing, nftables mode has left rules", func(t *testing.T) {
+		n := newNode(t, "nft")
+		n.apply(n.driver(tablesMode), both)
+		n.remove("ip6tables*")
+		n.apply(n.driver(nftMode), ipv4Alone)
+		if rules := n.listing(); strings.Contains(rules, "flannel-ipv6") {
+			t.Errorf("not removed:\n%s", rules)
+		}
 	})
 	t.Run("nft is too old", func(t *testing.T) {
 		n := newNode(t, "legacy")

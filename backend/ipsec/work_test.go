@@ -20,6 +20,7 @@ import (
 
 	"github.com/flanneld/flanneld/backend"
 	"github.com/flanneld/flanneld/pkg/iface"
+	"github.com/flanneld/flanneld/pkg/nstest"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -53,10 +54,7 @@ type node struct {
 
 func newNode(t *testing.T, charon string) *node {
 	n := &node{t: t, dir: t.TempDir(), done: make(chan error, 1)}
-	script := fmt.Sprintf("#!/bin/sh\ncd %s\n%s\n", n.dir, charon)
-	if err := os.WriteFile(filepath.Join(n.dir, "charon"), []byte(script), 0o755); err != nil {
-		t.Fatal(err)
-	}
+	nstest.WriteProgram(t, filepath.Join(n.dir, "charon"), fmt.Sprintf("#!/bin/sh\ncd %s\n%s\n", n.dir, charon))
 	t.Setenv("PATH", n.dir+":"+os.Getenv("PATH"))
 	cfg, err := subnet.ParseConfig(fmt.Appendf(nil, `{"Network": "10.5.0.0/16", "Backend": {"Type": "ipsec", "PSK": %q}}`,
 		strings.Repeat("s3cret", 16)))

@@ -55,8 +55,9 @@ type Driver struct {
 // familyRules are the rules of one address family.
 type familyRules struct {
 	protocol
-	tool    tool  // keeps the rules; nil when its programs are missing
-	missing error // what to do about missing programs
+	find    func(context.Context) // sets tool, missing and others
+	tool    tool                  // keeps the rules; nil when its programs are missing
+	missing error                 // what to do about missing programs
 	others  []tool
 
 	// The result of the last Apply, valid when applied is true.
@@ -82,27 +83,9 @@ func newDriver(ctx context.Context, programs *command.Runner, network string, nf
 		d.mode = "nftables"
 	}
 	for f, p := range protocols.Each() {
-		ipt, iptErr := findIPTables(ctx, programs, network, p)
-		nft, nftErr := findNFT(programs, network, p)
-		if nftables && nftErr == nil && f == family.IPv4 { // IPv6 when rules are written: most nodes have none
-			nftErr = nft.open(ctx)
-		}
 		s := &familyRules{protocol: p}
-		switch {
-		case nftables && nftErr == nil:
-			s.tool = nft
-			s.others = ipt
-		case nftables:
-			s.missing = nftErr
-		case iptErr == nil:
-			s.tool = ipt[0]
-			s.others = ipt[1:]
-			if nftErr == nil {
-				s.others = append(s.others, nft)
-			}
-		default:
-			s.missing = iptErr
-		}
+		s.find = func(ctx context.Context) { s.findTools(ctx, programs, network, nftables) }
+		s.find(ctx)
 		*d.families.At(f) = s
 	}
 	if err := d.families.IPv4.missing; err != nil {
@@ -111,8 +94,46 @@ func newDriver(ctx context.Context, programs *command.Runner, network string, nf
 	return d, nil
 }
 
+// findTools finds what keeps the rules of a mode, and what may hold rules of another mode.
+func (s *familyRules) findTools(ctx context.Context, programs *command.Runner, network string, nftables bool) {
+	ipt, iptErr := findIPTables(ctx, programs, network, s.protocol)
+	nft, nftErr := findNFT(programs, network, s.protocol)
+	if nftables && nftErr == nil && s.family == family.IPv4 { // IPv6 when rules are written: most nodes have none
+		nftErr = nft.open(ctx)
+	}
+	s.tool, s.missing, s.others = nil, nil, nil
+	switch {
+	case nftables && nftErr == nil:
+		s.tool, s.others = nft, ipt
+		return
+	case nftables:
+		s.missing = nftErr
+	case iptErr == nil:
+		s.tool, s.others = ipt[0], ipt[1:]
+	default:
+		s.missing = iptErr
+	}
+	if nftErr == nil {
+		s.others = append(s.others, nft)
+	}
+}
+
 // String names the mode: "iptables" or "nftables".
 func (d *Driver) String() string { return d.mode }
+
+// Outdated returns whether New would choose the other variant of iptables by now, since kubelet has made its chain
+// there. Ask before the first Apply.
+func (d *Driver) Outdated(ctx context.Context) bool {
+	for _, s := range d.families.Each() {
+		used, isIPTables := s.tool.(*iptables)
+		for _, o := range s.others {
+			if other, ok := o.(*iptables); ok && isIPTables && used.yieldsTo(ctx, other) {
+				return true
+			}
+		}
+	}
+	return false
+}
 
 // Apply makes the kernel hold exactly the desired rules, in place of all our
 // rules: of an earlier network, of an earlier daemon, of the other mode. Rules
@@ -150,6 +171,9 @@ func (d *Driver) Check(ctx context.Context) (bool, error) {
 func (s *familyRules) apply(ctx context.Context, want Ruleset) error {
 	was := s.applied && s.rules.Equal(want)
 	s.applied = false
+	if s.tool == nil && !want.IsZero() {
+		s.find(ctx) // the programs may have been installed since
+	}
 	if s.tool == nil {
 		if !want.IsZero() {
 			return s.missing

@@ -84,15 +84,7 @@ func (n *node) install(name, realName, before string) {
 		n.t.Fatal(err)
 	}
 	script := fmt.Sprintf("#!/bin/sh\necho \"%s $*\" >>%s\n%s\nexec %s \"$@\"\n", name, n.log(), before, target)
-	// Renamed into place: a file that is open for writing cannot be executed,
-	// and a child of another test may hold it open for a moment.
-	file := filepath.Join(n.bin, name)
-	if err := os.WriteFile(file+".new", []byte(script), 0o755); err != nil {
-		n.t.Fatal(err)
-	}
-	if err := os.Rename(file+".new", file); err != nil {
-		n.t.Fatal(err)
-	}
+	nstest.WriteProgram(n.t, filepath.Join(n.bin, name), script)
 }
 
 // remove takes programs off PATH.
@@ -696,6 +688,21 @@ func TestMissingPrograms(t *testing.T) {
 		if !strings.Contains(n.sh("iptables-save"), "FLANNEL-FWD") {
 			t.Error("without ip6tables there are no IPv4 rules either")
 		}
+
+		for _, action := range []string{"", "-save", "-restore"} { // in the meantime, somebody installs them
+			n.install("ip6tables"+action, "ip6tables-legacy"+action, "")
+		}
+		n.apply(d, both)
+		n.check(d, true)
+	})
+	t.Run("ip6tables is missing, nftables mode has left rules", func(t *testing.T) {
+		n := newNode(t, "nft")
+		n.apply(n.driver(tablesMode), both)
+		n.remove("ip6tables*")
+		n.apply(n.driver(nftMode), ipv4Alone)
+		if rules := n.listing(); strings.Contains(rules, "flannel-ipv6") {
+			t.Errorf("not removed:\n%s", rules)
+		}
 	})
 	t.Run("nft is too old", func(t *testing.T) {
 		n := newNode(t, "legacy")
@@ -731,16 +738,23 @@ esac`, os.Getenv("PATH"), "$(which nft)"))
 }
 
 // Rules go where kubelet has its own, whatever plain iptables is: in an image,
-// that is not the node's.
+// that is not the node's. Rules of others that iptables-nft cannot show do not
+// hide kubelet's chain. A driver that is older than the chain notices the chain.
 func TestKubeletsVariant(t *testing.T) {
 	t.Parallel()
 	for _, variants := range [][2]string{{"nft", "legacy"}, {"legacy", "nft"}, {"nft", "nft"}, {"legacy", "legacy"}} {
 		t.Run("plain "+variants[0]+", kubelet's "+variants[1], func(t *testing.T) {
 			n := newNode(t, variants[0])
+			before := n.driver(legacyMode)
 			for _, program := range []string{"iptables-", "ip6tables-"} {
 				n.sh(program + variants[1] + " -t mangle -N KUBE-IPTABLES-HINT")
 			}
+			n.sh("for f in ip ip6; do nft \"table $f mangle { chain OTHER { ct mark set numgen inc mod 3; }; }\"; done")
 			d := n.driver(legacyMode)
+			ctx, differ := context.Background(), variants[0] != variants[1]
+			if was, is := before.Outdated(ctx), d.Outdated(ctx); was != differ || is {
+				t.Errorf("outdated: before %v, want %v; then %v", was, differ, is)
+			}
 			n.apply(d, both)
 			n.check(d, true)
 			for _, program := range []string{"iptables-", "ip6tables-"} {

@@ -95,7 +95,7 @@ func findIPTables(ctx context.Context, programs *command.Runner, network string,
 			have = append(have, ipt)
 		}
 	}
-	if len(have) == 2 && !have[0].marked(ctx) && have[1].marked(ctx) {
+	if len(have) == 2 && have[0].yieldsTo(ctx, have[1]) {
 		slices.Reverse(have)
 	}
 	for _, ipt := range have {
@@ -104,19 +104,29 @@ func findIPTables(ctx context.Context, programs *command.Runner, network string,
 	return found, missing
 }
 
+// yieldsTo returns whether the node uses the other variant, and not this one: kubelet does.
+func (ipt *iptables) yieldsTo(ctx context.Context, other *iptables) bool {
+	return !ipt.marked(ctx) && other.marked(ctx)
+}
+
 // marked returns whether kubelet uses this variant: kubelet keeps a chain there
 // for programs in containers, whose iptables may differ from the node's
 // (KEP-3178; before 1.24, a chain by which kubelet notices flushes).
 func (ipt *iptables) marked(ctx context.Context) bool {
 	const table = "mangle"
-	if !ipt.protocol.hasTable(ipt.nft, table) { // iptables-legacy would make the table
+	if ipt.nft {
+		return slices.ContainsFunc(kubeletsChains, func(name string) bool { return ipt.protocol.hasChain(table, name) })
+	}
+	if !ipt.protocol.hasTable(false, table) { // iptables-legacy would make the table
 		return false
 	}
 	out, err := ipt.programs.Run(ctx, command.Command{Path: ipt.save, Args: []string{"-t", table}})
-	return err == nil && kubeletsChain.Match(out.Stdout)
+	return err == nil && slices.ContainsFunc(kubeletsChains, func(name string) bool {
+		return bytes.Contains(out.Stdout, []byte("\n:"+name+" "))
+	})
 }
 
-var kubeletsChain = regexp.MustCompile(`(?m)^:(KUBE-IPTABLES-HINT|KUBE-KUBELET-CANARY) `)
+var kubeletsChains = []string{"KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY"}
 
 func newIPTables(ctx context.Context, programs *command.Runner, network string, p protocol, name string) (*iptables, error) {
 	var paths []string

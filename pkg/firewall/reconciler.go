@@ -62,6 +62,7 @@ func (t target) mode() string {
 
 // A driver is what a Reconciler needs of a Driver.
 type driver interface {
+	Outdated(context.Context) bool
 	Check(context.Context) (bool, error)
 	Apply(context.Context, Desired) error
 	Changes(context.Context) (<-chan struct{}, error)
@@ -125,7 +126,7 @@ func (r *Reconciler) count(f func(*Stats)) {
 
 // Run keeps the rules in the calling thread's network namespace until ctx ends.
 // The rules stay. Run finds the programs of the expected mode, nftables or iptables,
-// before the first Set.
+// before the first Set, and looks again where kubelet has made its chain since then.
 func (r *Reconciler) Run(ctx context.Context, nftables bool) {
 	log := klog.FromContext(ctx)
 	r.fights = newFights(log)
@@ -134,7 +135,7 @@ func (r *Reconciler) Run(ctx context.Context, nftables bool) {
 	defer r.close()
 	select {
 	case latest := <-r.desired:
-		if latest.nftables != want.nftables {
+		if latest.nftables != want.nftables || r.driver != nil && r.driver.Outdated(ctx) {
 			r.close()
 		}
 		want = latest

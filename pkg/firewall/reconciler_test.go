@@ -40,6 +40,8 @@ type fake struct {
 	changes chan struct{}
 	opened  []bool // for nftables
 	missing error
+
+	outdated bool
 }
 
 func (f *fake) open(_ context.Context, nftables bool) (driver, error) {
@@ -50,6 +52,8 @@ func (f *fake) open(_ context.Context, nftables bool) (driver, error) {
 	}
 	return f, nil
 }
+
+func (f *fake) Outdated(context.Context) bool { return f.outdated }
 
 func (f *fake) Check(context.Context) (bool, error) {
 	order()
@@ -204,6 +208,21 @@ func TestSet(t *testing.T) {
 		if s, last := r.Stats(), f.checked[len(f.checked)-1]; s.Writes != 3 || s.Checks != uint64(len(f.checked)) ||
 			s.Checks < 3 || s.Repairs != 0 || !s.InPlace || !s.Checked.Equal(last) || time.Since(last) > resync {
 			t.Errorf("the counts are %+v; checked at %v", s, last)
+		}
+	})
+}
+
+// The driver of the first Set is another one where kubelet's chain was made after Run has opened one.
+func TestOutdated(t *testing.T) {
+	run(t, func(t *testing.T, r *Reconciler, f *fake, _ *bytes.Buffer, states *[]State) {
+		order()
+		f.outdated = true
+		for range 2 {
+			r.Set(both, false)
+			expectStates(t, states, State{InPlace: true})
+		}
+		if !slices.Equal(f.opened, []bool{false, false}) {
+			t.Errorf("opened %v", f.opened)
 		}
 	})
 }

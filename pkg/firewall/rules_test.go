@@ -3,13 +3,13 @@ package firewall
 import (
 	"fmt"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 
 	"github.com/flanneld/flanneld/pkg/command"
+	"github.com/flanneld/flanneld/pkg/nstest"
 )
 
 var (
@@ -235,13 +235,7 @@ func TestAbilities(t *testing.T) {
 		dir := t.TempDir()
 		for _, program := range []string{"iptables", "iptables-save", "iptables-restore"} {
 			script := fmt.Sprintf("#!/bin/sh\necho %q\n", version)
-			// Renamed into place, as a file cannot be executed that another process has open for writing.
-			if err := os.WriteFile(filepath.Join(dir, "new"), []byte(script), 0o755); err != nil {
-				t.Fatal(err)
-			}
-			if err := os.Rename(filepath.Join(dir, "new"), filepath.Join(dir, program)); err != nil {
-				t.Fatal(err)
-			}
+			nstest.WriteProgram(t, filepath.Join(dir, program), script)
 		}
 		ipt, err := newIPTables(t.Context(), &command.Runner{Path: dir}, "", protocols.IPv4, "iptables")
 		if err != nil {

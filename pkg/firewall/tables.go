@@ -22,10 +22,25 @@ func (p protocol) hasTable(nft bool, name string) bool {
 		}
 		return strings.Contains("\n"+string(names), "\n"+name+"\n")
 	}
+	return !errors.Is(p.askNFT(unix.NFT_MSG_GETTABLE, unix.NFT_MSG_NEWTABLE, name, ""), unix.ENOENT)
+}
+
+// hasChain returns whether a chain exists in a table of nftables. iptables-nft-save shows no chain of a table as soon
+// as one of the table's rules is none that iptables knows.
+func (p protocol) hasChain(table, name string) bool {
+	return p.askNFT(unix.NFT_MSG_GETCHAIN, unix.NFT_MSG_NEWCHAIN, table, name) == nil
+}
+
+// askNFT asks the kernel for a table of nftables or, if chain is not "", for one of its chains. The kernel answers with
+// a message, or with an error.
+func (p protocol) askNFT(get, answer int, table, chain string) error {
 	const subsystem = unix.NFNL_SUBSYS_NFTABLES << 8
-	req := nl.NewNetlinkRequest(subsystem|unix.NFT_MSG_GETTABLE, 0)
+	req := nl.NewNetlinkRequest(subsystem|get, 0)
 	req.AddData(&nl.Nfgenmsg{NfgenFamily: p.nfproto, Version: unix.NFNETLINK_V0})
-	req.AddData(nl.NewRtAttr(unix.NFTA_TABLE_NAME, nl.ZeroTerminated(name)))
-	_, err := req.Execute(unix.NETLINK_NETFILTER, subsystem|unix.NFT_MSG_NEWTABLE)
-	return !errors.Is(err, unix.ENOENT)
+	req.AddData(nl.NewRtAttr(unix.NFTA_CHAIN_TABLE, nl.ZeroTerminated(table))) // the number of NFTA_TABLE_NAME, too
+	if chain != "" {
+		req.AddData(nl.NewRtAttr(unix.NFTA_CHAIN_NAME, nl.ZeroTerminated(chain)))
+	}
+	_, err := req.Execute(unix.NETLINK_NETFILTER, uint16(subsystem|answer))
+	return err
 }

@@ -1,4 +1,4 @@
-// Package nstest gives a test a network namespace of its own.
+// Package nstest gives a test a network namespace of its own, and programs of its own.
 package nstest
 
 import (
@@ -130,6 +130,22 @@ func Need(t testing.TB, programs ...string) {
 		if _, err := exec.LookPath(p); err != nil {
 			Missing(t, "needs %s: %v", p, err)
 		}
+	}
+}
+
+// WriteProgram writes a program, in place of any before, which can be started at once: while the file is open for
+// writing, no other goroutine forks a child, which would hold the file open for a moment, so that the kernel would
+// refuse to execute the file ("text file busy").
+func WriteProgram(t testing.TB, path, text string) {
+	t.Helper()
+	syscall.ForkLock.RLock()
+	err := os.WriteFile(path+".new", []byte(text), 0o755)
+	syscall.ForkLock.RUnlock()
+	if err == nil {
+		err = os.Rename(path+".new", path)
+	}
+	if err != nil {
+		t.Fatal(err)
 	}
 }
 

@@ -191,7 +191,7 @@ func networkManager(files map[string]string) []act {
 }
 
 // firewalld are the acts of firewalld with a backend of its own. With iptables, it removes all rules of iptables before
-// it sets its own.
+// it sets its own. systemctl may return before firewalld has written its rules; firewall-cmd gets an answer after that.
 func firewalld(backend string, r repairs) []act {
 	return []act{
 		{"start and configure", together(
@@ -211,9 +211,9 @@ func firewalld(backend string, r repairs) []act {
 		{"reload all", debian("firewall-cmd --complete-reload"), r},
 		{"uplink to another zone", debian("firewall-cmd --zone=internal --add-service=flannel",
 			"firewall-cmd --zone=internal --change-interface=eth0"), r},
-		{"restart", debian("systemctl restart firewalld"), r},
+		{"restart", debian("systemctl restart firewalld", "firewall-cmd --state"), r},
 		{"stop", debian("systemctl stop firewalld"), r},
-		{"start again", debian("systemctl start firewalld"), r},
+		{"start again", debian("systemctl start firewalld", "firewall-cmd --state"), r},
 	}
 }
 

@@ -18,7 +18,7 @@ import (
 // patchAgain is how soon we patch a Node again after the answer was that it does not exist.
 const patchAgain = 5 * time.Second
 
-// ownNode is this node's Node.
+// ownNode is this node's Node. Nobody changes it: await gives it to several goroutines.
 type ownNode struct {
 	version     uint64 // its resourceVersion
 	subnets     subnet.Subnets
@@ -119,14 +119,11 @@ func (m *Manager) setOwn(own *ownNode, latest bool) {
 	if !latest && m.own != nil && own.version < m.own.version {
 		return
 	}
-	if m.synced && m.own.equal(own) { // a heartbeat of kubelet
-		if own != nil {
-			m.own.version = own.version
-		}
-		return
-	}
+	heartbeat := m.synced && m.own.equal(own) // of kubelet
 	m.own, m.synced = own, true
-	m.signal()
+	if !heartbeat {
+		m.signal()
+	}
 }
 
 // signal wakes all who wait for a change. The caller holds m.mu.

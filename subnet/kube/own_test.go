@@ -347,6 +347,29 @@ func TestStaleEvent(t *testing.T) {
 	expect("the whole state", "10.5.3.0/24")
 }
 
+// Goroutines that have got our Node from await read it without a lock: a heartbeat of kubelet does not change that
+// value, and wakes nobody.
+func TestHeartbeatOfOwnNode(t *testing.T) {
+	_, m := newOwnServer(t)
+	store := ownStore{m}
+	n := peerNode(1)
+	store.Update(n.object())
+	own, changed, err := m.await(t.Context(), func(*ownNode) string { return "" })
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.heartbeat, n.version = "later", "8"
+	store.Update(n.object())
+	if own.version != 7 || m.own.version != 8 {
+		t.Errorf("the version is %d where it was read before the heartbeat, and %d now", own.version, m.own.version)
+	}
+	select {
+	case <-changed:
+		t.Error("a heartbeat is news")
+	default:
+	}
+}
+
 // Another Node than ours is not taken for ours, whatever a server sends.
 func TestOwnIsOwn(t *testing.T) {
 	_, m := newOwnServer(t)

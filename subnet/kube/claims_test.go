@@ -239,6 +239,11 @@ func TestClaimsAtRandom(t *testing.T) {
 			}
 		}
 		c.expect(fmt.Sprintf("seed %d", seed), counting(nodes)...)
+		for name, n := range c.byName {
+			if l := c.leases[n.lease.Subnets]; n.accepted && l.Created != n.lease.Created {
+				t.Errorf("seed %d: the reader has the lease of %s as of %d, want %d", seed, name, l.Created, n.lease.Created)
+			}
+		}
 	}
 }
 

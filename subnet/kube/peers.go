@@ -243,7 +243,8 @@ func (p *peers) resolveConflicts() {
 		if was.accepted && !same {
 			changes.Delete(was.lease.Subnets)
 		}
-		if is.accepted && !(same && is.lease.Attrs.Equal(was.lease.Attrs)) {
+		// The age of a Node that was registered again during a gap decides conflicts of the reader, too.
+		if is.accepted && !(same && is.lease.Created == was.lease.Created && is.lease.Attrs.Equal(was.lease.Attrs)) {
 			put = append(put, now)
 		}
 	}

@@ -74,9 +74,10 @@ func (w *nodeWatcher) list(ctx context.Context, o metav1.ListOptions) (runtime.O
 	if err := w.limit.Wait(ctx); err != nil {
 		return nil, err
 	}
-	if o.ResourceVersion == "0" {
+	if o.ResourceVersion == "0" || o.Limit > 0 {
 		// A server that cannot stream the state would send all of it in one piece, from its cache: 50 MB for 5000 Nodes.
-		// This way it comes in pages.
+		// This way it comes in pages. Pages of a version are of exactly that version: after the server has refused to
+		// watch from a version, a reflector would list the same version again and again.
 		o.ResourceVersion = ""
 	}
 	o.FieldSelector = w.selector

@@ -12,6 +12,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -370,5 +371,32 @@ func TestReflectIsPaced(t *testing.T) {
 				t.Errorf("it was asked %d times in three seconds", n)
 			}
 		})
+	}
+}
+
+// A server lists pages of a version as they were then. A reflector that may not watch from a version lists the latest
+// state instead, whether the answer comes in pages or not.
+func TestPagesOfTheLatestState(t *testing.T) {
+	var versions []string
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Query().Get("limit") != "" {
+			versions = append(versions, r.URL.Query().Get("resourceVersion"))
+		}
+		list("20")(w, r)
+	}))
+	t.Cleanup(server.Close)
+	m := testManager(onlyIPv4)
+	var err error
+	if m.client, err = newClient(t.Context(), Options{APIURL: server.URL}); err != nil {
+		t.Fatal(err)
+	}
+	w := &nodeWatcher{manager: m, limit: rate.NewLimiter(rate.Inf, 1)}
+	for _, version := range []string{"0", "10"} {
+		if _, err := w.list(t.Context(), metav1.ListOptions{ResourceVersion: version, Limit: 500}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if !slices.Equal(versions, []string{"", ""}) {
+		t.Errorf("pages of the versions %q are requested", versions)
 	}
 }

@@ -159,11 +159,13 @@ func (r *Reconciler) Run(ctx context.Context, nftables bool) {
 			if latest.nftables != want.nftables {
 				checkBridge(log, latest)
 				r.fights.End(want.mode())
+				r.pace = pace{}
 				r.close() // the new driver removes what the old driver made
 			}
 			want, changed = latest, true
 		case <-next.C:
 		case <-r.changes:
+			r.pace.hear()
 			if r.fights.Count() == 0 { // else the next check is soon enough
 				early.Reset(min(r.pace.rest(), r.resync-time.Since(r.pace.checked)))
 			}
@@ -204,7 +206,6 @@ func (r *Reconciler) send(s State) {
 func (r *Reconciler) reconcile(ctx context.Context, want target, changed, early bool) error {
 	r.pace.checked = time.Now()
 	if early && r.pace.calm() {
-		r.pace.writes = 0
 		r.fights.End(want.mode())
 	}
 	wrote, err := r.attempt(ctx, want, r.Stats().InPlace && !changed, early)
@@ -304,6 +305,7 @@ const (
 // A pace is how soon the rules may be checked after a change.
 type pace struct {
 	checked time.Time     // when the last check began
+	heard   time.Time     // when the last change was heard of, which may be our own
 	owed    time.Duration // see debt
 	settled time.Time     // when owed was right
 	written time.Time
@@ -325,14 +327,23 @@ func (p *pace) rest() time.Duration {
 	return max(0, ruleRest<<min(p.writes, 10)-time.Since(p.checked), (p.debt()-ruleBurst)*ruleShare)
 }
 
-// calm returns whether the rules have been left alone.
-func (p *pace) calm() bool { return p.checked.Sub(p.written) > ruleCalm }
+// hear takes note of a change.
+func (p *pace) hear() {
+	p.heard = time.Now()
+	if p.calm() {
+		p.writes = 0
+	}
+}
+
+// calm returns whether the rules had been left alone before the last change. Rules that are undone at once have not,
+// however long the next check waits.
+func (p *pace) calm() bool { return p.heard.Sub(p.written) > ruleCalm }
 
 // newFights returns the detector of fights over the rules of a mode. It counts
 // checks on end that found the rules changed.
 func newFights(log klog.Logger) *fight.Detector[string, string] {
 	return fight.New[string, string](log, fight.Options{
-		Times:   5,
+		Times:   7, // which takes six seconds: a firewall that starts, and is reloaded twice, takes four
 		Message: "Another program changes the rules again and again; restoring them only at intervals (--iptables-resync)",
 		Key:     "mode",
 		Fix: "Find the other firewall manager on this host (`nft monitor` shows each change), " +

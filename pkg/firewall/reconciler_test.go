@@ -267,7 +267,7 @@ func (f *fake) intervals(start time.Time) (all []time.Duration) {
 }
 
 // Checks after changes become rarer the more often the rules are restored. From
-// the fifth time on it is a fight: the rules are restored at each resync. That a
+// the seventh time on it is a fight: the rules are restored at each resync. That a
 // check finds our own change in place does not end the count.
 func TestFight(t *testing.T) {
 	run(t, func(t *testing.T, r *Reconciler, f *fake, log *bytes.Buffer, states *[]State) {
@@ -279,29 +279,30 @@ func TestFight(t *testing.T) {
 		pass(150 * time.Millisecond)
 		f.undoes = true
 		f.change()
-		pass(time.Second)
+		pass(4 * time.Second)
 		expectStates(t, states)
-		if n := strings.Count(log.String(), `"Restoring the rules" mode="nftables" reason="another program changed them"`); n != 4 {
+		if n := strings.Count(log.String(), `"Restoring the rules" mode="nftables" reason="another program changed them"`); n != 6 {
 			t.Errorf("each of the first changes is logged; %d are:\n%s", n, log)
 		}
-		pass(time.Second)
+		pass(3 * time.Second)
 		expectStates(t, states, State{InPlace: true, Fight: "nftables"})
 		pass(2 * resync)
 		f.undoes = false
 		pass(2 * resync)
 		expectStates(t, states, State{InPlace: true})
 		const ms = time.Millisecond
-		want := []time.Duration{0, 100 * ms, 100 * ms, 200 * ms, 400 * ms, 800 * ms, resync, resync, resync, resync}
+		want := []time.Duration{0, 100 * ms, 100 * ms, 200 * ms, 400 * ms, 800 * ms, 1600 * ms, 3200 * ms,
+			resync, resync, resync, resync}
 		if got := f.intervals(start); !slices.Equal(got, want) {
 			t.Errorf("the intervals between checks are %v, want %v", got, want)
 		}
-		if s := r.Stats(); s.Repairs != 8 {
+		if s := r.Stats(); s.Repairs != 10 {
 			t.Errorf("the counts are %+v", s)
 		}
 		lines := strings.Split(strings.TrimSpace(log.String()), "\n")
-		if len(lines) != 6 || !strings.Contains(lines[4], `"Another program changes the rules again and again; `) ||
-			!strings.Contains(lines[4], ` mode="nftables" count=5 period="1.6s" fix="`) ||
-			!strings.Contains(lines[5], `"Other programs no longer undo what they fought over" count=1`) {
+		if len(lines) != 8 || !strings.Contains(lines[6], `"Another program changes the rules again and again; `) ||
+			!strings.Contains(lines[6], ` mode="nftables" count=7 period="6.4s" fix="`) ||
+			!strings.Contains(lines[7], `"Other programs no longer undo what they fought over" count=1`) {
 			t.Errorf("the log is\n%s", log)
 		}
 	})
@@ -373,7 +374,7 @@ func TestModeEndsFight(t *testing.T) {
 	run(t, func(t *testing.T, r *Reconciler, f *fake, _ *bytes.Buffer, states *[]State) {
 		f.undoes = true
 		r.Set(both, false)
-		pass(resync)
+		pass(3 * resync)
 		expectStates(t, states, State{InPlace: true}, State{InPlace: true, Fight: "iptables"})
 		f.undoes = false
 		r.Set(both, true)

@@ -76,10 +76,10 @@ type cluster struct {
 }
 
 // newCluster starts a control plane, in which daemons have the rights that are
-// published.
-func newCluster(ctx context.Context, t *testing.T, l *lab.Lab) *cluster {
+// published. The arguments are for the API server.
+func newCluster(ctx context.Context, t *testing.T, l *lab.Lab, args ...string) *cluster {
 	t.Helper()
-	c := &cluster{Lab: l, kube: labtest.Must(l.NewKube(ctx, ""))(t)}
+	c := &cluster{Lab: l, kube: labtest.Must(l.NewKube(ctx, "", args...))(t)}
 	labtest.Do(t, c.kube.Install(ctx, string(labtest.Must(os.ReadFile("../../Documentation/kube-flannel.yml"))(t))))
 	c.args = labtest.Must(c.kube.DaemonArgs(`{"Network": "10.5.0.0/16", "Backend": {"Type": "host-gw"}}`))(t)
 	return c
@@ -128,12 +128,7 @@ func (c *cluster) outage(ctx context.Context, t *testing.T) {
 	labtest.Do(t, joins.Start(c.args...))
 	c.join(ctx, t, nil)
 	labtest.Do(t, c.Etcd.Compact(ctx))
-	c.kube.Kill()
-	labtest.Do(t, c.kube.Start(ctx))
-	if answer, err := c.kube.Do(ctx, "GET", "/api/v1/nodes?watch=1&timeoutSeconds=1&resourceVersion="+version,
-		nil); !strings.Contains(fmt.Sprint(string(answer), err), `"code":410`) {
-		t.Errorf("the API server knows version %s still: %s %v", version, answer, err)
-	}
+	c.forget(ctx, t, version)
 	for _, n := range c.Nodes()[:2] {
 		waitRoute(ctx, t, n, leaves, true) // no node knows yet
 	}
@@ -260,6 +255,18 @@ func (c *cluster) version(ctx context.Context, t *testing.T) string {
 	}
 	labtest.Do(t, json.Unmarshal(labtest.Must(c.kube.Do(ctx, "GET", "/api/v1/nodes", nil))(t), &list))
 	return list.Metadata.ResourceVersion
+}
+
+// forget restarts the API server, which must then refuse to watch Nodes from a
+// version that it has had before.
+func (c *cluster) forget(ctx context.Context, t *testing.T, version string) {
+	t.Helper()
+	c.kube.Kill()
+	labtest.Do(t, c.kube.Start(ctx))
+	if answer, err := c.kube.Do(ctx, "GET", "/api/v1/nodes?watch=1&timeoutSeconds=1&resourceVersion="+version,
+		nil); !strings.Contains(fmt.Sprint(string(answer), err), `"code":410`) {
+		t.Errorf("the API server knows version %s still: %s %v", version, answer, err)
+	}
 }
 
 // logs returns how much each node has logged.

@@ -59,6 +59,7 @@ const (
 	nodePublicIPv6      = "node-public-ipv6"
 )
 
+// annotationNames are all of these, whose texts the Nodes share: see annotationName.
 var annotationNames = []string{
 	backendType, backendData, backendV6Data, publicIP, publicIPv6, managed,
 	publicIPOverwrite, publicIPv6Overwrite, nodePublicIP, nodePublicIPv6,

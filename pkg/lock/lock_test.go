@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"runtime"
 	"slices"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -54,7 +55,7 @@ func TestMain(m *testing.M) {
 	_, _ = os.Stdin.Read([]byte{0}) // until the test ends it
 }
 
-// child starts a process that takes the name, and returns its end.
+// child starts a process that takes the name. end ends the process, also if several goroutines call it.
 func child(t *testing.T, kind string, attr *syscall.SysProcAttr) (pid int, end func()) {
 	t.Helper()
 	cmd := exec.Command("/proc/self/exe")
@@ -71,7 +72,7 @@ func child(t *testing.T, kind string, attr *syscall.SysProcAttr) (pid int, end f
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	end = func() { in.Close(); _ = cmd.Wait() }
+	end = sync.OnceFunc(func() { in.Close(); _ = cmd.Wait() })
 	t.Cleanup(end)
 	if n, _ := out.Read(make([]byte, 1)); n > 0 {
 		t.Fatal("the other process cannot take the name")

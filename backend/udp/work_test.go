@@ -182,6 +182,13 @@ func (n *node) attached() {
 			return err == nil
 		})
 	}
+	// The kernel adds the local route of an IPv6 address a little after the address. Until then, what is sent to the
+	// address goes to the proxy.
+	for _, own := range []netip.Prefix{n.own.IPv4, n.own.IPv6} {
+		n.wait("the route to this node's own address", func() bool {
+			return strings.HasPrefix(nstest.Run(n.t, "ip route get "+own.Addr().String()), "local ")
+		})
+	}
 }
 
 // trial is sent until it arrives. That may be more than once, and later.

@@ -68,9 +68,9 @@ type familyRules struct {
 }
 
 // New returns the driver of nftables, or of iptables in the variant that the
-// node's iptables is. It fails when the mode's programs are missing or do not
-// work here; the error names the package to install. A node may lack ip6tables
-// as long as no IPv6 rules are desired. Nothing is written before Apply.
+// node's iptables is. It fails when the mode's programs are missing or too old;
+// the error names the package to install. A node may lack ip6tables as long as
+// no IPv6 rules are desired. Nothing is written before Apply.
 //
 // Each network on this host has rules of its own: network is its name.
 func New(ctx context.Context, network string, nftables bool) (*Driver, error) {

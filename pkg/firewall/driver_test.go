@@ -726,6 +726,18 @@ esac`, os.Getenv("PATH"), "$(which nft)"))
 		mentions(t, d.Apply(ctx, both), "IPv6 rules", "nftables mode needs", "no such family")
 		n.check(d, false)
 	})
+	t.Run("nft does not work at all", func(t *testing.T) {
+		for _, before := range []string{"add table ip flannel-ipv4", "list tables"} {
+			n := newNode(t, "nft")
+			n.sh("nft " + before)
+			n.install("nft", "nft", `[ "$1" = --version ] || { echo "no such protocol" >&2; exit 1; }`)
+			d := n.driver(tablesMode)
+			mentions(t, d.Apply(ctx, ipv4Alone), "IPv4 rules", "nftables mode needs", "no such protocol")
+			n.check(d, false)
+			_, err := d.Plan(ctx, ipv4Alone)
+			mentions(t, err, "nftables mode needs", "no such protocol")
+		}
+	})
 	t.Run("ip6tables does not work", func(t *testing.T) {
 		n := newNode(t, "legacy")
 		n.install("ip6tables-save", "ip6tables-legacy-save", `echo "no such family" >&2; exit 1`)
@@ -776,7 +788,7 @@ func TestFirstApplyStartsLittle(t *testing.T) {
 			"iptables-save", restore, "iptables-save"},
 		nftMode: {"iptables --version", "iptables-legacy --version", "ip6tables --version", "ip6tables-legacy --version",
 			restore, "iptables-save", "iptables-legacy-save"},
-		tablesMode: {"iptables --version", "iptables-legacy --version", "nft --version", "nft --check -f -",
+		tablesMode: {"iptables --version", "iptables-legacy --version", "nft --version",
 			"ip6tables --version", "ip6tables-legacy --version",
 			"nft -f -", "nft --stateless list table ip flannel-ipv4", "iptables-legacy-save"},
 	}

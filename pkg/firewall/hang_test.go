@@ -62,7 +62,6 @@ var programs = []struct {
 	{legacyMode, "iptables-restore", "iptables-legacy-restore", "*", false},
 	{nftMode, "ip6tables-save", "ip6tables-nft-save", "*", false},
 	{tablesMode, "nft", "nft", "--version", true},
-	{tablesMode, "nft", "nft", "--check*", false},
 	{tablesMode, "nft", "nft", "*list*", false},
 	{tablesMode, "nft", "nft", "'-f -'", true},
 }

@@ -2,6 +2,7 @@ package firewall
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"fmt"
 	"slices"
@@ -20,6 +21,7 @@ type nftables struct {
 	protocol
 	programs *command.Runner
 	path     string // of nft
+	recent   bool   // nft was found to be recent enough
 	works    bool   // nft was found to work
 	bare     bool   // the kernel knows no comments on tables and chains, which came with Linux 5.10
 }
@@ -34,27 +36,27 @@ func findNFT(programs *command.Runner, network string, p protocol) (*nftables, e
 	return &nftables{protocol: p, programs: programs, path: path}, nil
 }
 
-// open finds out whether nft works here. It runs nft without changing anything.
+// open finds out whether nft is recent enough.
 func (n *nftables) open(ctx context.Context) error {
-	if n.works {
+	if n.recent {
 		return nil
 	}
-	if err := n.try(ctx); err != nil {
-		return fmt.Errorf("nftables mode needs root, a kernel with nf_tables, and nft 1.0.1 or later: provide these, "+
-			`or remove "EnableNFTables" from the network configuration: %w`, err)
+	out, err := n.run(ctx, "", "--version")
+	if v, known := version(string(out.Stdout)); err == nil && known && slices.Compare(v[:], []int{1, 0, 1}) < 0 {
+		err = fmt.Errorf("this is %s", bytes.TrimSpace(out.Stdout))
 	}
-	n.works = true
+	if err != nil {
+		return needs(err)
+	}
+	n.recent = true
 	return nil
 }
 
-// try finds out whether nft is recent enough, and can make a table.
+// try finds out whether nft can make a table, and with a comment. It changes nothing. The kernel takes as long for the
+// trial as for the rules themselves: try is for when these were refused.
 func (n *nftables) try(ctx context.Context) error {
-	out, err := n.run(ctx, "", "--version")
-	if err != nil {
-		return err
-	}
-	if v, known := version(string(out.Stdout)); known && slices.Compare(v[:], []int{1, 0, 1}) < 0 {
-		return fmt.Errorf("this is %s", bytes.TrimSpace(out.Stdout))
+	if n.works {
+		return nil
 	}
 	check := func() error {
 		tx := n.transaction()
@@ -62,11 +64,23 @@ func (n *nftables) try(ctx context.Context) error {
 		_, err := n.run(ctx, tx.String(), "--check", "-f", "-")
 		return err
 	}
-	if err = check(); err != nil {
+	err := check()
+	if err != nil && !n.bare {
 		n.bare = true
 		err = check()
 	}
-	return err
+	if err != nil {
+		n.bare = false
+		return needs(err)
+	}
+	n.works = true
+	return nil
+}
+
+// needs is an error that says what nft needs.
+func needs(err error) error {
+	return fmt.Errorf("nftables mode needs root, a kernel with nf_tables, and nft 1.0.1 or later: provide these, "+
+		`or remove "EnableNFTables" from the network configuration: %w`, err)
 }
 
 // transaction returns an empty transaction. Of what knftables exports, only its
@@ -114,7 +128,7 @@ func (n *nftables) list(ctx context.Context) (string, error) {
 		if strings.Contains(string(out.Stderr), "No such file or directory") {
 			return "", nil // the table was deleted just now
 		}
-		return "", err
+		return "", cmp.Or(n.try(ctx), err)
 	}
 	return string(out.Stdout), nil
 }
@@ -132,23 +146,43 @@ func (n *nftables) write(ctx context.Context, listing string, want Ruleset) (rul
 	if err := n.open(ctx); err != nil {
 		return 0, false, err
 	}
-	script := n.script(want)
-	if _, err := n.run(ctx, script, "-f", "-"); err != nil {
+	apply := func() (script string, err error) {
+		script = n.script(listing, want)
+		_, err = n.run(ctx, script, "-f", "-")
+		return script, err
+	}
+	script, err := apply()
+	if bare := n.bare; err != nil {
+		if why := n.try(ctx); why != nil {
+			return 0, false, why
+		}
+		if n.bare != bare {
+			script, err = apply()
+		}
+	}
+	if err != nil {
 		return 0, false, &commandError{err, heredoc(script)}
 	}
+	n.works = true
 	klog.FromContext(ctx).Info("Applied", "command", plain.Block(heredoc(script)))
 	return len(want.Postrouting) + len(want.Forward), true, nil
 }
 
-// script returns the commands of nft that replace the whole table.
-func (n *nftables) script(want Ruleset) string {
+// script returns the commands of nft that replace the whole table of a listing. Without a listing they only make the
+// table: a transaction that deletes one, though it be its own, keeps the kernel busy for twice as long.
+func (n *nftables) script(listing string, want Ruleset) string {
 	tx := n.transaction()
-	tx.Add(&knftables.Table{}) // a table that does not exist cannot be deleted
-	tx.Delete(&knftables.Table{})
-	if want.IsZero() {
-		return tx.String()
+	table := &knftables.Table{Comment: n.comment("flanneld's: replaced as a whole when changed")}
+	if listing == "" {
+		tx.Create(table)
+	} else {
+		tx.Add(&knftables.Table{}) // a table that was deleted just now cannot be deleted
+		tx.Delete(&knftables.Table{})
+		if want.IsZero() {
+			return tx.String()
+		}
+		tx.Add(table)
 	}
-	tx.Add(&knftables.Table{Comment: n.comment("flanneld's: replaced as a whole when changed")})
 	for _, part := range []struct {
 		chain knftables.Chain
 		rules []Rule

@@ -68,10 +68,14 @@ func (n *nftables) plan(ctx context.Context, want Ruleset) (string, error) {
 	if slices.Equal(rules, listed(listing)) {
 		return "", nil
 	}
-	if err := n.open(ctx); err != nil {
+	err = n.open(ctx)
+	if err == nil {
+		err = n.try(ctx)
+	}
+	if err != nil {
 		return "", err
 	}
-	return heredoc(n.script(want)), nil
+	return heredoc(n.script(listing, want)), nil
 }
 
 // marks matches the numbers that nft pads with zeros in its output.

@@ -20,6 +20,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net/netip"
 	"os"
 	"path"
@@ -101,6 +102,8 @@ type Manager struct {
 	regrow chan struct{} // one element: the claim is to have a longer time, see pace
 	listed listed
 
+	silence time.Duration // for how long a watch may have no answer
+
 	mu      sync.Mutex
 	latest  watchPoint
 	claim   *claim    // nil: none held
@@ -167,6 +170,7 @@ func New(ctx context.Context, o Options) (*Manager, error) {
 		failed:     newQueue(),
 		regrow:     make(chan struct{}, 1),
 		listed:     newListed(),
+		silence:    mostSilence + rand.N(mostSilence/8), // not of all nodes at once
 		health:     subnet.NewStoreHealth(log, storeOf(o, o.Endpoints)),
 	}
 	if o.DiscoverySRV != "" {

@@ -28,7 +28,13 @@ const streamKey = "flannel-stream"
 var (
 	errWatchPoint = errors.New("etcd has another history")
 	errStream     = errors.New("another watch has failed")
+	errSilent     = errors.New("the watch is silent")
 )
+
+// mostSilence is for how long a watch may have no answer. A member sends a progress notification where nothing has
+// changed, every 10 to 11 minutes (--watch-progress-notify-interval), but the first of them up to 22 minutes after a
+// change. A proxy may keep a watch that the member has ended.
+const mostSilence = 25 * time.Minute
 
 // stream returns the stream for watches that begin now.
 func (c *connection) stream() *stream {
@@ -47,7 +53,8 @@ func (c *connection) stream() *stream {
 }
 
 // watch calls each with the answers of a watch that begins after a watch point, for as long as each returns true. The
-// error is why the watch ended otherwise: errWatchPoint, errStream, that of ctx, or etcd's.
+// error is why the watch ended otherwise: errWatchPoint, errStream, errSilent, that of ctx, or etcd's. Answers may be
+// progress notifications, without events.
 func (m *Manager) watch(ctx context.Context, at watchPoint, key string, options []clientv3.OpOption,
 	each func(*clientv3.WatchResponse) bool) error {
 	client, request, err := m.connection.open(ctx)
@@ -58,7 +65,10 @@ func (m *Manager) watch(ctx context.Context, at watchPoint, key string, options 
 	request, end := context.WithCancel(metadata.AppendToOutgoingContext(request, streamKey, strconv.Itoa(s.number)))
 	defer end()
 	defer context.AfterFunc(s, end)()
-	answers := client.Watch(request, key, append([]clientv3.OpOption{clientv3.WithRev(at.revision + 1)}, options...)...)
+	options = append([]clientv3.OpOption{clientv3.WithRev(at.revision + 1), clientv3.WithProgressNotify()}, options...)
+	answers := client.Watch(request, key, options...)
+	silent := time.NewTimer(m.silence)
+	defer silent.Stop()
 	for {
 		select {
 		case <-ctx.Done():
@@ -67,7 +77,10 @@ func (m *Manager) watch(ctx context.Context, at watchPoint, key string, options 
 			return errWatchPoint
 		case <-s.Done():
 			return errStream
+		case <-silent.C:
+			return errSilent
 		case answer, ok := <-answers:
+			silent.Reset(m.silence)
 			switch {
 			case ctx.Err() != nil:
 				return ctx.Err()

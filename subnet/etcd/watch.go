@@ -22,9 +22,11 @@ func (m *Manager) Watch(ctx context.Context) <-chan subnet.Update {
 	go func() {
 		defer updates.Close()
 		pause := subnet.Backoff()
+		silentSince := int64(0)
 		for {
 			began := time.Now()
-			if err := m.watchOnce(ctx, updates); err != nil {
+			var err error
+			if silentSince, err = m.watchOnce(ctx, updates, silentSince); err != nil {
 				return
 			}
 			if time.Since(began) > time.Minute {
@@ -38,18 +40,28 @@ func (m *Manager) Watch(ctx context.Context) <-chan subnet.Update {
 	return updates.C()
 }
 
-// watchOnce puts a snapshot and then changes. It returns nil when it may have missed some, and an error when ctx
-// ended or the manager was closed.
-func (m *Manager) watchOnce(ctx context.Context, updates *subnet.Mailbox) error {
+// watchOnce puts a snapshot and then changes. It returns no error when it may have missed some, and an error when ctx
+// ended or the manager was closed. silentSince is the revision after which the watch fell silent, so that watchOnce
+// returned; 0: something else ended the watch.
+func (m *Manager) watchOnce(ctx context.Context, updates *subnet.Mailbox, silentSince int64) (int64, error) {
 	records, at, err := m.list(ctx)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	snapshot := subnet.Update{Snapshot: true, Leases: make(map[subnet.Subnets]*subnet.Lease, len(records))}
+	missed := 0
 	for _, r := range records {
 		if r.valid && !r.unused() {
 			snapshot.Put(r.asLease())
 		}
+		if silentSince != 0 && r.changed > silentSince {
+			missed++
+		}
+	}
+	if missed > 0 {
+		m.log.Error(nil, "etcd answers requests, but the watch of the leases did not report changes; reading all leases "+
+			"from time to time. If etcd's grpc-proxy is between this node and etcd's members, restart the proxy, and give "+
+			"nodes the members (--etcd-endpoints) if etcd has users", "changes", missed, "silent", m.silence)
 	}
 	updates.Put(snapshot)
 	f := follower{Manager: m, at: at, updates: updates}
@@ -59,7 +71,9 @@ func (m *Manager) watchOnce(ctx context.Context, updates *subnet.Mailbox) error 
 		end, err := f.follow(ctx)
 		switch {
 		case err != nil || end == lost:
-			return err
+			return 0, err
+		case end == silent:
+			return f.at.revision, nil
 		case end == crowded:
 			err = retry.Sleep(ctx, m.pace().gather())
 		default:
@@ -69,7 +83,7 @@ func (m *Manager) watchOnce(ctx context.Context, updates *subnet.Mailbox) error 
 			err = pause.Sleep(ctx)
 		}
 		if err != nil {
-			return err
+			return 0, err
 		}
 	}
 }
@@ -88,16 +102,16 @@ const (
 	lost    watchEnd = iota // etcd may no longer have what happened since, or have another history
 	refused                 // by a member without a leader, or that does not know our token: nothing was missed
 	crowded                 // too many changes came one by one, see pace.singles
+	silent                  // nothing came for so long that the watch may be no more
 )
 
 // follow puts the changes until the watch ends. Unless it is lost, another watch can go on.
 func (m *follower) follow(ctx context.Context) (watchEnd, error) {
 	singles := rate.NewLimiter(m.pace().singles())
-	// Progress notifications let a quiet watch survive compaction: after a broken connection, the watch continues from
-	// the last of them.
-	options := []clientv3.OpOption{clientv3.WithPrefix(), clientv3.WithProgressNotify()}
+	options := []clientv3.OpOption{clientv3.WithPrefix()}
 	err := m.watch(ctx, m.at, m.subnetsPrefix(), options, func(answer *clientv3.WatchResponse) bool {
 		if answer.IsProgressNotify() {
+			// A quiet watch survives compaction: after a broken connection, it continues from here.
 			m.at.revision = max(m.at.revision, answer.Header.Revision) // another member may lag
 		}
 		n := len(answer.Events)
@@ -122,6 +136,9 @@ func (m *follower) follow(ctx context.Context) (watchEnd, error) {
 	case errors.Is(err, rpctypes.ErrNoLeader), errors.Is(err, errStream), tokenRefused(err):
 		m.log.V(1).Info("The watch of the leases ended; going on", "err", err)
 		return refused, nil
+	case errors.Is(err, errSilent):
+		m.log.V(1).Info("The watch of the leases is silent; reading them again", "silent", m.silence)
+		return silent, nil
 	}
 	m.log.V(1).Info("The watch of the leases ended; reading them again", "err", err)
 	return lost, nil

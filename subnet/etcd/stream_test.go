@@ -124,11 +124,14 @@ func (s *mute) Watch(stream pb.Watch_WatchServer) error {
 // A watch without answers is not trusted for ever, and what it did not report is known in the end. A watch with progress
 // notifications goes on.
 func TestSilentWatch(t *testing.T) {
+	t.Parallel()
 	for name, c := range map[string]struct {
 		notify    bool
+		silence   time.Duration
 		snapshots int
-	}{"silent": {false, 3}, "progress": {true, 1}} {
+	}{"silent": {false, 100 * time.Millisecond, 3}, "progress": {true, 2 * time.Second, 1}} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			var log bytes.Buffer
 			logger := textlogger.NewLogger(textlogger.NewConfig(textlogger.Output(&log)))
 			m := managerOf(t, klog.NewContext(t.Context(), logger), func(s *grpc.Server) {
@@ -136,10 +139,11 @@ func TestSilentWatch(t *testing.T) {
 				pb.RegisterKVServer(s, etcd)
 				pb.RegisterWatchServer(s, etcd)
 			})
-			m.silence = 100 * time.Millisecond
+			m.silence = c.silence
 			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+			defer cancel()
 			if c.notify {
-				time.AfterFunc(10*m.silence, cancel)
+				time.AfterFunc(2*c.silence, cancel)
 			}
 			snapshots := 0
 			for u := range m.Watch(ctx) {

@@ -27,7 +27,7 @@ func (n *node) hang(name, realName, arguments string) {
 	n.t.Helper()
 	pid := filepath.Join(n.bin, "child")
 	n.install(name, realName, fmt.Sprintf(`case "$*" in %s)
-	PATH=%s; setsid sleep 1000 & echo $! >%s.new; mv %[3]s.new %[3]s; exec sleep 1000;;
+	PATH=%s; [ ! -e %s ] || kill $(cat %[3]s); setsid sleep 1000 & echo $! >%[3]s.new; mv %[3]s.new %[3]s; exec sleep 1000;;
 esac`, arguments, os.Getenv("PATH"), pid))
 	n.t.Cleanup(func() { n.killChild() })
 }

@@ -285,16 +285,22 @@ func TestFailure(t *testing.T) {
 // A command that hangs is ended with all that it has started.
 func TestHang(t *testing.T) {
 	n := newNode(t)
-	x := n.extension(options{PreStartupCommand: `sleep 1000 & echo $! >$OUT; echo so far; wait`})
-	x.runner = &command.Runner{Limit: 200 * time.Millisecond}
-	_, err := x.Attrs(t.Context(), subnet.Attrs{})
-	if want := "PreStartupCommand: ended, since it took longer than 200ms; it printed: so far"; err == nil ||
-		err.Error() != want {
-		t.Errorf("got %v, want %s", err, want)
+	x := n.extension(options{PreStartupCommand: `sleep 1000 & echo "so far $!"; wait`})
+	pid := 0
+	for limit := 200 * time.Millisecond; pid == 0; limit *= 2 { // until it is long enough for the command to print
+		x.runner = &command.Runner{Limit: limit}
+		_, err := x.Attrs(t.Context(), subnet.Attrs{})
+		if want := fmt.Sprintf("PreStartupCommand: ended, since it took longer than %v", limit); err == nil ||
+			!strings.HasPrefix(err.Error(), want) || limit > time.Minute {
+			t.Fatalf("got %v, want %s; it printed: so far, and its child", err, want)
+		}
+		_, child, _ := strings.Cut(err.Error(), "; it printed: so far ")
+		pid, _ = strconv.Atoi(child)
 	}
-	n.expectEnd()
+	n.expectEnd(pid)
 
 	// One that runs when flanneld ends gets a little time.
+	x.PreStartupCommand = `sleep 1000 & echo $! >$OUT; wait`
 	x.runner = &command.Runner{Grace: 200 * time.Millisecond}
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error)
@@ -302,22 +308,20 @@ func TestHang(t *testing.T) {
 		_, err := x.Attrs(ctx, subnet.Attrs{})
 		done <- err
 	}()
-	child := n.next()
+	pid, err := strconv.Atoi(n.next())
+	if err != nil {
+		t.Fatal(err)
+	}
 	cancel()
 	if err := <-done; err == nil || !strings.Contains(err.Error(), "could not wait") {
 		t.Errorf("got %v", err)
 	}
-	n.lines <- child
-	n.expectEnd()
+	n.expectEnd(pid)
 }
 
-// expectEnd reads a process id from the commands, and waits for its end.
-func (n *node) expectEnd() {
+// expectEnd waits for the end of a process.
+func (n *node) expectEnd(pid int) {
 	n.t.Helper()
-	pid, err := strconv.Atoi(n.next())
-	if err != nil {
-		n.t.Fatal(err)
-	}
 	for deadline := time.Now().Add(20 * time.Second); !ended(pid); {
 		if time.Now().After(deadline) {
 			n.t.Fatalf("process %d still runs", pid)

@@ -4,17 +4,12 @@ import (
 	"context"
 	"errors"
 	"runtime"
-	"time"
 
 	"k8s.io/klog/v2"
 
 	"github.com/flanneld/flanneld/pkg/netspace"
 	"github.com/flanneld/flanneld/pkg/proc"
 )
-
-// killAgain is how often the programs of a function are killed until the function has returned: in between, it may have
-// started one more.
-const killAgain = 50 * time.Millisecond
 
 // Call calls a function of another package, which starts programs by itself and waits for them, and returns what the
 // function returns. name is how the log names the call, such as the command that the package runs.
@@ -70,21 +65,11 @@ func Call[T any](ctx context.Context, r *Runner, name string, f func() (T, error
 	return result, failed
 }
 
-// killUntil kills what a thread has started until ended is closed, for as long as that can take.
+// killUntil kills what a thread has started until ended is closed, for as long as that can take: in between, the
+// function may have started another program.
 func killUntil(ended <-chan struct{}, thread proc.Thread) {
-	again := time.NewTicker(killAgain)
-	defer again.Stop()
-	grace := time.After(killGrace)
-	for {
-		thread.Kill()
-		select {
-		case <-ended:
-			return
-		case <-grace:
-			return
-		case <-again.C:
-		}
-	}
+	thread.Kill()
+	graceFor(ended, thread.Kill)
 }
 
 // leftError is the error of a call that goes on although its programs were killed.

@@ -54,8 +54,6 @@ func TestCallInNamespace(t *testing.T) {
 // A program of a function that hangs is killed, and so is its child in another session, which keeps the pipes open: at
 // the limit, and when the context ends. The log names the call once for all attempts. Programs of other threads go on.
 func TestCallHangs(t *testing.T) {
-	ctx, log := logged(t)
-	dir := t.TempDir()
 	stop := make(chan struct{})
 	defer close(stop)
 	other := exec.Command("sleep", "1000")
@@ -72,26 +70,35 @@ func TestCallHangs(t *testing.T) {
 		_ = other.Wait()
 	}()
 	started.Wait()
-	r := &Runner{Limit: 2 * time.Second, Waits: Waits{Notice: 10 * time.Millisecond}}
-	script := fmt.Sprintf(`setsid sh -c 'sleep 1000 & echo $! >%[1]s/child; wait' & echo $$ >%[1]s/self; exec sleep 1000`, dir)
-	for range 2 {
-		within(t, func() {
-			_, err := Call(ctx, r, "the call", library(script))
-			if err == nil || err.Error() != "ended, since it took longer than 2s" {
-				t.Errorf("got %v", err)
+	limits(t, func(limit time.Duration) bool {
+		ctx, log := logged(t)
+		dir := t.TempDir()
+		r := &Runner{Limit: limit, Waits: Waits{Notice: 10 * time.Millisecond}}
+		script := fmt.Sprintf(`setsid sh -c 'sleep 1000 & echo $! >%[1]s/child; wait' & echo $$ >%[1]s/self; exec sleep 1000`, dir)
+		reason := fmt.Sprintf("ended, since it took longer than %v", limit)
+		for range 2 {
+			within(t, func() {
+				_, err := Call(ctx, r, "the call", library(script))
+				if err == nil || err.Error() != reason {
+					t.Errorf("got %v", err)
+				}
+			})
+			for _, name := range []string{"/self", "/child"} {
+				if text, _ := os.ReadFile(dir + name); len(text) == 0 {
+					return false
+				}
+				pid := pidOf(t, dir+name)
+				eventually(t, "the end of "+name, func() bool { return gone(pid) })
+				_ = os.Remove(dir + name)
 			}
-		})
-		for _, name := range []string{"/self", "/child"} {
-			pid := pidOf(t, dir+name)
-			eventually(t, "the end of "+name, func() bool { return gone(pid) })
-			_ = os.Remove(dir + name)
 		}
-	}
-	lines := strings.Split(strings.TrimSpace(log.String()), "\n")
-	if len(lines) != 2 || !strings.HasSuffix(lines[0], `"Waiting for a program" program="the call" limit="2s"`) ||
-		!strings.Contains(lines[1], `reason="ended, since it took longer than 2s"`) {
-		t.Errorf("two attempts have logged:\n%s", log)
-	}
+		lines := strings.Split(strings.TrimSpace(log.String()), "\n")
+		if len(lines) != 2 || !strings.HasSuffix(lines[0], fmt.Sprintf(`"Waiting for a program" program="the call" limit=%q`, limit)) ||
+			!strings.Contains(lines[1], fmt.Sprintf("reason=%q", reason)) {
+			t.Errorf("two attempts have logged:\n%s", log)
+		}
+		return true
+	})
 	if gone(other.Process.Pid) {
 		t.Error("the program of another thread was killed")
 	}
@@ -131,10 +138,14 @@ func TestCallCanceled(t *testing.T) {
 // A function that waits for what cannot be found is left alone, and not called again until it has returned.
 func TestCallLeft(t *testing.T) {
 	pid := filepath.Join(t.TempDir(), "pid")
-	r := &Runner{Limit: time.Second}
+	r := &Runner{}
 	f := library("setsid sleep 1000 & echo $! >" + pid)
 	var err error
-	within(t, func() { _, err = Call(t.Context(), r, "the call", f) })
+	limits(t, func(limit time.Duration) bool {
+		r.Limit = limit
+		within(t, func() { _, err = Call(t.Context(), r, "the call", f) })
+		return err == nil || !strings.HasPrefix(err.Error(), "ended")
+	})
 	if err == nil || !strings.Contains(err.Error(), "keeps the output open") {
 		t.Fatalf("got %v", err)
 	}

@@ -78,8 +78,24 @@ func (p *Process) kill() { _ = unix.Kill(-p.pid(), unix.SIGKILL) }
 // killAndWait kills the process group, and waits for the end of the program for as long as that can take.
 func (p *Process) killAndWait() {
 	p.kill()
-	select {
-	case <-p.ended:
-	case <-time.After(killGrace):
+	graceFor(p.ended, func() {})
+}
+
+// graceFor waits until ended is closed, for killGrace at most, and calls f from time to time. A time in which this process
+// stands still, as on a machine that is suspended, hardly counts: the program stands still as well.
+func graceFor(ended <-chan struct{}, f func()) {
+	tick := time.NewTicker(killTick)
+	defer tick.Stop()
+	last := time.Now()
+	for passed := time.Duration(0); passed < killGrace; {
+		select {
+		case <-ended:
+			return
+		case <-tick.C:
+			f()
+		}
+		now := time.Now()
+		passed += min(now.Sub(last), 10*killTick)
+		last = now
 	}
 }

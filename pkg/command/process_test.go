@@ -1,8 +1,10 @@
 package command
 
 import (
+	"bufio"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"testing"
 	"time"
@@ -54,5 +56,35 @@ func TestProcess(t *testing.T) {
 	}
 	if _, err := Start(Command{Path: "no-such-program"}); err == nil {
 		t.Error("a program that does not exist was started")
+	}
+}
+
+// A program that was killed has its time to end, also if the process that waits stands still meanwhile, as it does on a
+// machine that is suspended or overloaded.
+func TestGraceOutlastsStandstill(t *testing.T) {
+	t.Parallel()
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), "TEST_WAITS=1")
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Wait()
+	lines := bufio.NewScanner(out)
+	lines.Scan()               // "begun"
+	time.Sleep(killGrace / 16) // it waits
+	standstill := killGrace + time.Second
+	if err := unix.Kill(cmd.Process.Pid, unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(standstill)
+	if err := unix.Kill(cmd.Process.Pid, unix.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	if lines.Scan(); lines.Text() != "ended" {
+		t.Errorf("after a standstill of %v: %q", standstill, lines.Text())
 	}
 }

@@ -45,7 +45,7 @@ func open(t *testing.T, f family.Family) (*Conn, <-chan Message) {
 func addAddress(t *testing.T, a netip.Addr) {
 	t.Helper()
 	nstest.Run(t, "ip address add "+a.String()+" dev lo nodad")
-	for range 100 {
+	for end := time.Now().Add(time.Minute); time.Now().Before(end); {
 		if _, err := nstest.Try("ping -c 1 -W 1 " + a.String()); err == nil {
 			return
 		}

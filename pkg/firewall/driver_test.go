@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/flanneld/flanneld/pkg/command"
 	"github.com/flanneld/flanneld/pkg/nstest"
@@ -921,10 +922,26 @@ func TestNoMomentWithoutRules(t *testing.T) {
 		done := filepath.Join(n.bin, "done")
 		watch := exec.Command("/bin/sh", "-c", fmt.Sprintf("while [ ! -e %s ]; do %s; done", done, list))
 		watch.Env = n.env()
-		var seen strings.Builder
-		watch.Stdout = &seen
+		out, err := os.Create(filepath.Join(n.bin, "seen"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer out.Close()
+		watch.Stdout = out
 		if err := watch.Start(); err != nil {
 			t.Fatal(err)
+		}
+		seen := func() string {
+			text, err := os.ReadFile(out.Name())
+			if err != nil {
+				t.Fatal(err)
+			}
+			return string(text)
+		}
+		for end := time.Now().Add(time.Minute); seen() == ""; time.Sleep(time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatal("nobody is looking")
+			}
 		}
 		for range 5 {
 			n.apply(d, other)
@@ -936,13 +953,10 @@ func TestNoMomentWithoutRules(t *testing.T) {
 		if err := watch.Wait(); err != nil {
 			t.Fatal(err)
 		}
-		for line := range strings.Lines(seen.String()) {
+		for line := range strings.Lines(seen()) {
 			if line != want {
 				t.Errorf("saw %s rules, want %s", strings.TrimSpace(line), strings.TrimSpace(want))
 			}
-		}
-		if seen.Len() == 0 {
-			t.Error("nobody was looking")
 		}
 	})
 }

@@ -153,6 +153,7 @@ func TestRepetitionsAreNoChanges(t *testing.T) {
 		link set port master br0
 		addr add 2001:db8::1/64 dev eth0 nodad
 		addr add 198.18.0.1/24 dev eth0`)
+	nstest.AwaitCarrier(t, "eth0", "far0")
 	r := newReader(t)
 	mtu := 1400
 	for _, dev := range []string{"far0", "far1", "port", "br0"} { // so that a late notification of the carrier is no change

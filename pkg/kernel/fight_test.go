@@ -59,6 +59,7 @@ func TestFight(t *testing.T) {
 	log := logged(t)
 	r := start(t)
 	r.fights.Burst, r.backoff.First, r.backoff.Most = 0, time.Hour, time.Hour
+	r.fights.Pace, r.fights.Calm = time.Hour, time.Hour // however slow the machine is
 	fightTimes := r.fights.Times
 	for i := 1; i < fightTimes; i++ {
 		undo(t, r)
@@ -125,7 +126,7 @@ func TestFight(t *testing.T) {
 	if !strings.Contains(log(), "Other programs no longer undo what they fought over") {
 		t.Errorf("the end of the fight is not logged:\n%s", log())
 	}
-	r.fights.Calm, r.fights.Pace = time.Minute, time.Second
+	r.fights.Calm, r.fights.Pace = time.Hour, time.Hour
 	if s := r.Stats(); s.Fights != 0 || s.Fight != nil {
 		t.Errorf("after the peace, the counts are %+v", s)
 	}

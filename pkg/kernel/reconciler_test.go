@@ -79,6 +79,7 @@ func quietHost(t *testing.T) {
 	} {
 		nstest.Run(t, line)
 	}
+	nstest.AwaitCarrier(t, "eth0", "far")
 }
 
 func uplink(t *testing.T) {
@@ -88,6 +89,7 @@ func uplink(t *testing.T) {
 	nstest.Run(t, "ip link set eth0 up")
 	nstest.Run(t, "ip addr add 198.18.0.1/24 dev eth0")
 	nstest.Run(t, "ip addr add fd18::1/64 dev eth0 nodad")
+	nstest.AwaitCarrier(t, "eth0", "far")
 }
 
 // start returns a Reconciler that holds a node and two peers.

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -103,6 +104,23 @@ func Try(line string) (string, error) {
 	f := strings.Fields(line)
 	out, err := exec.Command(f[0], f[1:]...).CombinedOutput()
 	return strings.TrimRight(string(out), "\n"), err
+}
+
+// AwaitCarrier waits until the state of links is UP. The kernel sets the state, and notifies of it, a moment after both
+// ends of a pair were set up.
+func AwaitCarrier(t testing.TB, links ...string) {
+	t.Helper()
+	for _, link := range links {
+		for end := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
+			out := Run(t, "ip -o link show dev "+link)
+			if strings.Contains(out, " state UP ") {
+				break
+			}
+			if time.Now().After(end) {
+				t.Fatalf("not up within a minute: %s", out)
+			}
+		}
+	}
 }
 
 // Missing skips a test whose requirement is missing. In continuous integration (CI=true), where nothing may be missing,

@@ -196,7 +196,7 @@ func (m *Manager) changes(ctx context.Context, at watchPoint, keys []string, opt
 		running.Go(func() {
 			defer cancel()
 			err := m.watch(ctx, at, key, options, func(answer *clientv3.WatchResponse) bool { return len(answer.Events) == 0 })
-			if err != nil && !errors.Is(err, errWatchPoint) && !errors.Is(err, errSilent) {
+			if err != nil && !errors.Is(err, errWatchPoint) && !errors.As(err, new(*silentError)) {
 				// If this repeats while requests succeed, one read a second is enough.
 				retry.Sleep(ctx, time.Second)
 			}

@@ -15,6 +15,8 @@ import (
 	"google.golang.org/grpc"
 	"k8s.io/klog/v2"
 	"k8s.io/klog/v2/textlogger"
+
+	"github.com/flanneld/flanneld/subnet"
 )
 
 // A mute server reports no lease to a watch, as a proxy may that has lost the watch of its member. Each lease has a
@@ -125,16 +127,18 @@ func TestSilentWatch(t *testing.T) {
 		name      string
 		server    *mute
 		silence   time.Duration
-		snapshots int // each with one lease more than the one before
-		reports   int // that the watch did not report changes
+		stuck     bool // a request that gets no answer, which keeps others from being made
+		snapshots int  // each with one lease more than the one before
+		reports   int  // that the watch did not report changes
 	}{
-		{"changes are not reported", &mute{}, some, 3, 2},
-		{"no watch is answered", &mute{deaf: true}, some, 3, 2},
-		{"the watch does not begin", &mute{unbegun: true}, some, 3, 2},
-		{"changes came after the watch was given up", &mute{late: true}, some, 3, 0},
-		{"nothing has changed", &mute{still: true}, some, 1, 0},
-		{"etcd is away", &mute{away: true, deaf: true}, 800 * time.Millisecond, 1, 0},
-		{"progress notifications", &mute{notify: true}, 2 * time.Second, 1, 0},
+		{"changes are not reported", &mute{}, some, false, 3, 2},
+		{"no watch is answered", &mute{deaf: true}, some, false, 3, 2},
+		{"the watch does not begin", &mute{unbegun: true}, some, false, 3, 2},
+		{"another request gets no answer", &mute{}, some, true, 3, 2},
+		{"changes came after the watch was given up", &mute{late: true}, some, false, 3, 0},
+		{"nothing has changed", &mute{still: true}, some, false, 1, 0},
+		{"etcd is away", &mute{away: true, deaf: true}, 800 * time.Millisecond, false, 1, 0},
+		{"progress notifications", &mute{notify: true}, 2 * time.Second, false, 1, 0},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
@@ -145,7 +149,11 @@ func TestSilentWatch(t *testing.T) {
 				pb.RegisterWatchServer(s, c.server)
 			})
 			m.silence = c.silence
-			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+			patience := 20 * time.Second
+			if c.stuck {
+				patience = leastBeat * 4 / 5 // until the first heartbeat
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), patience)
 			defer cancel()
 			var running sync.WaitGroup
 			running.Go(func() { // another watch, which does not keep that of the leases from being found silent
@@ -162,6 +170,9 @@ func TestSilentWatch(t *testing.T) {
 					return false
 				}
 				snapshots++
+				if c.stuck {
+					m.health.Failed("a request", subnet.Unreachable, "no answer")
+				}
 				if !u.Snapshot || len(u.Leases) != snapshots {
 					t.Errorf("got %+v, want snapshot %d", u, snapshots)
 				}
@@ -169,7 +180,7 @@ func TestSilentWatch(t *testing.T) {
 			}
 			next()
 			running.Go(func() { // as the heartbeat does
-				for ctx.Err() == nil {
+				for ctx.Err() == nil && !c.stuck {
 					_, _, _ = m.readConfig(ctx)
 					time.Sleep(c.silence / 50)
 				}

@@ -88,7 +88,9 @@ func (m *Manager) watch(ctx context.Context, at watchPoint, key string, options 
 			return errStream
 		case answers = <-begun:
 		case <-tick.C:
-			if missed := quiet.tick(m.latestPoint().revision, m.health.State().Connected); missed != 0 {
+			// One kind of request may get no answer, and keep all others waiting, while etcd answers the rest.
+			connected := m.health.State().Connected || m.readRevision(ctx) == nil
+			if missed := quiet.tick(m.latestPoint().revision, connected); missed != 0 {
 				m.connection.leave(s)
 				return &silentError{missed}
 			}

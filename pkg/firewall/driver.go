@@ -59,6 +59,7 @@ type familyRules struct {
 	tool    tool                  // keeps the rules; nil when its programs are missing
 	missing error                 // what to do about missing programs
 	others  []tool
+	left    map[tool]string // why rules that are not desired may be left, as it was logged
 
 	// The result of the last Apply, valid when applied is true.
 	applied    bool
@@ -83,7 +84,7 @@ func newDriver(ctx context.Context, programs *command.Runner, network string, nf
 		d.mode = "nftables"
 	}
 	for f, p := range protocols.Each() {
-		s := &familyRules{protocol: p}
+		s := &familyRules{protocol: p, left: map[tool]string{}}
 		s.find = func(ctx context.Context) { s.findTools(ctx, programs, network, nftables) }
 		s.find(ctx)
 		*d.families.At(f) = s
@@ -184,7 +185,7 @@ func (s *familyRules) apply(ctx context.Context, want Ruleset) error {
 		if !want.IsZero() || ctx.Err() != nil {
 			return err
 		}
-		klog.FromContext(ctx).Error(err, "Cannot remove the rules of an earlier daemon, if there are any", "family", s.family)
+		s.logLeft(ctx, s.tool, err)
 	}
 	s.rules, s.applied = want, true
 	s.removeOthers(ctx) // last: until here, the rules that it removes may have been in use
@@ -195,6 +196,9 @@ func (s *familyRules) apply(ctx context.Context, want Ruleset) error {
 func (s *familyRules) update(ctx context.Context, want Ruleset, was bool) error {
 	generation := s.nftGeneration(ctx)
 	listing, err := s.tool.list(ctx)
+	if nft, ok := s.tool.(*nftables); ok && err != nil && !want.IsZero() {
+		err = nft.explain(ctx, err)
+	}
 	if err != nil {
 		return err
 	}
@@ -241,11 +245,21 @@ func (s *familyRules) removeOthers(ctx context.Context) {
 		}
 		left = append(left, o)
 		if ctx.Err() == nil {
-			klog.FromContext(ctx).Error(err, "Cannot remove the rules of an earlier daemon, if there are any",
-				"family", s.family, "tool", o.String())
+			s.logLeft(ctx, o, err)
 		}
 	}
 	s.others = left
+}
+
+// logLeft logs why a tool cannot remove rules, unless that was logged before. While the rules of the other family fail,
+// Apply is called again and again.
+func (s *familyRules) logLeft(ctx context.Context, t tool, err error) {
+	if s.left[t] == err.Error() {
+		return
+	}
+	s.left[t] = err.Error()
+	klog.FromContext(ctx).Error(err, "Cannot remove the rules of an earlier daemon, if there are any",
+		"family", s.family, "tool", t.String())
 }
 
 func (s *familyRules) check(ctx context.Context) (bool, error) {

@@ -13,6 +13,9 @@ import (
 	"testing"
 	"time"
 
+	"k8s.io/klog/v2"
+	"k8s.io/klog/v2/textlogger"
+
 	"github.com/flanneld/flanneld/pkg/command"
 	"github.com/flanneld/flanneld/pkg/nstest"
 )
@@ -739,6 +742,30 @@ esac`, os.Getenv("PATH"), "$(which nft)"))
 			mentions(t, err, "nftables mode needs", "no such protocol")
 		}
 	})
+	t.Run("nft does not work, and is not needed", func(t *testing.T) {
+		for _, m := range []mode{legacyMode, tablesMode} {
+			n := newNode(t, m.variant)
+			n.sh("nft add table ip flannel-ipv4; nft add table ip6 flannel-ipv6")
+			n.install("nft", "nft", `[ "$1" = --version ] || { echo "no such protocol" >&2; exit 1; }`)
+			log := &logBuffer{}
+			logged := klog.NewContext(ctx, textlogger.NewLogger(textlogger.NewConfig(textlogger.Output(log))))
+			d := n.driver(m)
+			want := Desired{}
+			if !m.nftables {
+				want = ipv4Alone
+			}
+			for range 3 {
+				if err := d.Apply(logged, want); err != nil {
+					t.Error(err)
+				}
+			}
+			text := log.String()
+			if strings.Count(text, "Cannot remove") != 2 || strings.Count(text, "no such protocol") != 2 ||
+				strings.Contains(text, "EnableNFTables") {
+				t.Errorf("%s: want one line for each family, and no advice, got\n%s", m.name, text)
+			}
+		}
+	})
 	t.Run("ip6tables does not work", func(t *testing.T) {
 		n := newNode(t, "legacy")
 		n.install("ip6tables-save", "ip6tables-legacy-save", `echo "no such family" >&2; exit 1`)
@@ -776,6 +803,28 @@ func TestKubeletsVariant(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// Another program may make or delete the table between our look at it and our write.
+func TestTableComesAndGoes(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct{ before, meanwhile string }{
+		{"", "add table ip flannel-ipv4"},
+		{"", "add table ip flannel-ipv4; add chain ip flannel-ipv4 forward"},
+		{"add table ip flannel-ipv4", "delete table ip flannel-ipv4"},
+		{"add table ip flannel-ipv4", "flush ruleset"},
+	} {
+		n := newNode(t, "nft")
+		n.apply(n.driver(tablesMode), both)
+		want := n.listing()
+		n.sh("nft flush ruleset; nft '" + c.before + "'")
+		n.install("nft", "nft", fmt.Sprintf(`[ "$1" != -f ] || [ -e $0.done ] || { >$0.done; PATH=%s; %s '%s'; }`,
+			os.Getenv("PATH"), "$(which nft)", c.meanwhile))
+		d := n.driver(tablesMode)
+		n.apply(d, both)
+		n.check(d, true)
+		same(t, n.listing(), want)
 	}
 }
 

@@ -77,6 +77,9 @@ func (n *nftables) try(ctx context.Context) error {
 	return nil
 }
 
+// explain returns what nft lacks where it cannot work here, or else the error that it had.
+func (n *nftables) explain(ctx context.Context, err error) error { return cmp.Or(n.try(ctx), err) }
+
 // needs is an error that says what nft needs.
 func needs(err error) error {
 	return fmt.Errorf("nftables mode needs root, a kernel with nf_tables, and nft 1.0.1 or later: provide these, "+
@@ -128,7 +131,7 @@ func (n *nftables) list(ctx context.Context) (string, error) {
 		if strings.Contains(string(out.Stderr), "No such file or directory") {
 			return "", nil // the table was deleted just now
 		}
-		return "", cmp.Or(n.try(ctx), err)
+		return "", err
 	}
 	return string(out.Stdout), nil
 }
@@ -152,6 +155,13 @@ func (n *nftables) write(ctx context.Context, listing string, want Ruleset) (rul
 		return script, err
 	}
 	script, err := apply()
+	if err != nil && listing == "" {
+		// Another program may have made the table just now.
+		if now, failed := n.list(ctx); failed == nil && now != "" {
+			listing = now
+			script, err = apply()
+		}
+	}
 	if bare := n.bare; err != nil {
 		if why := n.try(ctx); why != nil {
 			return 0, false, why

@@ -55,6 +55,9 @@ func (ipt *iptables) plan(ctx context.Context, want Ruleset) (string, error) {
 
 func (n *nftables) plan(ctx context.Context, want Ruleset) (string, error) {
 	listing, err := n.list(ctx)
+	if err != nil && !want.IsZero() {
+		err = n.explain(ctx, err)
+	}
 	if err != nil || listing == "" && want.IsZero() {
 		return "", err
 	}

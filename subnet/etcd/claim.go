@@ -299,7 +299,12 @@ func (m *Manager) renewClaim() (answered bool) {
 	}
 	if ttl > 0 {
 		// The revision is that of one server, which may lag.
-		return revision >= m.latestPoint().revision && m.health.State().Connected
+		latest := m.latestPoint()
+		if revision < latest.revision || !m.health.State().Connected {
+			return false
+		}
+		m.observe(latest, revision)
+		return true
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -148,14 +148,20 @@ func (m *Manager) runHeartbeat() {
 		if m.renewClaim() {
 			continue
 		}
-		m.try(m.ctx, "check that etcd answers", func(ctx context.Context, c *clientv3.Client) (*pb.ResponseHeader, error) {
-			got, err := c.Get(ctx, m.configKey(), clientv3.WithCountOnly())
-			if err != nil {
-				return nil, err
-			}
-			return got.Header, nil
-		})
+		_ = m.readRevision(m.ctx)
 	}
+}
+
+// readRevision reads etcd's revision, and makes one attempt at that.
+func (m *Manager) readRevision(ctx context.Context) error {
+	_, err := m.try(ctx, "check that etcd answers", func(ctx context.Context, c *clientv3.Client) (*pb.ResponseHeader, error) {
+		got, err := c.Get(ctx, m.configKey(), clientv3.WithCountOnly())
+		if err != nil {
+			return nil, err
+		}
+		return got.Header, nil
+	})
+	return err
 }
 
 // untilBeat returns how long to wait for the next beat: up to an eighth less than beat, at random.
@@ -196,7 +202,7 @@ func (m *Manager) changes(ctx context.Context, at watchPoint, keys []string, opt
 		running.Go(func() {
 			defer cancel()
 			err := m.watch(ctx, at, key, options, func(answer *clientv3.WatchResponse) bool { return len(answer.Events) == 0 })
-			if err != nil && !errors.Is(err, errWatchPoint) && !errors.Is(err, errSilent) {
+			if err != nil && !errors.Is(err, errWatchPoint) && !errors.As(err, new(*silentError)) {
 				// If this repeats while requests succeed, one read a second is enough.
 				retry.Sleep(ctx, time.Second)
 			}

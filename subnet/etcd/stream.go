@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"strconv"
+	"sync"
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -20,6 +21,7 @@ type stream struct {
 	context.Context // ends when a watch has failed
 	fail            context.CancelFunc
 	number          int
+	left            bool // watches that begin now have another
 }
 
 // streamKey is what distinguishes the contexts of streams, in the metadata of requests.
@@ -28,19 +30,13 @@ const streamKey = "flannel-stream"
 var (
 	errWatchPoint = errors.New("etcd has another history")
 	errStream     = errors.New("another watch has failed")
-	errSilent     = errors.New("the watch is silent")
 )
-
-// mostSilence is for how long a watch may have no answer. A member sends a progress notification where nothing has
-// changed, every 10 to 11 minutes (--watch-progress-notify-interval), but the first of them up to 22 minutes after a
-// change. A proxy may keep a watch that the member has ended.
-const mostSilence = 25 * time.Minute
 
 // stream returns the stream for watches that begin now.
 func (c *connection) stream() *stream {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if s := c.watches; s != nil && s.Err() == nil {
+	if s := c.watches; s != nil && s.Err() == nil && !s.left {
 		return s
 	}
 	s := &stream{}
@@ -52,9 +48,17 @@ func (c *connection) stream() *stream {
 	return s
 }
 
+// leave has watches that begin now use another stream: a proxy may have lost this one. The watches on it go on: each is
+// to find out for itself that it is silent, since its reader then reads everything again.
+func (c *connection) leave(s *stream) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	s.left = true
+}
+
 // watch calls each with the answers of a watch that begins after a watch point, for as long as each returns true. The
-// error is why the watch ended otherwise: errWatchPoint, errStream, errSilent, that of ctx, or etcd's. Answers may be
-// progress notifications, without events.
+// error is why the watch ended otherwise: errWatchPoint, errStream, a silentError, that of ctx, or etcd's. Answers may
+// be progress notifications, without events.
 func (m *Manager) watch(ctx context.Context, at watchPoint, key string, options []clientv3.OpOption,
 	each func(*clientv3.WatchResponse) bool) error {
 	client, request, err := m.connection.open(ctx)
@@ -63,12 +67,17 @@ func (m *Manager) watch(ctx context.Context, at watchPoint, key string, options 
 	}
 	s := m.connection.stream()
 	request, end := context.WithCancel(metadata.AppendToOutgoingContext(request, streamKey, strconv.Itoa(s.number)))
+	var running sync.WaitGroup
+	defer running.Wait()
 	defer end()
 	defer context.AfterFunc(s, end)()
 	options = append([]clientv3.OpOption{clientv3.WithRev(at.revision + 1), clientv3.WithProgressNotify()}, options...)
-	answers := client.Watch(request, key, options...)
-	silent := time.NewTimer(m.silence)
-	defer silent.Stop()
+	begun := make(chan clientv3.WatchChan, 1)
+	running.Go(func() { begun <- client.Watch(request, key, options...) }) // which waits for etcd's first answer
+	var answers clientv3.WatchChan
+	tick := time.NewTicker(m.silence / silentTicks)
+	defer tick.Stop()
+	quiet := silence{shown: at.revision}
 	for {
 		select {
 		case <-ctx.Done():
@@ -77,10 +86,16 @@ func (m *Manager) watch(ctx context.Context, at watchPoint, key string, options 
 			return errWatchPoint
 		case <-s.Done():
 			return errStream
-		case <-silent.C:
-			return errSilent
+		case answers = <-begun:
+		case <-tick.C:
+			// One kind of request may get no answer, and keep all others waiting, while etcd answers the rest.
+			connected := m.health.State().Connected || m.readRevision(ctx) == nil
+			if missed := quiet.tick(m.latestPoint().revision, connected); missed != 0 {
+				m.connection.leave(s)
+				return &silentError{missed}
+			}
 		case answer, ok := <-answers:
-			silent.Reset(m.silence)
+			quiet.end(answer.Header.GetRevision())
 			switch {
 			case ctx.Err() != nil:
 				return ctx.Err()

@@ -22,11 +22,11 @@ func (m *Manager) Watch(ctx context.Context) <-chan subnet.Update {
 	go func() {
 		defer updates.Close()
 		pause := subnet.Backoff()
-		silentSince := int64(0)
+		var silent gap
 		for {
 			began := time.Now()
 			var err error
-			if silentSince, err = m.watchOnce(ctx, updates, silentSince); err != nil {
+			if silent, err = m.watchOnce(ctx, updates, silent); err != nil {
 				return
 			}
 			if time.Since(began) > time.Minute {
@@ -41,12 +41,12 @@ func (m *Manager) Watch(ctx context.Context) <-chan subnet.Update {
 }
 
 // watchOnce puts a snapshot and then changes. It returns no error when it may have missed some, and an error when ctx
-// ended or the manager was closed. silentSince is the revision after which the watch fell silent, so that watchOnce
-// returned; 0: something else ended the watch.
-func (m *Manager) watchOnce(ctx context.Context, updates *subnet.Mailbox, silentSince int64) (int64, error) {
+// ended or the manager was closed. The gap is what the watch before was silent about; the result is the same of this
+// watch.
+func (m *Manager) watchOnce(ctx context.Context, updates *subnet.Mailbox, before gap) (gap, error) {
 	records, at, err := m.list(ctx)
 	if err != nil {
-		return 0, err
+		return gap{}, err
 	}
 	snapshot := subnet.Update{Snapshot: true, Leases: make(map[subnet.Subnets]*subnet.Lease, len(records))}
 	missed := 0
@@ -54,7 +54,7 @@ func (m *Manager) watchOnce(ctx context.Context, updates *subnet.Mailbox, silent
 		if r.valid && !r.unused() {
 			snapshot.Put(r.asLease())
 		}
-		if silentSince != 0 && r.changed > silentSince {
+		if before.has(r.changed, at) {
 			missed++
 		}
 	}
@@ -71,9 +71,9 @@ func (m *Manager) watchOnce(ctx context.Context, updates *subnet.Mailbox, silent
 		end, err := f.follow(ctx)
 		switch {
 		case err != nil || end == lost:
-			return 0, err
+			return gap{}, err
 		case end == silent:
-			return f.at.revision, nil
+			return f.gap, nil
 		case end == crowded:
 			err = retry.Sleep(ctx, m.pace().gather())
 		default:
@@ -83,7 +83,7 @@ func (m *Manager) watchOnce(ctx context.Context, updates *subnet.Mailbox, silent
 			err = pause.Sleep(ctx)
 		}
 		if err != nil {
-			return 0, err
+			return gap{}, err
 		}
 	}
 }
@@ -92,6 +92,7 @@ func (m *Manager) watchOnce(ctx context.Context, updates *subnet.Mailbox, silent
 type follower struct {
 	*Manager
 	at      watchPoint // its revision grows with what was put
+	gap     gap        // where the watch was silent, see watchEnd
 	updates *subnet.Mailbox
 }
 
@@ -102,13 +103,14 @@ const (
 	lost    watchEnd = iota // etcd may no longer have what happened since, or have another history
 	refused                 // by a member without a leader, or that does not know our token: nothing was missed
 	crowded                 // too many changes came one by one, see pace.singles
-	silent                  // nothing came for so long that the watch may be no more
+	silent                  // nothing came for so long that the watch may be no more, see gap
 )
 
 // follow puts the changes until the watch ends. Unless it is lost, another watch can go on.
 func (m *follower) follow(ctx context.Context) (watchEnd, error) {
 	singles := rate.NewLimiter(m.pace().singles())
 	options := []clientv3.OpOption{clientv3.WithPrefix()}
+	var quiet *silentError
 	err := m.watch(ctx, m.at, m.subnetsPrefix(), options, func(answer *clientv3.WatchResponse) bool {
 		if answer.IsProgressNotify() {
 			// A quiet watch survives compaction: after a broken connection, it continues from here.
@@ -136,8 +138,9 @@ func (m *follower) follow(ctx context.Context) (watchEnd, error) {
 	case errors.Is(err, rpctypes.ErrNoLeader), errors.Is(err, errStream), tokenRefused(err):
 		m.log.V(1).Info("The watch of the leases ended; going on", "err", err)
 		return refused, nil
-	case errors.Is(err, errSilent):
-		m.log.V(1).Info("The watch of the leases is silent; reading them again", "silent", m.silence)
+	case errors.As(err, &quiet):
+		m.log.V(1).Info("The watch of the leases is silent; reading them again", "silent", m.silence, "err", err)
+		m.gap = gap{m.at, quiet.missed}
 		return silent, nil
 	}
 	m.log.V(1).Info("The watch of the leases ended; reading them again", "err", err)

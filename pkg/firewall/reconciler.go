@@ -167,7 +167,7 @@ func (r *Reconciler) Run(ctx context.Context, nftables bool) {
 		case <-r.changes:
 			r.pace.hear()
 			if r.fights.Count() == 0 { // else the next check is soon enough
-				early.Reset(min(r.pace.rest(), r.resync-time.Since(r.pace.checked)))
+				early.Reset(min(r.pace.rest(want.nftables), r.resync-time.Since(r.pace.checked)))
 			}
 			continue
 		case <-early.C:
@@ -216,6 +216,7 @@ func (r *Reconciler) reconcile(ctx context.Context, want target, changed, early 
 		r.pace.written = time.Now()
 		r.pace.writes++
 	}
+	r.pace.took, r.pace.first = time.Since(r.pace.checked), time.Time{}
 	r.count(func(s *Stats) { s.InPlace, s.Checked = err == nil, time.Now() })
 	return err
 }
@@ -300,11 +301,22 @@ const (
 	// longer does, too: what is seldom is restored without a wait.
 	ruleShare = 20
 	ruleBurst = 300 * time.Millisecond
+
+	// With iptables, another program is given time to finish what it does: ebtables-restore 1.8.9 fails to flush its
+	// tables when anything in nftables changes meanwhile. firewalld flushes iptables, ip6tables and ebtables in turn,
+	// and drops all packets after such a failure. A check that follows changes comes when there was no change for
+	// ruleQuiet or, on a busy machine, for ruleQuietChecks times as long as the last check took; or ruleQuietMost after
+	// the first change.
+	ruleQuiet       = 100 * time.Millisecond
+	ruleQuietChecks = 4
+	ruleQuietMost   = time.Second
 )
 
 // A pace is how soon the rules may be checked after a change.
 type pace struct {
 	checked time.Time     // when the last check began
+	took    time.Duration // how long the last check took
+	first   time.Time     // when the first change since the last check was heard of
 	heard   time.Time     // when the last change was heard of, which may be our own
 	owed    time.Duration // see debt
 	settled time.Time     // when owed was right
@@ -322,14 +334,21 @@ func (p *pace) add() {
 	p.owed, p.settled = min(p.debt(), ruleBurst)+took, time.Now() // no check waits for more than ruleShare*took
 }
 
-// rest returns how long to wait until the next check.
-func (p *pace) rest() time.Duration {
-	return max(0, ruleRest<<min(p.writes, 10)-time.Since(p.checked), (p.debt()-ruleBurst)*ruleShare)
+// rest returns how long to wait until the next check, after a change that was heard of just now.
+func (p *pace) rest(nftables bool) time.Duration {
+	rest := max(0, ruleRest<<min(p.writes, 10)-time.Since(p.checked), (p.debt()-ruleBurst)*ruleShare)
+	if nftables {
+		return rest
+	}
+	return max(rest, min(max(ruleQuiet, ruleQuietChecks*p.took), ruleQuietMost-time.Since(p.first)))
 }
 
 // hear takes note of a change.
 func (p *pace) hear() {
 	p.heard = time.Now()
+	if p.first.IsZero() {
+		p.first = p.heard
+	}
 	if p.calm() {
 		p.writes = 0
 	}

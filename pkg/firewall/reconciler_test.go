@@ -326,6 +326,37 @@ func TestCalm(t *testing.T) {
 	})
 }
 
+// With iptables, rules are restored when the other program has been quiet for a while, longer where checks take long, and
+// not later than a second after its first change.
+func TestQuiet(t *testing.T) {
+	for _, c := range []struct{ takes, between, lasts, want time.Duration }{
+		{0, 0, 0, ruleQuiet},
+		{0, 80 * time.Millisecond, 400 * time.Millisecond, 400*time.Millisecond + ruleQuiet},
+		{100 * time.Millisecond, 300 * time.Millisecond, 300 * time.Millisecond, 700 * time.Millisecond},
+		{280 * time.Millisecond, 0, 0, ruleQuietMost},
+		{0, 10 * time.Millisecond, 3 * time.Second, ruleQuietMost},
+	} {
+		run(t, func(t *testing.T, r *Reconciler, f *fake, _ *bytes.Buffer, _ *[]State) {
+			f.takes = c.takes
+			r.resync = time.Hour
+			r.Set(both, false)
+			pass(c.takes + 2*ruleCalm) // a check finds the Reconciler's own change in place
+			f.checked = nil
+			start := time.Now()
+			f.change()
+			for time.Since(start) < c.lasts {
+				pass(c.between)
+				f.notify()
+			}
+			pass(2 * ruleQuietMost)
+			if len(f.checked) == 0 || f.checked[0].Sub(start) != c.want {
+				t.Errorf("%+v: checked %v after the first change", c, f.intervals(start))
+			}
+			pass(c.takes)
+		})
+	}
+}
+
 // Where other programs change rules all the time, checks take a twentieth of the
 // time. After a calm time, the first change is checked at once, however long that
 // takes, and so are some more.

@@ -85,8 +85,7 @@ func debian(lines ...string) doing {
 	return func(ctx context.Context, s *neighbourhood) error {
 		for _, line := range lines {
 			if out, err := s.debian.Run(ctx, line); err != nil {
-				log, _ := os.ReadFile(s.debian.Path("/var/log/services.log"))
-				return fmt.Errorf("%w: %s\n%s\n%s", err, out, s.debian.Log(), log)
+				return fmt.Errorf("%w: %s", err, out)
 			}
 		}
 		return nil
@@ -394,9 +393,8 @@ func TestNeighbours(t *testing.T) {
 			ctx := labtest.Context(t, 4*time.Minute)
 			s := &neighbourhood{testbed: newTestbed(ctx, t, b.on, 60*time.Millisecond)}
 			defer func() {
-				if t.Failed() && s.debian != nil {
-					log, _ := os.ReadFile(s.debian.Path("/var/log/services.log"))
-					t.Logf("systemd said:\n%s\nand its services:\n%s", s.debian.Log(), log)
+				if t.Failed() {
+					s.report(t)
 				}
 			}()
 			repaired := 0
@@ -464,6 +462,25 @@ func (s *neighbourhood) perform(ctx context.Context, t *testing.T, a act, before
 	t.Logf("%s: pods were silent until %v after its begin; repairs: %d", a.name, silence.Round(time.Millisecond), now-*before)
 	*before = now
 	s.expectNoFight(ctx, t)
+}
+
+// report logs what the neighbour has logged, and the firewall's rules on its node. The test's time may be over.
+func (s *neighbourhood) report(t *testing.T) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), time.Minute)
+	defer cancel()
+	if s.debian != nil {
+		t.Logf("systemd's log:\n%s", s.debian.Log())
+		for _, name := range []string{"/var/log/services.log", "/var/log/firewalld"} {
+			if log, err := os.ReadFile(s.debian.Path(name)); err == nil {
+				t.Logf("%s:\n%s", name, log)
+			}
+		}
+	}
+	for _, line := range []string{"iptables-save --counters", "ip6tables-save --counters", "nft list ruleset"} {
+		out, err := s.node.Run(ctx, line)
+		t.Logf("%s: %v\n%s", line, err, out)
+	}
 }
 
 // repaired returns how often the daemon has repaired an object of the kernel, or the firewall's rules.

@@ -105,6 +105,7 @@ func (s *familyRules) findTools(ctx context.Context, programs *command.Runner, n
 	s.tool, s.missing, s.others = nil, nil, nil
 	switch {
 	case nftables && nftErr == nil:
+		nft.desired = true
 		s.tool, s.others = nft, ipt
 		return
 	case nftables:
@@ -135,6 +136,12 @@ func (d *Driver) Outdated(ctx context.Context) bool {
 	}
 	return false
 }
+
+// Disturbs returns whether what Apply writes may disturb another program. ebtables-restore 1.8.9 fails to flush its
+// tables when anything in nftables changes meanwhile. firewalld, with its iptables backend, flushes iptables, ip6tables
+// and ebtables in turn, so that rules of iptables which are restored at once come in between, and drops all packets
+// after such a failure.
+func (d *Driver) Disturbs() bool { return d.families.IPv4.tool.inNFTables() && hasEBTables() }
 
 // Apply makes the kernel hold exactly the desired rules, in place of all our
 // rules: of an earlier network, of an earlier daemon, of the other mode. Rules
@@ -196,9 +203,6 @@ func (s *familyRules) apply(ctx context.Context, want Ruleset) error {
 func (s *familyRules) update(ctx context.Context, want Ruleset, was bool) error {
 	generation := s.nftGeneration(ctx)
 	listing, err := s.tool.list(ctx)
-	if nft, ok := s.tool.(*nftables); ok && err != nil && !want.IsZero() {
-		err = nft.explain(ctx, err)
-	}
 	if err != nil {
 		return err
 	}

@@ -761,8 +761,8 @@ esac`, os.Getenv("PATH"), "$(which nft)"))
 			}
 			text := log.String()
 			if strings.Count(text, "Cannot remove") != 2 || strings.Count(text, "no such protocol") != 2 ||
-				strings.Contains(text, "EnableNFTables") {
-				t.Errorf("%s: want one line for each family, and no advice, got\n%s", m.name, text)
+				strings.Contains(text, "EnableNFTables") != m.nftables {
+				t.Errorf("%s: want one line for each family, with advice about the node's mode only, got\n%s", m.name, text)
 			}
 		}
 	})
@@ -845,6 +845,25 @@ func TestFirstApplyStartsLittle(t *testing.T) {
 	eachMode(t, modes, func(t *testing.T, m mode, n *node) {
 		started := n.started(func() { n.apply(n.driver(m), ipv4Alone) })
 		same(t, strings.ReplaceAll(strings.Join(started, "\n")+"\n", " \n", "\n"), strings.Join(programs[m], "\n")+"\n")
+	})
+}
+
+// Writing rules disturbs ebtables where both are in nftables.
+func TestDisturbs(t *testing.T) {
+	t.Parallel()
+	eachMode(t, modes, func(t *testing.T, m mode, n *node) {
+		d := n.driver(m)
+		if d.Disturbs() {
+			t.Error("without a table of ebtables")
+		}
+		n.sh("nft add table bridge other")
+		if d.Disturbs() {
+			t.Error("with a table of another program")
+		}
+		n.sh("nft add table bridge nat")
+		if got, want := d.Disturbs(), m != legacyMode; got != want {
+			t.Errorf("with a table of ebtables: %v, want %v", got, want)
+		}
 	})
 }
 

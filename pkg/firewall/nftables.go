@@ -21,6 +21,7 @@ type nftables struct {
 	protocol
 	programs *command.Runner
 	path     string // of nft
+	desired  bool   // the rules belong here, and do not only have to be removed
 	recent   bool   // nft was found to be recent enough
 	works    bool   // nft was found to work
 	bare     bool   // the kernel knows no comments on tables and chains, which came with Linux 5.10
@@ -77,9 +78,6 @@ func (n *nftables) try(ctx context.Context) error {
 	return nil
 }
 
-// explain returns what nft lacks where it cannot work here, or else the error that it had.
-func (n *nftables) explain(ctx context.Context, err error) error { return cmp.Or(n.try(ctx), err) }
-
 // needs is an error that says what nft needs.
 func needs(err error) error {
 	return fmt.Errorf("nftables mode needs root, a kernel with nf_tables, and nft 1.0.1 or later: provide these, "+
@@ -131,6 +129,9 @@ func (n *nftables) list(ctx context.Context) (string, error) {
 		if strings.Contains(string(out.Stderr), "No such file or directory") {
 			return "", nil // the table was deleted just now
 		}
+		if n.desired {
+			err = cmp.Or(n.try(ctx), err)
+		}
 		return "", err
 	}
 	return string(out.Stdout), nil
@@ -150,25 +151,20 @@ func (n *nftables) write(ctx context.Context, listing string, want Ruleset) (rul
 		return 0, false, err
 	}
 	apply := func() (script string, err error) {
-		script = n.script(listing, want)
+		script = n.script(listing != "", want)
 		_, err = n.run(ctx, script, "-f", "-")
 		return script, err
 	}
 	script, err := apply()
-	if err != nil && listing == "" {
-		// Another program may have made the table just now.
-		if now, failed := n.list(ctx); failed == nil && now != "" {
-			listing = now
-			script, err = apply()
-		}
-	}
-	if bare := n.bare; err != nil {
+	if err != nil {
 		if why := n.try(ctx); why != nil {
 			return 0, false, why
 		}
-		if n.bare != bare {
-			script, err = apply()
+		// The kernel may take no comment, which try has found out, or another program may have made the table just now.
+		if now, failed := n.list(ctx); failed == nil {
+			listing = now
 		}
+		script, err = apply()
 	}
 	if err != nil {
 		return 0, false, &commandError{err, heredoc(script)}
@@ -178,20 +174,20 @@ func (n *nftables) write(ctx context.Context, listing string, want Ruleset) (rul
 	return len(want.Postrouting) + len(want.Forward), true, nil
 }
 
-// script returns the commands of nft that replace the whole table of a listing. Without a listing they only make the
-// table: a transaction that deletes one, though it be its own, keeps the kernel busy for twice as long.
-func (n *nftables) script(listing string, want Ruleset) string {
+// script returns the commands of nft that make the table, or replace all of it. A transaction that deletes a table keeps
+// the kernel busy for twice as long, even if the table is its own.
+func (n *nftables) script(replace bool, want Ruleset) string {
 	tx := n.transaction()
 	table := &knftables.Table{Comment: n.comment("flanneld's: replaced as a whole when changed")}
-	if listing == "" {
-		tx.Create(table)
-	} else {
+	if replace {
 		tx.Add(&knftables.Table{}) // a table that was deleted just now cannot be deleted
 		tx.Delete(&knftables.Table{})
 		if want.IsZero() {
 			return tx.String()
 		}
 		tx.Add(table)
+	} else {
+		tx.Create(table)
 	}
 	for _, part := range []struct {
 		chain knftables.Chain

@@ -55,9 +55,6 @@ func (ipt *iptables) plan(ctx context.Context, want Ruleset) (string, error) {
 
 func (n *nftables) plan(ctx context.Context, want Ruleset) (string, error) {
 	listing, err := n.list(ctx)
-	if err != nil && !want.IsZero() {
-		err = n.explain(ctx, err)
-	}
 	if err != nil || listing == "" && want.IsZero() {
 		return "", err
 	}
@@ -78,7 +75,7 @@ func (n *nftables) plan(ctx context.Context, want Ruleset) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	return heredoc(n.script(listing, want)), nil
+	return heredoc(n.script(true, want)), nil
 }
 
 // marks matches the numbers that nft pads with zeros in its output.

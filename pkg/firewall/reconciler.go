@@ -66,6 +66,7 @@ type driver interface {
 	Check(context.Context) (bool, error)
 	Apply(context.Context, Desired) error
 	Changes(context.Context) (<-chan struct{}, error)
+	Disturbs() bool
 }
 
 // NewReconciler returns a Reconciler for the rules of a network (see New) that checks
@@ -167,7 +168,7 @@ func (r *Reconciler) Run(ctx context.Context, nftables bool) {
 		case <-r.changes:
 			r.pace.hear()
 			if r.fights.Count() == 0 { // else the next check is soon enough
-				early.Reset(min(r.pace.rest(want.nftables), r.resync-time.Since(r.pace.checked)))
+				early.Reset(min(r.pace.rest(), r.resync-time.Since(r.pace.checked)))
 			}
 			continue
 		case <-early.C:
@@ -217,6 +218,7 @@ func (r *Reconciler) reconcile(ctx context.Context, want target, changed, early 
 		r.pace.writes++
 	}
 	r.pace.took, r.pace.first = time.Since(r.pace.checked), time.Time{}
+	r.pace.polite = r.driver != nil && r.driver.Disturbs()
 	r.count(func(s *Stats) { s.InPlace, s.Checked = err == nil, time.Now() })
 	return err
 }
@@ -302,11 +304,9 @@ const (
 	ruleShare = 20
 	ruleBurst = 300 * time.Millisecond
 
-	// With iptables, another program is given time to finish what it does: ebtables-restore 1.8.9 fails to flush its
-	// tables when anything in nftables changes meanwhile. firewalld flushes iptables, ip6tables and ebtables in turn,
-	// and drops all packets after such a failure. A check that follows changes comes when there was no change for
-	// ruleQuiet or, on a busy machine, for ruleQuietChecks times as long as the last check took; or ruleQuietMost after
-	// the first change.
+	// Where the driver disturbs other programs, they are given time to finish what they do. A check that follows
+	// changes comes when there was no change for ruleQuiet or, on a busy machine, for ruleQuietChecks times as long as
+	// the last check took; or ruleQuietMost after the first change.
 	ruleQuiet       = 100 * time.Millisecond
 	ruleQuietChecks = 4
 	ruleQuietMost   = time.Second
@@ -318,6 +318,7 @@ type pace struct {
 	took    time.Duration // how long the last check took
 	first   time.Time     // when the first change since the last check was heard of
 	heard   time.Time     // when the last change was heard of, which may be our own
+	polite  bool          // writing may disturb another program
 	owed    time.Duration // see debt
 	settled time.Time     // when owed was right
 	written time.Time
@@ -335,9 +336,9 @@ func (p *pace) add() {
 }
 
 // rest returns how long to wait until the next check, after a change that was heard of just now.
-func (p *pace) rest(nftables bool) time.Duration {
+func (p *pace) rest() time.Duration {
 	rest := max(0, ruleRest<<min(p.writes, 10)-time.Since(p.checked), (p.debt()-ruleBurst)*ruleShare)
-	if nftables {
+	if !p.polite {
 		return rest
 	}
 	return max(rest, min(max(ruleQuiet, ruleQuietChecks*p.took), ruleQuietMost-time.Since(p.first)))

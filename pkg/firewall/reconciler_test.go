@@ -42,6 +42,7 @@ type fake struct {
 	missing error
 
 	outdated bool
+	disturbs bool
 }
 
 func (f *fake) open(_ context.Context, nftables bool) (driver, error) {
@@ -54,6 +55,8 @@ func (f *fake) open(_ context.Context, nftables bool) (driver, error) {
 }
 
 func (f *fake) Outdated(context.Context) bool { return f.outdated }
+
+func (f *fake) Disturbs() bool { return f.disturbs }
 
 func (f *fake) Check(context.Context) (bool, error) {
 	order()
@@ -326,18 +329,22 @@ func TestCalm(t *testing.T) {
 	})
 }
 
-// With iptables, rules are restored when the other program has been quiet for a while, longer where checks take long, and
-// not later than a second after its first change.
+// Where writing may disturb another program, rules are restored when that has been quiet for a while, longer where checks
+// take long, and not later than a second after its first change. Elsewhere, they are restored at once.
 func TestQuiet(t *testing.T) {
-	for _, c := range []struct{ takes, between, lasts, want time.Duration }{
-		{0, 0, 0, ruleQuiet},
-		{0, 80 * time.Millisecond, 400 * time.Millisecond, 400*time.Millisecond + ruleQuiet},
-		{100 * time.Millisecond, 300 * time.Millisecond, 300 * time.Millisecond, 700 * time.Millisecond},
-		{280 * time.Millisecond, 0, 0, ruleQuietMost},
-		{0, 10 * time.Millisecond, 3 * time.Second, ruleQuietMost},
+	for _, c := range []struct {
+		disturbs                    bool
+		takes, between, lasts, want time.Duration
+	}{
+		{false, 0, 0, 0, 0},
+		{true, 0, 0, 0, ruleQuiet},
+		{true, 0, 80 * time.Millisecond, 400 * time.Millisecond, 400*time.Millisecond + ruleQuiet},
+		{true, 100 * time.Millisecond, 300 * time.Millisecond, 300 * time.Millisecond, 700 * time.Millisecond},
+		{true, 280 * time.Millisecond, 0, 0, ruleQuietMost},
+		{true, 0, 10 * time.Millisecond, 3 * time.Second, ruleQuietMost},
 	} {
 		run(t, func(t *testing.T, r *Reconciler, f *fake, _ *bytes.Buffer, _ *[]State) {
-			f.takes = c.takes
+			f.takes, f.disturbs = c.takes, c.disturbs
 			r.resync = time.Hour
 			r.Set(both, false)
 			pass(c.takes + 2*ruleCalm) // a check finds the Reconciler's own change in place

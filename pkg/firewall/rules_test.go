@@ -205,10 +205,10 @@ delete table ip flannel-ipv4
 			if test.pods.Addr().Is6() {
 				p = protocols.IPv6
 			}
-			same(t, (&nftables{protocol: p}).script("a table", rules), test.nft[1:])
+			same(t, (&nftables{protocol: p}).script(true, rules), test.nft[1:])
 			if _, made, some := strings.Cut(test.nft, " {"); some {
 				fresh, _, _ := strings.Cut(test.nft[len("\nadd"):], "\n")
-				same(t, (&nftables{protocol: p}).script("", rules), "create"+fresh+" {"+made)
+				same(t, (&nftables{protocol: p}).script(false, rules), "create"+fresh+" {"+made)
 			}
 		})
 	}

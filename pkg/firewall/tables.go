@@ -25,6 +25,17 @@ func (p protocol) hasTable(nft bool, name string) bool {
 	return !errors.Is(p.askNFT(unix.NFT_MSG_GETTABLE, unix.NFT_MSG_NEWTABLE, name, ""), unix.ENOENT)
 }
 
+// hasEBTables returns whether ebtables has a table in nftables.
+func hasEBTables() bool {
+	bridge := protocol{nfproto: unix.NFPROTO_BRIDGE}
+	for _, table := range []string{"filter", "nat", "broute"} {
+		if bridge.askNFT(unix.NFT_MSG_GETTABLE, unix.NFT_MSG_NEWTABLE, table, "") == nil {
+			return true
+		}
+	}
+	return false
+}
+
 // hasChain returns whether a chain exists in a table of nftables. iptables-nft-save shows no chain of a table as soon
 // as one of the table's rules is none that iptables knows.
 func (p protocol) hasChain(table, name string) bool {

@@ -11,7 +11,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -19,7 +18,6 @@ import (
 	"github.com/fsnotify/fsnotify"
 	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
-	"k8s.io/klog/v2/textlogger"
 
 	"github.com/flanneld/flanneld/pkg/nstest"
 	"github.com/flanneld/flanneld/pkg/retry"
@@ -72,10 +70,9 @@ echo "NETWORK_OPTIONS=\" --bip=$bip --mtu=$mtu run=$1\"" >>"$to"
 // program that writes them is no rival, however often it runs.
 func TestSubnetFileWithDockersOptions(t *testing.T) {
 	nstest.Need(t, "sh")
-	log := &logBuffer{}
-	logger := textlogger.NewLogger(textlogger.NewConfig(textlogger.Output(log)))
+	log := &nstest.Log{}
 	m := newManager(vxlanConfig)
-	d := beginIn(klog.NewContext(t.Context(), logger), t, m, func(o *Options) { o.KernelResync = 50 * time.Millisecond })
+	d := beginIn(log.Context(t.Context()), t, m, func(o *Options) { o.KernelResync = 50 * time.Millisecond })
 	m.grants <- lease("10.5.1.0-24", "")
 	<-m.wants
 	m.updates <- snapshot(peer2)
@@ -115,7 +112,7 @@ func TestSubnetFileWithDockersOptions(t *testing.T) {
 		t.Fatal(err)
 	}
 	has(runs-1, "after a change to our lines")
-	if lines := log.lines("again and again"); len(lines) > 0 {
+	if lines := log.Lines("again and again"); len(lines) > 0 {
 		t.Errorf("logged %q", lines)
 	}
 
@@ -132,11 +129,10 @@ func TestSubnetFileWithDockersOptions(t *testing.T) {
 // A program that changes the subnet file whenever flanneld has written it is noticed: that is logged once, and flanneld
 // writes the file more slowly.
 func TestSubnetFileFight(t *testing.T) {
-	log := &logBuffer{}
-	logger := textlogger.NewLogger(textlogger.NewConfig(textlogger.Output(log)))
+	log := &nstest.Log{}
 	m := newManager(vxlanConfig)
 	socket := filepath.Join(t.TempDir(), "sock")
-	d := beginIn(klog.NewContext(t.Context(), logger), t, m, func(o *Options) {
+	d := beginIn(log.Context(t.Context()), t, m, func(o *Options) {
 		o.KernelResync, o.StatusSocket = time.Hour, socket
 	})
 	m.grants <- lease("10.5.1.0-24", "")
@@ -159,17 +155,17 @@ func TestSubnetFileFight(t *testing.T) {
 		}
 	}
 	const begins = "again and again"
-	for i := 0; len(log.lines(begins)) == 0; i++ {
+	for i := 0; len(log.Lines(begins)) == 0; i++ {
 		if i == 1000 { // a fight has 20 bursts of 50 ms
 			t.Fatal("nothing is noticed")
 		}
 		undo()
 	}
-	changes := len(log.lines("writing it again"))
+	changes := len(log.Lines("writing it again"))
 	for range 3 { // from now on, each is a second apart
 		undo()
 	}
-	if lines := log.lines("subnet.env"); len(lines) != changes+1 || len(log.lines(begins)) != 1 {
+	if lines := log.Lines("subnet.env"); len(lines) != changes+1 || len(log.Lines(begins)) != 1 {
 		t.Errorf("after %d lines on changes: %q", changes, lines)
 	}
 	s, err := NewClient(socket).Status(t.Context())
@@ -258,30 +254,6 @@ func TestFileBesideTheSubnetFile(t *testing.T) {
 
 func exists(path string) bool { _, err := os.Lstat(path); return err == nil }
 
-// A logBuffer is what was logged. Several goroutines use it.
-type logBuffer struct {
-	mu   sync.Mutex
-	text bytes.Buffer
-}
-
-func (l *logBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.text.Write(p)
-}
-
-// lines returns the lines that have a text.
-func (l *logBuffer) lines(with string) (found []string) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for line := range strings.Lines(l.text.String()) {
-		if strings.Contains(line, with) {
-			found = append(found, line)
-		}
-	}
-	return found
-}
-
 // As long as the subnet file cannot be written, that is logged once, however often flanneld tries.
 func TestSubnetFileCannotBeWritten(t *testing.T) {
 	nstest.NeedRoot(t)
@@ -318,11 +290,10 @@ func TestSubnetFileCannotBeWritten(t *testing.T) {
 			if err := c.before(root); err != nil {
 				t.Fatal(err)
 			}
-			log := &logBuffer{}
-			logger := textlogger.NewLogger(textlogger.NewConfig(textlogger.Output(log)))
+			log := &nstest.Log{}
 			m := newManager(vxlanConfig)
 			file := filepath.Join(root, c.dir, "subnet.env")
-			d := beginIn(klog.NewContext(t.Context(), logger), t, m, func(o *Options) {
+			d := beginIn(log.Context(t.Context()), t, m, func(o *Options) {
 				o.SubnetFile, o.KernelResync = file, c.resync
 			})
 			m.grants <- lease("10.5.1.0-24", "")
@@ -331,18 +302,18 @@ func TestSubnetFileCannotBeWritten(t *testing.T) {
 				_, text := get("/metrics")
 				return attempts(text) >= c.attempts
 			})
-			errors := log.lines(`operation="Subnet file"`)
+			errors := log.Lines(`operation="Subnet file"`)
 			if len(errors) != 1 || !strings.Contains(errors[0], c.want) || !strings.Contains(errors[0], root) {
 				t.Errorf("logged %q", errors)
 			}
-			if others := log.lines(root); len(others) != 1 {
+			if others := log.Lines(root); len(others) != 1 {
 				t.Errorf("logged %q", others)
 			}
 			if err := c.after(root); err != nil {
 				t.Fatal(err)
 			}
 			eventually(t, "ready", ready)
-			if errors := log.lines(`operation="Subnet file"`); len(errors) != 2 || !strings.Contains(errors[1], "Recovered") {
+			if errors := log.Lines(`operation="Subnet file"`); len(errors) != 2 || !strings.Contains(errors[1], "Recovered") {
 				t.Errorf("logged in the end %q", errors)
 			}
 			// From now on, the file is watched.

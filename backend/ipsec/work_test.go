@@ -1,7 +1,6 @@
 package ipsec
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"net"
@@ -10,13 +9,10 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
-	"k8s.io/klog/v2"
-	"k8s.io/klog/v2/textlogger"
 
 	"github.com/flanneld/flanneld/backend"
 	"github.com/flanneld/flanneld/pkg/iface"
@@ -24,30 +20,12 @@ import (
 	"github.com/flanneld/flanneld/subnet"
 )
 
-// A logBuffer is what was logged. Several goroutines use it.
-type logBuffer struct {
-	mu   sync.Mutex
-	text bytes.Buffer
-}
-
-func (l *logBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.text.Write(p)
-}
-
-func (l *logBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.text.String()
-}
-
 // A node is where a backend works, whose charon is a script of the test.
 type node struct {
 	t       *testing.T
 	dir     string
 	backend *ipsec
-	log     logBuffer
+	log     nstest.Log
 	cancel  context.CancelCauseFunc
 	done    chan error
 }
@@ -73,8 +51,7 @@ func newNode(t *testing.T, charon string) *node {
 
 // start has the backend work without peers.
 func (n *node) start() {
-	logger := textlogger.NewLogger(textlogger.NewConfig(textlogger.Output(&n.log)))
-	ctx, cancel := context.WithCancelCause(klog.NewContext(n.t.Context(), logger))
+	ctx, cancel := context.WithCancelCause(n.log.Context(n.t.Context()))
 	n.cancel = cancel
 	peers := make(chan subnet.Update, 1)
 	peers <- subnet.Update{Snapshot: true}

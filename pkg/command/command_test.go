@@ -1,7 +1,6 @@
 package command
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -15,13 +14,10 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
-	"k8s.io/klog/v2"
-	"k8s.io/klog/v2/textlogger"
 
 	"github.com/flanneld/flanneld/pkg/nstest"
 )
@@ -54,28 +50,10 @@ func TestMain(m *testing.M) {
 // patience is how long something may take that takes a moment.
 const patience = 30 * time.Second
 
-// A logBuffer is what was logged. Several goroutines write to it.
-type logBuffer struct {
-	mu   sync.Mutex
-	text bytes.Buffer
-}
-
-func (l *logBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.text.Write(p)
-}
-
-func (l *logBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.text.String()
-}
-
 // logged returns a context whose logger writes to the buffer.
-func logged(t *testing.T) (context.Context, *logBuffer) {
-	log := &logBuffer{}
-	return klog.NewContext(t.Context(), textlogger.NewLogger(textlogger.NewConfig(textlogger.Output(log)))), log
+func logged(t *testing.T) (context.Context, *nstest.Log) {
+	log := &nstest.Log{}
+	return log.Context(t.Context()), log
 }
 
 func shell(script string) Command {

@@ -21,10 +21,12 @@ func TestWaits(t *testing.T) {
 			synctest.Wait()
 			end(err)
 		}
+		seen := 0
 		expect := func(what string, want ...string) {
 			t.Helper()
-			got := strings.Split(strings.TrimSpace(log.String()), "\n")
-			log.text.Reset()
+			all := log.String()
+			got := strings.Split(strings.TrimSpace(all[seen:]), "\n")
+			seen = len(all)
 			if len(want) == 0 && got[0] == "" {
 				return
 			}

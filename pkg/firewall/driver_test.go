@@ -13,9 +13,6 @@ import (
 	"testing"
 	"time"
 
-	"k8s.io/klog/v2"
-	"k8s.io/klog/v2/textlogger"
-
 	"github.com/flanneld/flanneld/pkg/command"
 	"github.com/flanneld/flanneld/pkg/nstest"
 )
@@ -747,8 +744,8 @@ esac`, os.Getenv("PATH"), "$(which nft)"))
 			n := newNode(t, m.variant)
 			n.sh("nft add table ip flannel-ipv4; nft add table ip6 flannel-ipv6")
 			n.install("nft", "nft", `[ "$1" = --version ] || { echo "no such protocol" >&2; exit 1; }`)
-			log := &logBuffer{}
-			logged := klog.NewContext(ctx, textlogger.NewLogger(textlogger.NewConfig(textlogger.Output(log))))
+			log := &nstest.Log{}
+			logged := log.Context(ctx)
 			d := n.driver(m)
 			want := Desired{}
 			if !m.nftables {

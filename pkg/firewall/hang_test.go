@@ -1,23 +1,20 @@
 package firewall
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
-	"k8s.io/klog/v2"
-	"k8s.io/klog/v2/textlogger"
 
 	"github.com/flanneld/flanneld/pkg/command"
+	"github.com/flanneld/flanneld/pkg/nstest"
 )
 
 // hang makes a program hang when its arguments match a pattern of the shell. It
@@ -96,24 +93,6 @@ func TestHang(t *testing.T) {
 	}
 }
 
-// A logBuffer is what was logged. Several goroutines use it.
-type logBuffer struct {
-	mu   sync.Mutex
-	text bytes.Buffer
-}
-
-func (l *logBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.text.Write(p)
-}
-
-func (l *logBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.text.String()
-}
-
 // A reconciler ends with its context, whatever hangs. Until then, the log says
 // what it waits for.
 func TestReconcilerEndsWhileProgramHangs(t *testing.T) {
@@ -125,9 +104,8 @@ func TestReconcilerEndsWhileProgramHangs(t *testing.T) {
 			n.remove("*-legacy*", "*-nft*")
 			n.hang(p.name, p.realName, p.arguments)
 			want := `"Waiting for a program" program="` + filepath.Join(n.bin, p.name)
-			log := &logBuffer{}
-			logger := textlogger.NewLogger(textlogger.NewConfig(textlogger.Output(log)))
-			ctx, cancel := context.WithCancel(klog.NewContext(t.Context(), logger))
+			log := &nstest.Log{}
+			ctx, cancel := context.WithCancel(log.Context(t.Context()))
 			defer cancel()
 			ended := make(chan struct{})
 			late := atomic.Bool{}
@@ -189,9 +167,8 @@ func TestLibraryHangs(t *testing.T) {
 				n.sh(fmt.Sprintf(`iptables-%s -t %s -N %s; iptables-%[1]s -t %[2]s %[4]s`, other, c.table, c.name, c.jump()))
 			}
 			n.hang(p.name, p.realName, p.arguments)
-			log := &logBuffer{}
-			logger := textlogger.NewLogger(textlogger.NewConfig(textlogger.Output(log)))
-			ctx, cancel := context.WithCancel(klog.NewContext(t.Context(), logger))
+			log := &nstest.Log{}
+			ctx, cancel := context.WithCancel(log.Context(t.Context()))
 			defer cancel()
 			apply := func(limit time.Duration) error {
 				runner := &command.Runner{Path: n.bin, Limit: limit, Waits: command.Waits{Notice: 900 * time.Millisecond}}

@@ -1,4 +1,4 @@
-// Package nstest gives a test a network namespace of its own, and programs of its own.
+// Package nstest gives a test a network namespace of its own, programs of its own, and what was logged.
 package nstest
 
 import (

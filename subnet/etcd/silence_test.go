@@ -1,7 +1,6 @@
 package etcd
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"strings"
@@ -13,9 +12,8 @@ import (
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	"google.golang.org/grpc"
-	"k8s.io/klog/v2"
-	"k8s.io/klog/v2/textlogger"
 
+	"github.com/flanneld/flanneld/pkg/nstest"
 	"github.com/flanneld/flanneld/subnet"
 )
 
@@ -142,9 +140,8 @@ func TestSilentWatch(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
-			var log bytes.Buffer
-			logger := textlogger.NewLogger(textlogger.NewConfig(textlogger.Output(&log)))
-			m := managerOf(t, klog.NewContext(t.Context(), logger), func(s *grpc.Server) {
+			var log nstest.Log
+			m := managerOf(t, log.Context(t.Context()), func(s *grpc.Server) {
 				pb.RegisterKVServer(s, c.server)
 				pb.RegisterWatchServer(s, c.server)
 			})
@@ -170,9 +167,6 @@ func TestSilentWatch(t *testing.T) {
 					return false
 				}
 				snapshots++
-				if c.stuck {
-					m.health.Failed("a request", subnet.Unreachable, "no answer")
-				}
 				if !u.Snapshot || len(u.Leases) != snapshots {
 					t.Errorf("got %+v, want snapshot %d", u, snapshots)
 				}
@@ -180,8 +174,12 @@ func TestSilentWatch(t *testing.T) {
 			}
 			next()
 			running.Go(func() { // as the heartbeat does
-				for ctx.Err() == nil && !c.stuck {
-					_, _, _ = m.readConfig(ctx)
+				for ctx.Err() == nil {
+					if c.stuck {
+						m.health.Failed("a request", subnet.Unreachable, "no answer")
+					} else {
+						_, _, _ = m.readConfig(ctx)
+					}
 					time.Sleep(c.silence / 50)
 				}
 			})

@@ -32,7 +32,9 @@ const (
 	// killGrace is how long a program that was killed may take to end. Only a program that waits in the kernel, for a
 	// file system or a driver that hangs, takes longer.
 	killGrace = 3 * time.Second
-	killTick  = 50 * time.Millisecond
+
+	// killTick is how often that time is counted, and how often the programs of a function are killed again.
+	killTick = 50 * time.Millisecond
 )
 
 // A Command is a program to run, with its arguments and its input.
